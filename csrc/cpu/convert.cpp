@@ -1,0 +1,133 @@
+// Copies between tensors in fp32, fp16 or bf16 and fp32 panels; every store rounds to nearest even, once.
+//
+// Conversions are integer arithmetic on whole loops, so that they vectorise on every instruction set (no F16C or AVX512-BF16 needed).
+#include <cstring>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace fused_lora::cpu {
+namespace {
+
+INLINE float as_float(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+INLINE uint32_t as_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+
+struct F32 {
+  using type = float;
+  static INLINE float load(float v) { return v; }
+  static INLINE float store(float v) { return v; }
+};
+
+struct BF16 {
+  using type = uint16_t;
+  static INLINE float load(uint16_t v) { return as_float(uint32_t{v} << 16); }
+  static INLINE uint16_t store(float v) {
+    const uint32_t u = as_bits(v);
+    const uint32_t rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+    return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  }
+};
+
+struct F16 {
+  using type = uint16_t;
+  static INLINE float load(uint16_t v) {
+    // Exponent and mantissa moved into fp32's places are the value times 2^-112, subnormals included.
+    const uint32_t magnitude = uint32_t{v & 0x7fffu} << 13, sign = uint32_t{v & 0x8000u} << 16;
+    const float finite = as_float(magnitude) * 0x1p112f;
+    return as_float(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : as_bits(finite)));
+  }
+  static INLINE uint16_t store(float v) {
+    const uint32_t u = as_bits(v), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;
+    const uint32_t subnormal = as_bits(as_float(a) + 0.5f) - as_bits(0.5f);  // the ulp at 0.5 is fp16's smallest step
+    const uint32_t normal = (a + 0xc8000fffu + (a >> 13 & 1u)) >> 13;        // exponent re-biased, round to nearest even
+    const uint32_t special = a > 0x7f800000u ? 0x7e00u : 0x7c00u;            // NaN, or overflow to infinity
+    return static_cast<uint16_t>(sign | (a >= 0x47800000u ? special : a < 0x38800000u ? subnormal : normal));
+  }
+};
+
+template <class T>
+INLINE void load_panel_as(const void* src, int64_t ld, const float* mask, float* out, int64_t rows, int64_t cols) {
+  for (int64_t m = 0; m < rows; ++m) {
+    const auto* s = static_cast<const typename T::type*>(src) + m * ld;
+    float* o = out + m * kPanel;
+    if (mask)
+      for (int64_t n = 0; n < cols; ++n) o[n] = T::load(s[n]) * mask[m * kPanel + n];
+    else
+      for (int64_t n = 0; n < cols; ++n) o[n] = T::load(s[n]);
+    for (int64_t n = cols; n < kPanel; ++n) o[n] = 0.0f;
+  }
+  for (int64_t i = rows * kPanel; i < round_up(rows, kStrip) * kPanel; ++i) out[i] = 0.0f;
+}
+
+template <class T>
+INLINE void store_row_as(const float* src, const float* add, const float* mask, void* dst, int64_t n) {
+  auto* d = static_cast<typename T::type*>(dst);
+  if (mask)
+    for (int64_t i = 0; i < n; ++i) d[i] = T::store(src[i] * mask[i]);
+  else if (add)
+    for (int64_t i = 0; i < n; ++i) d[i] = T::store(src[i] + add[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) d[i] = T::store(src[i]);
+}
+
+template <class T>
+INLINE void load_matrix_as(const void* src, float* out, int64_t rows, int64_t cols, int64_t ldo) {
+  const auto* s = static_cast<const typename T::type*>(src);
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < cols; ++n) out[m * ldo + n] = T::load(s[m * cols + n]);
+    for (int64_t n = cols; n < ldo; ++n) out[m * ldo + n] = 0.0f;
+  }
+}
+
+template <class T>
+INLINE void load_transposed_as(const void* src, float* out, int64_t rows, int64_t cols, int64_t ldo) {
+  const auto* s = static_cast<const typename T::type*>(src);
+  constexpr int64_t kBlock = 16;  // 16 columns of the output's rows at a time: each cache line of src and out is touched once
+  for (int64_t n0 = 0; n0 < cols; n0 += kBlock)
+    for (int64_t m = 0; m < ldo; ++m)
+      for (int64_t n = n0; n < (n0 + kBlock < cols ? n0 + kBlock : cols); ++n) out[n * ldo + m] = m < rows ? T::load(s[m * cols + n]) : 0.0f;
+}
+
+}  // namespace
+
+CLONES void load_panel(const void* src, Dtype dtype, int64_t ld, const float* mask, float* out, int64_t rows, int64_t cols) {
+  switch (dtype) {
+    case Dtype::f32: return load_panel_as<F32>(src, ld, mask, out, rows, cols);
+    case Dtype::f16: return load_panel_as<F16>(src, ld, mask, out, rows, cols);
+    case Dtype::bf16: return load_panel_as<BF16>(src, ld, mask, out, rows, cols);
+  }
+}
+
+CLONES void store_row(const float* src, const float* add, const float* mask, void* dst, Dtype dtype, int64_t n) {
+  switch (dtype) {
+    case Dtype::f32: return store_row_as<F32>(src, add, mask, dst, n);
+    case Dtype::f16: return store_row_as<F16>(src, add, mask, dst, n);
+    case Dtype::bf16: return store_row_as<BF16>(src, add, mask, dst, n);
+  }
+}
+
+CLONES void load_matrix(const void* src, Dtype dtype, float* out, int64_t rows, int64_t cols, int64_t ldo) {
+  switch (dtype) {
+    case Dtype::f32: return load_matrix_as<F32>(src, out, rows, cols, ldo);
+    case Dtype::f16: return load_matrix_as<F16>(src, out, rows, cols, ldo);
+    case Dtype::bf16: return load_matrix_as<BF16>(src, out, rows, cols, ldo);
+  }
+}
+
+CLONES void load_transposed(const void* src, Dtype dtype, float* out, int64_t rows, int64_t cols, int64_t ldo) {
+  switch (dtype) {
+    case Dtype::f32: return load_transposed_as<F32>(src, out, rows, cols, ldo);
+    case Dtype::f16: return load_transposed_as<F16>(src, out, rows, cols, ldo);
+    case Dtype::bf16: return load_transposed_as<BF16>(src, out, rows, cols, ldo);
+  }
+}
+
+}  // namespace fused_lora::cpu

@@ -1,0 +1,75 @@
+// The contract between Python and the native code: dtypes, status, one params struct per entry point.
+//
+//   forward    h  = s * drop(x) A^T                    [M, R]
+//              y  = x W^T + h B^T + bias               [M, N]
+//   backward   dh = s * dy B                           [M, R]
+//              dx = dy W + mask * (dh A) / (1 - p)     [M, K]
+//              dA = dh^T drop(x)   dB = dy^T h   dbias = sum_M dy
+//
+// Native code knows no framework: raw pointers, sizes, strides (in elements), a dtype code. It never allocates outputs and never prints.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_lora {
+
+enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+enum class Status : int { ok = 0, bad_dtype, bad_shape, bad_alignment, unsupported_device, launch_failed };
+
+inline const char* message(Status status) {
+  switch (status) {
+    case Status::ok: return "ok";
+    case Status::bad_dtype: return "dtype code must be 0 (fp32), 1 (fp16) or 2 (bf16)";
+    case Status::bad_shape: return "sizes must be M >= 0 and N, K, R >= 1";
+    case Status::bad_alignment: return "pointer or row stride is not aligned as this kernel needs";
+    case Status::unsupported_device: return "this device cannot run this kernel";
+    case Status::launch_failed: return "the kernel launch failed";
+  }
+  return "unknown status";
+}
+
+// LoRA dropout: the mask is a function of (seed, row, column), see philox.h. threshold 0 means no dropout.
+struct Dropout {
+  const int64_t* seed;  // [1], read where the kernel runs
+  uint32_t threshold;   // drop an element when its 16-bit draw is below; at most 65535
+  float scale() const { return 65536.0f / (65536.0f - static_cast<float>(threshold)); }
+};
+
+// CPU, all of the forward but the base product: writes h and y = h B^T + bias; the caller then adds x W^T into y.
+struct CpuForwardParams {
+  const void* x;     // [M, K], row stride ldx, dtype
+  const void* A;     // [R, K], contiguous, adapter_dtype
+  const void* B;     // [N, R], contiguous, adapter_dtype
+  const void* bias;  // [N], dtype, or null
+  void* h;           // [M, R], contiguous, dtype
+  void* y;           // [M, N], contiguous, dtype
+  int64_t M, N, K, R, ldx;
+  Dtype dtype, adapter_dtype;
+  float scaling;
+  Dropout dropout;
+  int threads;
+};
+
+// CPU, all of the backward but the base product: the caller then adds dy W into dx. A null output is not computed.
+struct CpuBackwardParams {
+  const void* dy;  // [M, N], row stride lddy, dtype
+  const void* x;   // [M, K], row stride ldx, dtype; read for dA only
+  const void* A;   // [R, K], contiguous, adapter_dtype
+  const void* B;   // [N, R], contiguous, adapter_dtype
+  const void* h;   // [M, R], contiguous, dtype; read for dB only
+  void* dx;        // [M, K], contiguous, dtype: mask * (dh A) / (1 - p)
+  void* dA;        // [R, K], contiguous, adapter_dtype
+  void* dB;        // [N, R], contiguous, adapter_dtype
+  void* dbias;     // [N], contiguous, dtype
+  int64_t M, N, K, R, ldx, lddy;
+  Dtype dtype, adapter_dtype;
+  float scaling;
+  Dropout dropout;
+  int threads;
+};
+
+Status cpu_forward(const CpuForwardParams& p);
+Status cpu_backward(const CpuBackwardParams& p);
+
+}  // namespace fused_lora

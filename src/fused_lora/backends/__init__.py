@@ -1,0 +1,96 @@
+"""Which back end serves a request: one if-chain, read by the ops on every call and by `python -m fused_lora info`.
+
+A back end is a module with
+    forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> (y, h)
+    backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs) -> [dx, dA, dB, dbias], None where not needed
+for plain LoRA with x as [M, K]. fused_lora.reference, the last resort, takes the variants' arguments too and returns all gradients.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+
+NAMES = ("auto", "cuda", "triton", "cpu", "reference")
+_FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def _module(name: str):
+    return importlib.import_module("fused_lora.reference" if name == "reference" else f"fused_lora.backends.{name}")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def explain(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
+    """The back end that plain LoRA on this device and dtype gets from backend="auto", and the reason in a sentence.
+
+    Args:
+        device: where x lies.
+        dtype: x's dtype.
+    Returns: (name, reason).
+    """
+    device = torch.device(device)
+    if dtype not in _FUSED_DTYPES:
+        return "reference", f"{dtype} has no fused kernel; the PyTorch composition serves it"
+    if device.type == "cpu":
+        return "cpu", "C++ kernels around PyTorch's own GEMM"
+    if device.type in ("cuda", "xpu"):
+        if _has_triton():
+            return "triton", "Triton kernels; the compiled CUDA kernels run on request with backend='cuda' until they are measured"
+        return "reference", "Triton is not installed; the PyTorch composition serves it"
+    return "reference", f"no fused kernel for device type {device.type!r}; the PyTorch composition serves it"
+
+
+@functools.cache
+def _auto(device_type: str, dtype: torch.dtype) -> str:
+    return explain(device_type, dtype)[0]
+
+
+def _refusal(name: str, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, plain: bool) -> str | None:
+    """Why the back end `name` cannot serve the request, or None."""
+    if name == "reference":
+        return None
+    if not plain:
+        return "plain LoRA only; x_lora, h_in, gate, out_scale, grad_row_scale, return_h and a trained weight need backend='reference' or 'auto'"
+    if x.dtype not in _FUSED_DTYPES:
+        return f"bfloat16, float16 and float32; got {x.dtype}"
+    if name == "cpu":
+        return None if x.device.type == "cpu" else f"CPU tensors; got {x.device}"
+    if name == "triton":
+        if not _has_triton():
+            return "an installed Triton"
+        if x.device.type == "cpu" and not interpreting():
+            return "GPU tensors (or CPU tensors with TRITON_INTERPRET=1 in the environment); got cpu"
+        return None
+    if name == "cuda":
+        return _module("cuda").refusal(x, weight, lora_A)
+    raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
+
+
+def pick(backend: str, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, plain: bool):
+    """The module that serves this call; under "auto" never an error, for a named back end never another one.
+
+    Args:
+        backend: one of NAMES.
+        x: [M, K], or dy [M, N] in the backward.
+        weight, lora_A: [N, K], [R, K].
+        plain: no variant argument is in use.
+    Raises: ValueError if a named back end does not support the request, saying what it supports.
+    """
+    if backend == "auto":
+        return _module(_auto(x.device.type, x.dtype) if plain else "reference")
+    refusal = _refusal(backend, x, weight, lora_A, plain)
+    if refusal is not None:
+        raise ValueError(f"backend {backend!r} supports {refusal}")
+    return _module(backend)

@@ -1,0 +1,73 @@
+"""The two operators of the library: schemas, fakes and their one implementation, which hands over to the back end that `pick` names.
+
+PyTorch's dispatcher is the only registry. Callers go through `torch.ops.fused_lora.*`, which torch.compile, export and selective
+checkpointing see as one node. Fixed arity: `backward` returns one tensor per true entry of `needs`, in the order of `reference.Gradients`.
+"""
+
+import torch
+from torch import Tensor
+
+from fused_lora import reference
+from fused_lora.backends import pick
+from fused_lora.reference import Gradients, Variant
+
+_VARIANT = "Tensor? x_lora, Tensor? h_in, Tensor? gate, Tensor? out_scale"
+
+_lib = torch.library.Library("fused_lora", "DEF")
+_lib.define(
+    "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, float dropout_p, Tensor? seed, "
+    f"{_VARIANT}, str backend) -> (Tensor y, Tensor h)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    "backward(Tensor dy, Tensor? dh, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? h, float scaling, float dropout_p, "
+    f"Tensor? seed, {_VARIANT}, Tensor? grad_row_scale, bool[] needs, str backend) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, backend):
+    plain = x_lora is None and h_in is None and gate is None and out_scale is None
+    module = pick(backend, x, weight, lora_A, plain)
+    if module is reference:
+        return module.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, Variant(x_lora, h_in, gate, out_scale))
+    return module.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+
+
+def _backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, grad_row_scale, needs, backend):
+    needs = Gradients(*needs)
+    plain = dh is None and x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None and not needs.weight
+    module = pick(backend, dy, weight, lora_A, plain)
+    if module is reference:
+        variant = Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
+        grads = module.backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant)
+    else:
+        wanted = [needs.x, needs.lora_A, needs.lora_B, needs.bias]
+        grads = module.backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, wanted)
+    return [grad for grad in grads if grad is not None]
+
+
+_lib.impl("forward", _forward, "CompositeExplicitAutograd")
+_lib.impl("backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fused_lora::forward")
+def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, backend):
+    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], lora_A.shape[0]))
+
+
+@torch.library.register_fake("fused_lora::backward")
+def _backward_fake(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, grad_row_scale, needs, backend):
+    M, K = dy.shape[0], lora_A.shape[1]
+    like = Gradients(
+        x=lambda: dy.new_empty((M, K)),
+        weight=lambda: torch.empty_like(weight),
+        lora_A=lambda: torch.empty_like(lora_A, memory_format=torch.contiguous_format),
+        lora_B=lambda: torch.empty_like(lora_B, memory_format=torch.contiguous_format),
+        bias=lambda: dy.new_empty((dy.shape[1],)),
+        x_lora=lambda: dy.new_empty((M, K)),
+        h_in=lambda: torch.empty_like(h_in, memory_format=torch.contiguous_format),
+        gate=lambda: torch.empty_like(gate, memory_format=torch.contiguous_format),
+        out_scale=lambda: torch.empty_like(out_scale, memory_format=torch.contiguous_format),
+    )
+    return [make() for make, need in zip(like, needs) if need]

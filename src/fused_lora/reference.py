@@ -1,0 +1,167 @@
+"""The maths of the op in plain PyTorch, forward and explicit backward: ground truth and last-resort back end.
+
+    y  = out_scale * ( x Wt + s * ((x_lora At + h_in) * gate) Bt ) + bias
+
+Works in every floating dtype on every device. `h` below is `s * x_lora At` in x's dtype, the only tensor the plain LoRA saves beside x.
+Source: Hu et al., "LoRA", arXiv 2106.09685; variants: DoRA (out_scale) 2402.09353, ALLoRA (grad_row_scale) 2410.09692,
+ResLoRA (x_lora, h_in) 2402.18039, LoRA-Flow (gate) 2402.11455.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_M32 = 0xFFFFFFFF
+
+
+class Variant(NamedTuple):
+    """The op's optional tensors; all None is plain LoRA."""
+
+    x_lora: Tensor | None = None  # [M, K], input of the low-rank path instead of x
+    h_in: Tensor | None = None  # [M, R], added to x_lora At
+    gate: Tensor | None = None  # [M, k], k divides R: factor of each block of R / k ranks
+    out_scale: Tensor | None = None  # [N], fp32
+    grad_row_scale: Tensor | None = None  # [N], fp32; scales row n of the gradient of B A, not dx
+
+
+class Gradients(NamedTuple):
+    """One gradient per differentiable input, in the order of `needs`; None where not asked for."""
+
+    x: Tensor | None = None
+    weight: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    bias: Tensor | None = None
+    x_lora: Tensor | None = None
+    h_in: Tensor | None = None
+    gate: Tensor | None = None
+    out_scale: Tensor | None = None
+
+
+PLAIN = Variant()
+
+
+def dropout_threshold(p: float) -> int:
+    """The 16-bit draw below which an element is dropped; p is resolved to 1.5e-5."""
+    return min(round(p * 65536), 65535)
+
+
+def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    product = a * b  # wraps modulo 2**64, which keeps both halves right
+    return product >> 32 & _M32, product & _M32
+
+
+def dropout_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The LoRA dropout mask [M, K]: 0 where an element is dropped, 1 / (1 - p) where it is kept.
+
+    Philox4x32-10 with key = seed and counter = (column // 8, row, 0, 0) gives eight 16-bit draws for a row's eight columns;
+    an element is kept iff its draw is at least `dropout_threshold(p)`. Every back end regenerates this mask and none stores it.
+
+    Args:
+        seed: int64 [1], on the device where the mask is wanted.
+        M, K: rows and columns.
+        p: probability of dropping, in [0, 1).
+        dtype: dtype of the result.
+    Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+    """
+    threshold = dropout_threshold(p)
+    groups = torch.arange((K + 7) // 8, device=seed.device)
+    rows = torch.arange(M, device=seed.device)
+    w0, w1 = (t.contiguous() for t in torch.broadcast_tensors(groups[None, :], rows[:, None]))
+    w2, w3 = torch.zeros_like(w0), torch.zeros_like(w0)
+    k0, k1 = seed & _M32, seed >> 32 & _M32
+    for _ in range(10):
+        hi0, lo0 = _mul_hi_lo(0xD2511F53, w0)
+        hi1, lo1 = _mul_hi_lo(0xCD9E8D57, w2)
+        w0, w1, w2, w3 = hi1 ^ w1 ^ k0, lo1, hi0 ^ w3 ^ k1, lo0
+        k0, k1 = k0 + 0x9E3779B9 & _M32, k1 + 0xBB67AE85 & _M32
+    words = torch.stack([w0, w1, w2, w3], dim=-1)
+    draws = torch.stack([words & 0xFFFF, words >> 16], dim=-1).view(M, -1)[:, :K]
+    return (draws >= threshold).to(dtype) * (65536 / (65536 - threshold))
+
+
+def _gated(t: Tensor, variant: Variant) -> Tensor:
+    """t [M, R] times gate [M, k], each gate for R / k neighbouring ranks."""
+    if variant.gate is None:
+        return t
+    return t * variant.gate.to(t.dtype).repeat_interleave(t.shape[1] // variant.gate.shape[1], dim=1)
+
+
+def _lora_input(x: Tensor | None, variant: Variant, mask: Tensor | None) -> Tensor:
+    x = x if variant.x_lora is None else variant.x_lora
+    return x if mask is None else x * mask
+
+
+def _ungated(h: Tensor, scaling: float, variant: Variant) -> Tensor:
+    return h if variant.h_in is None else h + scaling * variant.h_in
+
+
+def _low(h: Tensor, scaling: float, variant: Variant) -> Tensor:
+    """(h + s h_in) * gate, the left operand of the low-rank update, [M, R]."""
+    return _gated(_ungated(h, scaling, variant), variant)
+
+
+def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant=PLAIN) -> tuple[Tensor, Tensor]:
+    """y [M, N] and h = s * drop(x_lora) At [M, R], both in x's dtype; arguments as in `functional.lora_linear`, x 2-D."""
+    mask = None if seed is None else dropout_mask(seed, *x.shape, dropout_p, x.dtype)
+    h = (_lora_input(x, variant, mask) @ lora_A.to(x.dtype).t()).mul_(scaling)
+    scaled = variant.out_scale is not None
+    y = torch.addmm(F.linear(x, weight, None if scaled else bias), _low(h, scaling, variant), lora_B.to(x.dtype).t())
+    if scaled:
+        y = (y * variant.out_scale).to(x.dtype)
+        y = y if bias is None else y + bias
+    return y, h
+
+
+def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant=PLAIN) -> Gradients:
+    """Every gradient that `needs`, a `Gradients` of bools, asks for.
+
+    Args:
+        dy: gradient of y, [M, N].
+        dh: gradient of the returned h, [M, R], or None.
+        x, h: inputs and outputs of `forward`; None where no needed gradient uses them.
+        The others as in `forward`.
+    """
+    dtype, A, B = dy.dtype, lora_A.to(dy.dtype), lora_B.to(dy.dtype)
+    dz = dy if variant.out_scale is None else (dy * variant.out_scale).to(dtype)
+    masked = seed is not None and (needs.x or needs.x_lora or needs.lora_A)
+    mask = dropout_mask(seed, dy.shape[0], lora_A.shape[1], dropout_p, dtype) if masked else None
+
+    def into_h(dz: Tensor) -> Tensor:
+        """s times the gradient of h, [M, R]: what reaches x_lora through A, and A through x_lora."""
+        g = _gated(dz @ B, variant)
+        return (g if dh is None else g + dh).mul_(scaling)
+
+    grads = {}
+    if needs.x or needs.x_lora:
+        low = into_h(dz) @ A if mask is None else (into_h(dz) @ A).mul_(mask)
+        if variant.x_lora is None:
+            grads["x"] = low.addmm_(dz, weight)
+        else:
+            grads = {"x": dz @ weight if needs.x else None, "x_lora": low if needs.x_lora else None}
+    if needs.weight:
+        grads["weight"] = dz.t() @ x
+    dzc = dz if variant.grad_row_scale is None else (dz * variant.grad_row_scale).to(dtype)  # for dA and dB only
+    if needs.lora_A:
+        grads["lora_A"] = (into_h(dzc).t() @ _lora_input(x, variant, mask)).to(lora_A.dtype)
+    if needs.lora_B:
+        grads["lora_B"] = (dzc.t() @ _low(h, scaling, variant)).to(lora_B.dtype)
+    if needs.bias:
+        grads["bias"] = dy.sum(0)
+    return Gradients(**grads, **_variant_gradients(dy, dz, x, weight, B, h, scaling, needs, variant))
+
+
+def _variant_gradients(dy, dz, x, weight, B, h, scaling, needs, variant) -> dict[str, Tensor]:
+    """The gradients of h_in, gate and out_scale."""
+    grads = {}
+    if needs.h_in:
+        grads["h_in"] = (scaling * _gated(dz @ B, variant)).to(variant.h_in.dtype)
+    if needs.gate:
+        per_rank = (dz @ B) * _ungated(h, scaling, variant)
+        grads["gate"] = per_rank.unflatten(1, (variant.gate.shape[1], -1)).sum(-1).to(variant.gate.dtype)
+    if needs.out_scale:
+        z = torch.addmm(F.linear(x, weight), _low(h, scaling, variant), B.t())
+        grads["out_scale"] = (dy * z).sum(0, dtype=variant.out_scale.dtype)
+    return grads
