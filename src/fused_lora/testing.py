@@ -1,0 +1,132 @@
+"""Inputs and comparisons shared by tests and benches: random and exact-integer problems, the fp64 truth, and a computed tolerance."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+import fused_lora.ops  # noqa: F401  registers torch.ops.fused_lora
+
+
+@dataclass
+class Problem:
+    """One call of the op and the gradient that comes back to it; shapes as in `lora_linear`, x 2-D."""
+
+    x: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    dy: Tensor
+    scaling: float
+    bias: Tensor | None = None
+
+    def to(self, dtype: torch.dtype, adapter_dtype: torch.dtype | None = None) -> "Problem":
+        """The same values in another dtype."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        adapter = {"lora_A": adapter_dtype or dtype, "lora_B": adapter_dtype or dtype}
+        return replace(self, **{name: t.to(adapter.get(name, dtype)) for name, t in tensors.items()})
+
+
+def random_problem(M, N, K, R, dtype=torch.float32, adapter_dtype=None, *, bias=True, device="cpu", seed=0) -> Problem:
+    """Normal inputs with W, A, B scaled so that y and every gradient are of order one, up to sums over M.
+
+    Args:
+        M, N, K, R: sizes.
+        dtype: of x, weight, bias, dy.
+        adapter_dtype: of lora_A, lora_B; dtype where None.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0, dtype=dtype):
+        return (torch.randn(*shape, generator=g) * scale).to(dtype).to(device)
+
+    adapter = adapter_dtype or dtype
+    return Problem(
+        x=normal(M, K), weight=normal(N, K, scale=K**-0.5), lora_A=normal(R, K, scale=K**-0.5, dtype=adapter),
+        lora_B=normal(N, R, scale=R**-0.5, dtype=adapter), dy=normal(M, N), scaling=1.5, bias=normal(N) if bias else None,
+    )  # fmt: skip
+
+
+def exact_problem(M, N, K, R, dtype=torch.float32, adapter_dtype=None, *, bias=True, device="cpu", seed=0) -> Problem:
+    """Inputs in {-1, 0, 1}, sparse enough that every sum of y, h, dh and the gradients is an integer that `dtype` holds exactly.
+
+    So a right kernel gives the truth bit for bit, and any wrong index, mask or tail shows in `torch.equal`. Arguments as in `random_problem`.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def sparse(rows, cols, per_row, dtype=dtype):
+        t = torch.zeros(rows, cols)
+        if rows:
+            where = torch.rand(rows, cols, generator=g).argsort(1)[:, :per_row]
+            t.scatter_(1, where, torch.randint(0, 2, where.shape, generator=g).float() * 2 - 1)
+        return t.to(dtype).to(device)
+
+    adapter = adapter_dtype or dtype
+    return Problem(
+        x=sparse(M, K, 8), weight=sparse(N, K, 4), lora_A=sparse(R, K, 4, adapter), lora_B=sparse(N, R, 2, adapter), dy=sparse(M, N, 4),
+        scaling=2.0, bias=sparse(1, N, max(N // 2, 1))[0] if bias else None,
+    )  # fmt: skip
+
+
+def run(p: Problem, *, backend: str, dropout_p=0.0, seed=None, needs=(True,) * 4) -> dict[str, Tensor | None]:
+    """y, h and the gradients dx, dA, dB, dbias of `needs`, through the operators (not through autograd).
+
+    Args:
+        p: the problem.
+        backend: a back end's name, as in `lora_linear`.
+        dropout_p, seed: dropout and its int64 [1] seed, or 0.0 and None.
+        needs: which of dx, dA, dB, dbias; dbias only where p has a bias.
+    """
+    y, h = torch.ops.fused_lora.forward(
+        p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, dropout_p, seed, None, None, None, None, backend
+    )
+    need_x, need_A, need_B, need_bias = needs[0], needs[1], needs[2], needs[3] and p.bias is not None
+    mask = [need_x, False, need_A, need_B, need_bias, False, False, False, False]
+    grads = iter(
+        torch.ops.fused_lora.backward(
+            p.dy, None, p.x, p.weight, p.lora_A, p.lora_B, h, p.scaling, dropout_p, seed, None, None, None, None, None, mask, backend
+        )
+    )
+    out = {"y": y, "h": h}
+    for name, need in zip(("dx", "dA", "dB", "dbias"), (need_x, need_A, need_B, need_bias)):
+        out[name] = next(grads) if need else None
+    return out
+
+
+def truth(p: Problem, *, dropout_p=0.0, seed=None) -> dict[str, Tensor]:
+    """What `run` computes, in fp64 from the same (rounded) inputs."""
+    return run(p.to(torch.float64), backend="reference", dropout_p=dropout_p, seed=seed)
+
+
+def tolerance(same_dtype: Tensor, exact: Tensor) -> float:
+    """2 max|same-dtype PyTorch - fp64| plus a floor of two units in the last place of the largest element."""
+    if exact.numel() == 0:
+        return 0.0
+    floor = 2 * torch.finfo(same_dtype.dtype).eps * exact.abs().max().item()
+    return 2 * (same_dtype.double() - exact).abs().max().item() + floor
+
+
+def assert_close(out: dict, same_dtype: dict, exact: dict) -> None:
+    """Every tensor of `out` is as near to the fp64 truth as PyTorch's composition in the same dtype, up to the factor of `tolerance`.
+
+    The measure is a maximum over elements, so one bad tile cannot hide in an average.
+    Raises: AssertionError naming the tensor, its error and the limit.
+    """
+    for name, got in out.items():
+        if got is None:
+            continue
+        want, peer = exact[name], same_dtype[name]
+        assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, expected {list(want.shape)}"
+        assert got.dtype == peer.dtype, f"{name}: dtype {got.dtype}, expected {peer.dtype}"
+        assert torch.isfinite(got).all(), f"{name}: {(~torch.isfinite(got)).sum()} elements are not finite"
+        error, limit = (got.double() - want).abs().max().item() if got.numel() else 0.0, tolerance(peer, want)
+        assert error <= limit, f"{name}: max error {error:.3e} over the limit {limit:.3e}"
+
+
+def assert_exact(out: dict, exact: dict) -> None:
+    """Every tensor of `out` equals the truth bit for bit; for problems of `exact_problem`."""
+    for name, got in out.items():
+        if got is not None:
+            wrong = got.double() != exact[name]
+            assert not wrong.any(), f"{name}: {wrong.sum()} of {got.numel()} elements differ, the first at {wrong.nonzero()[0].tolist()}"
+

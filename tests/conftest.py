@@ -1,0 +1,65 @@
+"""Fixtures of all tests. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A back end under test: its name, the device its tensors lie on, the dtypes it is right in there."""
+
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+
+
+_HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _backend(name: str) -> Backend:
+    gpu = torch.cuda.is_available()
+    if name == "cuda":
+        if not gpu or torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs an NVIDIA GPU of compute capability 9.0 (H100, H200)")
+        return Backend(name, "cuda", (torch.float16, torch.bfloat16))
+    if name == "triton" and not gpu:  # the interpreter computes bf16 products wrongly
+        return Backend(name, "cpu", (torch.float32, torch.float16))
+    if name == "triton" or (name == "reference" and gpu):
+        return Backend(name, "cuda", _HALF_AND_SINGLE)
+    return Backend(name, "cpu", _HALF_AND_SINGLE)
+
+
+@pytest.fixture(params=["cpu", "triton", "cuda", "reference"])
+def backend(request) -> Backend:
+    """Every back end; a test that takes it runs on each."""
+    return _backend(request.param)
+
+
+@pytest.fixture(params=["cpu", "triton", "cuda"])
+def fused(request) -> Backend:
+    """Every back end with kernels of its own."""
+    return _backend(request.param)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fresh memory is NaN, so that an element that nobody wrote shows."""
+
+    def poisoned(make):
+        def wrapper(*args, **kwargs):
+            t = make(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        return wrapper
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
