@@ -87,13 +87,29 @@ INLINE void load_matrix_as(const void* src, float* out, int64_t rows, int64_t co
   }
 }
 
+// Tiles of 8 x 8: eight source lines at a time fit the ways of an L1 set even where the row stride is a power of two.
 template <class T>
 INLINE void load_transposed_as(const void* src, float* out, int64_t rows, int64_t cols, int64_t ldo) {
   const auto* s = static_cast<const typename T::type*>(src);
-  constexpr int64_t kBlock = 16;  // 16 columns of the output's rows at a time: each cache line of src and out is touched once
-  for (int64_t n0 = 0; n0 < cols; n0 += kBlock)
-    for (int64_t m = 0; m < ldo; ++m)
-      for (int64_t n = n0; n < (n0 + kBlock < cols ? n0 + kBlock : cols); ++n) out[n * ldo + m] = m < rows ? T::load(s[m * cols + n]) : 0.0f;
+  for (int64_t m0 = 0; m0 < ldo; m0 += 8)
+    for (int64_t n0 = 0; n0 < cols; n0 += 8) {
+      const int64_t filled = rows - m0 < 8 ? (rows > m0 ? rows - m0 : 0) : 8, width = ldo - m0 < 8 ? ldo - m0 : 8, height = cols - n0 < 8 ? cols - n0 : 8;
+      float tile[8][8] = {};
+      if (filled == 8 && height == 8) {
+        for (int m = 0; m < 8; ++m)
+          for (int n = 0; n < 8; ++n) tile[m][n] = T::load(s[(m0 + m) * cols + n0 + n]);
+      } else {
+        for (int64_t m = 0; m < filled; ++m)
+          for (int64_t n = 0; n < height; ++n) tile[m][n] = T::load(s[(m0 + m) * cols + n0 + n]);
+      }
+      if (width == 8 && height == 8) {
+        for (int n = 0; n < 8; ++n)
+          for (int m = 0; m < 8; ++m) out[(n0 + n) * ldo + m0 + m] = tile[m][n];
+      } else {
+        for (int64_t n = 0; n < height; ++n)
+          for (int64_t m = 0; m < width; ++m) out[(n0 + n) * ldo + m0 + m] = tile[m][n];
+      }
+    }
 }
 
 }  // namespace
