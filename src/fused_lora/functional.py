@@ -5,53 +5,77 @@ import difflib
 import torch
 from torch import Tensor
 
-import fused_lora.ops  # noqa: F401  registers torch.ops.fused_lora
+from fused_lora import ops
 from fused_lora.backends import NAMES
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_forward = torch.ops.fused_lora.forward.default
-_backward = torch.ops.fused_lora.backward.default
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _operators(x: Tensor, weight: Tensor, lora_A: Tensor):
+    """The operators' two callables: their implementations in plain eager mode, else torch.ops.fused_lora.*.
+
+    The dispatcher and its Python bridge cost 20 us a direction, a third of a tiny layer. Whoever listens at the dispatcher (tracing,
+    torch.compile, torch.func, selective checkpointing and every other dispatch mode, tensor subclasses) is seen here and gets the operators.
+    """
+    if (
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+        or type(x) not in _PLAIN_TENSORS or type(weight) not in _PLAIN_TENSORS or type(lora_A) not in _PLAIN_TENSORS
+    ):  # fmt: skip
+        return torch.ops.fused_lora.forward.default, torch.ops.fused_lora.backward.default
+    return ops.forward, ops.backward
 
 
 class LoRALinearFunction(torch.autograd.Function):
     """y, h = the op on x [M, K]. Saves x [M, K] and h [M, R] (each only if a needed gradient uses it), never a mask or a copy of x."""
 
     @staticmethod
-    def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, grad_row_scale, backend):
-        return _forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, backend)
+    def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, backend, x_lora, h_in, gate, out_scale, grad_row_scale):
+        forward, _ = _operators(x, weight, lora_A)
+        return forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, lora_A, lora_B, _, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, grad_row_scale, backend = inputs
-        need_x, need_weight, need_A, need_B, _, _, _, _, _, _, need_gate, need_scale, _, _ = ctx.needs_input_grad
+        x, weight, lora_A, lora_B, _, ctx.scaling, ctx.dropout_p, seed, ctx.backend, x_lora, h_in, gate, out_scale, grad_row_scale = inputs
+        _, need_weight, need_A, need_B, _, _, _, _, _, _, _, need_gate, need_scale, _ = ctx.needs_input_grad
         keep_x = need_weight or need_scale or (need_A and x_lora is None)
         keep_h = need_B or need_gate or need_scale
-        ctx.save_for_backward(
-            x if keep_x else None, weight, lora_A, lora_B, output[1] if keep_h else None, seed,
-            x_lora if need_A else None, h_in, gate, out_scale, grad_row_scale,
-        )  # fmt: skip
-        ctx.scaling, ctx.dropout_p, ctx.backend, ctx.split = scaling, dropout_p, backend, x_lora is not None
+        tensors = [x if keep_x else None, weight, lora_A, lora_B, output[1] if keep_h else None, seed]
+        if not (x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None):
+            tensors += [x_lora, h_in, gate, out_scale, grad_row_scale]
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dy, dh):
-        x, weight, lora_A, lora_B, h, seed, x_lora, h_in, gate, out_scale, grad_row_scale = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        needs = [need[0], need[1], need[2], need[3], need[4], need[8], need[9], need[10], need[11]]
-        if dy is None:  # only h was used
+        x, weight, lora_A, lora_B, h, seed, *variant = ctx.saved_tensors
+        x_lora, h_in, gate, out_scale, grad_row_scale = variant or (None,) * 5
+        if dy is None:  # nothing of y was used
             if dh is None:
                 return (None,) * 14
             dy = dh.new_zeros((dh.shape[0], weight.shape[0]))
-        if ctx.split and x_lora is None:
-            x_lora = dy.new_empty((0,))  # says that the low-rank path has its own input; its values are not needed
+        need = ctx.needs_input_grad
+        needs = [*need[:5], *need[9:13]]
+        _, backward = _operators(dy, weight, lora_A)
         grads = iter(
-            _backward(
+            backward(
                 dy, dh, x, weight, lora_A, lora_B, h, ctx.scaling, ctx.dropout_p, seed, x_lora, h_in, gate, out_scale, grad_row_scale,
                 needs, ctx.backend,
             )
         )  # fmt: skip
-        dx, dw, dA, dB, dbias, dx_lora, dh_in, dgate, dscale = (next(grads) if wanted else None for wanted in needs)
-        return dx, dw, dA, dB, dbias, None, None, None, dx_lora, dh_in, dgate, dscale, None, None
+        dx, dw, dA, dB, dbias, dx_lora, dh_in, dgate, dscale = [next(grads) if wanted else None for wanted in needs]
+        return dx, dw, dA, dB, dbias, None, None, None, None, dx_lora, dh_in, dgate, dscale, None
+
+
+# Function.apply binds its arguments through inspect.signature on every call (a third of a tiny layer's forward); outside torch.func and
+# torch.compile, which need that wrapper, its own C++ base does the same work.
+_eager_apply = super(torch.autograd.Function, LoRALinearFunction).apply
+
+
+def _apply(*args):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return LoRALinearFunction.apply(*args)
+    return _eager_apply(*args)
 
 
 def lora_linear(
@@ -133,8 +157,8 @@ def lora_linear(
     if flat:
         lead = x.shape[:-1]
         x, x_lora, h_in, gate = (t if t is None else t.reshape(-1, t.shape[-1]) for t in (x, x_lora, h_in, gate))
-    y, h = LoRALinearFunction.apply(
-        x, weight, lora_A, lora_B, bias, float(scaling), dropout_p if dropout else 0.0, seed, x_lora, h_in, gate, out_scale, grad_row_scale, backend
+    y, h = _apply(
+        x, weight, lora_A, lora_B, bias, float(scaling), dropout_p if dropout else 0.0, seed, backend, x_lora, h_in, gate, out_scale, grad_row_scale
     )
     if flat:
         y = y.view(*lead, N)

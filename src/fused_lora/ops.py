@@ -26,7 +26,7 @@ _lib.define(
 )
 
 
-def _forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, backend):
+def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, backend):
     plain = x_lora is None and h_in is None and gate is None and out_scale is None
     module = pick(backend, x, weight, lora_A, plain)
     if module is reference:
@@ -34,7 +34,7 @@ def _forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, 
     return module.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
 
 
-def _backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, grad_row_scale, needs, backend):
+def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, grad_row_scale, needs, backend):
     needs = Gradients(*needs)
     plain = dh is None and x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None and not needs.weight
     module = pick(backend, dy, weight, lora_A, plain)
@@ -47,8 +47,8 @@ def _backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, x_
     return [grad for grad in grads if grad is not None]
 
 
-_lib.impl("forward", _forward, "CompositeExplicitAutograd")
-_lib.impl("backward", _backward, "CompositeExplicitAutograd")
+_lib.impl("forward", forward, "CompositeExplicitAutograd")
+_lib.impl("backward", backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fused_lora::forward")

@@ -24,7 +24,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
     """y [M, N] and h [M, R]; see `reference.forward`."""
     x, lora_A, lora_B = _rows(x), lora_A.contiguous(), lora_B.contiguous()
     (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
-    y, h = x.new_empty((M, N)), x.new_empty((M, R))
+    y, h = torch.empty(M, N, dtype=x.dtype), torch.empty(M, R, dtype=x.dtype)
     _C.cpu_forward(
         x.data_ptr(), x.stride(0), lora_A.data_ptr(), lora_B.data_ptr(), _ptr(None if bias is None else bias.contiguous()), h.data_ptr(), y.data_ptr(),
         M, N, K, R, _CODE[x.dtype], _CODE[lora_A.dtype], scaling, _ptr(seed), dropout_threshold(dropout_p), torch.get_num_threads(),
@@ -37,10 +37,10 @@ def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
     dy, lora_A, lora_B = _rows(dy), lora_A.contiguous(), lora_B.contiguous()
     (M, N), (R, K) = dy.shape, lora_A.shape
     need_x, need_A, need_B, need_bias = needs
-    dx = dy.new_empty((M, K)) if need_x else None
+    dx = torch.empty(M, K, dtype=dy.dtype) if need_x else None
     dA = torch.empty_like(lora_A) if need_A else None
     dB = torch.empty_like(lora_B) if need_B else None
-    dbias = dy.new_empty((N,)) if need_bias else None
+    dbias = torch.empty(N, dtype=dy.dtype) if need_bias else None
     x = _rows(x) if need_A else None
     h = h.contiguous() if need_B else None
     _C.cpu_backward(
