@@ -17,10 +17,10 @@ constexpr int64_t kPanel = 240;          // columns of a panel: a multiple of kS
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// shrink.cpp     out[rows, Rp] += panel[rows, kPanel] P[kPanel, Rp]; rows a multiple of kStrip.
-void shrink(const float* panel, const float* P, float* out, int64_t rows, int64_t Rp);
+// shrink.cpp     out[rows, Rp] += panel[rows, cols] P[cols, Rp]; rows a multiple of kStrip.
+void shrink(const float* panel, const float* P, float* out, int64_t rows, int64_t cols, int64_t Rp);
 
-// wgrad.cpp      out[kPanel, Rp] += panel[rows, kPanel]^T H[rows, Rp].
+// wgrad.cpp      out[cols, Rp] += panel[rows, cols]^T H[rows, Rp], cols rounded up to a multiple of kStrip.
 void wgrad(const float* panel, const float* H, float* out, int64_t rows, int64_t cols, int64_t Rp);
 
 // wgrad.cpp      out[cols] += sum over rows of panel: one panel's share of dbias.
@@ -33,7 +33,7 @@ void expand(const float* H, const float* Q, float* out, int64_t cols, int64_t R,
 void dropout_mask(const Dropout& dropout, float* mask, int64_t row0, int64_t col0, int64_t rows, int64_t cols);
 
 // convert.cpp
-// out[rows, kPanel] = src[rows, cols (row stride ld)] (* mask), columns past cols and rows up to a multiple of kStrip zero.
+// out[rows, kPanel] = src[rows, cols (row stride ld)] (* mask); columns past cols and rows past rows zero, each up to a multiple of kStrip.
 void load_panel(const void* src, Dtype dtype, int64_t ld, const float* mask, float* out, int64_t rows, int64_t cols);
 // dst[0, n) = src[0, n) + add[0, n) (or 0) * mask[0, n) (or 1): the bias is not masked, so pass one of the two.
 void store_row(const float* src, const float* add, const float* mask, void* dst, Dtype dtype, int64_t n);

@@ -37,21 +37,25 @@ template <class Body> void for_row_blocks(int64_t M, int threads, const Body& bo
   });
 }
 
-// A^T or B as the right operand of shrink: [round_up(width, kPanel), Rp], zero outside [width, R].
+// A^T or B in fp32 as the right operand of shrink: [width, Rp], ranks past R zero.
 Buffer shrink_operand(const void* src, Dtype dtype, int64_t width, int64_t R, int64_t Rp, bool transposed) {
-  const int64_t rows = round_up(width, kPanel);
-  Buffer P = buffer(rows * Rp);
+  Buffer P = buffer(width * Rp);
   if (transposed) load_transposed(src, dtype, P.get(), R, width, Rp);
   else load_matrix(src, dtype, P.get(), width, R, Rp);
-  std::fill(P.get() + width * Rp, P.get() + rows * Rp, 0.0f);
   return P;
 }
 
-// What one thread needs for a block.
+// What one thread needs for a block of `rows` rows.
 struct Scratch {
-  Buffer panel = buffer(kRows * kPanel), mask, strip = buffer(kStrip * kPanel), low, h;
-  Scratch(bool dropout, int64_t Rp) : mask(dropout ? buffer(kRows * kPanel) : nullptr), low(buffer(kRows * Rp)), h(buffer(kRows * Rp)) {}
+  int64_t size;  // of low
+  Buffer panel, mask, strip, low, h;
+  Scratch(int64_t rows, bool dropout, int64_t Rp)
+      : size(rows * Rp), panel(buffer(rows * kPanel)), mask(dropout ? buffer(rows * kPanel) : nullptr), strip(buffer(kStrip * kPanel)), low(buffer(size)), h(buffer(size)) {}
+  void clear_low() { std::fill_n(low.get(), size, 0.0f); }
 };
+
+// Rows of the largest block that a thread will see.
+int64_t block_rows(int64_t M, int threads) { return std::min(kRows, round_up((M + threads - 1) / threads, kStrip) + kStrip); }
 
 // dst[rows, width] = low[rows, Rp] Q[R, width] (+ add) (* mask) for panel columns [n, n + cols).
 void expand_panel(Scratch& s, const float* Q, int64_t ldq, int64_t R, int64_t Rp, const float* add, const float* mask, void* dst, Dtype dtype,
@@ -97,16 +101,16 @@ Status cpu_forward(const CpuForwardParams& p) {
   load_transposed(p.B, p.adapter_dtype, Q.get(), p.N, p.R, ldq);
   if (bias) load_matrix(p.bias, p.dtype, bias.get(), 1, p.N, p.N);
   std::vector<Scratch> scratch;
-  for (int t = 0; t < threads; ++t) scratch.emplace_back(p.dropout.threshold > 0, Rp);
+  for (int t = 0; t < threads; ++t) scratch.emplace_back(block_rows(p.M, threads), p.dropout.threshold > 0, Rp);
 
   for_row_blocks(p.M, threads, [&](int t, int64_t m, int64_t rows) {
     Scratch& s = scratch[static_cast<size_t>(t)];
-    std::fill_n(s.low.get(), kRows * Rp, 0.0f);
+    s.clear_low();
     for (int64_t k = 0; k < p.K; k += kPanel) {
       const int64_t cols = std::min(kPanel, p.K - k);
       if (s.mask) dropout_mask(p.dropout, s.mask.get(), m, k, rows, cols);
       load_panel(at(p.x, m * p.ldx + k, p.dtype), p.dtype, p.ldx, s.mask.get(), s.panel.get(), rows, cols);
-      shrink(s.panel.get(), P.get() + k * Rp, s.low.get(), round_up(rows, kStrip), Rp);
+      shrink(s.panel.get(), P.get() + k * Rp, s.low.get(), round_up(rows, kStrip), cols, Rp);
     }
     for (int64_t i = 0; i < rows * Rp; ++i) s.low[i] *= p.scaling;
     store_slab(s.low.get(), at(p.h, m * p.R, p.dtype), p.dtype, rows, p.R, Rp, false);
@@ -127,7 +131,7 @@ Status cpu_backward(const CpuBackwardParams& p) {
   std::vector<Scratch> scratch;
   std::vector<Buffer> dA, dB, dbias;
   for (int t = 0; t < threads; ++t) {
-    scratch.emplace_back(p.dropout.threshold > 0, Rp);
+    scratch.emplace_back(block_rows(p.M, threads), p.dropout.threshold > 0, Rp);
     if (p.dA) dA.push_back(zeros(Kp * Rp));
     if (p.dB) dB.push_back(zeros(Np * Rp));
     if (p.dbias) dbias.push_back(zeros(p.N));
@@ -137,11 +141,11 @@ Status cpu_backward(const CpuBackwardParams& p) {
     const auto index = static_cast<size_t>(t);
     Scratch& s = scratch[index];
     if (p.dB) load_matrix(at(p.h, m * p.R, p.dtype), p.dtype, s.h.get(), rows, p.R, Rp);
-    std::fill_n(s.low.get(), kRows * Rp, 0.0f);
+    s.clear_low();
     for (int64_t n = 0; n < p.N; n += kPanel) {  // one read of dy: dh, dB, dbias
       const int64_t cols = std::min(kPanel, p.N - n);
       load_panel(at(p.dy, m * p.lddy + n, p.dtype), p.dtype, p.lddy, nullptr, s.panel.get(), rows, cols);
-      if (need_dh) shrink(s.panel.get(), P.get() + n * Rp, s.low.get(), round_up(rows, kStrip), Rp);
+      if (need_dh) shrink(s.panel.get(), P.get() + n * Rp, s.low.get(), round_up(rows, kStrip), cols, Rp);
       if (p.dB) wgrad(s.panel.get(), s.h.get(), dB[index].get() + n * Rp, rows, cols, Rp);
       if (p.dbias) column_sums(s.panel.get(), dbias[index].get() + n, rows, cols);
     }

@@ -1,5 +1,7 @@
 """fused-lora: LoRA at the price of the frozen linear layer."""
 
+from fused_lora.adapters import apply_lora, load_adapter, merged, print_trainable_parameters, save_adapter, set_adapter
 from fused_lora.functional import lora_linear
+from fused_lora.nn import LoRALinear
 
-__all__ = ["lora_linear"]
+__all__ = ["LoRALinear", "apply_lora", "load_adapter", "lora_linear", "merged", "print_trainable_parameters", "save_adapter", "set_adapter"]

@@ -4,12 +4,14 @@ import difflib
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fused_lora import ops
 from fused_lora.backends import NAMES
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_dispatch_modes, _functorch_active = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 
 
 def _operators(x: Tensor, weight: Tensor, lora_A: Tensor):
@@ -19,7 +21,7 @@ def _operators(x: Tensor, weight: Tensor, lora_A: Tensor):
     torch.compile, torch.func, selective checkpointing and every other dispatch mode, tensor subclasses) is seen here and gets the operators.
     """
     if (
-        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+        is_compiling() or _dispatch_modes() > 0 or _functorch_active()
         or type(x) not in _PLAIN_TENSORS or type(weight) not in _PLAIN_TENSORS or type(lora_A) not in _PLAIN_TENSORS
     ):  # fmt: skip
         return torch.ops.fused_lora.forward.default, torch.ops.fused_lora.backward.default
@@ -73,7 +75,7 @@ _eager_apply = super(torch.autograd.Function, LoRALinearFunction).apply
 
 
 def _apply(*args):
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_compiling() or _functorch_active():
         return LoRALinearFunction.apply(*args)
     return _eager_apply(*args)
 

@@ -1,0 +1,275 @@
+"""LoRALinear: a stand-in for nn.Linear that holds LoRA adapters by name."""
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_lora.functional import lora_linear
+
+
+def unknown_name(what: str, got: str | None, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not among `known`, with the nearest of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(got), known, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return ValueError(f"{what} must be one of {known}; got {got!r}{hint}")
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises ValueError unless `name` can be a key of ParameterDict and ModuleDict, which refuse dots and their own attributes."""
+    usable = isinstance(name, str) and name != "" and "." not in name
+    if not usable or hasattr(nn.ParameterDict, name) or name in vars(nn.ParameterDict()) or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"adapter_name must be a non-empty str without dots that is no attribute of torch.nn.Module; got {name!r}")
+
+
+def check_lora_arguments(r: int, lora_alpha: float, lora_dropout: float) -> None:
+    """Raises ValueError naming the argument that no LoRA layer can have."""
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise ValueError(f"r must be an int >= 1; got {r!r}")
+    if not isinstance(lora_alpha, int | float) or isinstance(lora_alpha, bool) or not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha must be a finite number; got {lora_alpha!r}")
+    if not isinstance(lora_dropout, int | float) or isinstance(lora_dropout, bool) or not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout must be a number in [0, 1); got {lora_dropout!r}")
+
+
+def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def check_linear(linear: nn.Module) -> None:
+    """Raises ValueError unless a LoRALinear can stand for `linear`: exactly nn.Linear, and nothing attached that would be lost."""
+    if type(linear) is not nn.Linear:
+        raise ValueError(f"linear must be exactly torch.nn.Linear; got {type(linear).__module__}.{type(linear).__qualname__}")
+    hooks = [name for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks") if getattr(linear, name)]
+    if "forward" in vars(linear):
+        hooks.append("forward of its own")
+    if hooks:
+        raise ValueError(f"linear must carry no hooks, a LoRALinear would not run them; got {', '.join(hooks)}")
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """module.<name>, past Module.__getattr__, which costs a small layer a tenth of its forward; that serves where a wrapper (FSDP1,
+    parametrize) has put something else in the parameter's place."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with LoRA adapters by name, one of them active at a time.
+
+    Equivalent to, with the active adapter's A, B and scaling::
+
+        y = F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, lora_dropout, training), A), B)
+
+    and to ``F.linear(x, weight, bias)`` without an active adapter or while merged. A starts as U(-1/sqrt(K), 1/sqrt(K)), B as zeros, so a
+    fresh adapter changes nothing. `state_dict()` holds weight, bias and lora_A, lora_B by adapter; while merged it is the plain linear
+    layer's (merged weight, bias, no adapters), so that saving a merged model writes a plain one.
+
+    Args:
+        in_features, out_features: K and N.
+        r: rank R of the first adapter.
+        lora_alpha: the update is scaled by lora_alpha / r.
+        lora_dropout: dropout on the low-rank path's input while training, in [0, 1).
+        use_rslora: scale by lora_alpha / sqrt(r) instead.
+        bias: whether the base layer has a bias [N].
+        adapter_name: the first adapter's name.
+        device, dtype: of the base weight [N, K].
+        adapter_dtype: of A [R, K] and B [N, R]; None takes float32 for a bf16 or fp16 base and the base's dtype otherwise.
+    Raises: ValueError naming the argument, what was expected and what was given.
+    Source: Hu et al., arXiv 2106.09685; initialisation as in loralib and Hugging Face PEFT; rsLoRA: arXiv 2312.03732.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0, use_rslora: bool = False,
+        bias: bool = True, adapter_name: str = "default", device=None, dtype: torch.dtype | None = None, adapter_dtype: torch.dtype | None = None,
+    ):  # fmt: skip
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an int >= 1; got {value!r}")
+        check_adapter_name(adapter_name)
+        check_lora_arguments(r, lora_alpha, lora_dropout)
+        super().__init__()
+        self._adopt(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
+        self.add_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0, use_rslora: bool = False,
+        adapter_name: str = "default", adapter_dtype: torch.dtype | None = None,
+    ) -> "LoRALinear":  # fmt: skip
+        """A LoRALinear over the very Parameters of `linear`, which it freezes: nothing is copied and tied weights stay tied.
+
+        Args: linear, exactly an nn.Linear without hooks; the rest as in the class.
+        Returns: the layer, in the training mode of `linear`.
+        Raises: ValueError naming the argument, what was expected and what was given.
+        """
+        check_linear(linear)
+        check_adapter_name(adapter_name)
+        check_lora_arguments(r, lora_alpha, lora_dropout)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(linear)
+        layer.add_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
+        return layer.train(linear.training)
+
+    def _adopt(self, linear: nn.Linear) -> None:
+        """Take over the base layer's Parameters, frozen, and start without adapters."""
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight.requires_grad_(False)  # [N, K]
+        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # [N]
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # [R, K], [N, R]
+        self.r, self.lora_alpha, self.scaling, self.lora_dropout, self.use_rslora = {}, {}, {}, {}, {}
+        self.active_adapter: str | None = None
+        self._pristine: nn.Parameter | None = None  # the base weight while self.weight is a merged one
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., N] of x [..., K]."""
+        name = self.active_adapter
+        if name is None or self.merged:
+            return F.linear(x, self.weight, self.bias)
+        return lora_linear(
+            x, _parameter(self, "weight"), _parameter(self._modules["lora_A"], name), _parameter(self._modules["lora_B"], name), self.scaling[name],
+            bias=_parameter(self, "bias"), dropout_p=self.lora_dropout[name], training=self.training,
+        )  # fmt: skip
+
+    def _check_known(self, name: str | None) -> None:
+        if name not in self.lora_A:
+            raise unknown_name("adapter_name", name, self.lora_A)
+
+    def add_adapter(
+        self, adapter_name: str, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0, use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        """Add a fresh adapter; the first one becomes active, a later one waits frozen for `set_adapter`.
+
+        Args: as in the class.
+        Raises: ValueError if the name is taken or an argument is out of range.
+        """
+        check_adapter_name(adapter_name)
+        check_lora_arguments(r, lora_alpha, lora_dropout)
+        if adapter_name in self.lora_A:
+            raise ValueError(f"adapter_name must be new to the layer, which has {sorted(self.lora_A)}; got {adapter_name!r}")
+        first, base = not self.lora_A, self.weight
+        if adapter_dtype is None:
+            adapter_dtype = torch.float32 if base.dtype in (torch.bfloat16, torch.float16) else base.dtype
+        lora_A = torch.empty(r, self.in_features, device=base.device, dtype=adapter_dtype)
+        lora_B = torch.empty(self.out_features, r, device=base.device, dtype=adapter_dtype)
+        self.lora_A[adapter_name] = nn.Parameter(lora_A, requires_grad=False)
+        self.lora_B[adapter_name] = nn.Parameter(lora_B, requires_grad=False)
+        self.set_hyperparameters(adapter_name, lora_alpha, lora_dropout, use_rslora)
+        self.reset_lora_parameters(adapter_name)
+        if first:
+            self.set_adapter(adapter_name)
+
+    def set_hyperparameters(self, adapter_name: str, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
+        """Set an adapter's lora_alpha, lora_dropout and use_rslora, and with them its scaling; its rank is that of its tensors.
+
+        Raises: ValueError for an unknown adapter or a value out of range.
+        """
+        self._check_known(adapter_name)
+        r = self.lora_A[adapter_name].shape[0]
+        check_lora_arguments(r, lora_alpha, lora_dropout)
+        self.r[adapter_name], self.lora_alpha[adapter_name], self.lora_dropout[adapter_name] = r, lora_alpha, float(lora_dropout)
+        self.use_rslora[adapter_name], self.scaling[adapter_name] = bool(use_rslora), lora_scaling(r, lora_alpha, use_rslora)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was active, no adapter is. Raises: ValueError if it is unknown or merged."""
+        self._check_known(adapter_name)
+        if adapter_name == self.active_adapter:
+            self.set_adapter(None)
+        del self.lora_A[adapter_name], self.lora_B[adapter_name]
+        for values in (self.r, self.lora_alpha, self.scaling, self.lora_dropout, self.use_rslora):
+            del values[adapter_name]
+
+    def set_adapter(self, adapter_name: str | None) -> None:
+        """Make one adapter active and the only trainable one; None is the base layer alone.
+
+        Raises: ValueError if the adapter is unknown, or another one is merged into the weight.
+        """
+        if adapter_name is not None:
+            self._check_known(adapter_name)
+        if self.merged and adapter_name != self.active_adapter:
+            raise ValueError(f"adapter {self.active_adapter!r} is merged, unmerge() before switching; got {adapter_name!r}")
+        for name in self.lora_A:
+            self.lora_A[name].requires_grad_(name == adapter_name)
+            self.lora_B[name].requires_grad_(name == adapter_name)
+        self.active_adapter = adapter_name
+
+    def reset_lora_parameters(self, adapter_name: str) -> None:
+        """Start an adapter afresh: A from U(-1/sqrt(K), 1/sqrt(K)), B zero. Raises: ValueError if it is unknown or merged."""
+        self._check_known(adapter_name)
+        if self.merged and adapter_name == self.active_adapter:
+            raise ValueError(f"adapter {adapter_name!r} is merged, unmerge() before resetting it")
+        nn.init.kaiming_uniform_(self.lora_A[adapter_name], a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B[adapter_name])
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` holds weight + scaling * B A of the active adapter."""
+        return self._pristine is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the active adapter into the weight: one GEMM per call and no LoRA gradients until `unmerge`.
+
+        Equivalent to ``weight = (weight.float() + scaling * B.float() @ A.float()).to(weight.dtype)``, in a new Parameter: the base weight
+        is kept aside, so `unmerge` restores it bit for bit and a tied twin never sees the merged one. Costs a second [N, K] meanwhile.
+
+        Raises: ValueError if no adapter is active, one is merged already, or the merged weight is not finite; nothing changes then.
+        """
+        name = self.active_adapter
+        if name is None or self.merged:
+            raise ValueError(f"merge() needs an active adapter that is not merged yet; got {name!r}, {'merged' if self.merged else 'none active'}")
+        compute = torch.promote_types(self.weight.dtype, torch.float32)
+        lora_A, lora_B = self.lora_A[name].to(compute), self.lora_B[name].to(compute)
+        weight = torch.addmm(self.weight.to(compute), lora_B, lora_A, alpha=float(self.scaling[name])).to(self.weight.dtype)  # [N, K]
+        if not torch.isfinite(weight).all():
+            bad = weight.numel() - int(torch.isfinite(weight).sum())
+            raise ValueError(f"the weight merged with adapter {name!r} must be finite in {weight.dtype}; got {bad} elements that are not")
+        object.__setattr__(self, "_pristine", self.weight)  # past Module.__setattr__, which would register a second parameter
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Put the base weight back, the very Parameter that `merge` set aside. Raises: ValueError if nothing is merged."""
+        if not self.merged:
+            raise ValueError("unmerge() needs a merged adapter; got none")
+        self.weight = self._pristine
+        self._pristine = None
+
+    def _apply(self, fn, recurse=True):
+        """Module.to(), .half() and the like reach the weight kept aside too."""
+        super()._apply(fn, recurse)
+        if self.merged:
+            aside = nn.Module()
+            aside.weight = self._pristine
+            object.__setattr__(self, "_pristine", aside._apply(fn).weight)
+        return self
+
+    def state_dict(self, *args, prefix="", **kwargs):
+        """As Module.state_dict; while merged, that of the plain linear layer with the merged weight."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if self.merged:
+            for key in [key for key in state if key.startswith((f"{prefix}lora_A.", f"{prefix}lora_B."))]:
+                del state[key]
+        return state
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if self.merged:
+            raise ValueError(f"{prefix or 'the layer '}must be unmerged before load_state_dict; got adapter {self.active_adapter!r} merged")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        adapters = ", ".join(
+            f"{name}(r={self.r[name]}, lora_alpha={self.lora_alpha[name]}, lora_dropout={self.lora_dropout[name]}"
+            f"{', use_rslora=True' if self.use_rslora[name] else ''})"
+            for name in self.lora_A
+        )
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"adapters=[{adapters}], active_adapter={self.active_adapter!r}, merged={self.merged}"
+        )
