@@ -86,6 +86,15 @@ def test_returned_h_excludes_scale_gate_and_h_in():
     torch.testing.assert_close(h, t["x"] @ t["lora_A"].t())
 
 
+@pytest.mark.parametrize("lead", [(6,), (2, 3)])
+def test_gradient_through_the_returned_h_alone(lead):
+    t = tensors(())
+    x, A = torch.randn(*lead, K, dtype=torch.float64, requires_grad=True), t["lora_A"]
+    _, h = lora_linear(x, t["weight"], A, t["lora_B"], S, return_h=True)
+    got = torch.autograd.grad(h.square().sum(), (x, A))
+    torch.testing.assert_close(got, torch.autograd.grad((x @ A.t()).square().sum(), (x, A)))
+
+
 def test_zero_scaling_keeps_the_gate_gradient_finite():
     t = tensors(("gate",))
     lora_linear(t["x"], t["weight"], t["lora_A"], t["lora_B"], 0.0, gate=t["gate"]).sum().backward()

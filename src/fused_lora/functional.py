@@ -11,62 +11,74 @@ from fused_lora.backends import NAMES
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_PLAIN, _NO_VARIANT = (None,) * 5, (False,) * 4
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _dispatch_modes, _functorch_active = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 
 
-def _operators(x: Tensor, weight: Tensor, lora_A: Tensor):
-    """The operators' two callables: their implementations in plain eager mode, else torch.ops.fused_lora.*.
+def _nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor) -> bool:
+    """Plain eager mode: the operators' Python may be called past the dispatcher.
 
-    The dispatcher and its Python bridge cost 20 us a direction, a third of a tiny layer. Whoever listens at the dispatcher (tracing,
-    torch.compile, torch.func, selective checkpointing and every other dispatch mode, tensor subclasses) is seen here and gets the operators.
+    The dispatcher and its Python bridge cost 20 us a direction, a third of a tiny layer. Whoever listens there (tracing, torch.compile,
+    torch.func, selective checkpointing and every other dispatch mode, tensor subclasses) is seen here and gets torch.ops.fused_lora.*.
     """
-    if (
-        is_compiling() or _dispatch_modes() > 0 or _functorch_active()
-        or type(x) not in _PLAIN_TENSORS or type(weight) not in _PLAIN_TENSORS or type(lora_A) not in _PLAIN_TENSORS
-    ):  # fmt: skip
-        return torch.ops.fused_lora.forward.default, torch.ops.fused_lora.backward.default
-    return ops.forward, ops.backward
+    return (
+        type(x) in _PLAIN_TENSORS and type(weight) in _PLAIN_TENSORS and type(lora_A) in _PLAIN_TENSORS
+        and not (is_compiling() or _dispatch_modes() or _functorch_active())
+    )  # fmt: skip
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """[..., n] as [M, n]."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """y, h = the op on x [M, K]. Saves x [M, K] and h [M, R] (each only if a needed gradient uses it), never a mask or a copy of x."""
+    """y [..., N], h [M, R] = the op on x [..., K]. Saves x and h, each only if a needed gradient uses it, never a mask or a copy of x.
+
+    settings is (scaling, dropout_p, backend); variant is empty for plain LoRA, else (x_lora, h_in, gate, out_scale, grad_row_scale), 2-D.
+    Flattening happens in here, where it makes no autograd nodes.
+    """
 
     @staticmethod
-    def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, backend, x_lora, h_in, gate, out_scale, grad_row_scale):
-        forward, _ = _operators(x, weight, lora_A)
-        return forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, backend)
+    def forward(x, weight, lora_A, lora_B, bias, seed, settings, *variant):
+        scaling, dropout_p, backend = settings
+        x_lora, h_in, gate, out_scale, _ = variant or _PLAIN
+        forward = ops.forward if _nobody_listens(x, weight, lora_A) else torch.ops.fused_lora.forward.default
+        y, h = forward(_matrix(x), weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, backend)
+        # _unsafe_view as in F.linear: y is nobody's view, so models may add to it in place
+        return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[1])), h
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, lora_A, lora_B, _, ctx.scaling, ctx.dropout_p, seed, ctx.backend, x_lora, h_in, gate, out_scale, grad_row_scale = inputs
-        _, need_weight, need_A, need_B, _, _, _, _, _, _, _, need_gate, need_scale, _ = ctx.needs_input_grad
-        keep_x = need_weight or need_scale or (need_A and x_lora is None)
-        keep_h = need_B or need_gate or need_scale
-        tensors = [x if keep_x else None, weight, lora_A, lora_B, output[1] if keep_h else None, seed]
-        if not (x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None):
-            tensors += [x_lora, h_in, gate, out_scale, grad_row_scale]
-        ctx.save_for_backward(*tensors)
+        x, weight, lora_A, lora_B, _, seed, ctx.settings, *variant = inputs
+        need = ctx.needs_input_grad
+        keep_x, keep_h = need[1] or need[2], need[3]
+        if variant:
+            keep_x = need[1] or need[10] or (need[2] and variant[0] is None)
+            keep_h = need[3] or need[9] or need[10]
+        ctx.save_for_backward(x if keep_x else None, weight, lora_A, lora_B, output[1] if keep_h else None, seed, *variant)
+        ctx.lead = None if x.dim() == 2 else x.shape[:-1]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dy, dh):
         x, weight, lora_A, lora_B, h, seed, *variant = ctx.saved_tensors
-        x_lora, h_in, gate, out_scale, grad_row_scale = variant or (None,) * 5
+        scaling, dropout_p, backend = ctx.settings
         if dy is None:  # nothing of y was used
             if dh is None:
-                return (None,) * 14
+                return (None,) * (7 + len(variant))
             dy = dh.new_zeros((dh.shape[0], weight.shape[0]))
         need = ctx.needs_input_grad
-        needs = [*need[:5], *need[9:13]]
-        _, backward = _operators(dy, weight, lora_A)
-        grads = iter(
-            backward(
-                dy, dh, x, weight, lora_A, lora_B, h, ctx.scaling, ctx.dropout_p, seed, x_lora, h_in, gate, out_scale, grad_row_scale,
-                needs, ctx.backend,
-            )
-        )  # fmt: skip
-        dx, dw, dA, dB, dbias, dx_lora, dh_in, dgate, dscale = [next(grads) if wanted else None for wanted in needs]
-        return dx, dw, dA, dB, dbias, None, None, None, None, dx_lora, dh_in, dgate, dscale, None
+        needs = [*need[:5], *(need[7:11] or _NO_VARIANT)]
+        if ctx.lead is not None:
+            dy, x = _matrix(dy), x if x is None else _matrix(x)
+        backward = ops.backward if _nobody_listens(dy, weight, lora_A) else torch.ops.fused_lora.backward.default
+        found = iter(backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, *(variant or _PLAIN), needs, backend))
+        grads = [next(found) if wanted else None for wanted in needs]
+        if ctx.lead is not None and grads[0] is not None:
+            grads[0] = grads[0].view(*ctx.lead, lora_A.shape[1])
+        return (*grads[:5], None, None, *grads[5:], None) if variant else (*grads[:5], None, None)
 
 
 # Function.apply binds its arguments through inspect.signature on every call (a third of a tiny layer's forward); outside torch.func and
@@ -130,43 +142,41 @@ def lora_linear(
     Raises: ValueError naming the argument, what was expected and what was given.
     Source: Hu et al., arXiv 2106.09685; names as in Hugging Face PEFT.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    device = x.device
+    if torch.is_autocast_enabled(device.type):
         x, weight, lora_A, lora_B, bias, x_lora, h_in = _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in)
-    N, K = weight.shape if weight.dim() == 2 else (-1, -1)
-    R = lora_A.shape[0] if lora_A.dim() == 2 else -1
-    dtype, adapter_dtype = x.dtype, lora_A.dtype
+    dtype, adapter_dtype, shape, w, a, b = x.dtype, lora_A.dtype, x.shape, weight.shape, lora_A.shape, lora_B.shape
     good = (
-        N > 0 and K > 0 and R > 0 and x.dim() > 0 and x.shape[-1] == K and lora_A.shape[1] == K and lora_B.shape == (N, R)
-        and dtype == weight.dtype and dtype in _DTYPES and adapter_dtype == lora_B.dtype and (adapter_dtype in (dtype, torch.float32))
-        and x.device == weight.device == lora_A.device == lora_B.device
-        and (bias is None or (bias.shape == (N,) and bias.dtype == dtype and bias.device == x.device))
+        len(w) == 2 and len(a) == 2 and len(b) == 2 and len(shape) > 0 and w[0] > 0 and w[1] > 0 and a[0] > 0
+        and shape[-1] == w[1] == a[1] and b[0] == w[0] and b[1] == a[0]
+        and dtype is weight.dtype and dtype in _DTYPES and adapter_dtype is lora_B.dtype and (adapter_dtype is dtype or adapter_dtype is torch.float32)
+        and device == weight.device and device == lora_A.device and device == lora_B.device
+        and (bias is None or (bias.shape == w[:1] and bias.dtype is dtype and bias.device == device))
         and 0.0 <= dropout_p < 1.0 and backend in NAMES
     )  # fmt: skip
     if not good:
         raise _explain(x, weight, lora_A, lora_B, bias, dropout_p, backend)
-    if not (x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None):
-        _check_variant(x, N, R, x_lora, h_in, gate, out_scale, grad_row_scale)
-    if isinstance(scaling, Tensor):
-        if scaling.dim() != 0:
-            raise ValueError(f"scaling must be a number or a 0-d tensor; got a tensor of shape {list(scaling.shape)}")
-        lora_A, scaling = lora_A.float() * scaling, 1.0  # in fp32 on A: nothing is read on the host, and scaling may train
-    if return_h:  # h without the factor: fold it into the gate
-        gate, scaling = (x.new_full((*x.shape[:-1], 1), scaling, dtype=torch.float32) if gate is None else gate * scaling), 1.0
-    dropout = training and round(dropout_p * 65536) > 0
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout else None
+    if type(scaling) is not float:
+        lora_A, scaling = _tensor_scaling(lora_A, scaling)
+    dropout = dropout_p > 0.0 and training and round(dropout_p * 65536) > 0
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device) if dropout else None
+    variant = ()
+    if return_h or not (x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None):
+        _check_variant(x, w[0], a[0], x_lora, h_in, gate, out_scale, grad_row_scale)
+        if return_h:  # h without the factor: fold it into the gate
+            gate, scaling = (x.new_full((*shape[:-1], 1), scaling, dtype=torch.float32) if gate is None else gate * scaling), 1.0
+        variant = (*(t if t is None else _matrix(t) for t in (x_lora, h_in, gate)), out_scale, grad_row_scale)
+    y, h = _apply(x, weight, lora_A, lora_B, bias, seed, (scaling, dropout_p if dropout else 0.0, backend), *variant)
+    return (y, h.view(*shape[:-1], a[0])) if return_h else y
 
-    flat = x.dim() != 2
-    if flat:
-        lead = x.shape[:-1]
-        x, x_lora, h_in, gate = (t if t is None else t.reshape(-1, t.shape[-1]) for t in (x, x_lora, h_in, gate))
-    y, h = _apply(
-        x, weight, lora_A, lora_B, bias, float(scaling), dropout_p if dropout else 0.0, seed, backend, x_lora, h_in, gate, out_scale, grad_row_scale
-    )
-    if flat:
-        y = y.view(*lead, N)
-    if not return_h:
-        return y
-    return y, (h.view(*lead, R) if flat else h)
+
+def _tensor_scaling(lora_A: Tensor, scaling) -> tuple[Tensor, float]:
+    """A scaling that is no Python float: a tensor moves into A, in fp32, so nothing is read on the host and it may train."""
+    if not isinstance(scaling, Tensor):
+        return lora_A, float(scaling)
+    if scaling.dim() != 0:
+        raise ValueError(f"scaling must be a number or a 0-d tensor; got a tensor of shape {list(scaling.shape)}")
+    return lora_A.float() * scaling if lora_A.dtype != torch.float64 else lora_A * scaling, 1.0
 
 
 def _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in):

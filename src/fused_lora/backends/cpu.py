@@ -27,7 +27,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
     y, h = torch.empty(M, N, dtype=x.dtype), torch.empty(M, R, dtype=x.dtype)
     _C.cpu_forward(
         x.data_ptr(), x.stride(0), lora_A.data_ptr(), lora_B.data_ptr(), _ptr(None if bias is None else bias.contiguous()), h.data_ptr(), y.data_ptr(),
-        M, N, K, R, _CODE[x.dtype], _CODE[lora_A.dtype], scaling, _ptr(seed), dropout_threshold(dropout_p), torch.get_num_threads(),
+        M, N, K, R, _CODE[x.dtype], _CODE[lora_A.dtype], scaling, _ptr(seed), dropout_threshold(dropout_p) if dropout_p else 0, torch.get_num_threads(),
     )  # fmt: skip
     return y.addmm_(x, weight.t()), h
 
@@ -46,6 +46,6 @@ def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
     _C.cpu_backward(
         dy.data_ptr(), dy.stride(0), _ptr(x), x.stride(0) if need_A else 0, lora_A.data_ptr(), lora_B.data_ptr(), _ptr(h),
         _ptr(dx), _ptr(dA), _ptr(dB), _ptr(dbias), M, N, K, R,
-        _CODE[dy.dtype], _CODE[lora_A.dtype], scaling, _ptr(seed), dropout_threshold(dropout_p), torch.get_num_threads(),
+        _CODE[dy.dtype], _CODE[lora_A.dtype], scaling, _ptr(seed), dropout_threshold(dropout_p) if dropout_p else 0, torch.get_num_threads(),
     )  # fmt: skip
     return [dx.addmm_(dy, weight) if need_x else None, dA, dB, dbias]

@@ -1,0 +1,129 @@
+"""Who is timed: the frozen layer, three ways to write LoRA in PyTorch, PEFT's layer, and ours.
+
+A candidate is made for one problem and gives its forward, x -> y, and its trained leaves (A, B).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fused_lora.nn import LoRALinear
+from fused_lora.testing import Problem
+
+
+@dataclass(frozen=True)
+class Made:
+    """A candidate, ready for one problem."""
+
+    forward: Callable[[Tensor], Tensor]
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [t for t in (self.lora_A, self.lora_B) if t is not None]
+
+
+def _leaves(p: Problem) -> tuple[Tensor, Tensor]:
+    return p.lora_A.to(p.x.dtype).detach().clone().requires_grad_(), p.lora_B.to(p.x.dtype).detach().clone().requires_grad_()
+
+
+def frozen(p: Problem, dropout: float) -> Made:
+    """The layer without LoRA: what everything is measured against."""
+    return Made(lambda x: F.linear(x, p.weight, p.bias), None, None)
+
+
+def naive(p: Problem, dropout: float) -> Made:
+    """The textbook composition, A and B in x's dtype."""
+    A, B = _leaves(p)
+    return Made(lambda x: F.linear(x, p.weight, p.bias) + F.linear(F.linear(F.dropout(x, dropout), A), B) * p.scaling, A, B)
+
+
+class _Addmm(torch.autograd.Function):
+    """The strongest simple competitor: one Function, every sum folded into a GEMM's beta."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, scaling, dropout):
+        low = F.dropout(x, dropout) if dropout else x
+        h = (low @ A.t()).mul_(scaling)
+        ctx.save_for_backward(low, weight, A, B, h, (low != 0) if dropout else None)
+        ctx.scaling, ctx.dropout = scaling, dropout
+        return torch.addmm(F.linear(x, weight, bias), h, B.t())
+
+    @staticmethod
+    def backward(ctx, dy):
+        low, weight, A, B, h, kept = ctx.saved_tensors
+        dh = (dy @ B).mul_(ctx.scaling)
+        dA, dB = dh.t() @ low, dy.t() @ h
+        if kept is None:
+            dx = torch.addmm(dy @ weight, dh, A)
+        else:
+            dx = (dh @ A).mul_(kept).mul_(1 / (1 - ctx.dropout)).addmm_(dy, weight)
+        return dx, None, None, dA, dB, None, None
+
+
+class AddmmLinear(nn.Module):
+    """A layer over _Addmm, for whole models; shares weight and bias with `linear`."""
+
+    def __init__(self, linear: nn.Linear, r: int, lora_alpha: float):
+        super().__init__()
+        self.weight, self.bias, self.scaling = linear.weight, linear.bias, lora_alpha / r
+        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, dtype=linear.weight.dtype))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, dtype=linear.weight.dtype))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    def forward(self, x):
+        y = _Addmm.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, 0.0)
+        return y.view(*x.shape[:-1], -1)
+
+
+def addmm(p: Problem, dropout: float) -> Made:
+    A, B = _leaves(p)
+    return Made(lambda x: _Addmm.apply(x, p.weight, p.bias, A, B, p.scaling, dropout), A, B)
+
+
+def _linear(p: Problem) -> nn.Linear:
+    linear = nn.Linear(p.x.shape[1], p.weight.shape[0], bias=p.bias is not None, device="meta")
+    linear.weight = nn.Parameter(p.weight, requires_grad=False)
+    linear.bias = None if p.bias is None else nn.Parameter(p.bias, requires_grad=False)
+    return linear
+
+
+def peft(p: Problem, dropout: float) -> Made:
+    """PEFT's own layer with its defaults: fp32 A and B over a half-precision base."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    R = p.lora_A.shape[0]
+    config = LoraConfig(r=R, lora_alpha=p.scaling * R, lora_dropout=dropout, target_modules=["layer"])
+    layer = inject_adapter_in_model(config, nn.ModuleDict({"layer": _linear(p)}))["layer"].train()
+    if p.x.dtype in (torch.bfloat16, torch.float16):
+        layer.lora_A.float(), layer.lora_B.float()
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        A.copy_(p.lora_A), B.copy_(p.lora_B)
+    return Made(layer, A, B)
+
+
+def compiled(p: Problem, dropout: float) -> Made:
+    """torch.compile of naive."""
+    made = naive(p, dropout)
+    torch._dynamo.reset()
+    return Made(torch.compile(made.forward), made.lora_A, made.lora_B)
+
+
+def fused(p: Problem, dropout: float) -> Made:
+    """fused_lora.LoRALinear, A and B in the problem's adapter dtype."""
+    R = p.lora_A.shape[0]
+    layer = LoRALinear.from_linear(_linear(p), r=R, lora_alpha=p.scaling * R, lora_dropout=dropout, adapter_dtype=p.lora_A.dtype).train()
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    with torch.no_grad():
+        A.copy_(p.lora_A), B.copy_(p.lora_B)
+    return Made(layer, A, B)
+
+
+CANDIDATES: dict[str, Callable[[Problem, float], Made]] = {
+    "frozen": frozen, "naive": naive, "addmm": addmm, "peft": peft, "compile": compiled, "fused": fused,
+}  # fmt: skip

@@ -1,0 +1,150 @@
+"""One case: check every candidate against fp64, then time them together, then count what each holds for its backward."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fused_lora.bench.candidates import CANDIDATES, Made
+from fused_lora.bench.cases import Case
+from fused_lora.bench.timing import Spread, copies, cpu_pass, gpu_pass, interleave
+from fused_lora.testing import Problem, random_problem, truth
+
+_L2_TIMES = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes of inputs that no cache of the kind holds
+
+
+class WrongResult(AssertionError):
+    """A candidate whose result is off: it is not timed."""
+
+
+def outcome(made: Made, p: Problem) -> dict[str, Tensor]:
+    """y, dx, dA, dB of one forward and backward."""
+    x = p.x.detach().clone().requires_grad_()
+    for leaf in made.leaves:
+        leaf.grad = None
+    y = made.forward(x)
+    y.backward(p.dy)
+    grads = {} if made.lora_A is None else {"dA": made.lora_A.grad, "dB": made.lora_B.grad}
+    return {"y": y.detach(), "dx": x.grad, **grads}
+
+
+def check(name: str, got: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> float:
+    """The largest error of `got` relative to the largest element of the truth, over y and the gradients.
+
+    A maximum, so that one bad tile shows. Half precision may be off by 4 units in the last place of the largest element (base product, h,
+    update and sum are rounded once each), fp32 by 64 (thousands of terms accumulate in fp32).
+    Raises: WrongResult naming candidate, tensor, error and limit.
+    """
+    limit = (64 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
+    worst = 0.0
+    for tensor, value in got.items():
+        want = exact[tensor]
+        scale = want.abs().max().item() or 1.0
+        error = (value.double() - want).abs().max().item() / scale
+        if not error <= limit:
+            raise WrongResult(f"{name}: {tensor} is off by {error:.2e} of its largest element, over the limit {limit:.2e}; it is not timed")
+        worst = max(worst, error)
+    return worst
+
+
+def _check_dropout(name: str, made: Made, p: Problem, dropout: float) -> None:
+    """Ours draws its mask from a seed that can be replayed: compare with the truth under that mask."""
+    torch.manual_seed(1)
+    got = outcome(made, p)
+    torch.manual_seed(1)
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=p.x.device)
+    check(name, got, truth(p, dropout_p=dropout, seed=seed), p.x.dtype)
+
+
+def held_bytes(made: Made, p: Problem) -> int:
+    """Bytes kept for the backward beyond x and the parameters: distinct storages seen by saved-tensor hooks."""
+    own = {t.untyped_storage().data_ptr() for t in (p.weight, p.bias, *made.leaves) if t is not None}
+    x = p.x.detach().clone().requires_grad_()
+    own.add(x.untyped_storage().data_ptr())
+    held: dict[int, int] = {}
+
+    def pack(t: Tensor):
+        if t.untyped_storage().data_ptr() not in own:
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = made.forward(x)
+    held.pop(y.untyped_storage().data_ptr(), None)
+    return sum(held.values())
+
+
+def peak_bytes(made: Made, p: Problem) -> int:
+    """Most bytes that one forward and backward allocates at once, outputs included; 0 where it cannot be measured (CPU)."""
+    if p.x.device.type != "cuda":
+        return 0
+    outcome(made, p)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outcome(made, p)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def run_case(case: Case, device: str, names: list[str], budget_s: float, least: int = 5) -> list[dict]:
+    """One row per candidate: times in microseconds, ratios to frozen, memory, error.
+
+    Args:
+        case: the sizes.
+        device: cpu or cuda.
+        names: of CANDIDATES; frozen must be among them.
+        budget_s: seconds of timing for all candidates together.
+        least: rounds at the least, whatever they take.
+    Raises: WrongResult if a candidate is off.
+    """
+    p = random_problem(case.M, case.N, case.K, case.R, case.dtype, torch.float32, device=device)
+    exact, base = truth(p), truth(replace(p, lora_B=torch.zeros_like(p.lora_B)))
+    errors = {}
+    for name in names:
+        candidate = CANDIDATES[name](p, 0.0)
+        errors[name] = check(name, outcome(candidate, p), exact if candidate.leaves else base, case.dtype)
+    made = {name: CANDIDATES[name](p, case.dropout) for name in names}
+    if case.dropout and "fused" in made:
+        _check_dropout("fused", made["fused"], p, case.dropout)
+    inputs = copies(p.x, _L2_TIMES[device])
+    one_pass = gpu_pass if device == "cuda" else cpu_pass
+    passes = {name: one_pass(m.forward, inputs, p.dy, m.leaves) for name, m in made.items()}
+    for warm_up in passes.values():
+        warm_up()
+    times = interleave(passes, budget_s=budget_s, least=least)
+    return _rows(case, times, {n: (errors[n], held_bytes(m, p), peak_bytes(m, p)) for n, m in made.items()})
+
+
+def _rows(case: Case, times: dict[str, list[tuple[float, float]]], facts: dict[str, tuple[float, int, int]]) -> list[dict]:
+    parts = {"fwd": lambda t: t[0], "bwd": lambda t: t[1], "both": lambda t: t[0] + t[1]}
+    spreads = {name: {part: Spread.of([get(t) for t in ts]) for part, get in parts.items()} for name, ts in times.items()}
+    base = spreads["frozen"]
+    rows = []
+    for name, by_part in spreads.items():
+        error, held, peak = facts[name]
+        row = dict(
+            candidate=name, dtype=str(case.dtype)[6:], M=case.M, K=case.K, N=case.N, R=case.R, dropout=case.dropout, adapter_dtype="float32"
+            if name in ("fused", "peft") else str(case.dtype)[6:], rounds=by_part["both"].count, max_error=error, held_bytes=held, peak_bytes=peak,
+            gflops=case.flops() / by_part["both"].median / 1e9,
+        )  # fmt: skip
+        for part, s in by_part.items():
+            row |= {f"{part}_us": s.median * 1e6, f"{part}_p20_us": s.p20 * 1e6, f"{part}_p80_us": s.p80 * 1e6}
+            row[f"{part}_ratio"] = s.median / base[part].median
+        rows.append(row)
+    return rows
+
+
+def host_cost(device: str, budget_s: float, names: list[str]) -> list[dict]:
+    """Eager forward and backward on tiny tensors (M=4, K=N=16, R=4), microseconds a call: what Python, autograd and launches cost."""
+    p = random_problem(4, 16, 16, 4, torch.float32, device=device)
+    made = {name: CANDIDATES[name](p, 0.0) for name in names if name != "compile"}
+    passes = {name: cpu_pass(m.forward, copies(p.x, 0), p.dy, m.leaves) for name, m in made.items()}
+    for warm_up in passes.values():
+        for _ in range(200):
+            warm_up()
+    times = interleave(passes, budget_s=budget_s, least=500, most=20000)
+    spread = {name: Spread.of([sum(t) for t in ts]) for name, ts in times.items()}
+    return [
+        dict(candidate=name, host_us=s.median * 1e6, host_p20_us=s.p20 * 1e6, host_p80_us=s.p80 * 1e6, of_peft=s.median / spread["peft"].median)
+        for name, s in spread.items()
+    ]
