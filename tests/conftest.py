@@ -51,6 +51,12 @@ def fused(request) -> Backend:
 
 
 @pytest.fixture
+def on_triton() -> Backend:
+    """The Triton back end alone."""
+    return _backend("triton")
+
+
+@pytest.fixture
 def poison(monkeypatch):
     """Fresh memory is NaN, so that an element that nobody wrote shows."""
 
