@@ -21,9 +21,9 @@ void check(Status status) {
   if (status != Status::ok) throw std::invalid_argument(message(status));
 }
 
-void forward(uintptr_t x, int64_t ldx, uintptr_t A, uintptr_t B, uintptr_t bias, uintptr_t h, uintptr_t y, int64_t M, int64_t N, int64_t K,
-             int64_t R, int dtype, int adapter_dtype, float scaling, uintptr_t seed, uint32_t threshold, int threads) {
-  check(cpu_forward({ptr<void>(x), ptr<void>(A), ptr<void>(B), ptr<void>(bias), ptr<void>(h), ptr<void>(y), M, N, K, R, ldx, Dtype(dtype),
+void forward(uintptr_t x, int64_t ldx, uintptr_t A, uintptr_t B, uintptr_t h, uintptr_t y, int64_t M, int64_t N, int64_t K, int64_t R,
+             int dtype, int adapter_dtype, float scaling, uintptr_t seed, uint32_t threshold, int threads) {
+  check(cpu_forward({ptr<void>(x), ptr<void>(A), ptr<void>(B), ptr<void>(h), ptr<void>(y), M, N, K, R, ldx, Dtype(dtype),
                      Dtype(adapter_dtype), scaling, {ptr<int64_t>(seed), threshold}, threads}));
 }
 

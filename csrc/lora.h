@@ -36,14 +36,13 @@ struct Dropout {
   float scale() const { return 65536.0f / (65536.0f - static_cast<float>(threshold)); }
 };
 
-// CPU, all of the forward but the base product: writes h and y = h B^T + bias; the caller then adds x W^T into y.
+// CPU, all of the forward but the base product: writes h and adds h B^T to y, in which the caller has put x W^T + bias.
 struct CpuForwardParams {
-  const void* x;     // [M, K], row stride ldx, dtype
-  const void* A;     // [R, K], contiguous, adapter_dtype
-  const void* B;     // [N, R], contiguous, adapter_dtype
-  const void* bias;  // [N], dtype, or null
-  void* h;           // [M, R], contiguous, dtype
-  void* y;           // [M, N], contiguous, dtype
+  const void* x;  // [M, K], row stride ldx, dtype
+  const void* A;  // [R, K], contiguous, adapter_dtype
+  const void* B;  // [N, R], contiguous, adapter_dtype
+  void* h;        // [M, R], contiguous, dtype
+  void* y;        // [M, N], contiguous, dtype; updated
   int64_t M, N, K, R, ldx;
   Dtype dtype, adapter_dtype;
   float scaling;
@@ -51,14 +50,14 @@ struct CpuForwardParams {
   int threads;
 };
 
-// CPU, all of the backward but the base product: the caller then adds dy W into dx. A null output is not computed.
+// CPU, all of the backward but the base product: adds to dx, in which the caller has put dy W. A null output is not computed.
 struct CpuBackwardParams {
   const void* dy;  // [M, N], row stride lddy, dtype
   const void* x;   // [M, K], row stride ldx, dtype; read for dA only
   const void* A;   // [R, K], contiguous, adapter_dtype
   const void* B;   // [N, R], contiguous, adapter_dtype
   const void* h;   // [M, R], contiguous, dtype; read for dB only
-  void* dx;        // [M, K], contiguous, dtype: mask * (dh A) / (1 - p)
+  void* dx;        // [M, K], contiguous, dtype; updated by mask * (dh A) / (1 - p)
   void* dA;        // [R, K], contiguous, adapter_dtype
   void* dB;        // [N, R], contiguous, adapter_dtype
   void* dbias;     // [N], contiguous, dtype
@@ -71,5 +70,50 @@ struct CpuBackwardParams {
 
 Status cpu_forward(const CpuForwardParams& p);
 Status cpu_backward(const CpuBackwardParams& p);
+
+// CUDA, the whole forward on one stream: y = x W^T + h B^T + bias and h. Pointers and row strides aligned to 16 bytes unless said otherwise.
+struct CudaForwardParams {
+  const void* x;      // [M, K], row stride ldx, dtype
+  const void* W;      // [N, K], row stride ldw, dtype
+  const void* A;      // [R, K], contiguous, adapter_dtype
+  const void* B;      // [N, R], contiguous, adapter_dtype
+  const void* bias;   // [N], dtype, or null
+  void* h;            // [M, R], row stride R rounded up to 8, dtype
+  void* y;            // [M, N], contiguous, dtype
+  void* workspace;    // forward_plan(...).bytes of heuristics.h, aligned to 256 bytes, any contents, nobody else's until the stream is through
+  int64_t workspace_bytes;
+  int64_t M, N, K, R, ldx, ldw;
+  Dtype dtype, adapter_dtype;
+  float scaling;
+  Dropout dropout;    // seed on the device
+  int device;         // the caller's current device
+  void* stream;       // cudaStream_t
+};
+
+// CUDA, the whole backward on one stream. A null output is not computed; dA, dB and dbias have a fixed order of summation.
+struct CudaBackwardParams {
+  const void* dy;     // [M, N], row stride lddy, dtype
+  const void* x;      // [M, K], row stride ldx, dtype; read for dA only
+  const void* W;      // [N, K], row stride ldw, dtype; read for dx only
+  const void* A;      // [R, K], contiguous, adapter_dtype; read for dx only
+  const void* B;      // [N, R], contiguous, adapter_dtype
+  const void* h;      // [M, R], row stride ldh, dtype; read for dB only
+  void* dx;           // [M, K], contiguous, dtype
+  void* dA;           // [R, K], contiguous, adapter_dtype
+  void* dB;           // [N, R], contiguous, adapter_dtype
+  void* dbias;        // [N], contiguous, dtype
+  void* workspace;    // backward_plan(...).bytes of heuristics.h, as above
+  int64_t workspace_bytes;
+  int64_t M, N, K, R, lddy, ldx, ldw, ldh;
+  Dtype dtype, adapter_dtype;
+  float scaling;
+  Dropout dropout;    // seed on the device
+  int device;         // the caller's current device
+  void* stream;       // cudaStream_t
+};
+
+Status cuda_forward(const CudaForwardParams& p);
+Status cuda_backward(const CudaBackwardParams& p);
+const char* cuda_failure();  // what CUDA said to this thread's last Status::launch_failed
 
 }  // namespace fused_lora

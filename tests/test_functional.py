@@ -160,6 +160,15 @@ def test_inplace_on_the_result():
         y.sum().backward()
 
 
+def test_differentiating_twice_is_refused():
+    p = random_problem(6, 10, 12, 3)
+    x, A, B, bias = leaves(p)
+    (dx,) = torch.autograd.grad(call(p, x, A, B, bias).pow(2).sum(), x, create_graph=True)
+    torch.testing.assert_close(dx, torch.autograd.grad(call(p, x, A, B, bias).pow(2).sum(), x)[0])
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
 def test_functional_transforms():
     """torch.func.grad goes through the Function (setup_context style)."""
     p = random_problem(6, 10, 12, 3)

@@ -68,14 +68,18 @@ INLINE void load_panel_as(const void* src, int64_t ld, const float* mask, float*
 }
 
 template <class T>
-INLINE void store_row_as(const float* src, const float* add, const float* mask, void* dst, int64_t n) {
+INLINE void store_row_as(const float* src, void* dst, int64_t n) {
+  auto* d = static_cast<typename T::type*>(dst);
+  for (int64_t i = 0; i < n; ++i) d[i] = T::store(src[i]);
+}
+
+template <class T>
+INLINE void add_row_as(const float* src, const float* mask, void* dst, int64_t n) {
   auto* d = static_cast<typename T::type*>(dst);
   if (mask)
-    for (int64_t i = 0; i < n; ++i) d[i] = T::store(src[i] * mask[i]);
-  else if (add)
-    for (int64_t i = 0; i < n; ++i) d[i] = T::store(src[i] + add[i]);
+    for (int64_t i = 0; i < n; ++i) d[i] = T::store(T::load(d[i]) + src[i] * mask[i]);
   else
-    for (int64_t i = 0; i < n; ++i) d[i] = T::store(src[i]);
+    for (int64_t i = 0; i < n; ++i) d[i] = T::store(T::load(d[i]) + src[i]);
 }
 
 template <class T>
@@ -122,11 +126,19 @@ CLONES void load_panel(const void* src, Dtype dtype, int64_t ld, const float* ma
   }
 }
 
-CLONES void store_row(const float* src, const float* add, const float* mask, void* dst, Dtype dtype, int64_t n) {
+CLONES void store_row(const float* src, void* dst, Dtype dtype, int64_t n) {
   switch (dtype) {
-    case Dtype::f32: return store_row_as<F32>(src, add, mask, dst, n);
-    case Dtype::f16: return store_row_as<F16>(src, add, mask, dst, n);
-    case Dtype::bf16: return store_row_as<BF16>(src, add, mask, dst, n);
+    case Dtype::f32: return store_row_as<F32>(src, dst, n);
+    case Dtype::f16: return store_row_as<F16>(src, dst, n);
+    case Dtype::bf16: return store_row_as<BF16>(src, dst, n);
+  }
+}
+
+CLONES void add_row(const float* src, const float* mask, void* dst, Dtype dtype, int64_t n) {
+  switch (dtype) {
+    case Dtype::f32: return add_row_as<F32>(src, mask, dst, n);
+    case Dtype::f16: return add_row_as<F16>(src, mask, dst, n);
+    case Dtype::bf16: return add_row_as<BF16>(src, mask, dst, n);
   }
 }
 

@@ -26,8 +26,8 @@ void wgrad(const float* panel, const float* H, float* out, int64_t rows, int64_t
 // wgrad.cpp      out[cols] += sum over rows of panel: one panel's share of dbias.
 void column_sums(const float* panel, float* out, int64_t rows, int64_t cols);
 
-// expand.cpp     out[kStrip, kPanel] = H[kStrip, Rp] Q[R, kPanel (row stride ldq)]; Q's columns readable up to a multiple of 2 * kVec.
-void expand(const float* H, const float* Q, float* out, int64_t cols, int64_t R, int64_t Rp, int64_t ldq);
+// expand.cpp     out[kStrip, cols (row stride ldo)] += H[kStrip, Rp] Q[R, cols (row stride ldq)]; cols rounded up to a multiple of 2 * kVec.
+void expand(const float* H, const float* Q, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp, int64_t ldq);
 
 // dropout.cpp    mask[rows, kPanel] = scale or 0 for rows row0.. and columns col0.. of the [M, K] input; col0 a multiple of 8.
 void dropout_mask(const Dropout& dropout, float* mask, int64_t row0, int64_t col0, int64_t rows, int64_t cols);
@@ -35,8 +35,10 @@ void dropout_mask(const Dropout& dropout, float* mask, int64_t row0, int64_t col
 // convert.cpp
 // out[rows, kPanel] = src[rows, cols (row stride ld)] (* mask); columns past cols and rows past rows zero, each up to a multiple of kStrip.
 void load_panel(const void* src, Dtype dtype, int64_t ld, const float* mask, float* out, int64_t rows, int64_t cols);
-// dst[0, n) = src[0, n) + add[0, n) (or 0) * mask[0, n) (or 1): the bias is not masked, so pass one of the two.
-void store_row(const float* src, const float* add, const float* mask, void* dst, Dtype dtype, int64_t n);
+// dst[0, n) = src[0, n).
+void store_row(const float* src, void* dst, Dtype dtype, int64_t n);
+// dst[0, n) += src[0, n) (* mask[0, n)), added in fp32 and rounded once.
+void add_row(const float* src, const float* mask, void* dst, Dtype dtype, int64_t n);
 // out[rows, ldo] = src[rows, cols] in fp32; columns past cols up to ldo zero.
 void load_matrix(const void* src, Dtype dtype, float* out, int64_t rows, int64_t cols, int64_t ldo);
 // out[cols, ldo] = src[rows, cols]^T in fp32; columns past rows up to ldo zero.

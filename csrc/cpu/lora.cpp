@@ -1,9 +1,10 @@
 // The CPU back end's two drivers: everything of the LoRA forward and backward but the base products x W^T and dy W.
 //
 // Each thread takes a run of rows and walks it in blocks of kRows rows and panels of kPanel columns. x and dy are read once, y and dx are
-// written once. dA^T, dB and dbias gather in one fp32 slab a thread; the slabs are summed in thread order, so results repeat bit for bit.
+// updated once. dA^T, dB and dbias gather in one fp32 slab a thread; the slabs are summed in thread order, so results repeat bit for bit.
 #include <algorithm>
-#include <memory>
+#include <cstddef>
+#include <memory_resource>
 #include <vector>
 
 #include "kernels.h"
@@ -12,9 +13,21 @@
 namespace fused_lora::cpu {
 namespace {
 
-using Buffer = std::unique_ptr<float[]>;
-Buffer buffer(int64_t n) { return Buffer(new float[static_cast<size_t>(n)]); }
-Buffer zeros(int64_t n) { return Buffer(new float[static_cast<size_t>(n)]()); }
+// The fp32 buffers of one call, freed together. A small call fits the calling thread's own 48 KiB and never meets malloc.
+class Buffers {
+ public:
+  float* take(int64_t n) { return static_cast<float*>(pool_.allocate(static_cast<size_t>(n) * sizeof(float), 64)); }
+  float* zeros(int64_t n) {
+    float* p = take(n);
+    std::fill_n(p, n, 0.0f);
+    return p;
+  }
+
+ private:
+  alignas(64) static thread_local std::byte small_[48 << 10];
+  std::pmr::monotonic_buffer_resource pool_{small_, sizeof small_};
+};
+alignas(64) thread_local std::byte Buffers::small_[48 << 10];
 
 int64_t item_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 const char* at(const void* base, int64_t elements, Dtype dtype) { return static_cast<const char*>(base) + elements * item_size(dtype); }
@@ -38,52 +51,61 @@ template <class Body> void for_row_blocks(int64_t M, int threads, const Body& bo
 }
 
 // A^T or B in fp32 as the right operand of shrink: [width, Rp], ranks past R zero.
-Buffer shrink_operand(const void* src, Dtype dtype, int64_t width, int64_t R, int64_t Rp, bool transposed) {
-  Buffer P = buffer(width * Rp);
-  if (transposed) load_transposed(src, dtype, P.get(), R, width, Rp);
-  else load_matrix(src, dtype, P.get(), width, R, Rp);
+float* shrink_operand(Buffers& buffers, const void* src, Dtype dtype, int64_t width, int64_t R, int64_t Rp, bool transposed) {
+  float* P = buffers.take(width * Rp);
+  if (transposed) load_transposed(src, dtype, P, R, width, Rp);
+  else load_matrix(src, dtype, P, width, R, Rp);
   return P;
 }
 
 // What one thread needs for a block of `rows` rows.
 struct Scratch {
   int64_t size;  // of low
-  Buffer panel, mask, strip, low, h;
-  Scratch(int64_t rows, bool dropout, int64_t Rp)
-      : size(rows * Rp), panel(buffer(rows * kPanel)), mask(dropout ? buffer(rows * kPanel) : nullptr), strip(buffer(kStrip * kPanel)), low(buffer(size)), h(buffer(size)) {}
-  void clear_low() { std::fill_n(low.get(), size, 0.0f); }
+  float *panel, *mask, *strip, *low, *h;
+  Scratch(Buffers& b, int64_t rows, bool dropout, int64_t Rp)
+      : size(rows * Rp), panel(b.take(rows * kPanel)), mask(dropout ? b.take(rows * kPanel) : nullptr), strip(b.take(kStrip * kPanel)), low(b.take(size)), h(b.take(size)) {}
+  void clear_low() { std::fill_n(low, size, 0.0f); }
 };
 
 // Rows of the largest block that a thread will see.
 int64_t block_rows(int64_t M, int threads) { return std::min(kRows, round_up((M + threads - 1) / threads, kStrip) + kStrip); }
 
-// dst[rows, width] = low[rows, Rp] Q[R, width] (+ add) (* mask) for panel columns [n, n + cols).
-void expand_panel(Scratch& s, const float* Q, int64_t ldq, int64_t R, int64_t Rp, const float* add, const float* mask, void* dst, Dtype dtype,
-                  int64_t ldd, int64_t n, int64_t rows, int64_t cols) {
+// dst[rows, width] += low[rows, Rp] Q[R, width] (* mask) for panel columns [n, n + cols).
+void expand_panel(Scratch& s, const float* Q, int64_t ldq, int64_t R, int64_t Rp, const float* mask, void* dst, Dtype dtype, int64_t ldd, int64_t n,
+                  int64_t rows, int64_t cols) {
+  const int64_t tiles = dtype == Dtype::f32 && !mask ? cols / (2 * kVec) * (2 * kVec) : 0;  // columns that whole register tiles update in place
   for (int64_t m = 0; m < rows; m += kStrip) {
-    expand(s.low.get() + m * Rp, Q + n, s.strip.get(), cols, R, Rp, ldq);
-    for (int64_t i = 0; i < std::min<int64_t>(kStrip, rows - m); ++i)
-      store_row(s.strip.get() + i * kPanel, add ? add + n : nullptr, mask ? mask + (m + i) * kPanel : nullptr, at(dst, (m + i) * ldd + n, dtype), dtype, cols);
+    const float* low = s.low + m * Rp;
+    const int64_t height = std::min<int64_t>(kStrip, rows - m), direct = height == kStrip ? tiles : 0;
+    char* out = at(dst, m * ldd + n, dtype);
+    if (direct) expand(low, Q + n, reinterpret_cast<float*>(out), ldd, direct, R, Rp, ldq);
+    if (direct == cols) continue;
+    for (int i = 0; i < kStrip; ++i) std::fill_n(s.strip + i * kPanel, round_up(cols - direct, 2 * kVec), 0.0f);
+    expand(low, Q + n + direct, s.strip, kPanel, cols - direct, R, Rp, ldq);
+    for (int64_t i = 0; i < height; ++i)
+      add_row(s.strip + i * kPanel, mask ? mask + (m + i) * kPanel : nullptr, at(out, i * ldd + direct, dtype), dtype, cols - direct);
   }
 }
 
 // out = sum of slabs[t], in thread order, into slabs[0].
-float* sum(std::vector<Buffer>& slabs, int64_t n) {
-  float* out = slabs[0].get();
+float* sum(std::vector<float*>& slabs, int64_t n) {
+  float* out = slabs[0];
   for (size_t t = 1; t < slabs.size(); ++t)
     for (int64_t i = 0; i < n; ++i) out[i] += slabs[t][i];
   return out;
 }
 
-// dst[width, R] (or [R, width] if transposed) = slab[width, Rp] in dtype.
-void store_slab(const float* slab, void* dst, Dtype dtype, int64_t width, int64_t R, int64_t Rp, bool transposed) {
-  if (transposed) {
-    const Buffer out = buffer(Rp * width);
-    load_transposed(slab, Dtype::f32, out.get(), width, Rp, width);
-    return store_row(out.get(), nullptr, nullptr, dst, dtype, R * width);
-  }
-  if (R == Rp) return store_row(slab, nullptr, nullptr, dst, dtype, width * R);
-  for (int64_t n = 0; n < width; ++n) store_row(slab + n * Rp, nullptr, nullptr, at(dst, n * R, dtype), dtype, R);
+// dst[width, R] = slab[width, Rp] in dtype.
+void store_slab(const float* slab, void* dst, Dtype dtype, int64_t width, int64_t R, int64_t Rp) {
+  if (R == Rp) return store_row(slab, dst, dtype, width * R);
+  for (int64_t n = 0; n < width; ++n) store_row(slab + n * Rp, at(dst, n * R, dtype), dtype, R);
+}
+
+// dst[R, width] = slab[width, Rp]^T in dtype.
+void store_slab_transposed(Buffers& buffers, const float* slab, void* dst, Dtype dtype, int64_t width, int64_t R, int64_t Rp) {
+  float* out = buffers.take(Rp * width);
+  load_transposed(slab, Dtype::f32, out, width, Rp, width);
+  store_row(out, dst, dtype, R * width);
 }
 
 }  // namespace
@@ -97,25 +119,25 @@ Status cpu_forward(const CpuForwardParams& p) {
   if (p.M < 0 || p.N < 1 || p.K < 1 || p.R < 1) return Status::bad_shape;
   const int64_t Rp = round_up(p.R, kVec), ldq = round_up(p.N, 2 * kVec);
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
-  const Buffer P = shrink_operand(p.A, p.adapter_dtype, p.K, p.R, Rp, true), Q = buffer(p.R * ldq), bias = p.bias ? buffer(p.N) : nullptr;
-  load_transposed(p.B, p.adapter_dtype, Q.get(), p.N, p.R, ldq);
-  if (bias) load_matrix(p.bias, p.dtype, bias.get(), 1, p.N, p.N);
+  Buffers buffers;
+  float *P = shrink_operand(buffers, p.A, p.adapter_dtype, p.K, p.R, Rp, true), *Q = buffers.take(p.R * ldq);
+  load_transposed(p.B, p.adapter_dtype, Q, p.N, p.R, ldq);
   std::vector<Scratch> scratch;
-  for (int t = 0; t < threads; ++t) scratch.emplace_back(block_rows(p.M, threads), p.dropout.threshold > 0, Rp);
+  for (int t = 0; t < threads; ++t) scratch.emplace_back(buffers, block_rows(p.M, threads), p.dropout.threshold > 0, Rp);
 
   for_row_blocks(p.M, threads, [&](int t, int64_t m, int64_t rows) {
     Scratch& s = scratch[static_cast<size_t>(t)];
     s.clear_low();
     for (int64_t k = 0; k < p.K; k += kPanel) {
       const int64_t cols = std::min(kPanel, p.K - k);
-      if (s.mask) dropout_mask(p.dropout, s.mask.get(), m, k, rows, cols);
-      load_panel(at(p.x, m * p.ldx + k, p.dtype), p.dtype, p.ldx, s.mask.get(), s.panel.get(), rows, cols);
-      shrink(s.panel.get(), P.get() + k * Rp, s.low.get(), round_up(rows, kStrip), cols, Rp);
+      if (s.mask) dropout_mask(p.dropout, s.mask, m, k, rows, cols);
+      load_panel(at(p.x, m * p.ldx + k, p.dtype), p.dtype, p.ldx, s.mask, s.panel, rows, cols);
+      shrink(s.panel, P + k * Rp, s.low, round_up(rows, kStrip), cols, Rp);
     }
     for (int64_t i = 0; i < rows * Rp; ++i) s.low[i] *= p.scaling;
-    store_slab(s.low.get(), at(p.h, m * p.R, p.dtype), p.dtype, rows, p.R, Rp, false);
+    store_slab(s.low, at(p.h, m * p.R, p.dtype), p.dtype, rows, p.R, Rp);
     for (int64_t n = 0; n < p.N; n += kPanel)
-      expand_panel(s, Q.get(), ldq, p.R, Rp, bias.get(), nullptr, at(p.y, m * p.N, p.dtype), p.dtype, p.N, n, rows, std::min(kPanel, p.N - n));
+      expand_panel(s, Q, ldq, p.R, Rp, nullptr, at(p.y, m * p.N, p.dtype), p.dtype, p.N, n, rows, std::min(kPanel, p.N - n));
   });
   return Status::ok;
 }
@@ -126,44 +148,45 @@ Status cpu_backward(const CpuBackwardParams& p) {
   const int64_t Rp = round_up(p.R, kVec), ldq = round_up(p.K, 2 * kVec), Np = round_up(p.N, kStrip), Kp = round_up(p.K, kStrip);
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
   const bool need_dh = p.dx || p.dA;
-  const Buffer P = need_dh ? shrink_operand(p.B, p.adapter_dtype, p.N, p.R, Rp, false) : nullptr, Q = p.dx ? buffer(p.R * ldq) : nullptr;
-  if (Q) load_matrix(p.A, p.adapter_dtype, Q.get(), p.R, p.K, ldq);
+  Buffers buffers;
+  float *P = need_dh ? shrink_operand(buffers, p.B, p.adapter_dtype, p.N, p.R, Rp, false) : nullptr, *Q = p.dx ? buffers.take(p.R * ldq) : nullptr;
+  if (Q) load_matrix(p.A, p.adapter_dtype, Q, p.R, p.K, ldq);
   std::vector<Scratch> scratch;
-  std::vector<Buffer> dA, dB, dbias;
+  std::vector<float*> dA, dB, dbias;
   for (int t = 0; t < threads; ++t) {
-    scratch.emplace_back(block_rows(p.M, threads), p.dropout.threshold > 0, Rp);
-    if (p.dA) dA.push_back(zeros(Kp * Rp));
-    if (p.dB) dB.push_back(zeros(Np * Rp));
-    if (p.dbias) dbias.push_back(zeros(p.N));
+    scratch.emplace_back(buffers, block_rows(p.M, threads), p.dropout.threshold > 0, Rp);
+    if (p.dA) dA.push_back(buffers.zeros(Kp * Rp));
+    if (p.dB) dB.push_back(buffers.zeros(Np * Rp));
+    if (p.dbias) dbias.push_back(buffers.zeros(p.N));
   }
 
   for_row_blocks(p.M, threads, [&](int t, int64_t m, int64_t rows) {
     const auto index = static_cast<size_t>(t);
     Scratch& s = scratch[index];
-    if (p.dB) load_matrix(at(p.h, m * p.R, p.dtype), p.dtype, s.h.get(), rows, p.R, Rp);
+    if (p.dB) load_matrix(at(p.h, m * p.R, p.dtype), p.dtype, s.h, rows, p.R, Rp);
     s.clear_low();
     for (int64_t n = 0; n < p.N; n += kPanel) {  // one read of dy: dh, dB, dbias
       const int64_t cols = std::min(kPanel, p.N - n);
-      load_panel(at(p.dy, m * p.lddy + n, p.dtype), p.dtype, p.lddy, nullptr, s.panel.get(), rows, cols);
-      if (need_dh) shrink(s.panel.get(), P.get() + n * Rp, s.low.get(), round_up(rows, kStrip), cols, Rp);
-      if (p.dB) wgrad(s.panel.get(), s.h.get(), dB[index].get() + n * Rp, rows, cols, Rp);
-      if (p.dbias) column_sums(s.panel.get(), dbias[index].get() + n, rows, cols);
+      load_panel(at(p.dy, m * p.lddy + n, p.dtype), p.dtype, p.lddy, nullptr, s.panel, rows, cols);
+      if (need_dh) shrink(s.panel, P + n * Rp, s.low, round_up(rows, kStrip), cols, Rp);
+      if (p.dB) wgrad(s.panel, s.h, dB[index] + n * Rp, rows, cols, Rp);
+      if (p.dbias) column_sums(s.panel, dbias[index] + n, rows, cols);
     }
     for (int64_t i = 0; i < rows * Rp; ++i) s.low[i] *= p.scaling;
     for (int64_t k = 0; need_dh && k < p.K; k += kPanel) {  // one read of x, one write of dx, one mask for both
       const int64_t cols = std::min(kPanel, p.K - k);
-      if (s.mask) dropout_mask(p.dropout, s.mask.get(), m, k, rows, cols);
+      if (s.mask) dropout_mask(p.dropout, s.mask, m, k, rows, cols);
       if (p.dA) {
-        load_panel(at(p.x, m * p.ldx + k, p.dtype), p.dtype, p.ldx, s.mask.get(), s.panel.get(), rows, cols);
-        wgrad(s.panel.get(), s.low.get(), dA[index].get() + k * Rp, rows, cols, Rp);
+        load_panel(at(p.x, m * p.ldx + k, p.dtype), p.dtype, p.ldx, s.mask, s.panel, rows, cols);
+        wgrad(s.panel, s.low, dA[index] + k * Rp, rows, cols, Rp);
       }
-      if (p.dx) expand_panel(s, Q.get(), ldq, p.R, Rp, nullptr, s.mask.get(), at(p.dx, m * p.K, p.dtype), p.dtype, p.K, k, rows, cols);
+      if (p.dx) expand_panel(s, Q, ldq, p.R, Rp, s.mask, at(p.dx, m * p.K, p.dtype), p.dtype, p.K, k, rows, cols);
     }
   });
 
-  if (p.dA) store_slab(sum(dA, p.K * Rp), p.dA, p.adapter_dtype, p.K, p.R, Rp, true);
-  if (p.dB) store_slab(sum(dB, p.N * Rp), p.dB, p.adapter_dtype, p.N, p.R, Rp, false);
-  if (p.dbias) store_row(sum(dbias, p.N), nullptr, nullptr, p.dbias, p.dtype, p.N);
+  if (p.dA) store_slab_transposed(buffers, sum(dA, p.K * Rp), p.dA, p.adapter_dtype, p.K, p.R, Rp);
+  if (p.dB) store_slab(sum(dB, p.N * Rp), p.dB, p.adapter_dtype, p.N, p.R, Rp);
+  if (p.dbias) store_row(sum(dbias, p.N), p.dbias, p.dtype, p.N);
   return Status::ok;
 }
 

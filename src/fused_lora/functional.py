@@ -4,28 +4,17 @@ import difflib
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
-from fused_lora import ops
-from fused_lora.backends import NAMES
+import fused_lora.ops  # noqa: F401  registers torch.ops.fused_lora
+from fused_lora.backends import NAMES, pick
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
+_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN, _NO_VARIANT = (None,) * 5, (False,) * 4
 _unsafe_view = torch.ops.aten._unsafe_view.default
+_any_autocast = torch._C._is_any_autocast_enabled
 _dispatch_modes, _functorch_active = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
-
-
-def _nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor) -> bool:
-    """Plain eager mode: the operators' Python may be called past the dispatcher.
-
-    The dispatcher and its Python bridge cost 20 us a direction, a third of a tiny layer. Whoever listens there (tracing, torch.compile,
-    torch.func, selective checkpointing and every other dispatch mode, tensor subclasses) is seen here and gets torch.ops.fused_lora.*.
-    """
-    return (
-        type(x) in _PLAIN_TENSORS and type(weight) in _PLAIN_TENSORS and type(lora_A) in _PLAIN_TENSORS
-        and not (is_compiling() or _dispatch_modes() or _functorch_active())
-    )  # fmt: skip
 
 
 def _matrix(t: Tensor) -> Tensor:
@@ -43,9 +32,8 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, lora_A, lora_B, bias, seed, settings, *variant):
         scaling, dropout_p, backend = settings
-        x_lora, h_in, gate, out_scale, _ = variant or _PLAIN
-        forward = ops.forward if _nobody_listens(x, weight, lora_A) else torch.ops.fused_lora.forward.default
-        y, h = forward(_matrix(x), weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, backend)
+        tensors = (variant or _PLAIN)[:4]
+        y, h = torch.ops.fused_lora.forward(_matrix(x), weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *tensors, backend)
         # _unsafe_view as in F.linear: y is nobody's view, so models may add to it in place
         return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[1])), h
 
@@ -58,7 +46,7 @@ class LoRALinearFunction(torch.autograd.Function):
             keep_x = need[1] or need[10] or (need[2] and variant[0] is None)
             keep_h = need[3] or need[9] or need[10]
         ctx.save_for_backward(x if keep_x else None, weight, lora_A, lora_B, output[1] if keep_h else None, seed, *variant)
-        ctx.lead = None if x.dim() == 2 else x.shape[:-1]
+        ctx.lead = x.shape[:-1]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -70,26 +58,59 @@ class LoRALinearFunction(torch.autograd.Function):
                 return (None,) * (7 + len(variant))
             dy = dh.new_zeros((dh.shape[0], weight.shape[0]))
         need = ctx.needs_input_grad
-        needs = [*need[:5], *(need[7:11] or _NO_VARIANT)]
-        if ctx.lead is not None:
-            dy, x = _matrix(dy), x if x is None else _matrix(x)
-        backward = ops.backward if _nobody_listens(dy, weight, lora_A) else torch.ops.fused_lora.backward.default
-        found = iter(backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, *(variant or _PLAIN), needs, backend))
+        needs, tensors = [*need[:5], *(need[7:11] or _NO_VARIANT)], variant or _PLAIN
+        x = x if x is None else _matrix(x)
+        found = iter(torch.ops.fused_lora.backward(_matrix(dy), dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, *tensors, needs, backend))
         grads = [next(found) if wanted else None for wanted in needs]
-        if ctx.lead is not None and grads[0] is not None:
-            grads[0] = grads[0].view(*ctx.lead, lora_A.shape[1])
+        if len(ctx.lead) != 1 and grads[0] is not None:
+            grads[0] = grads[0].view(*ctx.lead, grads[0].shape[1])
         return (*grads[:5], None, None, *grads[5:], None) if variant else (*grads[:5], None, None)
 
 
-# Function.apply binds its arguments through inspect.signature on every call (a third of a tiny layer's forward); outside torch.func and
-# torch.compile, which need that wrapper, its own C++ base does the same work.
-_eager_apply = super(torch.autograd.Function, LoRALinearFunction).apply
+class _EagerFunction(torch.autograd.Function):
+    """LoRALinearFunction for plain LoRA where nobody listens to the dispatcher: straight to the back end, h never leaves it.
+
+    The dispatcher, its Python bridge, a second output and a context set up apart cost a tiny layer half of its forward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, bias, seed, settings):
+        scaling, dropout_p, backend = settings
+        flat = x.dim() == 2
+        y, h = pick(backend, x, weight, lora_A).forward(x if flat else _matrix(x), weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+        need = ctx.needs_input_grad
+        ctx.save_for_backward(x if need[1] or need[2] else None, weight, lora_A, lora_B, h if need[3] else None, seed)
+        ctx.plan = settings, None if flat else x.shape[:-1]
+        return y if flat else _unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled():  # create_graph=True: differentiating once more must raise, not give zeros
+            return _once_differentiable(ctx, dy)
+        x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
+        (scaling, dropout_p, backend), lead = ctx.plan
+        need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
+        if lead is not None:
+            dy, x = _matrix(dy), x if x is None else _matrix(x)
+        needs = (need_x, need_A, need_B, need_bias)
+        dx, dA, dB, dbias = pick(backend, dy, weight, lora_A).backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
+        if lead is not None and need_x:
+            dx = dx.view(*lead, dx.shape[1])
+        return dx, dy.t() @ x if need_weight else None, dA, dB, dbias, None, None
 
 
-def _apply(*args):
-    if is_compiling() or _functorch_active():
-        return LoRALinearFunction.apply(*args)
-    return _eager_apply(*args)
+_once_differentiable = torch.autograd.function.once_differentiable(_EagerFunction.backward)
+# Function.apply binds its arguments through inspect.signature on every call; its own C++ base does the rest of its work.
+_eager_apply = super(torch.autograd.Function, _EagerFunction).apply
+
+
+def _nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor) -> bool:
+    """Whether this is plain eager mode: no tracing, torch.compile, torch.func, selective checkpointing or other dispatch mode, no tensor
+    subclass. Otherwise calls go through torch.ops.fused_lora.*, which all of those see."""
+    return (
+        type(x) in _PLAIN_TENSORS and type(weight) in _PLAIN_TENSORS and type(lora_A) in _PLAIN_TENSORS
+        and not (is_dynamo_compiling() or _dispatch_modes() or _functorch_active())
+    )  # fmt: skip
 
 
 def lora_linear(
@@ -142,31 +163,33 @@ def lora_linear(
     Raises: ValueError naming the argument, what was expected and what was given.
     Source: Hu et al., arXiv 2106.09685; names as in Hugging Face PEFT.
     """
-    device = x.device
-    if torch.is_autocast_enabled(device.type):
+    if _any_autocast() and torch.is_autocast_enabled(x.device.type):
         x, weight, lora_A, lora_B, bias, x_lora, h_in = _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in)
-    dtype, adapter_dtype, shape, w, a, b = x.dtype, lora_A.dtype, x.shape, weight.shape, lora_A.shape, lora_B.shape
+    dtype, adapter_dtype, shape, w, a = x.dtype, lora_A.dtype, x.shape, weight.shape, lora_A.shape
     good = (
-        len(w) == 2 and len(a) == 2 and len(b) == 2 and len(shape) > 0 and w[0] > 0 and w[1] > 0 and a[0] > 0
-        and shape[-1] == w[1] == a[1] and b[0] == w[0] and b[1] == a[0]
+        len(shape) > 0 and len(w) == 2 and len(a) == 2 and shape[-1] == w[1] == a[1] and lora_B.shape == (w[0], a[0]) and w[0] * w[1] * a[0] > 0
         and dtype is weight.dtype and dtype in _DTYPES and adapter_dtype is lora_B.dtype and (adapter_dtype is dtype or adapter_dtype is torch.float32)
-        and device == weight.device and device == lora_A.device and device == lora_B.device
-        and (bias is None or (bias.shape == w[:1] and bias.dtype is dtype and bias.device == device))
+        and (bias is None or (bias.shape == w[:1] and bias.dtype is dtype))
         and 0.0 <= dropout_p < 1.0 and backend in NAMES
     )  # fmt: skip
+    if not (x.is_cpu and weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)):  # devices cost more to compare
+        good = good and x.device == weight.device == lora_A.device == lora_B.device and (bias is None or bias.device == x.device)
     if not good:
         raise _explain(x, weight, lora_A, lora_B, bias, dropout_p, backend)
     if type(scaling) is not float:
         lora_A, scaling = _tensor_scaling(lora_A, scaling)
     dropout = dropout_p > 0.0 and training and round(dropout_p * 65536) > 0
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device) if dropout else None
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout else None
     variant = ()
     if return_h or not (x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None):
         _check_variant(x, w[0], a[0], x_lora, h_in, gate, out_scale, grad_row_scale)
         if return_h:  # h without the factor: fold it into the gate
             gate, scaling = (x.new_full((*shape[:-1], 1), scaling, dtype=torch.float32) if gate is None else gate * scaling), 1.0
         variant = (*(t if t is None else _matrix(t) for t in (x_lora, h_in, gate)), out_scale, grad_row_scale)
-    y, h = _apply(x, weight, lora_A, lora_B, bias, seed, (scaling, dropout_p if dropout else 0.0, backend), *variant)
+    settings = (scaling, dropout_p if dropout else 0.0, backend)
+    if not variant and _nobody_listens(x, weight, lora_A):
+        return _eager_apply(x, weight, lora_A, lora_B, bias, seed, settings)
+    y, h = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, seed, settings, *variant)
     return (y, h.view(*shape[:-1], a[0])) if return_h else y
 
 

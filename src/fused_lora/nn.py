@@ -52,13 +52,6 @@ def check_linear(linear: nn.Module) -> None:
         raise ValueError(f"linear must carry no hooks, a LoRALinear would not run them; got {', '.join(hooks)}")
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor | None:
-    """module.<name>, past Module.__getattr__, which costs a small layer a tenth of its forward; that serves where a wrapper (FSDP1,
-    parametrize) has put something else in the parameter's place."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
-
-
 class LoRALinear(nn.Module):
     """A frozen linear layer with LoRA adapters by name, one of them active at a time.
 
@@ -130,12 +123,15 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]."""
         name = self.active_adapter
-        if name is None or self.merged:
+        if name is None or self._pristine is not None:
             return F.linear(x, self.weight, self.bias)
-        return lora_linear(
-            x, _parameter(self, "weight"), _parameter(self._modules["lora_A"], name), _parameter(self._modules["lora_B"], name), self.scaling[name],
-            bias=_parameter(self, "bias"), dropout_p=self.lora_dropout[name], training=self.training,
-        )  # fmt: skip
+        try:  # past Module.__getattr__, which costs a small layer a tenth of its forward
+            own, modules = self._parameters, self._modules
+            weight, bias, lora_A, lora_B = own["weight"], own["bias"], modules["lora_A"]._parameters[name], modules["lora_B"]._parameters[name]
+        except KeyError:  # a wrapper (FSDP1, parametrize) has put something else in a parameter's place
+            weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A[name], self.lora_B[name]
+        dropout_p = self.lora_dropout[name] if self.training else 0.0
+        return lora_linear(x, weight, lora_A, lora_B, self.scaling[name], bias=bias, dropout_p=dropout_p)
 
     def _check_known(self, name: str | None) -> None:
         if name not in self.lora_A:

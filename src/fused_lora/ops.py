@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_lora import reference
-from fused_lora.backends import pick
+from fused_lora.backends import check_variant, pick
 from fused_lora.reference import Gradients, Variant
 
 _VARIANT = "Tensor? x_lora, Tensor? h_in, Tensor? gate, Tensor? out_scale"
@@ -27,23 +27,21 @@ _lib.define(
 
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, backend):
-    plain = x_lora is None and h_in is None and gate is None and out_scale is None
-    module = pick(backend, x, weight, lora_A, plain)
-    if module is reference:
-        return module.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, Variant(x_lora, h_in, gate, out_scale))
-    return module.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+    if x_lora is None and h_in is None and gate is None and out_scale is None:
+        return pick(backend, x, weight, lora_A).forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+    check_variant(backend)
+    return reference.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, Variant(x_lora, h_in, gate, out_scale))
 
 
 def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, grad_row_scale, needs, backend):
     needs = Gradients(*needs)
-    plain = dh is None and x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None and not needs.weight
-    module = pick(backend, dy, weight, lora_A, plain)
-    if module is reference:
-        variant = Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
-        grads = module.backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant)
+    variant = Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
+    if dh is None and not needs.weight and all(t is None for t in variant):
+        wanted = (needs.x, needs.lora_A, needs.lora_B, needs.bias)
+        grads = pick(backend, dy, weight, lora_A).backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, wanted)
     else:
-        wanted = [needs.x, needs.lora_A, needs.lora_B, needs.bias]
-        grads = module.backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, wanted)
+        check_variant(backend)
+        grads = reference.backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant)
     return [grad for grad in grads if grad is not None]
 
 

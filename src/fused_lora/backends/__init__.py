@@ -3,7 +3,7 @@
 A back end is a module with
     forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> (y, h)
     backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs) -> [dx, dA, dB, dbias], None where not needed
-for plain LoRA with x as [M, K]. fused_lora.reference, the last resort, takes the variants' arguments too and returns all gradients.
+for plain LoRA with x as [M, K]. The variants (x_lora, h_in, gate, ...) go to fused_lora.reference, see ops.py.
 """
 
 import functools
@@ -19,7 +19,7 @@ _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @functools.cache
 def _module(name: str):
-    return importlib.import_module("fused_lora.reference" if name == "reference" else f"fused_lora.backends.{name}")
+    return importlib.import_module(f"fused_lora.backends.{name}")
 
 
 @functools.cache
@@ -53,16 +53,14 @@ def explain(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
 
 
 @functools.cache
-def _auto(device_type: str, dtype: torch.dtype) -> str:
-    return explain(device_type, dtype)[0]
+def _auto(device_type: str, dtype: torch.dtype):
+    return _module(explain(device_type, dtype)[0])
 
 
-def _refusal(name: str, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, plain: bool) -> str | None:
+def _refusal(name: str, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor) -> str | None:
     """Why the back end `name` cannot serve the request, or None."""
     if name == "reference":
         return None
-    if not plain:
-        return "plain LoRA only; x_lora, h_in, gate, out_scale, grad_row_scale, return_h and a trained weight need backend='reference' or 'auto'"
     if x.dtype not in _FUSED_DTYPES:
         return f"bfloat16, float16 and float32; got {x.dtype}"
     if name == "cpu":
@@ -78,19 +76,27 @@ def _refusal(name: str, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Ten
     raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
 
 
-def pick(backend: str, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, plain: bool):
-    """The module that serves this call; under "auto" never an error, for a named back end never another one.
+def pick(backend: str, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor):
+    """The module that serves plain LoRA on these tensors; under "auto" never an error, for a named back end never another one.
 
     Args:
         backend: one of NAMES.
         x: [M, K], or dy [M, N] in the backward.
         weight, lora_A: [N, K], [R, K].
-        plain: no variant argument is in use.
     Raises: ValueError if a named back end does not support the request, saying what it supports.
     """
     if backend == "auto":
-        return _module(_auto(x.device.type, x.dtype) if plain else "reference")
-    refusal = _refusal(backend, x, weight, lora_A, plain)
+        return _auto(x.device.type, x.dtype)
+    refusal = _refusal(backend, x, weight, lora_A)
     if refusal is not None:
         raise ValueError(f"backend {backend!r} supports {refusal}")
     return _module(backend)
+
+
+def check_variant(backend: str) -> None:
+    """Raises ValueError if the named back end computes plain LoRA only."""
+    if backend not in ("auto", "reference"):
+        raise ValueError(
+            f"backend {backend!r} supports plain LoRA only; x_lora, h_in, gate, out_scale, grad_row_scale, return_h and a trained weight need "
+            "backend='reference' or 'auto'"
+        )

@@ -1,9 +1,10 @@
 """CPU back end: C++ kernels (csrc/cpu) for everything low-rank, PyTorch's own GEMM for the base product.
 
-The kernel writes y = h Bt + bias first and the GEMM adds x Wt into it, so the update costs no second pass over y; dx likewise.
+The GEMM writes y (dx), the kernel adds the update into it.
 """
 
 import torch
+from torch.nn import functional as F
 
 from fused_lora import _C
 from fused_lora.reference import dropout_threshold
@@ -16,36 +17,41 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
-def _ptr(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
     """y [M, N] and h [M, R]; see `reference.forward`."""
     x, lora_A, lora_B = _rows(x), lora_A.contiguous(), lora_B.contiguous()
-    (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
-    y, h = torch.empty(M, N, dtype=x.dtype), torch.empty(M, R, dtype=x.dtype)
+    (M, K), (N, R) = x.shape, lora_B.shape
+    y, h = F.linear(x, weight, bias), x.new_empty((M, R))
+    seed_ptr, threshold = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     _C.cpu_forward(
-        x.data_ptr(), x.stride(0), lora_A.data_ptr(), lora_B.data_ptr(), _ptr(None if bias is None else bias.contiguous()), h.data_ptr(), y.data_ptr(),
-        M, N, K, R, _CODE[x.dtype], _CODE[lora_A.dtype], scaling, _ptr(seed), dropout_threshold(dropout_p) if dropout_p else 0, torch.get_num_threads(),
+        x.data_ptr(), x.stride(0), lora_A.data_ptr(), lora_B.data_ptr(), h.data_ptr(), y.data_ptr(), M, N, K, R,
+        _CODE[x.dtype], _CODE[lora_A.dtype], scaling, seed_ptr, threshold, torch.get_num_threads(),
     )  # fmt: skip
-    return y.addmm_(x, weight.t()), h
+    return y, h
 
 
 def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
-    """[dx, dA, dB, dbias], None where `needs` says so; see `reference.backward`."""
+    """dx, dA, dB, dbias, None where `needs` says so; see `reference.backward`."""
     dy, lora_A, lora_B = _rows(dy), lora_A.contiguous(), lora_B.contiguous()
     (M, N), (R, K) = dy.shape, lora_A.shape
     need_x, need_A, need_B, need_bias = needs
-    dx = torch.empty(M, K, dtype=dy.dtype) if need_x else None
-    dA = torch.empty_like(lora_A) if need_A else None
-    dB = torch.empty_like(lora_B) if need_B else None
-    dbias = torch.empty(N, dtype=dy.dtype) if need_bias else None
-    x = _rows(x) if need_A else None
-    h = h.contiguous() if need_B else None
+    dx = dA = dB = dbias = None
+    dx_ptr = dA_ptr = dB_ptr = dbias_ptr = x_ptr = ldx = h_ptr = 0
+    if need_x:
+        dx = dy.mm(weight)
+        dx_ptr = dx.data_ptr()
+    if need_A:
+        x, dA = _rows(x), torch.empty_like(lora_A)
+        x_ptr, ldx, dA_ptr = x.data_ptr(), x.stride(0), dA.data_ptr()
+    if need_B:
+        h, dB = h.contiguous(), torch.empty_like(lora_B)
+        h_ptr, dB_ptr = h.data_ptr(), dB.data_ptr()
+    if need_bias:
+        dbias = dy.new_empty((N,))
+        dbias_ptr = dbias.data_ptr()
+    seed_ptr, threshold = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     _C.cpu_backward(
-        dy.data_ptr(), dy.stride(0), _ptr(x), x.stride(0) if need_A else 0, lora_A.data_ptr(), lora_B.data_ptr(), _ptr(h),
-        _ptr(dx), _ptr(dA), _ptr(dB), _ptr(dbias), M, N, K, R,
-        _CODE[dy.dtype], _CODE[lora_A.dtype], scaling, _ptr(seed), dropout_threshold(dropout_p) if dropout_p else 0, torch.get_num_threads(),
+        dy.data_ptr(), dy.stride(0), x_ptr, ldx, lora_A.data_ptr(), lora_B.data_ptr(), h_ptr, dx_ptr, dA_ptr, dB_ptr, dbias_ptr, M, N, K, R,
+        _CODE[dy.dtype], _CODE[lora_A.dtype], scaling, seed_ptr, threshold, torch.get_num_threads(),
     )  # fmt: skip
-    return [dx.addmm_(dy, weight) if need_x else None, dA, dB, dbias]
+    return dx, dA, dB, dbias
