@@ -1,49 +1,77 @@
 // Vectors for the CPU kernels and the run-time choice of instruction set.
 //
-// CLONES compiles a function for AVX-512, AVX2 and the baseline and picks at load time; what it inlines is compiled with it.
-// GCC's vector types rather than plain inner loops: GCC 12 keeps a 6 x 16 tile in registers only with them (94 against 2.5 GFLOP/s
-// on one EPYC 7003 core, M=48, K=256, 2026-11-23).
+// CLONES compiles a function for AVX-512, AVX2 and the baseline and picks at load time; what it inlines is compiled with it. The register
+// tile depends on the registers there are, so each kernel asks avx512() once and takes 12 x 16 (12 zmm) or 6 x 16 (12 ymm) accumulators.
+// GCC's vector types rather than plain inner loops: GCC 12 keeps a tile in registers only with them (94 against 2.5 GFLOP/s on one
+// EPYC 7003 core, M=48, K=256, 2026-11-23).
 #pragma once
 
 #include <cstdint>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define INLINE inline __attribute__((always_inline))
+namespace fused_lora::cpu {
+INLINE bool avx512() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"); }
+}  // namespace fused_lora::cpu
 #else
 #define CLONES
-#endif
 #define INLINE inline __attribute__((always_inline))
+namespace fused_lora::cpu {
+INLINE bool avx512() { return false; }
+}  // namespace fused_lora::cpu
+#endif
 
 namespace fused_lora::cpu {
 
-typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Vec8 __attribute__((vector_size(32)));
+typedef float Vec16 __attribute__((vector_size(64)));
 
-INLINE Vec& vec(float* p) { return *reinterpret_cast<Vec*>(p); }
-INLINE const Vec& vec(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+template <class V> INLINE V load(const float* p) {  // unaligned
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V> INLINE void store(float* p, const V& v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// out[MR, 8 NV] += x[i * rs + q * cs] * p[q, :], q = 0 .. k - 1: the register tile of shrink (cs = 1) and wgrad (rs = 1).
-template <int MR, int NV>
+// out[MR, NV vectors] += x[i * rs + q * cs] * p[q, :], q = 0 .. k - 1: the register tile of every product.
+// shrink: rs = row stride, cs = 1. wgrad: rs = 1, cs = row stride. expand: x = H.
+template <int MR, class V, int NV>
 INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out, int64_t ldo) {
-  Vec acc[MR][NV];
-#pragma GCC unroll 8
+  constexpr int W = sizeof(V) / sizeof(float);
+  V acc[MR][NV];
+#pragma GCC unroll 12
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) acc[i][j] = vec(out + i * ldo + 8 * j);
+    for (int j = 0; j < NV; ++j) acc[i][j] = load<V>(out + i * ldo + W * j);
   for (int64_t q = 0; q < k; ++q) {
-    Vec b[NV];
+    V b[NV];
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) b[j] = vec(p + q * ldp + 8 * j);
-#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) b[j] = load<V>(p + q * ldp + W * j);
+#pragma GCC unroll 12
     for (int i = 0; i < MR; ++i) {
       const float a = x[i * rs + q * cs];
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) acc[i][j] += a * b[j];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) vec(out + i * ldo + 8 * j) = acc[i][j];
+    for (int j = 0; j < NV; ++j) store(out + i * ldo + W * j, acc[i][j]);
+}
+
+// out[rows, cols] += X P for X given by its strides: tiles of 16 columns, the last perhaps of 8. rows a multiple of 12.
+INLINE void product(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out, int64_t ldo, int64_t rows, int64_t cols) {
+  int64_t n = 0;
+  for (; n + 16 <= cols; n += 16) {
+    if (avx512())
+      for (int64_t m = 0; m < rows; m += 12) tile<12, Vec16, 1>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
+    else
+      for (int64_t m = 0; m < rows; m += 6) tile<6, Vec8, 2>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
+  }
+  for (; n < cols; n += 8)
+    for (int64_t m = 0; m < rows; m += 6) tile<6, Vec8, 1>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
 }
 
 }  // namespace fused_lora::cpu
