@@ -35,15 +35,12 @@ template <class V> INLINE V load(const float* p) {  // unaligned
 template <class V> INLINE void store(float* p, const V& v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // out[MR, NV vectors] += x[i * rs + q * cs] * p[q, :], q = 0 .. k - 1: the register tile of every product.
-// shrink: rs = row stride, cs = 1. wgrad: rs = 1, cs = row stride. expand: x = H.
+// shrink: rs = row stride, cs = 1. wgrad: rs = 1, cs = row stride. expand: x = H. Sums start at zero and join `out` at the end: rounding
+// errors grow with one panel or block, not with the whole of K or M.
 template <int MR, class V, int NV>
 INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out, int64_t ldo) {
   constexpr int W = sizeof(V) / sizeof(float);
-  V acc[MR][NV];
-#pragma GCC unroll 12
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) acc[i][j] = load<V>(out + i * ldo + W * j);
+  V acc[MR][NV] = {};
   for (int64_t q = 0; q < k; ++q) {
     V b[NV];
 #pragma GCC unroll 2
@@ -58,7 +55,7 @@ INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t
 #pragma GCC unroll 12
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) store(out + i * ldo + W * j, acc[i][j]);
+    for (int j = 0; j < NV; ++j) store(out + i * ldo + W * j, load<V>(out + i * ldo + W * j) + acc[i][j]);
 }
 
 // out[rows, cols] += X P for X given by its strides: tiles of 16 columns, the last perhaps of 8. rows a multiple of 12.
