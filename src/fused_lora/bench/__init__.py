@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fused_lora.bench import report, runner
-from fused_lora.bench.candidates import CANDIDATES
+from fused_lora.bench.candidates import CANDIDATES, candidates_on
 from fused_lora.bench.cases import Case
 from fused_lora.bench.cases import preset as cases_of
 
@@ -39,7 +39,7 @@ def run(
         output: JSON file to write (or a folder, for <preset>-<device>.json), written aside and renamed.
         plot: PNG file to write (or a folder).
         threads: CPU threads; torch's choice where None.
-        candidates: names out of CANDIDATES; all where None. frozen is always timed.
+        candidates: names out of `candidates_on(device)`; all where None. frozen is always timed.
         budget_s: seconds of timing a case.
         train_step: time a SmolLM2 training step too; by default with every preset but quick, on the CPU.
     Raises: ValueError for an unknown name or an absent device; WrongResult if a candidate is off.
@@ -48,10 +48,11 @@ def run(
         raise ValueError(f"device must be cpu or cuda; got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' needs a GPU that PyTorch sees; there is none")
-    names = list(dict.fromkeys(["frozen", *(candidates or CANDIDATES)]))
-    unknown = [n for n in names if n not in CANDIDATES]
+    known = candidates_on(device)
+    names = list(dict.fromkeys(["frozen", *(candidates or known)]))
+    unknown = [n for n in names if n not in known]
     if unknown:
-        raise ValueError(f"candidates must be among {', '.join(CANDIDATES)}; got {', '.join(unknown)}")
+        raise ValueError(f"candidates must be among {', '.join(known)}; got {', '.join(unknown)}")
     cases = cases_of(preset, device)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -63,7 +64,7 @@ def run(
         slow = device == "cpu" and case.dtype != torch.float32
         timed = [n for n in names if not (slow and n == "compile")]
         rows += report.print_case(case, runner.run_case(case, device, timed, budget_s, least=3 if slow else 5))
-    host = runner.host_cost(device, min(budget_s, 10.0), [n for n in names if n in ("frozen", "naive", "addmm", "peft", "fused")]) if "peft" in names else []
+    host = runner.host_cost(device, min(budget_s, 10.0), [n for n in names if n != "compile"]) if "peft" in names else []
     report.print_host(host)
     steps: list[dict] = []
     if train_step if train_step is not None else (preset != "quick" and device == "cpu"):

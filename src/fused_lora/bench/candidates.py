@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_lora import _C
+from fused_lora.functional import lora_linear
 from fused_lora.nn import LoRALinear
 from fused_lora.testing import Problem
 
@@ -124,6 +126,24 @@ def fused(p: Problem, dropout: float) -> Made:
     return Made(layer, A, B)
 
 
+def _back_end(name: str) -> Callable[[Problem, float], Made]:
+    """lora_linear on one named back end, A and B in the problem's adapter dtype."""
+
+    def make(p: Problem, dropout: float) -> Made:
+        A, B = p.lora_A.detach().clone().requires_grad_(), p.lora_B.detach().clone().requires_grad_()
+        return Made(lambda x: lora_linear(x, p.weight, A, B, p.scaling, bias=p.bias, dropout_p=dropout, backend=name), A, B)
+
+    return make
+
+
 CANDIDATES: dict[str, Callable[[Problem, float], Made]] = {
     "frozen": frozen, "naive": naive, "addmm": addmm, "peft": peft, "compile": compiled, "fused": fused,
 }  # fmt: skip
+
+
+def candidates_on(device: str) -> dict[str, Callable[[Problem, float], Made]]:
+    """All candidates of a device: on a GPU its back ends one by one, too, whichever of them "fused" takes."""
+    if device == "cpu":
+        return CANDIDATES
+    hopper = _C.build_info()["cuda"] and torch.cuda.get_device_capability() == (9, 0)
+    return CANDIDATES | {name: _back_end(name) for name in ("triton", *(("cuda",) if hopper else ()))}

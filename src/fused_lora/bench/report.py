@@ -87,7 +87,7 @@ def print_steps(rows: list[dict]) -> list[dict]:
     return rows
 
 
-def _write_aside(path: Path, write) -> None:
+def write_aside(path: Path, write) -> None:
     """write(temporary path), then rename: the old file stays whole if anything fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=path.suffix)
@@ -108,7 +108,7 @@ def _target(document: dict, path: Path, suffix: str) -> Path:
 
 def write_json(document: dict, path: Path) -> Path:
     path = _target(document, path, ".json")
-    _write_aside(path, lambda temporary: Path(temporary).write_text(json.dumps(document, indent=1) + "\n"))
+    write_aside(path, lambda temporary: Path(temporary).write_text(json.dumps(document, indent=1) + "\n"))
     _console.print(f"wrote {path}")
     return path
 
@@ -136,7 +136,7 @@ def write_plot(document: dict, path: Path) -> Path:
     axes.set_ylabel("time over the frozen layer's")
     axes.set_title(f"LoRA forward + backward, lower is better\n{env['device']}, torch {env['torch']}, {env['date']}", fontsize=9)
     axes.legend(ncols=3, fontsize=8)
-    _write_aside(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    write_aside(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
     pyplot.close(figure)
     _console.print(f"wrote {path}")
     return path
@@ -187,7 +187,7 @@ def update_readme(readme: Path, results: Path) -> None:
         raise ValueError(f"{results} must hold readme-*.json, which `fused-lora bench --preset readme --output {results}` writes; got none")
     body = "\n\n".join(markdown(json.loads(f.read_text())) for f in files)
     head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    _write_aside(readme, lambda temporary: Path(temporary).write_text(f"{head}\n{body}\n{tail}"))
+    write_aside(readme, lambda temporary: Path(temporary).write_text(f"{head}\n{body}\n{tail}"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fused_lora.bench.candidates import CANDIDATES, Made
+from fused_lora.bench.candidates import Made, candidates_on
 from fused_lora.bench.cases import Case
 from fused_lora.bench.timing import Spread, copies, cpu_pass, gpu_pass, interleave
 from fused_lora.testing import Problem, random_problem, truth
@@ -92,7 +92,7 @@ def run_case(case: Case, device: str, names: list[str], budget_s: float, least: 
     Args:
         case: the sizes.
         device: cpu or cuda.
-        names: of CANDIDATES; frozen must be among them.
+        names: of `candidates_on(device)`; frozen must be among them.
         budget_s: seconds of timing for all candidates together.
         least: rounds at the least, whatever they take.
     Raises: WrongResult if a candidate is off.
@@ -100,10 +100,11 @@ def run_case(case: Case, device: str, names: list[str], budget_s: float, least: 
     p = random_problem(case.M, case.N, case.K, case.R, case.dtype, torch.float32, device=device)
     exact, base = truth(p), truth(replace(p, lora_B=torch.zeros_like(p.lora_B)))
     errors = {}
+    makers = candidates_on(device)
     for name in names:
-        candidate = CANDIDATES[name](p, 0.0)
+        candidate = makers[name](p, 0.0)
         errors[name] = check(name, outcome(candidate, p), exact if candidate.leaves else base, case.dtype)
-    made = {name: CANDIDATES[name](p, case.dropout) for name in names}
+    made = {name: makers[name](p, case.dropout) for name in names}
     if case.dropout and "fused" in made:
         _check_dropout("fused", made["fused"], p, case.dropout)
     inputs = copies(p.x, _L2_TIMES[device])
@@ -136,8 +137,8 @@ def _rows(case: Case, times: dict[str, list[tuple[float, float]]], facts: dict[s
 
 def host_cost(device: str, budget_s: float, names: list[str]) -> list[dict]:
     """Eager forward and backward on tiny tensors (M=4, K=N=16, R=4), microseconds a call: what Python, autograd and launches cost."""
-    p = random_problem(4, 16, 16, 4, torch.float32, device=device)
-    made = {name: CANDIDATES[name](p, 0.0) for name in names if name != "compile"}
+    p = random_problem(4, 16, 16, 4, torch.float32 if device == "cpu" else torch.bfloat16, torch.float32, device=device)
+    made = {name: candidates_on(device)[name](p, 0.0) for name in names if name != "compile"}
     passes = {name: cpu_pass(m.forward, copies(p.x, 0), p.dy, m.leaves) for name, m in made.items()}
     for warm_up in passes.values():
         for _ in range(200):

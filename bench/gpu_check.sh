@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one run of under nine minutes: build, tests, sanitizer, benches; a short table last, JSON in OUT.
+#
+#   OUT=results bash bench/gpu_check.sh              all of it
+#   PARTS="build tests" bash bench/gpu_check.sh      some of it: build tests sanitizer bench full llama
+#
+# For the image's own PyTorch, without a network: nothing is downloaded. A part that fails is reported in the table and the rest goes on.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-gpu-check}
+PARTS=${PARTS:-build tests sanitizer bench}
+PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 FUSED_LORA_CUDA=1
+declare -a TABLE
+
+part() { # part NAME SECONDS COMMAND...: runs it under a limit, log in OUT/NAME.log
+  local name=$1 limit=$2 start=$SECONDS rc=0
+  shift 2
+  echo "== $name"
+  timeout -k 10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log" | tail -n 25 || rc=$?
+  TABLE+=("$(printf '%-10s %-6s %4d s   %s' "$name" "$([ $rc = 0 ] && echo ok || echo "rc $rc")" $((SECONDS - start)) "$(tail -n 1 "$OUT/$name.log" | cut -c1-90)")")
+}
+
+sanitize() { # the exact tests of both GPU back ends under two tools; xdist and caches off, the first finding fails
+  local tool
+  for tool in memcheck racecheck; do
+    compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex-exclude kns=at:: "$PYTHON" -m pytest -q -p no:cacheprovider \
+      tests/test_backends.py -k "exact_integers and (cuda or triton)" || return
+  done
+}
+
+for name in $PARTS; do
+  case $name in
+    build) part build 240 "$PYTHON" -m pip install -q --no-build-isolation --no-deps . ;;
+    tests) part tests 240 pytest -q -x --maxfail=20 tests --deselect tests/test_packaging.py ;;
+    sanitizer) part sanitizer 180 sanitize ;;
+    bench) part bench 240 fused-lora bench --device cuda --preset readme --budget 2 --output "$OUT" --plot "$OUT" ;;
+    full) part full 540 fused-lora bench --device cuda --preset full --budget 1 --output "$OUT" ;;
+    llama) part llama 400 "$PYTHON" bench/bench_llama.py "$OUT/llama.json" ;;
+    *) echo "PARTS must be among build tests sanitizer bench full llama; got $name" >&2 && exit 2 ;;
+  esac
+done
+
+"$PYTHON" - <<'PY'
+import torch, triton
+name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+print(f"\n{name} | torch {torch.__version__} | triton {triton.__version__}")
+PY
+printf '%s\n' "${TABLE[@]}"
