@@ -47,9 +47,7 @@ def shared(base: nn.Module) -> nn.Module:
     with torch.device("meta"):
         model = LlamaForCausalLM(base.config)
     model.load_state_dict(base.state_dict(), assign=True)
-    for (_, ours), (_, theirs) in zip(model.named_buffers(), base.named_buffers()):
-        ours.data = theirs.data
-    model.model.rotary_emb = base.model.rotary_emb
+    model.model.rotary_emb = base.model.rotary_emb  # its buffers are in no state dict
     return model.requires_grad_(False).train()
 
 
