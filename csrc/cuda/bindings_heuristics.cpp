@@ -1,2 +1,120 @@
+// The choices of heuristics.h for Python: in every build, for tests, workspaces and `python -m fused_lora info`.
 #include <pybind11/pybind11.h>
-void bind_heuristics(pybind11::module_&) {}
+
+#include <stdexcept>
+
+#include "heuristics.h"
+
+namespace py = pybind11;
+using namespace fused_lora;
+
+namespace {
+
+void require(bool good, const char* what) {
+  if (!good) throw std::invalid_argument(what);
+}
+
+Dtype half_dtype(int dtype) {
+  require(fused_dtype(Dtype(dtype)), "dtype must be 1 (fp16) or 2 (bf16)");
+  return Dtype(dtype);
+}
+
+py::dict describe(const GemmConfig& c) {
+  py::dict d;
+  d["block_m"] = kGemmBlockM;
+  d["block_n"] = c.block_n;
+  d["block_k"] = kGemmBlockK;
+  d["cluster"] = kGemmCluster;
+  d["stages"] = c.stages;
+  d["smem_bytes"] = c.smem;
+  d["grid"] = c.grid;
+  d["row_tiles"] = c.row_tiles;
+  d["col_tiles"] = c.col_tiles;
+  d["low_blocks"] = c.low_blocks;
+  d["rank_tile"] = c.rank_tile;
+  d["one_launch"] = c.rank_tile > 0;
+  d["masked"] = c.masked;
+  return d;
+}
+
+py::dict describe(const WgradConfig& c) {
+  py::dict d;
+  d["rank_tile"] = c.rank_tile;
+  d["rank_chunks"] = c.rank_chunks;
+  d["rows_per_split"] = c.rows_per_split;
+  d["splits"] = c.splits;
+  d["smem_bytes"] = wgrad_smem_bytes(c.rank_tile);
+  return d;
+}
+
+py::tuple describe(const Region& r) { return py::make_tuple(r.offset, r.bytes); }
+
+py::dict lora_gemm_config(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int sms, bool compute_h, bool masked) {
+  half_dtype(dtype);
+  require(K >= 1, "K must be at least 1");
+  const GemmConfig c = gemm_config(M, N, R, sms, compute_h, masked);
+  require(c.valid, "sizes must be 1 <= M, N < 2**31 - 512 and 0 <= R <= 256, with at least 2 SMs and fewer than 2**31 tiles");
+  return describe(c);
+}
+
+py::tuple lora_gemm_tile(int t, int row_tiles, int col_tiles, bool column_first) {
+  require(t >= 0 && row_tiles >= 1 && col_tiles >= 1 && t < int64_t{row_tiles} * col_tiles, "t must name one of row_tiles * col_tiles tiles");
+  const TileIndex tile = gemm_tile(t, row_tiles, col_tiles, column_first);
+  return py::make_tuple(tile.row, tile.col);
+}
+
+py::dict plan_forward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int adapter_dtype, bool dropout, int sms) {
+  const ForwardPlan p = forward_plan(M, N, K, R, half_dtype(dtype), Dtype(adapter_dtype), dropout, sms);
+  require(p.valid, "no plan for these sizes");
+  static const char* const names[] = {"gemm", "shrink", "h_gemm"};
+  py::dict d;
+  d["gemm"] = describe(p.gemm);
+  d["h"] = names[p.h_by];
+  if (p.h_by == ForwardPlan::by_gemm) d["h_gemm"] = describe(p.h_gemm);
+  py::dict regions;
+  regions["control"] = describe(p.control);
+  regions["A"] = describe(p.A);
+  regions["B"] = describe(p.B);
+  d["regions"] = regions;
+  d["bytes"] = p.bytes;
+  return d;
+}
+
+py::dict plan_backward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int adapter_dtype, bool dropout, bool need_x, bool need_A,
+                       bool need_B, bool need_bias, int sms) {
+  const BackwardPlan p = backward_plan(M, N, K, R, half_dtype(dtype), Dtype(adapter_dtype), dropout, need_x, need_A, need_B, need_bias, sms);
+  require(p.valid, "no plan for these sizes");
+  static const char* const names[] = {"", "gemm", "shrink", "h_gemm"};
+  py::dict d;
+  if (need_x) d["gemm"] = describe(p.gemm);
+  d["dh"] = names[p.h_by];
+  if (p.h_by == BackwardPlan::by_gemm) d["h_gemm"] = describe(p.h_gemm);
+  if (need_A || need_B) d["wgrad"] = describe(p.wgrad);
+  if (need_bias && !need_B) d["bias_wgrad"] = describe(p.bias_wgrad);
+  py::dict regions;
+  regions["control"] = describe(p.control);
+  regions["A"] = describe(p.A);
+  regions["B"] = describe(p.B);
+  regions["dh"] = describe(p.dh);
+  regions["dA"] = describe(p.dA);
+  regions["dB"] = describe(p.dB);
+  regions["dbias"] = describe(p.dbias);
+  d["regions"] = regions;
+  d["bytes"] = p.bytes;
+  return d;
+}
+
+}  // namespace
+
+void bind_heuristics(py::module_& m) {
+  using namespace py::literals;
+  m.def("lora_gemm_config", &lora_gemm_config, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "sms"_a, "compute_h"_a = true, "masked"_a = false,
+        "The tile, stages, shared memory and grid of out[M, N] = left[M, K] right + low[M, R] low_right.");
+  m.def("lora_gemm_tile", &lora_gemm_tile, "t"_a, "row_tiles"_a, "col_tiles"_a, "column_first"_a, "(row, column) of tile number t.");
+  m.def("cuda_forward_plan", &plan_forward, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a, "dropout"_a, "sms"_a,
+        "What the CUDA forward launches and the workspace it needs.");
+  m.def("cuda_backward_plan", &plan_backward, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a, "dropout"_a, "need_x"_a, "need_A"_a,
+        "need_B"_a, "need_bias"_a, "sms"_a, "What the CUDA backward launches and the workspace it needs.");
+  m.attr("cuda_max_rank") = kMaxRank;
+  m.attr("cuda_smem_limit") = kSmemLimit;
+}
