@@ -1,0 +1,208 @@
+// Which kernel, tile, grid and workspace a request gets: pure host functions of sizes, dtypes and the number of SMs.
+//
+// Compiled in every build, exported by bindings_heuristics.cpp and tested without a GPU. The kernels take their constants from here, so a
+// plan and the kernel it names cannot disagree about shared memory or the order of tiles. Sizes of regions are bytes.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "lora.h"
+
+namespace fused_lora {
+
+constexpr int64_t kMaxRank = 256;
+constexpr int kSmemLimit = 232448;  // dynamic shared memory of one block, compute capability 9.0
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
+constexpr int64_t padded_rank(int64_t R) { return round_up(R, 8); }  // TMA wants rows of 16 bytes: row length of h, dh and the kernels' B
+constexpr int rank_tile_for(int64_t R) { return R <= 16 ? 16 : R <= 32 ? 32 : 64; }
+
+// ---- lora_gemm_sm90: out[M, N] = left[M, K] right + low[M, R] low_right ------------------------------------------------------------------
+constexpr int kGemmBlockM = 128, kGemmBlockK = 64, kGemmCluster = 2;
+
+constexpr int gemm_stage_bytes(int block_n, int rank_tile) { return (kGemmBlockM + block_n + rank_tile) * kGemmBlockK * 2; }
+// Two 64 x 64 tiles on their way out, the mask bits of a tile, barriers, and the way to the first multiple of 1024.
+constexpr int gemm_other_bytes(int block_n, bool masked) { return 2 * 64 * 64 * 2 + (masked ? kGemmBlockM * block_n / 8 : 0) + 1024 + 1024; }
+constexpr int gemm_stages(int block_n, int rank_tile, bool masked) {
+  return (kSmemLimit - gemm_other_bytes(block_n, masked)) / gemm_stage_bytes(block_n, rank_tile);
+}
+constexpr int gemm_smem_bytes(int block_n, int rank_tile, bool masked) {
+  return gemm_stages(block_n, rank_tile, masked) * gemm_stage_bytes(block_n, rank_tile) + gemm_other_bytes(block_n, masked);
+}
+
+struct TileIndex {
+  int row, col;  // in tiles of a cluster: 256 rows, block_n columns
+};
+
+// Tile number t of a launch. Groups of 8 tile rows share their columns of the right operand in L2. With column_first the tiles of column 0
+// lead: they publish h, so every tile depends on lower numbers only.
+constexpr TileIndex gemm_tile(int t, int row_tiles, int col_tiles, bool column_first) {
+  int first_col = 0;
+  if (column_first) {
+    if (t < row_tiles) return {t, 0};
+    t -= row_tiles;
+    first_col = 1;
+  }
+  constexpr int kGroup = 8;
+  const int per_group = kGroup * (col_tiles - first_col), group = t / per_group, first_row = group * kGroup;
+  const int rows = std::min(row_tiles - first_row, kGroup), within = t - group * per_group;
+  return {first_row + within % rows, within / rows + first_col};
+}
+
+struct GemmConfig {
+  int block_n;     // columns of a tile, 128 or 256; a cluster's two tiles of 128 rows lie above each other
+  int rank_tile;   // columns of h that column 0 computes in the same launch: 16, 32 or 64; 0: h is given
+  bool masked;     // the low-rank term goes through the dropout mask
+  int stages, smem;
+  int row_tiles, col_tiles, grid;  // grid in blocks, a multiple of the cluster
+  int low_blocks;  // k-blocks of the low-rank update
+  bool valid;      // false: too many tiles for 32-bit numbers, or too few SMs
+};
+
+// K does not enter: both tile widths walk the whole of it.
+inline GemmConfig gemm_config(int64_t M, int64_t N, int64_t R, int sms, bool compute_h, bool masked) {
+  GemmConfig c{};
+  const int64_t rows = ceil_div(M, kGemmBlockM * kGemmCluster), clusters = sms / kGemmCluster;
+  if (M < 1 || N < 1 || R < 0 || R > kMaxRank || clusters < 1) return c;
+  const auto cost = [&](int64_t block_n, int64_t percent) { return ceil_div(rows * ceil_div(N, block_n), clusters) * percent; };
+  // A 128-wide tile takes 59 % of a 256-wide one: Triton, 8192 x 4096 x 4096, 415-420 us against 352-360, H100, 2026-11-23.
+  c.block_n = cost(128, 59) < cost(256, 100) ? 128 : 256;
+  // One launch costs 2-5 % of the GEMM, a pass over x 6-9 % (same shape, R = 16, H100, 2026-11-23). Above 64 ranks the accumulators don't fit.
+  c.rank_tile = compute_h && R >= 1 && R <= 64 ? rank_tile_for(R) : 0;
+  c.masked = masked;
+  c.stages = gemm_stages(c.block_n, c.rank_tile, masked);
+  c.smem = gemm_smem_bytes(c.block_n, c.rank_tile, masked);
+  const int64_t cols = ceil_div(N, c.block_n);
+  c.low_blocks = static_cast<int>(ceil_div(R, kGemmBlockK));
+  if (M > INT32_MAX - 512 || N > INT32_MAX - 512 || rows * cols > INT32_MAX - 2 * clusters) return c;
+  c.row_tiles = static_cast<int>(rows);
+  c.col_tiles = static_cast<int>(cols);
+  c.grid = static_cast<int>(std::min(rows * cols, clusters)) * kGemmCluster;
+  c.valid = true;
+  return c;
+}
+
+// ---- shrink: out[M, R] = scale * drop(left[M, K]) right ----------------------------------------------------------------------------------
+constexpr int kShrinkRows = 32, kShrinkBlockK = 128, kShrinkStages = 4;
+constexpr int shrink_smem_bytes(int rank_tile) { return kShrinkStages * (kShrinkRows + rank_tile) * kShrinkBlockK * 2 + 1024; }
+
+// ---- wgrad: out[C, R] = left[M, C]^T low[M, R] -------------------------------------------------------------------------------------------
+constexpr int kWgradCols = 128, kWgradRows = 64;
+constexpr int kSmemPerSm = 228 * 1024;                                                   // of which every block takes 1 KiB for the system
+constexpr int wgrad_stages(int rank_tile) { return rank_tile > 64 ? 3 : 4; }             // 3: two blocks fit an SM
+constexpr int wgrad_smem_bytes(int rank_tile) { return wgrad_stages(rank_tile) * kWgradRows * (kWgradCols + rank_tile) * 2 + 1024; }
+
+struct WgradConfig {
+  int rank_tile, rank_chunks;  // 16, 32, 64 or 128 ranks a block
+  int64_t rows_per_split;      // a multiple of kWgradRows
+  int splits;
+};
+
+// The launch covers `tiles` column tiles of all its products together: as many splits over M as keep every block resident at once.
+inline WgradConfig wgrad_config(int64_t M, int64_t col_tiles, int64_t R, int sms) {
+  WgradConfig c{};
+  c.rank_tile = R == 0 ? 0 : R <= 64 ? rank_tile_for(R) : 128;
+  c.rank_chunks = R == 0 ? 1 : static_cast<int>(ceil_div(R, c.rank_tile));
+  const int64_t resident = sms * std::min<int64_t>(kSmemPerSm / (wgrad_smem_bytes(c.rank_tile) + 1024), 4);
+  const int64_t wanted = std::max<int64_t>(1, resident / std::max<int64_t>(1, col_tiles * c.rank_chunks));
+  const int64_t steps = std::max<int64_t>(1, ceil_div(M, kWgradRows));
+  c.rows_per_split = std::max<int64_t>(ceil_div(steps, wanted), std::min<int64_t>(steps, 4)) * kWgradRows;  // at least 4 steps each
+  c.splits = static_cast<int>(ceil_div(std::max<int64_t>(1, M), c.rows_per_split));
+  return c;
+}
+
+// ---- workspaces --------------------------------------------------------------------------------------------------------------------------
+struct Region {
+  int64_t offset, bytes;  // bytes 0: not used
+};
+
+class Layout {
+ public:
+  Region take(int64_t bytes) {
+    const Region r{end_, bytes};
+    end_ += round_up(bytes, 256);
+    return r;
+  }
+  int64_t bytes() const { return end_; }
+
+ private:
+  int64_t end_ = 0;
+};
+
+// What one launch needs zeroed: the tile counter, then (from 32 ints on) one flag for every 64 rows.
+constexpr int kControlFlags = 32;
+inline int64_t control_bytes(const GemmConfig& c) { return c.rank_tile ? 4 * (kControlFlags + int64_t{4} * c.row_tiles) : 0; }
+
+struct ForwardPlan {
+  GemmConfig gemm;    // y
+  GemmConfig h_gemm;  // h, where `h_by` is gemm
+  enum { in_gemm, shrink, by_gemm } h_by;
+  Region control, A, B;  // A and B in x's dtype with padded rows, where the caller's don't serve
+  int64_t bytes;
+  bool valid;
+};
+
+inline bool needs_copy_A(Dtype dtype, Dtype adapter_dtype) { return dtype != adapter_dtype; }
+inline bool needs_copy_B(int64_t R, Dtype dtype, Dtype adapter_dtype) { return dtype != adapter_dtype || R % 8 != 0; }
+inline bool fused_dtype(Dtype dtype) { return dtype == Dtype::f16 || dtype == Dtype::bf16; }
+
+inline ForwardPlan forward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dtype dtype, Dtype adapter_dtype, bool dropout, int sms) {
+  ForwardPlan p{};
+  if (!fused_dtype(dtype) || R < 1 || K < 1 || K > INT32_MAX - 512) return p;
+  p.gemm = gemm_config(M, N, R, sms, !dropout, false);
+  p.h_by = p.gemm.rank_tile ? ForwardPlan::in_gemm : dropout ? ForwardPlan::shrink : ForwardPlan::by_gemm;
+  if (p.h_by == ForwardPlan::by_gemm) p.h_gemm = gemm_config(M, R, 0, sms, false, false);
+  Layout layout;
+  p.control = layout.take(control_bytes(p.gemm));
+  p.A = layout.take(needs_copy_A(dtype, adapter_dtype) ? R * K * 2 : 0);
+  p.B = layout.take(needs_copy_B(R, dtype, adapter_dtype) ? N * padded_rank(R) * 2 : 0);
+  p.bytes = layout.bytes();
+  p.valid = p.gemm.valid && (p.h_by != ForwardPlan::by_gemm || p.h_gemm.valid);
+  return p;
+}
+
+struct BackwardPlan {
+  GemmConfig gemm;    // dx
+  GemmConfig h_gemm;  // dh, where `h_by` is gemm
+  enum { nobody, in_gemm, shrink, by_gemm } h_by;
+  WgradConfig wgrad;       // dA and dB in one launch
+  WgradConfig bias_wgrad;  // dbias where dB is not wanted
+  Region control, A, B, dh, dA, dB, dbias;  // the last three: one fp32 slab for every split
+  int64_t bytes;
+  bool valid;
+};
+
+inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dtype dtype, Dtype adapter_dtype, bool dropout, bool need_x,
+                                  bool need_A, bool need_B, bool need_bias, int sms) {
+  BackwardPlan p{};
+  if (!fused_dtype(dtype) || M < 1 || N < 1 || K < 1 || R < 1 || R > kMaxRank || sms < kGemmCluster) return p;
+  p.valid = M <= INT32_MAX - 512 && N <= INT32_MAX - 512 && K <= INT32_MAX - 512;
+  p.h_by = BackwardPlan::nobody;
+  if (need_x) {
+    p.gemm = gemm_config(M, K, R, sms, true, dropout);
+    p.valid = p.valid && p.gemm.valid;
+  }
+  if (need_x || need_A) p.h_by = p.gemm.rank_tile ? BackwardPlan::in_gemm : R > 64 ? BackwardPlan::by_gemm : BackwardPlan::shrink;
+  if (p.h_by == BackwardPlan::by_gemm) {
+    p.h_gemm = gemm_config(M, R, 0, sms, false, false);
+    p.valid = p.valid && p.h_gemm.valid;
+  }
+  const int64_t tiles = (need_A ? ceil_div(K, kWgradCols) : 0) + (need_B ? ceil_div(N, kWgradCols) : 0);
+  p.wgrad = wgrad_config(M, tiles, R, sms);
+  p.bias_wgrad = wgrad_config(M, ceil_div(N, kWgradCols), 0, sms);
+  Layout layout;
+  const bool dh = p.h_by != BackwardPlan::nobody;
+  p.control = layout.take(control_bytes(p.gemm));
+  p.A = layout.take(need_x && needs_copy_A(dtype, adapter_dtype) ? R * K * 2 : 0);
+  p.B = layout.take(dh && needs_copy_B(R, dtype, adapter_dtype) ? N * padded_rank(R) * 2 : 0);
+  p.dh = layout.take(dh ? M * padded_rank(R) * 2 : 0);
+  p.dA = layout.take(need_A ? p.wgrad.splits * R * K * 4 : 0);
+  p.dB = layout.take(need_B ? p.wgrad.splits * N * R * 4 : 0);
+  p.dbias = layout.take(need_bias ? (need_B ? p.wgrad : p.bias_wgrad).splits * N * 4 : 0);
+  p.bytes = layout.bytes();
+  return p;
+}
+
+}  // namespace fused_lora

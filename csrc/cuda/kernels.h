@@ -1,0 +1,83 @@
+// The CUDA kernels' launchers: one params struct each, every pointer with its shape. The drivers (lora.cpp) put them in order.
+//
+// Matrices are row-major in `dtype` (fp16 or bf16) with 16-byte aligned rows unless said otherwise; each launcher checks what it is given.
+#pragma once
+
+#include <cstdint>
+
+#include "heuristics.h"
+
+namespace fused_lora {
+
+struct Target {
+  int device;
+  void* stream;
+};
+
+// prepare.cu     A and B in dtype with padded rows, and the zeroed control block of a one-launch GEMM; null outputs are left out.
+struct PrepareParams {
+  const void* A;   // [R, K], contiguous, adapter_dtype, any alignment
+  const void* B;   // [N, R], contiguous, adapter_dtype, any alignment
+  void* out_A;     // [R, K]
+  void* out_B;     // [N, padded_rank(R)], columns past R zero
+  int* control;    // [control_ints]
+  int64_t control_ints, N, K, R;
+  Dtype dtype, adapter_dtype;
+};
+Status prepare(const PrepareParams& p, const Target& target);
+
+// lora_gemm_sm90.cu     out = alpha * left right + low low_right (+ bias), the low-rank term through the dropout mask if config.masked;
+//                       with config.rank_tile also low = scale * left rank, in the same launch.
+struct GemmParams {
+  const void* left;       // [M, K], row stride ld_left
+  const void* right;      // [N, K], or [K, N] if right_mn: row stride ld_right
+  const void* low_right;  // [N, R], or [R, N] if right_mn: row stride ld_low_right; null if R is 0
+  const void* rank;       // [R, K], or [K, R] if right_mn: row stride ld_rank; read if config.rank_tile
+  const void* bias;       // [N], or null
+  void* low;              // [M, R], row stride ld_low; written if config.rank_tile, else read
+  void* out;              // [M, N], row stride ld_out
+  int* control;           // zeros, control_bytes(config); used if config.rank_tile
+  int64_t ld_left, ld_right, ld_low_right, ld_rank, ld_low, ld_out;
+  int64_t M, N, K, R;
+  bool right_mn;          // the right operands lie with their reduction dimension in rows: dx = dy W + dh A
+  float alpha, scale;
+  Dropout dropout;        // over [M, N]; threshold 0 unless config.masked
+  Dtype dtype;
+};
+Status lora_gemm(const GemmConfig& config, const GemmParams& p, const Target& target);
+
+// shrink.cu      out = scale * drop(left) right
+struct ShrinkParams {
+  const void* left;   // [M, K], row stride ld_left
+  const void* right;  // [R, K], or [K, R] if right_mn: row stride ld_right, a multiple of 8 columns, those past R zero
+  void* out;          // [M, R], row stride padded_rank(R), columns past R zero
+  int64_t M, K, R, ld_left, ld_right;
+  bool right_mn;
+  float scale;
+  Dropout dropout;    // over [M, K]
+  Dtype dtype;
+};
+Status shrink(const ShrinkParams& p, const Target& target);
+
+// wgrad.cu       out = scale * drop(left)^T low and column_sums = sum over M of left, for up to two products in one launch and one more for the sums.
+struct WgradJob {
+  const void* left;    // [M, C], row stride ld_left
+  const void* low;     // [M, R], row stride ld_low; not read if R is 0
+  float* slabs;        // [splits, C, R], or [splits, R, C] if transposed; workspace
+  float* sum_slabs;    // [splits, C], or null: no column sums
+  void* out;           // [C, R], or [R, C] if transposed, contiguous, out_dtype; null if R is 0
+  void* column_sums;   // [C], dtype
+  int64_t C, ld_left, ld_low;
+  bool transposed;
+  float scale;
+  Dropout dropout;     // over [M, C]
+};
+struct WgradParams {
+  WgradJob jobs[2];
+  int count;
+  int64_t M, R;
+  Dtype dtype, out_dtype;
+};
+Status wgrad(const WgradConfig& config, const WgradParams& p, const Target& target);
+
+}  // namespace fused_lora

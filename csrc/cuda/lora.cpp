@@ -1,0 +1,206 @@
+// The CUDA back end's two drivers: the forward and the backward of plain LoRA as a few launches on one stream.
+//
+//   forward    [prepare]  [shrink: h]   lora_gemm: y (and h)
+//   backward   [prepare]  [shrink: dh]  lora_gemm: dx (and dh)   wgrad: dA, dB, dbias
+//
+// Bracketed launches only where heuristics.h plans them. Where lora_gemm computes h itself its control block is zeroed here, in stream order:
+// a captured graph replays that too.
+#include "heuristics.h"
+#include "kernels.h"
+#include "launch.h"
+
+namespace fused_lora {
+namespace {
+
+template <class T = void> T* at(void* workspace, const Region& region) {
+  return region.bytes ? reinterpret_cast<T*>(static_cast<char*>(workspace) + region.offset) : nullptr;
+}
+
+bool aligned(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> row_strides) {
+  for (const void* p : pointers)
+    if (reinterpret_cast<uintptr_t>(p) % 16) return false;
+  for (const int64_t stride : row_strides)
+    if (stride % 8) return false;
+  return true;
+}
+
+// This thread's device and its number of SMs; only compute capability 9.0 has the instructions of lora_gemm.
+Status use_device(int device, int* sms) {
+  struct Known {
+    std::atomic<int> sms{0};
+  };
+  static Known known[64];
+  if (device < 0 || device >= 64) return Status::unsupported_device;
+  Status status = from_cuda(cudaSetDevice(device), "cudaSetDevice");
+  if (status != Status::ok) return status;
+  *sms = known[device].sms.load(std::memory_order_relaxed);
+  if (*sms) return Status::ok;
+  int major = 0, minor = 0;
+  status = from_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  if (status == Status::ok) status = from_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  if (status == Status::ok) status = from_cuda(cudaDeviceGetAttribute(sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  if (status != Status::ok) return status;
+  if (major != 9 || minor != 0) return Status::unsupported_device;
+  known[device].sms.store(*sms, std::memory_order_relaxed);
+  return Status::ok;
+}
+
+// h = scale * left rank^T (right_mn: scale * left rank) as a GEMM of its own, for ranks above 64 without dropout.
+Status h_by_gemm(const GemmConfig& config, const void* left, int64_t ld_left, const void* rank, int64_t ld_rank, void* h, int64_t M, int64_t K, int64_t R, bool right_mn,
+                 float scale, Dtype dtype, const Target& target) {
+  GemmParams g{};
+  g.left = left;
+  g.right = rank;
+  g.out = h;
+  g.ld_left = ld_left;
+  g.ld_right = ld_rank;
+  g.ld_out = padded_rank(R);
+  g.M = M;
+  g.N = R;
+  g.K = K;
+  g.right_mn = right_mn;
+  g.alpha = scale;
+  g.dtype = dtype;
+  return lora_gemm(config, g, target);
+}
+
+GemmParams forward_gemm(const CudaForwardParams& p, const ForwardPlan& plan, const void* A, const void* B) {
+  GemmParams g{};
+  g.left = p.x;
+  g.right = p.W;
+  g.low_right = B;
+  g.rank = A;
+  g.bias = p.bias;
+  g.low = p.h;
+  g.out = p.y;
+  g.control = at<int>(p.workspace, plan.control);
+  g.ld_left = p.ldx;
+  g.ld_right = p.ldw;
+  g.ld_low_right = g.ld_low = padded_rank(p.R);
+  g.ld_rank = p.K;
+  g.ld_out = p.N;
+  g.M = p.M;
+  g.N = p.N;
+  g.K = p.K;
+  g.R = p.R;
+  g.alpha = 1.0f;
+  g.scale = p.scaling;
+  g.dtype = p.dtype;
+  return g;
+}
+
+GemmParams backward_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, const void* A, const void* B, void* dh) {
+  GemmParams g{};
+  g.left = p.dy;
+  g.right = p.W;
+  g.low_right = A;
+  g.rank = B;
+  g.low = dh;
+  g.out = p.dx;
+  g.control = at<int>(p.workspace, plan.control);
+  g.ld_left = p.lddy;
+  g.ld_right = p.ldw;
+  g.ld_low_right = g.ld_out = p.K;
+  g.ld_rank = g.ld_low = padded_rank(p.R);
+  g.M = p.M;
+  g.N = p.K;  // of the product: dy [M, N] W [N, K] sums over the layer's N
+  g.K = p.N;
+  g.R = p.R;
+  g.right_mn = true;
+  g.alpha = 1.0f;
+  g.scale = p.scaling;
+  g.dropout = p.dropout;
+  g.dtype = p.dtype;
+  return g;
+}
+
+// dA, dB and dbias of the plan; `bias_alone` gives dbias where dB is not wanted, in a launch of its own.
+Status weight_gradients(const CudaBackwardParams& p, const BackwardPlan& plan, void* dh, bool bias_alone, const Target& target) {
+  WgradParams w{};
+  w.M = p.M;
+  w.R = bias_alone ? 0 : p.R;
+  w.dtype = p.dtype;
+  w.out_dtype = p.adapter_dtype;
+  float* const bias_slabs = at<float>(p.workspace, plan.dbias);
+  if (bias_alone || p.dB) {
+    WgradJob& job = w.jobs[w.count++];
+    job.left = p.dy;
+    job.low = bias_alone ? nullptr : p.h;
+    job.slabs = bias_alone ? nullptr : at<float>(p.workspace, plan.dB);
+    job.out = bias_alone ? nullptr : p.dB;
+    job.sum_slabs = bias_slabs;
+    job.column_sums = p.dbias;
+    job.C = p.N;
+    job.ld_left = p.lddy;
+    job.ld_low = p.ldh;
+    job.scale = 1.0f;
+  }
+  if (!bias_alone && p.dA) {
+    WgradJob& job = w.jobs[w.count++];
+    job.left = p.x;
+    job.low = dh;
+    job.slabs = at<float>(p.workspace, plan.dA);
+    job.out = p.dA;
+    job.C = p.K;
+    job.ld_left = p.ldx;
+    job.ld_low = padded_rank(p.R);
+    job.transposed = true;
+    job.scale = 1.0f;
+    job.dropout = p.dropout;
+  }
+  return wgrad(bias_alone ? plan.bias_wgrad : plan.wgrad, w, target);
+}
+
+}  // namespace
+
+Status cuda_forward(const CudaForwardParams& p) {
+  if (p.M == 0) return Status::ok;
+  int sms = 0;
+  Status status = use_device(p.device, &sms);
+  if (status != Status::ok) return status;
+  if (p.N % 8 || p.K % 8 || (p.dropout.threshold && !p.dropout.seed)) return Status::bad_shape;
+  const ForwardPlan plan = forward_plan(p.M, p.N, p.K, p.R, p.dtype, p.adapter_dtype, p.dropout.threshold > 0, sms);
+  if (!plan.valid || p.workspace_bytes < plan.bytes) return fused_dtype(p.dtype) ? Status::bad_shape : Status::bad_dtype;
+  if (!aligned({p.x, p.W, p.A, p.B, p.bias, p.h, p.y, p.workspace}, {p.ldx, p.ldw})) return Status::bad_alignment;
+  const Target target{p.device, p.stream};
+
+  const PrepareParams prep{p.A, p.B, at(p.workspace, plan.A), at(p.workspace, plan.B), at<int>(p.workspace, plan.control), plan.control.bytes / 4, p.N, p.K, p.R, p.dtype, p.adapter_dtype};
+  status = prepare(prep, target);
+  const void* const A = prep.out_A ? prep.out_A : p.A;
+  const void* const B = prep.out_B ? prep.out_B : p.B;
+  if (status == Status::ok && plan.h_by == ForwardPlan::shrink)
+    status = shrink({p.x, A, p.h, p.M, p.K, p.R, p.ldx, p.K, false, p.scaling, p.dropout, p.dtype}, target);
+  if (status == Status::ok && plan.h_by == ForwardPlan::by_gemm)
+    status = h_by_gemm(plan.h_gemm, p.x, p.ldx, A, p.K, p.h, p.M, p.K, p.R, false, p.scaling, p.dtype, target);
+  if (status == Status::ok) status = lora_gemm(plan.gemm, forward_gemm(p, plan, A, B), target);
+  return status;
+}
+
+Status cuda_backward(const CudaBackwardParams& p) {
+  if (p.M == 0 || !(p.dx || p.dA || p.dB || p.dbias)) return Status::ok;
+  int sms = 0;
+  Status status = use_device(p.device, &sms);
+  if (status != Status::ok) return status;
+  if (p.N % 8 || p.K % 8 || (p.dropout.threshold && !p.dropout.seed)) return Status::bad_shape;
+  const BackwardPlan plan = backward_plan(p.M, p.N, p.K, p.R, p.dtype, p.adapter_dtype, p.dropout.threshold > 0, p.dx, p.dA, p.dB, p.dbias, sms);
+  if (!plan.valid || p.workspace_bytes < plan.bytes) return fused_dtype(p.dtype) ? Status::bad_shape : Status::bad_dtype;
+  if (!aligned({p.dy, p.x, p.W, p.A, p.B, p.h, p.dx, p.dA, p.dB, p.dbias, p.workspace}, {p.lddy, p.ldx, p.ldw, p.ldh})) return Status::bad_alignment;
+  const Target target{p.device, p.stream};
+
+  const PrepareParams prep{p.A, p.B, at(p.workspace, plan.A), at(p.workspace, plan.B), at<int>(p.workspace, plan.control), plan.control.bytes / 4, p.N, p.K, p.R, p.dtype, p.adapter_dtype};
+  status = prepare(prep, target);
+  const void* const A = prep.out_A ? prep.out_A : p.A;
+  const void* const B = prep.out_B ? prep.out_B : p.B;
+  void* const dh = at(p.workspace, plan.dh);
+  const int64_t ldb = padded_rank(p.R);
+  if (status == Status::ok && plan.h_by == BackwardPlan::shrink)
+    status = shrink({p.dy, B, dh, p.M, p.N, p.R, p.lddy, ldb, true, p.scaling, {}, p.dtype}, target);
+  if (status == Status::ok && plan.h_by == BackwardPlan::by_gemm)
+    status = h_by_gemm(plan.h_gemm, p.dy, p.lddy, B, ldb, dh, p.M, p.N, p.R, true, p.scaling, p.dtype, target);
+  if (status == Status::ok && p.dx) status = lora_gemm(plan.gemm, backward_gemm(p, plan, A, B, dh), target);
+  if (status == Status::ok && (p.dA || p.dB)) status = weight_gradients(p, plan, dh, false, target);
+  if (status == Status::ok && p.dbias && !p.dB) status = weight_gradients(p, plan, dh, true, target);
+  return status;
+}
+
+}  // namespace fused_lora

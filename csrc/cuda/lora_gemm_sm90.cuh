@@ -1,0 +1,341 @@
+// lora_gemm:  out = alpha * left right + mask * (low low_right) / (1 - p) + bias,   and in the same launch low = scale * left rank
+//
+// Used for    y  = x W^T + h B^T + bias   (left x, right W, low h, low_right B, rank A; right operands K-major)
+//             dx = dy W + mask * (dh A)   (left dy, right W, low dh, low_right A, rank B; right operands MN-major, as they are stored)
+// Types       fp16 or bf16, fp32 accumulators, one rounding at each store
+// Tile        a block 128 x kBlockN, two warpgroups of 64 rows, k-steps of 64 through a ring of kStages; a cluster of two blocks above each
+//             other shares the right operand by multicast: 256 x kBlockN. wgmma m64 n256 (n128) k16, both operands in shared memory
+// Warps       one thread of warpgroup 0 loads (TMA); warps 1-3 of it draw the dropout mask (kMasked); warpgroups 1 and 2 multiply and store
+// Low rank    ceil(R / 64) more k-blocks from (low, low_right) through the same ring; columns past R are TMA's zeros. kMasked: their product goes
+//             through an accumulator of its own, 64 columns at a time, and the mask
+// One launch  kRank > 0: the tiles of column 0 also multiply the staged left tile by `rank`, publish low and raise a flag for each 64 rows; the
+//             loader of any tile waits for its rows' flags before the low-rank block. A block takes its next tile from a counter, and a
+//             tile depends on lower numbers only, so whoever is resident makes progress, however many blocks are. Flags and counter
+//             are zeroed in the launch sequence: nothing survives a launch, so graphs and streams don't meet
+// Shared      stages * (128 + kBlockN + kRank) * 128 bytes + 16 KiB on the way out + mask bits: heuristics.h
+// Numerics    low is rounded to dtype before it is multiplied, as the reference does
+// Source      PTX ISA 9.0 (wgmma, TMA, mbarrier); Hu et al., arXiv 2106.09685
+#pragma once
+
+#include "../philox.h"
+#include "lora_gemm_tiles.cuh"
+
+namespace fused_lora::gemm {
+
+struct Maps {
+  const CUtensorMap *left, *right, *low, *low_right, *rank;
+};
+
+// One k-block of a left and a right operand; this block's half of the right one goes to both blocks.
+template <class C>
+PTX_FN void load_block(Smem<C>& s, int slot, const CUtensorMap* left, const CUtensorMap* right, int row, int col, int k, uint32_t rank) {
+  constexpr uint16_t kBoth = (1 << kCluster) - 1;
+  ptx::tma_load(s.left[slot], left, &s.full[slot], row, k);
+  if constexpr (C::kRightMN) {
+    for (int i = 0; i < C::kLoadRows / 64; ++i) {  // 64 columns, 64 k
+      const int chunk = rank * (C::kLoadRows / 64) + i;
+      ptx::tma_load_multicast(&s.right[slot][chunk * 64 * kBlockK], right, &s.full[slot], k, col + chunk * 64, kBoth);
+    }
+  } else {
+    const int first = rank * C::kLoadRows;
+    ptx::tma_load_multicast(&s.right[slot][first * kBlockK], right, &s.full[slot], col + first, k, kBoth);
+  }
+}
+
+// Warpgroup 0, thread 0: keeps the ring full.
+template <class C> PTX_FN void load_tiles(Smem<C>& s, const Maps& maps, const Args<typename C::T>& args, uint32_t rank, int drawn) {
+  constexpr uint32_t kBytes = (kBlockM + C::kBlockN) * kBlockK * 2;
+  const int k_blocks = (args.K + kBlockK - 1) / kBlockK, low_blocks = (args.R + kBlockK - 1) / kBlockK;
+  Ring<C::kStages> ring;
+  Tiles<C> tiles(s, args.M, args.N);
+  if constexpr (C::kOneLaunch) tiles.hand_out(rank, drawn);
+  while (tiles.number < tiles.count()) {
+    const TileIndex tile = tiles.index();
+    const int row = (tile.row * kCluster + rank) * kBlockM, col = tile.col * C::kBlockN;
+    const bool first = C::kOneLaunch && tile.col == 0;
+    for (int k = 0; k < k_blocks; ++k) {
+      ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);
+      ptx::arrive_expect(&s.full[ring.slot], kBytes + (first ? C::kRank * kBlockK * 2 : 0));
+      load_block<C>(s, ring.slot, maps.left, maps.right, row, col, k * kBlockK, rank);
+      if (first) ptx::tma_load(s.rank[ring.slot], maps.rank, &s.full[ring.slot], C::kRightMN ? k * kBlockK : 0, C::kRightMN ? 0 : k * kBlockK);
+      ring.next();
+    }
+    if constexpr (C::kOneLaunch) {
+      if (rank == 0) drawn = atomicAdd(args.control, 1);
+      const int* flags = args.control + kControlFlags + row / 64;
+      while (ptx::load_acquire(flags) == 0 || ptx::load_acquire(flags + 1) == 0) {
+      }
+      ptx::fence_proxy();  // low was written by ordinary stores, TMA reads it
+    }
+    for (int b = 0; b < low_blocks; ++b) {
+      ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);
+      ptx::arrive_expect(&s.full[ring.slot], kBytes);
+      load_block<C>(s, ring.slot, maps.low, maps.low_right, row, col, b * kBlockK, rank);
+      ring.next();
+    }
+    if constexpr (C::kOneLaunch) tiles.hand_out(rank, drawn);
+    else tiles.step();
+  }
+}
+
+// Warpgroup 0, warps 1-3: the mask bits of each tile, one Philox call for 8 columns, while the consumers multiply.
+template <class C> PTX_FN void draw_masks(Smem<C>& s, const Args<typename C::T>& args, uint32_t rank) {
+  const int thread = threadIdx.x - 32;
+  const uint64_t seed = static_cast<uint64_t>(*args.seed);
+  Tiles<C> tiles(s, args.M, args.N);
+  if constexpr (C::kOneLaunch) tiles.read();
+  uint32_t phase = 0;
+  while (tiles.number < tiles.count()) {
+    const TileIndex tile = tiles.index();
+    const int row = (tile.row * kCluster + rank) * kBlockM, col = tile.col * C::kBlockN;
+    ptx::wait(&s.mask_empty, phase ^ 1);
+    for (int w = thread; w < kBlockM * C::kMaskWords; w += kMaskThreads) {
+      uint32_t bits = 0;
+#pragma unroll 1
+      for (int group = 3; group >= 0; --group) {
+        const Philox draws(seed, row + w / C::kMaskWords, (col + w % C::kMaskWords * 32) / 8 + group);
+#pragma unroll
+        for (int j = 7; j >= 0; --j) bits = bits << 1 | (draws.draw(j) >= args.threshold);
+      }
+      s.mask[w] = bits;
+    }
+    ptx::arrive(&s.mask_full);
+    phase ^= 1;
+    if constexpr (C::kOneLaunch) {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::arrive_remote(&s.tile_empty[tiles.ring.slot], 0);
+      tiles.ring.next();
+      tiles.read();
+    } else {
+      tiles.step();
+    }
+  }
+}
+
+// Descriptors of a staged tile's operands. Left and K-major right: rows of 128 bytes, 8 of them 1024 bytes; k16 is 32 bytes further.
+// MN-major right: chunks of 64 columns, 64 k-rows of 128 bytes each; k16 is 16 rows further.
+template <class C> struct Operands {
+  static constexpr int kLeftStep = 32 / 16, kRightStep = (C::kRightMN ? 16 * 128 : 32) / 16;
+  static constexpr int kRankBytes = C::kRightMN ? C::kRank * 2 : 128;  // of a row of the rank tile, and its swizzle
+  static constexpr int kRankStep = (C::kRightMN ? 16 * kRankBytes : 32) / 16;
+  uint64_t left, right;
+
+  PTX_FN Operands(Smem<C>& s, int slot, int group)
+      : left(ptx::descriptor(&s.left[slot][group * 64 * kBlockK], 16, 1024, 128)), right(ptx::descriptor(s.right[slot], C::kRightMN ? 64 * kBlockK * 2 : 16, 1024, 128)) {}
+  static PTX_FN uint64_t rank(Smem<C>& s, int slot) { return ptx::descriptor(s.rank[slot], 16, 8 * kRankBytes, kRankBytes); }
+};
+
+template <class C> PTX_FN void free_slot(Smem<C>& s, int slot, int thread) {
+  if (thread < kCluster) ptx::arrive_remote(&s.empty[slot], thread);
+}
+
+// acc += left right over all k-blocks; with kFirst also low_acc += left rank.
+template <class C, bool kFirst, int kLow>
+PTX_FN void multiply(float (&acc)[C::kBlockN / 2], float (&low_acc)[kLow], Smem<C>& s, Ring<C::kStages>& ring, int k_blocks, int group, int thread) {
+  using Op = Operands<C>;
+  for (int k = 0; k < k_blocks; ++k) {
+    ptx::wait(&s.full[ring.slot], ring.phase);
+    ptx::wgmma_fence();
+    const Op op(s, ring.slot, group);
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      ptx::wgmma<typename C::T, C::kBlockN, C::kRightMN>(acc, op.left + q * Op::kLeftStep, op.right + q * Op::kRightStep, q > 0 || k > 0);
+      if constexpr (kFirst) ptx::wgmma<typename C::T, C::kRank, C::kRightMN>(low_acc, op.left + q * Op::kLeftStep, Op::rank(s, ring.slot) + q * Op::kRankStep, q > 0 || k > 0);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait();
+    free_slot<C>(s, ring.slot, thread);
+    ring.next();
+  }
+}
+
+// low = scale * low_acc in dtype, for the 64 rows of a warpgroup, and their flag.
+template <class C, int kLow> PTX_FN void publish(const float (&low_acc)[kLow], const Args<typename C::T>& args, int row, int group, int thread) {
+  const int r0 = row + thread / 32 * 16 + thread % 32 / 4, c0 = thread % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < C::kRank / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int r = r0 + 8 * i, c = c0 + 8 * j;
+      if (r < args.M && c < args.ld_low)
+        *reinterpret_cast<uint32_t*>(args.low + r * args.ld_low + c) = ptx::pack<typename C::T>(low_acc[4 * j + 2 * i] * args.scale, low_acc[4 * j + 2 * i + 1] * args.scale);
+    }
+  }
+  __threadfence();
+  ptx::fence_proxy();
+  ptx::named_barrier(1 + group, 128);
+  if (thread == 0) ptx::store_release(args.control + kControlFlags + row / 64, 1);
+}
+
+// d (+)= left right over the first kSteps times 16 of a staged k-block. From fence to wait without a branch: else ptxas serialises every wgmma
+// of the kernel (its note C7514).
+template <class C, int kN, int kSteps> PTX_FN void multiply_steps(float (&d)[kN / 2], uint64_t left, uint64_t right, bool accumulate) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int q = 0; q < kSteps; ++q)
+    ptx::wgmma<typename C::T, kN, C::kRightMN>(d, left + q * Operands<C>::kLeftStep, right + q * Operands<C>::kRightStep, accumulate || q > 0);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait();
+}
+
+// The same for what is left of R from column r of low on.
+template <class C, int kN> PTX_FN void multiply_low(float (&d)[kN / 2], uint64_t left, uint64_t right, int rest, bool accumulate) {
+  if (rest > 48) multiply_steps<C, kN, 4>(d, left, right, accumulate);
+  else if (rest > 32) multiply_steps<C, kN, 3>(d, left, right, accumulate);
+  else if (rest > 16) multiply_steps<C, kN, 2>(d, left, right, accumulate);
+  else multiply_steps<C, kN, 1>(d, left, right, accumulate);
+}
+
+// acc += low low_right, straight into the accumulators.
+template <class C> PTX_FN void add_low(float (&acc)[C::kBlockN / 2], Smem<C>& s, Ring<C::kStages>& ring, int R, int group, int thread) {
+#pragma unroll 1
+  for (int r = 0; r < R; r += kBlockK) {
+    ptx::wait(&s.full[ring.slot], ring.phase);
+    const Operands<C> op(s, ring.slot, group);
+    multiply_low<C, C::kBlockN>(acc, op.left, op.right, R - r, true);
+    free_slot<C>(s, ring.slot, thread);
+    ring.next();
+  }
+}
+
+// acc += mask * (low low_right) / (1 - p), 64 columns at a time. All low-rank blocks wait in the ring together.
+template <class C>
+PTX_FN void add_masked_low(float (&acc)[C::kBlockN / 2], float (&low)[32], Smem<C>& s, Ring<C::kStages>& ring, uint32_t mask_phase, const Args<typename C::T>& args, int group, int thread) {
+  Ring<C::kStages> at = ring;
+  for (int r = 0; r < args.R; r += kBlockK, at.next()) ptx::wait(&s.full[at.slot], at.phase);
+  ptx::wait(&s.mask_full, mask_phase);
+  const uint32_t* words = &s.mask[(group * 64 + thread / 32 * 16 + thread % 32 / 4) * C::kMaskWords];
+#pragma unroll
+  for (int chunk = 0; chunk < C::kBlockN / 64; ++chunk) {
+    at = ring;
+#pragma unroll 1
+    for (int r = 0; r < args.R; r += kBlockK, at.next()) {
+      const Operands<C> op(s, at.slot, group);
+      multiply_low<C, 64>(low, op.left, op.right + chunk * (64 * kBlockK * 2 / 16), args.R - r, r > 0);
+    }
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {  // rows 8 apart, then halves of 32 columns; this thread's columns are 8 j + 2 (thread % 4) + {0, 1}
+      const int lower = part % 2, right = part / 2;
+      const uint32_t keep = words[lower * 8 * C::kMaskWords + chunk * 2 + right] >> (thread % 4 * 2);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int i = (right * 4 + j / 2) * 4 + lower * 2 + j % 2;
+        if (keep >> (j / 2 * 8 + j % 2) & 1) acc[chunk * 32 + i] += low[i] * args.drop_scale;
+      }
+    }
+  }
+  for (int r = 0; r < args.R; r += kBlockK, ring.next()) free_slot<C>(s, ring.slot, thread);
+}
+
+// out = alpha * acc + bias in dtype, 64 columns at a time through shared memory and TMA.
+template <class C> PTX_FN void store_tile(const float (&acc)[C::kBlockN / 2], Smem<C>& s, const CUtensorMap* out, const Args<typename C::T>& args, int row, int col, int group, int thread) {
+  using T = typename C::T;
+  const int lane = thread % 32, r = thread / 32 * 16 + lane % 16;  // the row whose address this lane gives to stmatrix
+  uint8_t* const line = reinterpret_cast<uint8_t*>(s.out[group]) + r * 128;
+#pragma unroll
+  for (int chunk = 0; chunk < C::kBlockN / 64; ++chunk) {
+    if (thread == 0) ptx::tma_store_wait_read();
+    ptx::named_barrier(1 + group, 128);
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {  // 16 columns, rows r and r + 8
+      uint32_t packed[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* d = &acc[(chunk * 8 + j + half) * 4];
+        const int c = col + chunk * 64 + (j + half) * 8 + lane % 4 * 2;
+        const float2 bias = args.bias && c < args.N ? ptx::unpack<T>(*reinterpret_cast<const uint32_t*>(args.bias + c)) : float2{0.0f, 0.0f};
+        packed[2 * half] = ptx::pack<T>(fmaf(args.alpha, d[0], bias.x), fmaf(args.alpha, d[1], bias.y));
+        packed[2 * half + 1] = ptx::pack<T>(fmaf(args.alpha, d[2], bias.x), fmaf(args.alpha, d[3], bias.y));
+      }
+      ptx::stmatrix(line + ((j + lane / 16) ^ (r & 7)) * 16, packed[0], packed[1], packed[2], packed[3]);
+    }
+    ptx::fence_proxy_shared();
+    ptx::named_barrier(1 + group, 128);
+    if (thread == 0) {
+      if (row < args.M && col + chunk * 64 < args.N) ptx::tma_store(out, s.out[group], row, col + chunk * 64);
+      ptx::tma_store_commit();
+    }
+  }
+}
+
+// Warpgroups 1 and 2: group 0 the upper 64 rows of a tile, group 1 the lower.
+template <class C> PTX_FN void consume_tiles(Smem<C>& s, const CUtensorMap* out, const Args<typename C::T>& args, uint32_t rank, int group, int thread) {
+  const int k_blocks = (args.K + kBlockK - 1) / kBlockK;
+  Ring<C::kStages> ring;
+  Tiles<C> tiles(s, args.M, args.N);
+  uint32_t mask_phase = 0;
+  if constexpr (C::kOneLaunch) tiles.read();
+  while (tiles.number < tiles.count()) {
+    const TileIndex tile = tiles.index();
+    const int row = (tile.row * kCluster + rank) * kBlockM + group * 64, col = tile.col * C::kBlockN;
+    float acc[C::kBlockN / 2], low_acc[C::kOneLaunch ? C::kRank / 2 : 1];
+    if (C::kOneLaunch && tile.col == 0) {
+      multiply<C, C::kOneLaunch>(acc, low_acc, s, ring, k_blocks, group, thread);
+      if constexpr (C::kOneLaunch) publish<C>(low_acc, args, row, group, thread);
+    } else {
+      multiply<C, false>(acc, low_acc, s, ring, k_blocks, group, thread);
+    }
+    if constexpr (C::kMasked) {
+      if constexpr (C::kRank == 64) {
+        add_masked_low<C>(acc, low_acc, s, ring, mask_phase, args, group, thread);  // 32 registers that would lie idle: else it spills
+      } else {
+        float low[32];
+        add_masked_low<C>(acc, low, s, ring, mask_phase, args, group, thread);
+      }
+      mask_phase ^= 1;
+    } else {
+      add_low<C>(acc, s, ring, args.R, group, thread);
+    }
+    store_tile<C>(acc, s, out, args, row, col, group, thread);
+    if (C::kMasked && thread == 0) ptx::arrive(&s.mask_empty);  // behind store_tile's barriers: the whole warpgroup has read it
+    if constexpr (C::kOneLaunch) {
+      if (thread == 0) ptx::arrive_remote(&s.tile_empty[tiles.ring.slot], 0);
+      tiles.ring.next();
+      tiles.read();
+    } else {
+      tiles.step();
+    }
+  }
+  if (thread == 0) ptx::tma_store_wait();
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1)
+lora_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant__ CUtensorMap right, const __grid_constant__ CUtensorMap low,
+                 const __grid_constant__ CUtensorMap low_right, const __grid_constant__ CUtensorMap rank_map, const __grid_constant__ CUtensorMap out,
+                 const __grid_constant__ Args<typename C::T> args) {
+#ifdef FUSED_LORA_SM90A
+  static_assert(sizeof(Smem<C>) + 1024 <= gemm_smem_bytes(C::kBlockN, C::kRank, C::kMasked));
+  Smem<C>& s = *reinterpret_cast<Smem<C>*>(ptx::dynamic_smem());
+  const uint32_t rank = ptx::cluster_rank();
+  const int group = threadIdx.x / 128;
+  int drawn = 0;
+  if (threadIdx.x == 0) {
+    if (C::kOneLaunch && rank == 0) drawn = atomicAdd(args.control, 1);
+    for (int i = 0; i < C::kStages; ++i) {
+      ptx::barrier_init(&s.full[i], 1);
+      ptx::barrier_init(&s.empty[i], 2 * kCluster);
+    }
+    for (int i = 0; i < 2; ++i) {
+      ptx::barrier_init(&s.tile_full[i], 1);
+      ptx::barrier_init(&s.tile_empty[i], Tiles<C>::kReaders);
+    }
+    ptx::barrier_init(&s.mask_full, kMaskThreads);
+    ptx::barrier_init(&s.mask_empty, 2);
+    ptx::barrier_init_fence();
+  }
+  ptx::cluster_sync();
+  if (group == 0) {
+    ptx::registers_down<C::kMasked ? 56 : 40>();  // 128 * (56 + 2 * 224) and 128 * (40 + 2 * 232) registers: 63 of an SM's 64 Ki
+    if (threadIdx.x == 0) load_tiles<C>(s, Maps{&left, &right, &low, &low_right, &rank_map}, args, rank, drawn);
+    else if (C::kMasked && threadIdx.x >= 32) draw_masks<C>(s, args, rank);
+    __syncwarp();
+  } else {
+    ptx::registers_up<C::kMasked ? 224 : 232>();
+    consume_tiles<C>(s, &out, args, rank, group - 1, threadIdx.x % 128);
+  }
+  ptx::cluster_sync();  // nobody leaves while the other block may still write here
+#endif
+}
+
+}  // namespace fused_lora::gemm

@@ -1,0 +1,77 @@
+// prepare:    A [R, K] and B [N, padded R] in x's dtype, and the zeroed control block of a one-launch lora_gemm
+//
+// Used for    adapters in fp32 over a half-precision base (PEFT's default), and ranks that are no multiple of 8, whose rows TMA cannot read
+// Types       fp32, fp16 or bf16 in, fp16 or bf16 out, rounded to nearest
+// Grid        one thread for 8 elements of an output, 16 bytes: B's first, then A's, then the control block's
+#include "kernels.h"
+#include "launch.h"
+#include "ptx.cuh"
+
+namespace fused_lora {
+namespace {
+
+struct Args {
+  const void* A;  // [R, K]
+  const void* B;  // [N, R]
+  uint4* out_A;   // [R, K]
+  uint4* out_B;   // [N, padded]
+  int* control;
+  int64_t groups_A, groups_B, control_ints, R, padded;
+};
+
+__device__ float to_float(float v) { return v; }
+__device__ float to_float(__half v) { return __half2float(v); }
+__device__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <class T> __device__ uint4 pack8(const float (&v)[8]) {
+  return uint4{ptx::pack<T>(v[0], v[1]), ptx::pack<T>(v[2], v[3]), ptx::pack<T>(v[4], v[5]), ptx::pack<T>(v[6], v[7])};
+}
+
+template <class T, class From> __global__ void __launch_bounds__(256) prepare_kernel(const Args p) {
+  int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  float v[8];
+  if (i < p.groups_B) {
+    const int64_t row = i * 8 / p.padded, col = i * 8 % p.padded;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = col + j < p.R ? to_float(static_cast<const From*>(p.B)[row * p.R + col + j]) : 0.0f;
+    p.out_B[i] = pack8<T>(v);
+    return;
+  }
+  i -= p.groups_B;
+  if (i < p.groups_A) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = to_float(static_cast<const From*>(p.A)[i * 8 + j]);
+    p.out_A[i] = pack8<T>(v);
+    return;
+  }
+  i = (i - p.groups_A) * 8;
+  for (int j = 0; j < 8; ++j)
+    if (i + j < p.control_ints) p.control[i + j] = 0;
+}
+
+template <class T, class From> Status run(const PrepareParams& p, const Target& target) {
+  const int64_t padded = padded_rank(p.R);
+  const Args args{p.A, p.B, static_cast<uint4*>(p.out_A), static_cast<uint4*>(p.out_B), p.control, p.out_A ? p.R * p.K / 8 : 0, p.out_B ? p.N * padded / 8 : 0,
+                  p.control ? p.control_ints : 0, p.R, padded};
+  const int64_t threads = args.groups_A + args.groups_B + ceil_div(args.control_ints, 8);
+  return launch<prepare_kernel<T, From>>(Grid{ceil_div(threads, 256), 256, 0, 1}, target.device, target.stream, args);
+}
+
+template <class T> Status choose_from(const PrepareParams& p, const Target& target) {
+  if (p.adapter_dtype == Dtype::f32) return run<T, float>(p, target);
+  return p.adapter_dtype == p.dtype ? run<T, T>(p, target) : Status::bad_dtype;
+}
+
+}  // namespace
+
+Status prepare(const PrepareParams& p, const Target& target) {
+  if (p.N < 1 || p.K < 1 || p.K % 8 || p.R < 1 || p.R > kMaxRank) return Status::bad_shape;
+  if (!p.out_A && !p.out_B) return p.control ? from_cuda(cudaMemsetAsync(p.control, 0, static_cast<size_t>(p.control_ints) * 4, static_cast<cudaStream_t>(target.stream)), "cudaMemsetAsync") : Status::ok;
+  switch (p.dtype) {
+    case Dtype::f16: return choose_from<__half>(p, target);
+    case Dtype::bf16: return choose_from<__nv_bfloat16>(p, target);
+    default: return Status::bad_dtype;
+  }
+}
+
+}  // namespace fused_lora

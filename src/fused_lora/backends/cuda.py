@@ -1,0 +1,150 @@
+"""CUDA back end: the compiled kernels for NVIDIA GPUs of compute capability 9.0, bf16 and fp16.
+
+One call into C++ per direction, on x's device and the caller's current stream, without a synchronisation. Beside the outputs a call
+allocates one workspace, of the size that csrc/cuda/heuristics.h plans. Every sum over M has a fixed order, so results repeat bit for bit.
+"""
+
+import functools
+
+import torch
+
+from fused_lora import _C
+from fused_lora.reference import dropout_threshold
+
+_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_DTYPES = (torch.bfloat16, torch.float16)
+_MAX_RANK = 256
+# What torch.cuda.current_stream() and current_device() wrap, without the Python objects; absent from CPU builds of PyTorch.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+
+
+@functools.cache
+def _built() -> bool:
+    return _C.build_info()["cuda"]
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def _sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.lru_cache(4096)
+def _forward_bytes(*sizes) -> int:
+    return _C.cuda_forward_plan(*sizes)["bytes"]
+
+
+@functools.lru_cache(4096)
+def _backward_bytes(*sizes) -> int:
+    return _C.cuda_backward_plan(*sizes)["bytes"]
+
+
+def refusal(x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor) -> str | None:
+    """Why this back end cannot serve the request, to be read after "backend 'cuda' supports", or None.
+
+    Args:
+        x: [M, K], or dy [M, N] in the backward.
+        weight, lora_A: [N, K], [R, K].
+    """
+    if not _built():
+        return "GPU tensors in a build with CUDA kernels; this one has none (install where nvcc is found, or with FUSED_LORA_CUDA=1)"
+    if x.device.type != "cuda":
+        return f"GPU tensors; got {x.device}"
+    if _capability(x.device.index) != (9, 0):
+        major, minor = _capability(x.device.index)
+        return f"GPUs of compute capability 9.0 (H100, H200); got {major}.{minor}"
+    if x.dtype not in _DTYPES:
+        return f"bfloat16 and float16; got {x.dtype}"
+    N, K = weight.shape
+    if N % 8 or K % 8:
+        return f"sizes N and K that are multiples of 8; got N = {N}, K = {K}"
+    if lora_A.shape[0] > _MAX_RANK:
+        return f"ranks up to {_MAX_RANK}; got {lora_A.shape[0]}"
+    if weight.stride(1) != 1 or weight.stride(0) % 8 or weight.stride(0) < K or weight.data_ptr() % 16:
+        return f"a weight with contiguous rows that start on 16 bytes; got strides {weight.stride()} at address {weight.data_ptr():#x}"
+    return None
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """t with contiguous rows that start on 16 bytes; a wider row stride is fine as it is."""
+    if t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.stride(0) >= t.shape[1] and t.data_ptr() % 16 == 0:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor:
+    """t contiguous from an address that is a multiple of 16."""
+    return t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
+
+
+def _padded(R: int) -> int:
+    return (R + 7) // 8 * 8
+
+
+def _ptr(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _workspace(nbytes: int, device: torch.device) -> torch.Tensor:
+    return torch.empty((nbytes + 3) // 4, dtype=torch.float32, device=device)
+
+
+def _launch(function, device: torch.device, *args) -> None:
+    """function(*args, device, stream) with `device` current."""
+    index = device.index
+    if _current_device() == index:
+        return function(*args, index, _raw_stream(index))
+    with torch.cuda.device(index):
+        function(*args, index, _raw_stream(index))
+
+
+def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
+    """y [M, N] and h [M, R]; see `reference.forward`."""
+    (M, K), N, R, dtype, device = x.shape, weight.shape[0], lora_A.shape[0], x.dtype, x.device
+    y, h = torch.empty(M, N, dtype=dtype, device=device), torch.empty(M, _padded(R), dtype=dtype, device=device)
+    if M == 0:
+        return y, h[:, :R].contiguous()
+    x, lora_A, lora_B, bias = _rows(x), _flat(lora_A), _flat(lora_B), None if bias is None else _flat(bias)
+    code, adapter = _CODE[dtype], _CODE[lora_A.dtype]
+    threshold = dropout_threshold(dropout_p) if seed is not None else 0
+    nbytes = _forward_bytes(M, N, K, R, code, adapter, threshold > 0, _sms(device.index))
+    workspace = _workspace(nbytes, device)  # a name, so that it lives until the launches are on the stream
+    _launch(
+        _C.cuda_forward, device,
+        x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), lora_A.data_ptr(), lora_B.data_ptr(), _ptr(bias), h.data_ptr(), y.data_ptr(),
+        workspace.data_ptr(), nbytes, M, N, K, R, code, adapter, scaling, _ptr(seed), threshold,
+    )  # fmt: skip
+    return y, h if h.shape[1] == R else h[:, :R].contiguous()
+
+
+def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
+    """[dx, dA, dB, dbias], None where `needs` says so; see `reference.backward`."""
+    (M, N), (R, K), dtype, device = dy.shape, lora_A.shape, dy.dtype, dy.device
+    need_x, need_A, need_B, need_bias = needs
+    make = torch.empty if M else torch.zeros
+    dx = make(M, K, dtype=dtype, device=device) if need_x else None
+    dA = make(R, K, dtype=lora_A.dtype, device=device) if need_A else None
+    dB = make(N, R, dtype=lora_B.dtype, device=device) if need_B else None
+    dbias = make(N, dtype=dtype, device=device) if need_bias else None
+    if M == 0 or not any(needs):
+        return [dx, dA, dB, dbias]
+    dy, lora_A, lora_B = _rows(dy), _flat(lora_A), _flat(lora_B)
+    x = _rows(x) if need_A else None
+    if need_B:
+        h = _rows(h) if R % 8 == 0 else torch.nn.functional.pad(h, (0, _padded(R) - R))
+    code, adapter = _CODE[dtype], _CODE[lora_A.dtype]
+    threshold = dropout_threshold(dropout_p) if seed is not None else 0
+    nbytes = _backward_bytes(M, N, K, R, code, adapter, threshold > 0, need_x, need_A, need_B, need_bias, _sms(device.index))
+    workspace = _workspace(nbytes, device)
+    _launch(
+        _C.cuda_backward, device,
+        dy.data_ptr(), dy.stride(0), _ptr(x), x.stride(0) if need_A else 0, weight.data_ptr(), weight.stride(0), lora_A.data_ptr(), lora_B.data_ptr(),
+        h.data_ptr() if need_B else 0, h.stride(0) if need_B else 0, _ptr(dx), _ptr(dA), _ptr(dB), _ptr(dbias),
+        workspace.data_ptr(), nbytes, M, N, K, R, code, adapter, scaling, _ptr(seed), threshold,
+    )  # fmt: skip
+    return [dx, dA, dB, dbias]

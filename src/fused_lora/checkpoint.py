@@ -1,0 +1,153 @@
+"""A training run's state in one safetensors file, written aside and renamed: whole at every moment, and nothing in it is ever unpickled.
+
+    adapter.<parameter>                trained tensors, in their own dtype
+    optimizer.<state>.<parameter>      AdamW's step, exp_avg and exp_avg_sq
+    rng.cpu, rng.cuda                  PyTorch's generators, uint8
+    metadata["fused_lora"]             JSON: format, step, settings, scaler
+"""
+
+import json
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+NAME, METRICS = "checkpoint.safetensors", "metrics.jsonl"
+_FORMAT = 1
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole at every moment, old or new: aside, synced, renamed.
+
+    Raises: OSError naming the file; the old one is whole then and no temporary is left.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):  # gone after the rename, or never made
+            temporary.unlink()
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int, settings: dict
+) -> None:  # fmt: skip
+    """Write the run's state after `step` steps.
+
+    Args:
+        path: the file.
+        model, optimizer, scaler: their trained parameters, moments and loss scale are written.
+        step: optimizer steps done.
+        settings: what a resumed run must have unchanged; JSON values.
+    Raises: OSError naming the file; the old one is whole then.
+    """
+    tensors = {}
+    for name, parameter in trained(model).items():
+        tensors[f"adapter.{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    tensors["rng.cpu"] = torch.get_rng_state()
+    device = next(iter(trained(model).values())).device
+    if device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    state = {"format": _FORMAT, "step": step, "settings": settings, "scaler": scaler.state_dict()}
+    own = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    write_whole(path, to_bytes(own, metadata={"fused_lora": json.dumps(state)}))
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, settings: dict
+) -> int:  # fmt: skip
+    """Put the run's state back, PyTorch's generators included; returns the steps done.
+
+    Args: as in `save_checkpoint`.
+    Raises: ValueError naming the file if it is damaged or of another model, and naming the setting that differs; nothing changes then.
+    """
+    state, tensors = _read(path)
+    check_settings(path, state["settings"], settings)
+    parameters = trained(model)
+    wanted = {f"adapter.{name}": tuple(parameter.shape) for name, parameter in parameters.items()}
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key.startswith("adapter.")}
+    if wanted != found:
+        differ = sorted(set(wanted.items()) ^ set(found.items()))[:3]
+        raise ValueError(f"{path} must hold the {len(wanted)} trained tensors of this model; got {len(found)}, which differ in {differ}")
+    moments: dict[int, dict[str, Tensor]] = {}
+    names = list(parameters)
+    for key in [key for key in tensors if key.startswith("optimizer.")]:
+        _, kind, name = key.split(".", 2)
+        if name not in parameters:
+            raise ValueError(f"{path} must hold the optimizer's state of this model only; got {key}")
+        moments.setdefault(names.index(name), {})[kind] = tensors[key]
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"adapter.{name}"])
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], next(iter(parameters.values())).device)
+    return state["step"]
+
+
+def check_settings(path: Path, before: dict, now: dict) -> None:
+    """Raises ValueError naming the first setting in which a resumed run differs from the one that wrote the checkpoint."""
+    for name in dict.fromkeys([*before, *now]):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"--resume continues a run under the settings of its checkpoint {path}: {name} must be {before.get(name)!r}; got {now.get(name)!r}"
+            )
+
+
+def read_state(path: Path) -> dict:
+    """The checkpoint's step and settings, reading no tensor. Raises: ValueError naming the file if it is no whole checkpoint."""
+    return _open(path)[0]
+
+
+def cut_metrics(path: Path, step: int) -> list[dict]:
+    """The rows of metrics.jsonl up to a step; later ones, of a run that was killed after its last checkpoint, are cut off the file.
+
+    Raises: ValueError naming the file unless it holds the steps 0 … step, a line each.
+    """
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # the line in which the run was killed
+            break
+    kept = rows[: step + 1]
+    if [row.get("step") for row in kept] != list(range(step + 1)):
+        raise ValueError(f"{path} must hold the steps 0 to {step} of the checkpoint beside it, a line each; got {len(kept)} lines that do not")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    return kept
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    state, file = _open(path)
+    return state, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  safe_open has no __iter__
+
+
+def _open(path: Path):
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+        state = json.loads((file.metadata() or {})["fused_lora"])
+        if state["format"] != _FORMAT:
+            raise ValueError(f"format must be {_FORMAT}; got {state['format']!r}")
+        return {key: state[key] for key in ("step", "settings", "scaler")}, file
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must be a whole checkpoint of fused-lora; got {type(error).__name__}: {error}") from None

@@ -1,0 +1,177 @@
+"""The command line as users run it: help, messages, exit codes, and a run that is killed with SIGKILL and resumed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from fused_lora import bench
+from fused_lora.cli import app
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The options --model and --data of a random two-layer Llama over bytes and a text file."""
+    directory = tmp_path_factory.mktemp("tiny")
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory / "model")
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=257)
+    LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=64, bos_token_id=256, eos_token_id=256)).save_pretrained(directory / "model")
+    rows = [{"text": f"the square of {i} is {i * i}"} for i in range(60)]
+    (directory / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ["--model", str(directory / "model"), "--data", str(directory / "data.jsonl"), "--device", "cpu"]
+
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # typer colours its help wherever it believes to be in a CI service
+QUICK = ["--steps", "12", "--warmup", "2", "--seq-len", "24", "--rank", "4", "--eval-tokens", "200", "--dropout", "0.1", "--grad-accum", "2"]
+
+
+def call(*arguments, code=0):
+    """Run in this process; returns (stdout, stderr)."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="fused-lora", terminal_width=200)
+    assert result.exit_code == code, f"exit {result.exit_code}\n{result.stdout}\n{result.stderr}\n{result.exception!r}"
+    return _COLOUR.sub("", result.stdout), _COLOUR.sub("", result.stderr)
+
+
+def refused(code, *arguments):
+    """The one red line of a command that fails."""
+    out, err = call(*arguments, code=code)
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in out + err, err
+    return lines[0]
+
+
+@pytest.mark.parametrize("command, says", [("info", "back end"), ("finetune", "--resume"), ("merge", "adapter"), ("bench", "--preset")])
+def test_help(command, says):
+    assert says in call(command, "--help")[0]
+    assert command in call("--help")[0]
+
+
+def test_help_of_finetune_shows_every_setting():
+    text = call("finetune", "--help")[0]
+    for option in (
+        "model data eval-data text-field output rank alpha dropout target-modules rslora lr steps batch-size grad-accum seq-len warmup "
+        "max-grad-norm weight-decay seed dtype device save-every eval-every eval-tokens resume overwrite prompt"
+    ).split():
+        assert f"--{option}" in text
+
+
+def test_as_a_program_help_imports_neither_transformers_nor_peft():
+    code = "import sys; sys.argv = ['fused-lora', '--help']\nimport atexit; atexit.register(lambda: print(sorted({'transformers', 'peft', 'matplotlib'} & set(sys.modules))))\n"
+    done = subprocess.run([sys.executable, "-c", f"{code}import runpy; runpy.run_module('fused_lora', run_name='__main__')"], capture_output=True, text=True)
+    assert done.returncode == 0 and "finetune" in done.stdout and done.stdout.strip().endswith("[]"), done.stdout + done.stderr
+
+
+def test_info():
+    out, _ = call("info")
+    assert "CPU kernels and " in out and "does not load" not in out and torch.__version__ in out
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
+    served = {(device, dtype): back_end for device, dtype, back_end, _ in rows if device}
+    assert served[("cpu", "float32")] == served[("cpu", "bfloat16")] == "cpu" and served[("cpu", "float64")] == "reference"
+
+
+def test_finetune_then_merge(tiny, tmp_path):
+    out, _ = call("finetune", *tiny, *QUICK, "--output", tmp_path / "out", "--target-modules", "q_proj,down_proj", "--rslora", "--prompt", "the")
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    before, after = summary["perplexity_before"], summary["perplexity_after"]
+    assert after < before and f"held-out perplexity {before:.3f} -> {after:.3f}" in out
+    assert "step 12/12  loss" in out and "tokens/s" in out and "completion, with the adapter" in out
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["use_rslora"]) == (4, 32.0, 0.1, True)
+    assert sorted(config["target_modules"]) == ["down_proj", "q_proj"] and config["base_model_name_or_path"] == tiny[1]
+    out, _ = call("merge", tmp_path / "out", *tiny[:2], "--output", tmp_path / "merged", "--dtype", "bf16")
+    assert "wrote" in out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype is torch.bfloat16
+
+
+def program(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "fused_lora", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
+    """SIGKILL in the middle of a run with dropout and accumulation, then --resume: the adapter of an uninterrupted run, bit for bit."""
+    arguments = ["finetune", *tiny, *QUICK, "--steps", "40", "--save-every", "1"]
+    whole = program(*arguments, "--output", tmp_path / "whole")
+    assert whole.wait() == 0, whole.stdout.read()
+    killed = program(*arguments, "--output", tmp_path / "killed")
+    metrics = tmp_path / "killed/metrics.jsonl"
+    while killed.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 4):
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "the run was over before it could be killed: make it longer"
+    assert not (tmp_path / "killed/adapter_model.safetensors").exists()
+    assert load_file(tmp_path / "killed/checkpoint.safetensors")
+    refused(2, *arguments, "--output", tmp_path / "killed")
+    resumed = program(*arguments, "--output", tmp_path / "killed", "--resume")
+    out = resumed.communicate()[0]
+    assert resumed.returncode == 0 and "resuming after step" in out, out
+    for name in ("adapter_model.safetensors", "checkpoint.safetensors", "adapter_config.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(41))
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"body": "x"}\n')
+    assert "rank must be an int >= 1; got 0" in refused(2, "finetune", *tiny, "--rank", "0", "--output", tmp_path / "out")
+    assert "bad.jsonl, line 1" in refused(2, "finetune", *tiny[:2], "--data", tmp_path / "bad.jsonl", "--output", tmp_path / "out")
+    assert "'q_proj'" in refused(2, "finetune", *tiny, "--target-modules", "q_porj", "--output", tmp_path / "out")
+    assert "dtype must be one of fp32, bf16, fp16; got 'int4'" in refused(2, "merge", tmp_path, "--dtype", "int4", "--output", tmp_path / "out")
+    assert "preset must be one of quick, readme, full; got 'slow'" in refused(2, "bench", "--preset", "slow")
+    assert "candidates must be among" in refused(2, "bench", "--candidates", "fused,fast", "--device", "cpu")
+
+
+def test_what_the_machine_refuses_is_one_line_and_exit_code_1(tiny, tmp_path):
+    assert refused(1, "finetune", *tiny[:2], "--data", tmp_path / "nowhere") == f"error: {tmp_path / 'nowhere'}: No such file or directory"
+    assert "nowhere/model" in refused(1, "finetune", "--model", tmp_path / "nowhere/model", "--output", tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in refused(1, "finetune", *tiny, *QUICK, "--output", tmp_path / "file/out")
+    assert "adapter_config.json: No such file" in refused(1, "merge", tmp_path, *tiny[:2], "--output", tmp_path / "out")
+
+
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    line = refused(1, "finetune", "--output", tmp_path / "out")
+    assert line == "error: transformers is not installed: pip install 'fused-lora[finetune,bench]'"
+
+
+def test_an_interrupt_is_one_line(monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", interrupt)
+    assert "interrupted" in refused(130, "bench")
+
+
+def test_a_wrong_result_is_one_line_and_exit_code_1(monkeypatch):
+    def wrong(*args):
+        raise bench.runner.WrongResult("fused: y is off")
+
+    monkeypatch.setattr(bench, "run", wrong)
+    assert refused(1, "bench") == "error: fused: y is off"
+
+
+def test_bench_writes_rows_and_a_plot(monkeypatch, tmp_path):
+    """The whole way through the options, over one small case."""
+    monkeypatch.setattr(bench, "cases_of", lambda preset, device: [bench.Case(16, 64, 32, 4, 0.0, torch.float32)])
+    out, _ = call(
+        "bench", "--device", "cpu", "--candidates", "naive,fused", "--budget", "0.05", "--threads", torch.get_num_threads(),
+        "--output", tmp_path / "bench.json", "--plot", tmp_path / "bench.png",
+    )  # fmt: skip
+    document = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["candidate"] for row in document["rows"]] == ["frozen", "naive", "fused"] and document["preset"] == "quick"
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG") and "fused" in out
