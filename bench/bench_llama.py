@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fused_lora import apply_lora
 from fused_lora.bench import environment
 from fused_lora.bench.candidates import AddmmLinear
-from fused_lora.bench.report import write_aside
 from fused_lora.bench.timing import Spread, interleave
+from fused_lora.files import write_whole
 
 RANK, ALPHA, DROPOUT = 16, 32, 0.05
 BATCHES = [(1, 512, False), (1, 2048, False), (2, 2048, False), (4, 2048, True)]
@@ -129,7 +129,7 @@ def main() -> None:
     for batch, length, checkpointing in BATCHES:
         rows += batch_rows(models, batch, length, checkpointing, given.rounds)
         document = dict(environment=environment("cuda"), layers=given.layers, rank=RANK, rows=rows)
-        write_aside(given.output, lambda path, document=document: Path(path).write_text(json.dumps(document, indent=1) + "\n"))
+        write_whole({given.output: (json.dumps(document, indent=1) + "\n").encode()})
     table = Table("batch", "candidate", "ms", "x frozen", "GiB", "x frozen", title=f"Llama-3.1-8B shape, {given.layers} layers, bf16, R={RANK} on all linears")
     for r in rows:
         cells = (f"{r['ms']:.1f}", f"{r['ratio']:.3f}", f"{r['gib']:.1f}", f"{r['memory_ratio']:.3f}") if r["fits"] else ("does not fit", "", "", "")

@@ -20,7 +20,7 @@ from fused_lora.cli import app
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny_files(tmp_path_factory):
     """The options --model and --data of a random two-layer Llama over bytes and a text file."""
     directory = tmp_path_factory.mktemp("tiny")
     letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
@@ -33,6 +33,15 @@ def tiny(tmp_path_factory):
     rows = [{"text": f"the square of {i} is {i * i}"} for i in range(60)]
     (directory / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return ["--model", str(directory / "model"), "--data", str(directory / "data.jsonl"), "--device", "cpu"]
+
+
+@pytest.fixture
+def tiny(tiny_files):
+    """tiny_files, on one thread: two cost a model of this size more than they give, and much more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tiny_files
+    torch.set_num_threads(threads)
 
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # typer colours its help wherever it believes to be in a CI service

@@ -23,7 +23,7 @@ FILES = ["adapter_config.json", "adapter_model.safetensors", "checkpoint.safeten
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny_files(tmp_path_factory):
     """A random two-layer Llama over bytes and a text file: (model directory, data file)."""
     directory = tmp_path_factory.mktemp("tiny")
     letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
@@ -35,6 +35,15 @@ def tiny(tmp_path_factory):
     LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=64, bos_token_id=256, eos_token_id=256)).save_pretrained(directory / "model")
     (directory / "data.txt").write_text("".join(f"the square of {i} is {i * i}\n" for i in range(60)))
     return str(directory / "model"), str(directory / "data.txt")
+
+
+@pytest.fixture
+def tiny(tiny_files):
+    """tiny_files, on one thread: two cost a model of this size more than they give, and much more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tiny_files
+    torch.set_num_threads(threads)
 
 
 def settings_of(tiny, **changes):
@@ -195,11 +204,11 @@ def test_the_seed_decides(tiny, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def stopped(tiny, tmp_path_factory):
+def stopped(tiny_files, tmp_path_factory):
     """The output of a run that was killed after its checkpoint at step 2: to be copied."""
     output = tmp_path_factory.mktemp("stopped") / "out"
     with pytest.raises(Killed):
-        run(settings_of(tiny), output, save_every=2, tick=kill_at(3))
+        run(settings_of(tiny_files), output, save_every=2, tick=kill_at(3))
     return output
 
 

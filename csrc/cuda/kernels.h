@@ -26,7 +26,7 @@ struct PrepareParams {
 };
 Status prepare(const PrepareParams& p, const Target& target);
 
-// lora_gemm_sm90.cu     out = alpha * left right + low low_right (+ bias), the low-rank term through the dropout mask if config.masked;
+// lora_gemm_sm90.cuh    out = alpha * left right + low low_right (+ bias), the low-rank term through the dropout mask if config.masked;
 //                       with config.rank_tile also low = scale * left rank, in the same launch.
 struct GemmParams {
   const void* left;       // [M, K], row stride ld_left

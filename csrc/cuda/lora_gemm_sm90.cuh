@@ -48,6 +48,8 @@ template <class C> PTX_FN void load_tiles(Smem<C>& s, const Maps& maps, const Ar
   const int k_blocks = (args.K + kBlockK - 1) / kBlockK, low_blocks = (args.R + kBlockK - 1) / kBlockK;
   Ring<C::kStages> ring;
   Tiles<C> tiles(s, args.M, args.N);
+  ptx::prefetch(maps.left);
+  ptx::prefetch(maps.right);
   if constexpr (C::kOneLaunch) tiles.hand_out(rank, drawn);
   while (tiles.number < tiles.count()) {
     const TileIndex tile = tiles.index();
@@ -62,8 +64,9 @@ template <class C> PTX_FN void load_tiles(Smem<C>& s, const Maps& maps, const Ar
     }
     if constexpr (C::kOneLaunch) {
       if (rank == 0) drawn = atomicAdd(args.control, 1);
-      const int* flags = args.control + kControlFlags + row / 64;
-      while (ptx::load_acquire(flags) == 0 || ptx::load_acquire(flags + 1) == 0) {
+      for (int r = row; r < min(row + kBlockM, args.M); r += 64) {
+        while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {
+        }
       }
       ptx::fence_proxy();  // low was written by ordinary stores, TMA reads it
     }
@@ -103,8 +106,7 @@ template <class C> PTX_FN void draw_masks(Smem<C>& s, const Args<typename C::T>&
     phase ^= 1;
     if constexpr (C::kOneLaunch) {
       __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::arrive_remote(&s.tile_empty[tiles.ring.slot], 0);
-      tiles.ring.next();
+      tiles.release(threadIdx.x % 32 == 0);
       tiles.read();
     } else {
       tiles.step();
@@ -198,42 +200,36 @@ template <class C> PTX_FN void add_low(float (&acc)[C::kBlockN / 2], Smem<C>& s,
   }
 }
 
-// acc += mask * (low low_right) / (1 - p), 64 columns at a time. All low-rank blocks wait in the ring together.
+// 64 columns of acc += mask * (low low_right) / (1 - p). All low-rank blocks of the tile wait in the ring together.
 template <class C>
-PTX_FN void add_masked_low(float (&acc)[C::kBlockN / 2], float (&low)[32], Smem<C>& s, Ring<C::kStages>& ring, uint32_t mask_phase, const Args<typename C::T>& args, int group, int thread) {
-  Ring<C::kStages> at = ring;
-  for (int r = 0; r < args.R; r += kBlockK, at.next()) ptx::wait(&s.full[at.slot], at.phase);
-  ptx::wait(&s.mask_full, mask_phase);
-  const uint32_t* words = &s.mask[(group * 64 + thread / 32 * 16 + thread % 32 / 4) * C::kMaskWords];
-#pragma unroll
-  for (int chunk = 0; chunk < C::kBlockN / 64; ++chunk) {
-    at = ring;
+PTX_FN void add_masked_low(float (&acc)[C::kBlockN / 2], float (&low)[32], int chunk, Smem<C>& s, Ring<C::kStages> ring, const Args<typename C::T>& args, int group, int thread) {
 #pragma unroll 1
-    for (int r = 0; r < args.R; r += kBlockK, at.next()) {
-      const Operands<C> op(s, at.slot, group);
-      multiply_low<C, 64>(low, op.left, op.right + chunk * (64 * kBlockK * 2 / 16), args.R - r, r > 0);
-    }
+  for (int r = 0; r < args.R; r += kBlockK, ring.next()) {
+    const Operands<C> op(s, ring.slot, group);
+    multiply_low<C, 64>(low, op.left, op.right + chunk * (64 * kBlockK * 2 / 16), args.R - r, r > 0);
+  }
+  const uint32_t* words = &s.mask[(group * 64 + thread / 32 * 16 + thread % 32 / 4) * C::kMaskWords + chunk * 2];
 #pragma unroll
-    for (int part = 0; part < 4; ++part) {  // rows 8 apart, then halves of 32 columns; this thread's columns are 8 j + 2 (thread % 4) + {0, 1}
-      const int lower = part % 2, right = part / 2;
-      const uint32_t keep = words[lower * 8 * C::kMaskWords + chunk * 2 + right] >> (thread % 4 * 2);
+  for (int part = 0; part < 4; ++part) {  // rows 8 apart, then halves of 32 columns; this thread's columns are 8 j + 2 (thread % 4) + {0, 1}
+    const int lower = part % 2, right = part / 2;
+    const uint32_t keep = words[lower * 8 * C::kMaskWords + right] >> (thread % 4 * 2);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int i = (right * 4 + j / 2) * 4 + lower * 2 + j % 2;
-        if (keep >> (j / 2 * 8 + j % 2) & 1) acc[chunk * 32 + i] += low[i] * args.drop_scale;
-      }
+    for (int j = 0; j < 8; ++j) {
+      const int i = (right * 4 + j / 2) * 4 + lower * 2 + j % 2;
+      if (keep >> (j / 2 * 8 + j % 2) & 1) acc[chunk * 32 + i] += low[i] * args.drop_scale;
     }
   }
-  for (int r = 0; r < args.R; r += kBlockK, ring.next()) free_slot<C>(s, ring.slot, thread);
 }
 
-// out = alpha * acc + bias in dtype, 64 columns at a time through shared memory and TMA.
-template <class C> PTX_FN void store_tile(const float (&acc)[C::kBlockN / 2], Smem<C>& s, const CUtensorMap* out, const Args<typename C::T>& args, int row, int col, int group, int thread) {
+// out = alpha * acc + bias in dtype, 64 columns at a time through shared memory and TMA; `before(chunk)` has the last word on a chunk of acc.
+template <class C, class Before>
+PTX_FN void store_tile(const float (&acc)[C::kBlockN / 2], Smem<C>& s, const CUtensorMap* out, const Args<typename C::T>& args, int row, int col, int group, int thread, const Before& before) {
   using T = typename C::T;
   const int lane = thread % 32, r = thread / 32 * 16 + lane % 16;  // the row whose address this lane gives to stmatrix
   uint8_t* const line = reinterpret_cast<uint8_t*>(s.out[group]) + r * 128;
 #pragma unroll
   for (int chunk = 0; chunk < C::kBlockN / 64; ++chunk) {
+    before(chunk);
     if (thread == 0) ptx::tma_store_wait_read();
     ptx::named_barrier(1 + group, 128);
 #pragma unroll
@@ -258,9 +254,42 @@ template <class C> PTX_FN void store_tile(const float (&acc)[C::kBlockN / 2], Sm
   }
 }
 
+// A tile whose rows in this warpgroup all lie past M (small M, the last tile): its k-blocks pass unused.
+template <class C> PTX_FN void pass_tile(Smem<C>& s, Ring<C::kStages>& ring, int blocks, int thread) {
+#pragma unroll 1
+  for (int i = 0; i < blocks; ++i) {
+    ptx::wait(&s.full[ring.slot], ring.phase);
+    free_slot<C>(s, ring.slot, thread);
+    ring.next();
+  }
+}
+
+// One tile from its first k-block to its stores.
+template <class C>
+PTX_FN void compute_tile(Smem<C>& s, Ring<C::kStages>& ring, const CUtensorMap* out, const Args<typename C::T>& args, uint32_t mask_phase, int k_blocks, int row, int col, int group, int thread) {
+  float acc[C::kBlockN / 2], low_acc[C::kOneLaunch ? C::kRank / 2 : 1];
+  if (C::kOneLaunch && col == 0) {
+    multiply<C, C::kOneLaunch>(acc, low_acc, s, ring, k_blocks, group, thread);
+    if constexpr (C::kOneLaunch) publish<C>(low_acc, args, row, group, thread);
+  } else {
+    multiply<C, false>(acc, low_acc, s, ring, k_blocks, group, thread);
+  }
+  if constexpr (C::kMasked) {
+    Ring<C::kStages> at = ring;
+    for (int r = 0; r < args.R; r += kBlockK, at.next()) ptx::wait(&s.full[at.slot], at.phase);
+    ptx::wait(&s.mask_full, mask_phase);
+    float low[32];
+    store_tile<C>(acc, s, out, args, row, col, group, thread, [&](int chunk) { add_masked_low<C>(acc, low, chunk, s, ring, args, group, thread); });
+    for (int r = 0; r < args.R; r += kBlockK, ring.next()) free_slot<C>(s, ring.slot, thread);
+  } else {
+    add_low<C>(acc, s, ring, args.R, group, thread);
+    store_tile<C>(acc, s, out, args, row, col, group, thread, [](int) {});
+  }
+}
+
 // Warpgroups 1 and 2: group 0 the upper 64 rows of a tile, group 1 the lower.
 template <class C> PTX_FN void consume_tiles(Smem<C>& s, const CUtensorMap* out, const Args<typename C::T>& args, uint32_t rank, int group, int thread) {
-  const int k_blocks = (args.K + kBlockK - 1) / kBlockK;
+  const int k_blocks = (args.K + kBlockK - 1) / kBlockK, low_blocks = (args.R + kBlockK - 1) / kBlockK;
   Ring<C::kStages> ring;
   Tiles<C> tiles(s, args.M, args.N);
   uint32_t mask_phase = 0;
@@ -268,29 +297,14 @@ template <class C> PTX_FN void consume_tiles(Smem<C>& s, const CUtensorMap* out,
   while (tiles.number < tiles.count()) {
     const TileIndex tile = tiles.index();
     const int row = (tile.row * kCluster + rank) * kBlockM + group * 64, col = tile.col * C::kBlockN;
-    float acc[C::kBlockN / 2], low_acc[C::kOneLaunch ? C::kRank / 2 : 1];
-    if (C::kOneLaunch && tile.col == 0) {
-      multiply<C, C::kOneLaunch>(acc, low_acc, s, ring, k_blocks, group, thread);
-      if constexpr (C::kOneLaunch) publish<C>(low_acc, args, row, group, thread);
-    } else {
-      multiply<C, false>(acc, low_acc, s, ring, k_blocks, group, thread);
-    }
-    if constexpr (C::kMasked) {
-      if constexpr (C::kRank == 64) {
-        add_masked_low<C>(acc, low_acc, s, ring, mask_phase, args, group, thread);  // 32 registers that would lie idle: else it spills
-      } else {
-        float low[32];
-        add_masked_low<C>(acc, low, s, ring, mask_phase, args, group, thread);
-      }
-      mask_phase ^= 1;
-    } else {
-      add_low<C>(acc, s, ring, args.R, group, thread);
-    }
-    store_tile<C>(acc, s, out, args, row, col, group, thread);
-    if (C::kMasked && thread == 0) ptx::arrive(&s.mask_empty);  // behind store_tile's barriers: the whole warpgroup has read it
+    if (row < args.M) compute_tile<C>(s, ring, out, args, mask_phase, k_blocks, row, col, group, thread);
+    else pass_tile<C>(s, ring, k_blocks + low_blocks, thread);
+    if (C::kMasked && row >= args.M) ptx::wait(&s.mask_full, mask_phase);
+    ptx::named_barrier(1 + group, 128);  // the whole warpgroup has read the mask and the tile's number
+    if (C::kMasked && thread == 0) ptx::arrive(&s.mask_empty);
+    mask_phase ^= 1;
     if constexpr (C::kOneLaunch) {
-      if (thread == 0) ptx::arrive_remote(&s.tile_empty[tiles.ring.slot], 0);
-      tiles.ring.next();
+      tiles.release(thread == 0);
       tiles.read();
     } else {
       tiles.step();

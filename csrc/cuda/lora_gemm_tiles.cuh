@@ -70,13 +70,13 @@ template <class C> struct Tiles {
   PTX_FN TileIndex index() const { return gemm_tile(number, row_tiles, col_tiles, C::kOneLaunch); }
   PTX_FN void step() { number += gridDim.x / kCluster; }
 
-  // Readers: read() the number of the next tile, release() once when the role is through with it.
+  // Readers: read() the number of the next tile; release() when the role is through with it, in all its threads, one of which speaks.
   PTX_FN void read() {
     ptx::wait(&s.tile_full[ring.slot], ring.phase);
     number = *const_cast<volatile int*>(&s.tile[ring.slot]);
   }
-  PTX_FN void release() {
-    ptx::arrive_remote(&s.tile_empty[ring.slot], 0);
+  PTX_FN void release(bool speaks) {
+    if (speaks) ptx::arrive_remote(&s.tile_empty[ring.slot], 0);
     ring.next();
   }
   // The loader's turn: block 0 hands out `drawn`, and each block expects it.
@@ -87,7 +87,7 @@ template <class C> struct Tiles {
     }
     ptx::arrive_expect(&s.tile_full[ring.slot], 4);
     read();
-    release();
+    release(true);
   }
   // Consumers of the number in a block: the loader, two warpgroups, three mask warps.
   static constexpr int kReaders = kCluster * (3 + (C::kMasked ? 3 : 0));

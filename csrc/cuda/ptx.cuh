@@ -1,6 +1,6 @@
 // The PTX that the kernels use, one function an instruction, under the headings of the PTX ISA manual's instruction set (version 9.0).
 //
-// Shared-memory addresses are generic pointers here and 32-bit in PTX. Functions from "sm_90a" on may only be called under kSm90a code.
+// Shared-memory addresses are generic pointers here and 32-bit in PTX. Functions from sm_90 on are for kernel bodies under FUSED_LORA_SM90A.
 #pragma once
 
 #include <cuda.h>

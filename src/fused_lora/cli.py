@@ -119,7 +119,7 @@ def finetune(
     device: _Device = None,
     eval_tokens: Annotated[int, typer.Option(help="Held-out tokens that the perplexity is of, at the most.")] = Settings.eval_tokens,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: only at the start and the end.")] = 20,
-    eval_every: Annotated[int, typer.Option(help="Steps between held-out losses; 0: only at the start and the end.")] = 0,
+    eval_every: Annotated[int, typer.Option(help="Steps between held-out losses; 0: only at the start and the end.")] = 20,
     prompt: Annotated[str | None, typer.Option(help="Start of the sample completion.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the output's checkpoint, bit for bit.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that the output holds.")] = False,
@@ -158,7 +158,8 @@ def _progress(steps: int) -> Iterator[Callable[[dict], None]]:
 
 def _print_summary(summary: dict, output: Path) -> None:
     for title, key in (("the base model", "completion_of_base"), ("with the adapter", "completion")):
-        _out.print(Panel(Text.assemble((summary["prompt"], "dim"), summary[key]), title=f"completion, {title}", title_align="left"))
+        text = Text.assemble((_printable(summary["prompt"]), "dim"), _printable(summary[key]))
+        _out.print(Panel(text, title=f"completion, {title}", title_align="left"))
     before, after = summary["perplexity_before"], summary["perplexity_after"]
     _out.print(
         f"held-out perplexity [bold]{before:.3f} -> {after:.3f}[/] ({summary['held_out_tokens']:,} tokens); "
@@ -166,6 +167,11 @@ def _print_summary(summary: dict, output: Path) -> None:
         soft_wrap=True,
     )
     _out.print(Text(f"adapter, metrics.jsonl, loss.png and summary.json are in {output}"), soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """A model's words without control characters, which a terminal would obey."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 @app.command()

@@ -72,13 +72,15 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str) -> tuple[nn.Mo
         with quiet:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(source, **options, **of_model)
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except OSError as error:
+        raise OSError(f"{path}: {error}") if local.exists() else OSError(f"{path} is no directory here, and as a model id: {error}") from None
+    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path} must be a causal language model that transformers loads; got {type(error).__name__}: {error}") from None
     return model.to(device).eval(), tokenizer
 
 
 def finetune(
-    settings: Settings, output: Path, resume: bool = False, overwrite: bool = False, save_every: int = 20, eval_every: int = 0,
+    settings: Settings, output: Path, resume: bool = False, overwrite: bool = False, save_every: int = 20, eval_every: int = 20,
     prompt: str | None = None, say: Callable[[str], None] = print, tick: Callable[[dict], None] = lambda row: None,
 ) -> dict:  # fmt: skip
     """Train an adapter and write it, its figures and its plot.
@@ -169,14 +171,14 @@ def _summary(run: Run, prompt: str, seconds: float) -> dict:
 
 
 def plot(rows: list[dict]) -> bytes:
-    """A PNG of the rows of metrics.jsonl: every step's loss, its moving average over a tenth of the run, the held-out loss."""
+    """A PNG of the rows of metrics.jsonl: every step's loss, its moving average over a sixth of the run, the held-out loss."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     steps, losses = [row["step"] for row in rows[1:]], [row["loss"] for row in rows[1:]]
-    window = max(1, len(losses) // 10)
+    window = max(1, len(losses) // 6)
     average = [sum(losses[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
     measured = [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import secrets
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from fused_lora.files import write_whole
 from fused_lora.nn import lora_scaling
 from fused_lora.targets import LoraSpec, matches
 
@@ -166,26 +165,7 @@ def config_bytes(spec: LoraSpec, model: torch.nn.Module) -> bytes:
 
 
 def write_files(directory: Path, tensors: dict[str, Tensor], config: bytes) -> None:
-    """Write both files so that each is whole at every moment: old or new, never a part.
-
-    Both are written and synced under temporary names in `directory` before the first replaces its predecessor.
-    Raises: OSError naming the file; every old file is whole then and no temporary is left.
-    """
+    """Write both files, see `files.write_whole`. Raises: OSError naming the file."""
     contiguous = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    contents = {WEIGHTS_NAME: to_bytes(contiguous, metadata={"format": "pt"}), CONFIG_NAME: config}
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = {name: directory / f".{name}.{secrets.token_hex(8)}.tmp" for name in contents}
-    name = WEIGHTS_NAME
-    try:
-        for name, content in contents.items():
-            with open(temporary[name], "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in contents:
-            os.replace(temporary[name], directory / name)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(directory / name)) from error
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+    weights = to_bytes(contiguous, metadata={"format": "pt"})
+    write_whole({directory / WEIGHTS_NAME: weights, directory / CONFIG_NAME: config})

@@ -60,7 +60,7 @@ class Settings:
     seed: int = 0
     dtype: str = "fp32"
     device: str = "cpu"
-    eval_tokens: int = 8192
+    eval_tokens: int = 4096
 
     def __post_init__(self):
         least = dict(rank=1, warmup=0, steps=1, batch_size=1, grad_accum=1, seq_len=2, seed=0, eval_tokens=2)
@@ -213,5 +213,8 @@ class Run:
 
     def _log(self, row: dict) -> None:
         self.rows.append(row)
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.metrics)) from error

@@ -4,18 +4,18 @@
 """
 
 import json
-import os
 import platform
 import subprocess
 import sys
-import tempfile
 from importlib import metadata
+from io import BytesIO
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from fused_lora.bench.cases import Case
+from fused_lora.files import write_whole
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=not sys.stdout.isatty())
@@ -87,20 +87,6 @@ def print_steps(rows: list[dict]) -> list[dict]:
     return rows
 
 
-def write_aside(path: Path, write) -> None:
-    """write(temporary path), then rename: the old file stays whole if anything fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=path.suffix)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def _target(document: dict, path: Path, suffix: str) -> Path:
     path = Path(path)
     return path if path.suffix == suffix else path / f"{document['preset']}-{document['environment']['kind']}{suffix}"
@@ -108,7 +94,7 @@ def _target(document: dict, path: Path, suffix: str) -> Path:
 
 def write_json(document: dict, path: Path) -> Path:
     path = _target(document, path, ".json")
-    write_aside(path, lambda temporary: Path(temporary).write_text(json.dumps(document, indent=1) + "\n"))
+    write_whole({path: (json.dumps(document, indent=1) + "\n").encode()})
     _console.print(f"wrote {path}")
     return path
 
@@ -136,8 +122,10 @@ def write_plot(document: dict, path: Path) -> Path:
     axes.set_ylabel("time over the frozen layer's")
     axes.set_title(f"LoRA forward + backward, lower is better\n{env['device']}, torch {env['torch']}, {env['date']}", fontsize=9)
     axes.legend(ncols=3, fontsize=8)
-    write_aside(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    image = BytesIO()
+    figure.savefig(image, dpi=130, format="png")
     pyplot.close(figure)
+    write_whole({path: image.getvalue()})
     _console.print(f"wrote {path}")
     return path
 
@@ -187,7 +175,7 @@ def update_readme(readme: Path, results: Path) -> None:
         raise ValueError(f"{results} must hold readme-*.json, which `fused-lora bench --preset readme --output {results}` writes; got none")
     body = "\n\n".join(markdown(json.loads(f.read_text())) for f in files)
     head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    write_aside(readme, lambda temporary: Path(temporary).write_text(f"{head}\n{body}\n{tail}"))
+    write_whole({readme: f"{head}\n{body}\n{tail}".encode()})
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
-// Launches lora_gemm (lora_gemm_sm90.cuh): checks, tensor maps, and the choice of an instance.
+// How lora_gemm is launched: tensor maps and the choice of an instance of lora_gemm_sm90.cuh. One dtype a translation unit: each takes half a
+// minute to compile.
+#pragma once
+
 #include "lora_gemm_sm90.cuh"
 
 #include "kernels.h"
 #include "launch.h"
 
-namespace fused_lora {
-namespace {
+namespace fused_lora::gemm {
 
 // The six maps of a launch; a map that the instance does not read is a copy of the left one.
 struct AllMaps {
   CUtensorMap left, right, low, low_right, rank, out;
 };
 
-Status make_maps(const GemmConfig& c, const GemmParams& p, AllMaps* maps) {
+inline Status make_maps(const GemmConfig& c, const GemmParams& p, AllMaps* maps) {
   const int load_rows = c.block_n / kGemmCluster;
   const auto right_view = [&](const void* data, int64_t k, int64_t ld) {
     return p.right_mn ? MatrixView{data, k, p.N, ld, kGemmBlockK, 64, p.dtype} : MatrixView{data, p.N, k, ld, load_rows, kGemmBlockK, p.dtype};
@@ -37,18 +39,18 @@ template <class C> Status run(const GemmConfig& c, const GemmParams& p, const Ta
   const Status status = make_maps(c, p, &maps);
   if (status != Status::ok) return status;
   using T = typename C::T;
-  const gemm::Args<T> args{static_cast<T*>(p.low), static_cast<const T*>(p.bias), p.control, p.dropout.seed, p.ld_low, static_cast<int>(p.M), static_cast<int>(p.N),
-                           static_cast<int>(p.K), static_cast<int>(p.R), p.dropout.threshold, p.alpha, p.scale, p.dropout.scale()};
-  return launch<gemm::lora_gemm_kernel<C>>(Grid{c.grid, gemm::kThreads, c.smem, kGemmCluster}, target.device, target.stream, maps.left, maps.right, maps.low, maps.low_right,
-                                           maps.rank, maps.out, args);
+  const Args<T> args{static_cast<T*>(p.low), static_cast<const T*>(p.bias), p.control, p.dropout.seed, p.ld_low, static_cast<int>(p.M), static_cast<int>(p.N),
+                     static_cast<int>(p.K), static_cast<int>(p.R), p.dropout.threshold, p.alpha, p.scale, p.dropout.scale()};
+  return launch<lora_gemm_kernel<C>>(Grid{c.grid, kThreads, c.smem, kGemmCluster}, target.device, target.stream, maps.left, maps.right, maps.low, maps.low_right,
+                                     maps.rank, maps.out, args);
 }
 
 template <class T, int kBlockN, bool kRightMN, bool kMasked> Status choose_rank(const GemmConfig& c, const GemmParams& p, const Target& target) {
   switch (c.rank_tile) {
-    case 0: return run<gemm::Traits<T, kBlockN, 0, kRightMN, kMasked>>(c, p, target);
-    case 16: return run<gemm::Traits<T, kBlockN, 16, kRightMN, kMasked>>(c, p, target);
-    case 32: return run<gemm::Traits<T, kBlockN, 32, kRightMN, kMasked>>(c, p, target);
-    case 64: return run<gemm::Traits<T, kBlockN, 64, kRightMN, kMasked>>(c, p, target);
+    case 0: return run<Traits<T, kBlockN, 0, kRightMN, kMasked>>(c, p, target);
+    case 16: return run<Traits<T, kBlockN, 16, kRightMN, kMasked>>(c, p, target);
+    case 32: return run<Traits<T, kBlockN, 32, kRightMN, kMasked>>(c, p, target);
+    case 64: return run<Traits<T, kBlockN, 64, kRightMN, kMasked>>(c, p, target);
   }
   return Status::bad_shape;
 }
@@ -66,17 +68,4 @@ template <class T> Status choose_width(const GemmConfig& c, const GemmParams& p,
   return Status::bad_shape;
 }
 
-}  // namespace
-
-Status lora_gemm(const GemmConfig& c, const GemmParams& p, const Target& target) {
-  if (!c.valid || p.M < 1 || p.N < 1 || p.K < 1 || p.R < 0 || p.R > kMaxRank || p.K > INT32_MAX - 512) return Status::bad_shape;
-  if (c.masked != (p.dropout.threshold > 0) || (c.masked && !p.dropout.seed) || (c.rank_tile && (p.R > c.rank_tile || !p.control))) return Status::bad_shape;
-  if (reinterpret_cast<uintptr_t>(p.bias) % 4 || p.ld_low % 2) return Status::bad_alignment;
-  switch (p.dtype) {
-    case Dtype::f16: return choose_width<__half>(c, p, target);
-    case Dtype::bf16: return choose_width<__nv_bfloat16>(c, p, target);
-    default: return Status::bad_dtype;
-  }
-}
-
-}  // namespace fused_lora
+}  // namespace fused_lora::gemm

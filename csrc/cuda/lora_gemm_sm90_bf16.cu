@@ -1,0 +1,8 @@
+// lora_gemm in bf16; see lora_gemm_sm90.cuh.
+#include "lora_gemm_launch.cuh"
+
+namespace fused_lora {
+
+Status lora_gemm_bf16(const GemmConfig& config, const GemmParams& p, const Target& target) { return gemm::choose_width<__nv_bfloat16>(config, p, target); }
+
+}  // namespace fused_lora

@@ -1,0 +1,8 @@
+// lora_gemm in fp16; see lora_gemm_sm90.cuh.
+#include "lora_gemm_launch.cuh"
+
+namespace fused_lora {
+
+Status lora_gemm_f16(const GemmConfig& config, const GemmParams& p, const Target& target) { return gemm::choose_width<__half>(config, p, target); }
+
+}  // namespace fused_lora

@@ -1,0 +1,137 @@
+"""The CUDA sources through nvcc, and what the machine code must and must not hold; needs the CUDA toolkit but no GPU."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+GEMMS = ("lora_gemm_sm90_bf16", "lora_gemm_sm90_f16")
+NVCC = os.environ.get("CUDA_HOME") and shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"], "bin"))) or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def _cuobjdump() -> str | None:
+    """NVIDIA's disassembler: the toolkit's, or the one that Triton brings."""
+    triton = importlib.util.find_spec("triton")
+    folders = [os.environ.get("PATH", ""), *([str(Path(NVCC).resolve().parent)] if NVCC else [])]
+    folders += [str(Path(triton.origin).parent / "backends" / "nvidia" / "bin")] if triton else []
+    return shutil.which("cuobjdump", path=os.pathsep.join(folders))
+
+
+CUOBJDUMP = _cuobjdump()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc (the CUDA toolkit)")
+needs_disassembler = pytest.mark.skipif(NVCC is None or CUOBJDUMP is None, reason="needs nvcc and cuobjdump (the CUDA toolkit, or Triton's copy)")
+
+
+def compile_for(arch: str, source: Path, out: Path) -> SimpleNamespace:
+    """One source as machine code for one target, with ptxas's notes."""
+    cubin = out / f"{source.stem}.{arch}.cubin"
+    command = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-arch={arch}", "-cubin", str(source), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return SimpleNamespace(returncode=done.returncode, notes=done.stdout + done.stderr, cubin=cubin)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """{(arch, source name): result} of every source for both targets."""
+    out = tmp_path_factory.mktemp("cubin")
+    jobs = [(arch, source) for source in sorted(SOURCES, key=lambda s: s.stem not in GEMMS) for arch in ("sm_90a", "sm_80")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(lambda job: compile_for(*job, out), jobs)
+        return {(arch, source.stem): result for (arch, source), result in zip(jobs, results)}
+
+
+def kernels(cubin: Path) -> dict[str, list[tuple[int, str]]]:
+    """{mangled name: [(address, instruction)]} of a cubin."""
+    path = os.pathsep.join((str(Path(CUOBJDUMP).parent), os.environ.get("PATH", "")))  # cuobjdump calls nvdisasm beside it
+    text = subprocess.run([CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}).stdout
+    found = {}
+    for function in re.split(r"\n\s*Function : ", text)[1:]:
+        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", function)
+        found[function.split("\n", 1)[0].strip()] = [(int(address, 16), instruction) for address, instruction in lines]
+    return found
+
+
+def innermost_loops(code: list[tuple[int, str]], holding: str) -> list[list[str]]:
+    """The instructions of every loop that holds `holding` and no smaller such loop: from a conditional backward branch's target to the branch.
+
+    Unconditional backward branches lead back from spin loops, which ptxas moves to the end of a kernel.
+    """
+    spans = []
+    for address, instruction in code:
+        branch = re.match(r"@!?U?P\d\s+BRA\s+0x([0-9a-f]+)", instruction)
+        if branch and int(branch[1], 16) < address:
+            spans.append((int(branch[1], 16), address))
+    spans = [(lo, hi) for lo, hi in spans if any(lo <= a <= hi and holding in i for a, i in code)]
+    inner = [s for s in spans if not any(t != s and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
+    return [[i for a, i in code if lo <= a <= hi] for lo, hi in sorted(set(inner))]
+
+
+@needs_nvcc
+def test_every_source_compiles_for_both_targets(built):
+    assert {source.stem for source in SOURCES} >= {*GEMMS, "shrink", "wgrad", "prepare"}
+    for (arch, name), result in built.items():
+        assert result.returncode == 0, f"{name} for {arch}:\n{result.notes}"
+
+
+@needs_nvcc
+def test_no_kernel_spills_and_no_wgmma_is_serialised(built):
+    for (arch, name), result in built.items():
+        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.notes)
+        assert spills and all(s == ("0", "0") for s in spills), f"{name} for {arch} spills: {spills}"
+        assert "wgmma" not in result.notes and "warpgroup.arrive is injected" not in result.notes, f"{name} for {arch}:\n{result.notes}"
+        assert "setmaxnreg" not in result.notes, f"{name} for {arch}: setmaxnreg was ignored\n{result.notes}"
+
+
+@needs_disassembler
+@pytest.mark.parametrize("name", GEMMS)
+def test_gemm_machine_code(built, name):
+    """Each instance: wgmma over the whole tile in its main loops, no local memory, no memory barrier in the loops, TMA in and out."""
+    found = {k: code for k, code in kernels(built["sm_90a", name].cubin).items() if "lora_gemm_kernel" in k}
+    assert len(found) == 24  # 2 widths x 4 ranks x (forward, dx, dx through the mask)
+    for kernel, code in found.items():
+        instructions = [i for _, i in code]
+        assert not [i for i in instructions if re.search(r"\b(LDL|STL)\b", i)], f"{kernel} uses local memory"
+        for needed in ("UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UTMASTG.2D", "STSM", "USETMAXREG"):
+            assert any(needed in i for i in instructions), f"{kernel} has no {needed}"
+        width, rank = (int(n) for n in re.search(r"TraitsI\w+?Li(128|256)ELi(\d+)E", kernel).groups())
+        loops = [loop for loop in innermost_loops(code, f"HGMMA.64x{width}x16") if sum("HGMMA" in i for i in loop) >= 4]
+        assert loops, f"{kernel} has no main loop"
+        assert not rank or any(f"HGMMA.64x{rank}x16" in i for loop in loops for i in loop), f"{kernel} has no main loop that computes h"
+        for loop in loops:
+            assert not [i for i in loop if "MEMBAR" in i or "FENCE" in i], f"{kernel} has a fence in a main loop"
+            assert any("SYNCS" in i for i in loop)
+
+
+@needs_disassembler
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("name", ["shrink", "wgrad"])
+def test_simple_kernels_use_tensor_cores(built, name, arch):
+    found = {k: [i for _, i in code] for k, code in kernels(built[arch, name].cubin).items() if f"{name}_kernel" in k}
+    assert len(found) == {"shrink": 12, "wgrad": 10}[name]
+    for kernel, instructions in found.items():
+        for needed in ("HMMA.16816.F32", "LDSM", "LDGSTS"):
+            assert any(needed in i for i in instructions), f"{kernel} has no {needed}"
+        assert not [i for i in instructions if re.search(r"\b(LDL|STL)\b", i)], f"{kernel} uses local memory"
+
+
+@needs_disassembler
+def test_the_loop_finder_finds_nested_loops():
+    code = [(0, "MOV"), (16, "MEMBAR"), (32, "HGMMA a"), (48, "@P0 BRA 0x20"), (64, "HGMMA b"), (80, "@!P1 BRA 0x0"), (96, "EXIT")]
+    assert innermost_loops(code, "HGMMA") == [["HGMMA a", "@P0 BRA 0x20"]]
+    assert innermost_loops(code, "MEMBAR") == [["MOV", "MEMBAR", "HGMMA a", "@P0 BRA 0x20", "HGMMA b", "@!P1 BRA 0x0"]]
+
+
+def test_kernel_files_stay_short():
+    for path in (ROOT / "csrc" / "cuda").iterdir():
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 400, path.name
+        head = next(i for i, line in enumerate(lines) if not line.startswith("//"))
+        assert 1 <= head <= 25, path.name

@@ -1,0 +1,165 @@
+"""The CUDA back end's choices without a GPU: legal tiles, an order of tiles that cannot deadlock, workspaces, and why a request is refused."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fused_lora import _C
+from fused_lora.backends import cuda
+
+F32, F16, BF16 = 0, 1, 2
+SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024), (8192, 8192), (2048, 2048), (8, 8), (136, 264)]
+ROWS = [1, 16, 127, 128, 129, 512, 2048, 8192, 16384, 262144]
+RANKS = [1, 8, 12, 16, 17, 32, 33, 64, 65, 100, 128, 256]
+SMS = [2, 13, 114, 132]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("compute_h", [False, True])
+def test_gemm_configs_are_legal(compute_h, masked):
+    for (K, N), M, R, sms in itertools.product(SHAPES, ROWS, RANKS, SMS):
+        c = _C.lora_gemm_config(M, N, K, R, BF16, sms, compute_h, masked)
+        assert c["smem_bytes"] <= _C.cuda_smem_limit == 227 * 1024
+        tiles = c["stages"] * (c["block_m"] + c["block_n"] + c["rank_tile"]) * c["block_k"] * 2 + 2 * 64 * 64 * 2
+        assert tiles + masked * c["block_m"] * c["block_n"] // 8 < c["smem_bytes"]
+        assert c["stages"] >= 3 and c["block_n"] in (128, 256)
+        assert c["row_tiles"] * c["block_m"] * c["cluster"] >= M > (c["row_tiles"] - 1) * c["block_m"] * c["cluster"]
+        assert c["col_tiles"] * c["block_n"] >= N > (c["col_tiles"] - 1) * c["block_n"]
+        assert c["grid"] % c["cluster"] == 0 and 0 < c["grid"] <= sms
+        assert c["low_blocks"] == -(-R // 64)
+        assert c["one_launch"] == (compute_h and R <= 64)
+        assert c["rank_tile"] in ((16, 32, 64) if c["one_launch"] else (0,)) and (not c["one_launch"] or c["rank_tile"] >= R)
+        assert not masked or c["low_blocks"] <= c["stages"], "a masked tile waits for all its low-rank blocks at once"
+
+
+def test_narrow_tiles_fill_the_card_where_wide_ones_cannot():
+    def width(M, N):
+        return _C.lora_gemm_config(M, N, 4096, 16, BF16, 132)["block_n"]
+
+    assert width(8192, 4096) == width(8192, 14336) == width(8192, 1024) == width(2048, 4096) == 256
+    assert width(512, 4096) == width(2048, 1024) == width(8192, 128) == 128
+
+
+@pytest.mark.parametrize("column_first", [False, True])
+def test_every_tile_comes_once_and_after_what_it_waits_for(column_first):
+    for row_tiles, col_tiles in itertools.product((1, 2, 7, 8, 9, 32, 67), (1, 2, 5, 16)):
+        order = [_C.lora_gemm_tile(t, row_tiles, col_tiles, column_first) for t in range(row_tiles * col_tiles)]
+        assert sorted(order) == sorted(itertools.product(range(row_tiles), range(col_tiles)))
+        if column_first:  # the tile that publishes a row block's h has a lower number than all that read it, and waits for nobody
+            assert order[:row_tiles] == [(row, 0) for row in range(row_tiles)]
+            assert all(order.index((row, 0)) <= t for t, (row, _) in enumerate(order))
+
+
+def check_regions(plan):
+    used = sorted((offset, offset + size) for offset, size in plan["regions"].values() if size)
+    assert all(begin % 256 == 0 for begin, _ in used)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(used))
+    assert not used or used[-1][1] <= plan["bytes"]
+
+
+def test_forward_plans():
+    for (K, N), M, R, adapter, dropout in itertools.product(SHAPES, ROWS, RANKS, (BF16, F32), (False, True)):
+        plan = _C.cuda_forward_plan(M, N, K, R, BF16, adapter, dropout, 132)
+        check_regions(plan)
+        assert plan["h"] == ("shrink" if dropout else "gemm" if R <= 64 else "h_gemm")
+        size = {name: size for name, (_, size) in plan["regions"].items()}
+        assert size["A"] == (2 * R * K if adapter == F32 else 0)
+        assert size["B"] == (2 * N * (-(-R // 8) * 8) if adapter == F32 or R % 8 else 0)
+        assert (size["control"] >= 4 * (32 + -(-M // 64))) if plan["h"] == "gemm" else size["control"] == 0
+        if plan["h"] == "h_gemm":
+            assert plan["h_gemm"]["col_tiles"] * plan["h_gemm"]["block_n"] >= R and plan["h_gemm"]["low_blocks"] == 0
+
+
+def test_backward_plans_ask_only_for_what_is_needed():
+    for M, R, dropout, needs in itertools.product((1, 300, 8192), (8, 12, 64, 256), (False, True), itertools.product((False, True), repeat=4)):
+        N, K = 1024, 4096
+        need_x, need_A, need_B, need_bias = needs
+        plan = _C.cuda_backward_plan(M, N, K, R, F16, F16, dropout, *needs, 132)
+        check_regions(plan)
+        size = {name: size for name, (_, size) in plan["regions"].items()}
+        assert ("gemm" in plan) == need_x and plan.get("gemm", {}).get("masked", dropout) == dropout
+        assert plan["dh"] == ("" if not (need_x or need_A) else "h_gemm" if R > 64 else "gemm" if need_x else "shrink")
+        assert size["dh"] == (2 * M * (-(-R // 8) * 8) if need_x or need_A else 0)
+        splits = plan["wgrad"]["splits"] if need_A or need_B else 0
+        assert (size["dA"], size["dB"]) == (4 * splits * R * K * need_A, 4 * splits * R * N * need_B)
+        assert size["dbias"] == 4 * N * need_bias * (splits if need_B else plan["bias_wgrad"]["splits"] if need_bias else 0)
+
+
+def test_wgrad_covers_every_row_once_and_fills_the_card():
+    for M, R, (K, N) in itertools.product(ROWS, RANKS, SHAPES):
+        w = _C.cuda_backward_plan(M, N, K, R, BF16, BF16, False, False, True, True, False, 132)["wgrad"]
+        assert w["rows_per_split"] % 64 == 0 and w["smem_bytes"] <= _C.cuda_smem_limit
+        assert (w["splits"] - 1) * w["rows_per_split"] < M <= w["splits"] * w["rows_per_split"]
+        assert w["rank_tile"] * w["rank_chunks"] >= R > w["rank_tile"] * (w["rank_chunks"] - 1)
+        blocks = w["splits"] * w["rank_chunks"] * (-(-K // 128) + -(-N // 128))
+        assert w["splits"] == 1 or blocks <= 132 * (228 * 1024 // (w["smem_bytes"] + 1024)), "more than one wave"
+    w = _C.cuda_backward_plan(8192, 4096, 4096, 16, BF16, BF16, False, False, True, True, False, 132)["wgrad"]
+    assert w["splits"] * 64 >= 2 * 132
+
+
+def test_what_has_no_plan_is_an_error():
+    for call, match in (
+        (lambda: _C.lora_gemm_config(128, 128, 128, 16, F32, 132), "dtype must be 1"),
+        (lambda: _C.lora_gemm_config(128, 128, 128, 257, BF16, 132), "R <= 256"),
+        (lambda: _C.lora_gemm_config(0, 128, 128, 16, BF16, 132), "1 <= M"),
+        (lambda: _C.lora_gemm_config(2**31, 128, 128, 16, BF16, 132), r"2\*\*31"),
+        (lambda: _C.lora_gemm_config(128, 128, 128, 16, BF16, 1), "2 SMs"),
+        (lambda: _C.lora_gemm_tile(4, 2, 2, True), "one of row_tiles"),
+        (lambda: _C.cuda_forward_plan(128, 128, 128, 300, BF16, BF16, False, 132), "no plan"),
+        (lambda: _C.cuda_backward_plan(0, 128, 128, 16, BF16, BF16, False, True, True, True, True, 132), "no plan"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+def request_of(M=4, N=16, K=32, R=8, dtype=torch.bfloat16, device="cuda", stride=None, address=0):
+    """What `refusal` looks at, for tensors that this machine need not have."""
+    on = SimpleNamespace(type=device, index=0)
+    weight = SimpleNamespace(shape=(N, K), stride=lambda d=None: (stride or (K, 1)) if d is None else (stride or (K, 1))[d], data_ptr=lambda: address)
+    return SimpleNamespace(device=on, dtype=dtype, shape=(M, K)), weight, SimpleNamespace(shape=(R, K))
+
+
+@pytest.mark.parametrize(
+    "change, capability, says",
+    [
+        ({"device": "cpu"}, (9, 0), "GPU tensors; got"),
+        ({}, (8, 0), r"compute capability 9\.0 \(H100, H200\); got 8\.0"),
+        ({}, (12, 0), r"got 12\.0"),
+        ({"dtype": torch.float32}, (9, 0), "bfloat16 and float16; got torch.float32"),
+        ({"N": 33}, (9, 0), "multiples of 8; got N = 33, K = 32"),
+        ({"K": 65}, (9, 0), "multiples of 8; got N = 16, K = 65"),
+        ({"R": 257}, (9, 0), "ranks up to 256; got 257"),
+        ({"stride": (1, 16)}, (9, 0), "contiguous rows that start on 16 bytes"),
+        ({"stride": (36, 1)}, (9, 0), "contiguous rows that start on 16 bytes"),
+        ({"address": 8}, (9, 0), "contiguous rows that start on 16 bytes"),
+    ],
+)
+def test_refusals_say_what_is_supported(monkeypatch, change, capability, says):
+    monkeypatch.setattr(cuda, "_built", lambda: True)
+    monkeypatch.setattr(cuda, "_capability", lambda index: capability)
+    with pytest.raises(ValueError, match=f"backend 'cuda' supports .*{says}"):
+        raise ValueError(f"backend 'cuda' supports {cuda.refusal(*request_of(**change))}")
+
+
+def test_a_servable_request_is_not_refused(monkeypatch):
+    monkeypatch.setattr(cuda, "_built", lambda: True)
+    monkeypatch.setattr(cuda, "_capability", lambda index: (9, 0))
+    assert cuda.refusal(*request_of()) is None
+    assert cuda.refusal(*request_of(stride=(40, 1), R=256, dtype=torch.float16)) is None
+
+
+def test_a_build_without_cuda_says_so(monkeypatch):
+    monkeypatch.setattr(cuda, "_built", lambda: False)
+    assert "this one has none" in cuda.refusal(*request_of())
+
+
+def test_operands_that_tma_cannot_read_are_copied():
+    wide = torch.randn(16, 24).bfloat16()
+    assert cuda._rows(wide) is wide and cuda._rows(wide[:, 8:]).data_ptr() == wide[:, 8:].data_ptr()
+    one = torch.ones((), dtype=torch.bfloat16)
+    for bad in (wide[:, 1:17], wide.t(), wide[:, ::3], one.expand(4, 16), torch.randn(3, 36).bfloat16()[1:2, 3:19], torch.randn(4, 20).bfloat16()[:, :16]):
+        good = cuda._rows(bad)
+        assert torch.equal(good, bad) and good.stride(1) == 1 and good.stride(0) % 8 == 0 and good.data_ptr() % 16 == 0
+    assert cuda._flat(wide) is wide and cuda._flat(wide[:, 8:]).is_contiguous() and cuda._flat(torch.zeros(17)[1:]).data_ptr() % 16 == 0
