@@ -79,8 +79,12 @@ def test_help_of_finetune_shows_every_setting():
 
 
 def test_as_a_program_help_imports_neither_transformers_nor_peft():
-    code = "import sys; sys.argv = ['fused-lora', '--help']\nimport atexit; atexit.register(lambda: print(sorted({'transformers', 'peft', 'matplotlib'} & set(sys.modules))))\n"
-    done = subprocess.run([sys.executable, "-c", f"{code}import runpy; runpy.run_module('fused_lora', run_name='__main__')"], capture_output=True, text=True)
+    code = (
+        "import atexit, runpy, sys; sys.argv = ['fused-lora', '--help']\n"
+        "atexit.register(lambda: print(sorted({'transformers', 'peft', 'matplotlib'} & set(sys.modules))))\n"
+        "runpy.run_module('fused_lora', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "finetune" in done.stdout and done.stdout.strip().endswith("[]"), done.stdout + done.stderr
 
 
@@ -107,8 +111,10 @@ def test_finetune_then_merge(tiny, tmp_path):
 
 
 def program(*arguments):
+    """`python -m fused_lora` under way, on one thread."""
+    command = [sys.executable, "-m", "fused_lora", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "fused_lora", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
@@ -152,10 +158,12 @@ def test_what_the_machine_refuses_is_one_line_and_exit_code_1(tiny, tmp_path):
     assert "adapter_config.json: No such file" in refused(1, "merge", tmp_path, *tiny[:2], "--output", tmp_path / "out")
 
 
-def test_a_missing_package_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    line = refused(1, "finetune", "--output", tmp_path / "out")
-    assert line == "error: transformers is not installed: pip install 'fused-lora[finetune,bench]'"
+@pytest.mark.parametrize("package", ["transformers", "matplotlib"])
+def test_a_missing_package_is_named_before_the_work(monkeypatch, tiny, tmp_path, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    line = refused(1, "finetune", *tiny, "--output", tmp_path / "out")
+    assert line == f"error: {package} is not installed: pip install 'fused-lora[finetune,bench]'"
+    assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
 def test_an_interrupt_is_one_line(monkeypatch):

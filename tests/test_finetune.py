@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fused_lora import apply_lora, checkpoint, finetune, load_adapter, training
+from fused_lora import apply_lora, checkpoint, files, finetune, load_adapter, training
 from fused_lora.data import IGNORED
 from fused_lora.training import Settings
 
@@ -274,7 +274,7 @@ def test_another_run_is_not_overwritten_unasked(tiny, stopped, tmp_path):
     output = copy_of(stopped, tmp_path)
     (output / "notes.txt").write_text("mine")
     before = {name: (output / name).read_bytes() for name in os.listdir(output)}
-    with pytest.raises(ValueError, match="--output must hold no other run, or give --resume or --overwrite; got .* with checkpoint.safetensors, metrics"):
+    with pytest.raises(ValueError, match="--output must hold no other run, or give --resume or --overwrite; got .* with checkpoint.*, metrics"):
         run(settings_of(tiny), output)
     with pytest.raises(ValueError, match="exclude each other"):
         run(settings_of(tiny), output, resume=True, overwrite=True)
@@ -299,7 +299,7 @@ def test_no_space_leaves_the_old_checkpoint_whole(tiny, tmp_path, monkeypatch, c
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "open", full, raising=False) if call == "open" else patch.setattr(os, call, full)
+        patch.setattr(files, "open", full, raising=False) if call == "open" else patch.setattr(os, call, full)
         with pytest.raises(OSError, match="No space left on device.*checkpoint.safetensors"):
             run(settings, output, save_every=1)
     assert sorted(os.listdir(output)) == ["checkpoint.safetensors", "metrics.jsonl"], "no temporary file is left"
@@ -314,6 +314,7 @@ def test_no_space_leaves_the_old_checkpoint_whole(tiny, tmp_path, monkeypatch, c
     [
         (dict(rank=0), "rank must be an int >= 1; got 0"),
         (dict(steps=0), "steps must be an int >= 1; got 0"),
+        (dict(seed=2**32), "seed must be less than 2\\*\\*32; got 4294967296"),
         (dict(seq_len=1), "seq_len must be an int >= 2; got 1"),
         (dict(lr=-1.0), "lr must be a finite number >= 0; got -1.0"),
         (dict(lr=float("nan")), "lr must be a finite number >= 0; got nan"),
@@ -330,6 +331,12 @@ def test_bad_settings(tiny, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         run(settings_of(tiny, **change), tmp_path / "out")
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+
+
+def test_bad_intervals(tiny, tmp_path):
+    for name in ("save_every", "eval_every"):
+        with pytest.raises(ValueError, match=f"{name} must be an int >= 0; got -1"):
+            run(settings_of(tiny), tmp_path / "out", **{name: -1})
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):

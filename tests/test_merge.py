@@ -53,7 +53,7 @@ def logits_of(directory, dtype=torch.float32):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     "lora",
-    [{}, {"modules_to_save": ["norm"]}, {"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}],
+    [{}, {"target_modules": ["q_proj", "lm_head"]}, *({"modules_to_save": [name]} for name in ("norm", "embed_tokens", "lm_head"))],
     ids=str,
 )
 def test_round_trip(tmp_path, tied, lora):

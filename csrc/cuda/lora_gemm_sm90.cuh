@@ -216,7 +216,7 @@ PTX_FN void add_masked_low(float (&acc)[C::kBlockN / 2], float (&low)[32], int c
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const int i = (right * 4 + j / 2) * 4 + lower * 2 + j % 2;
-      if (keep >> (j / 2 * 8 + j % 2) & 1) acc[chunk * 32 + i] += low[i] * args.drop_scale;
+      ptx::fma_if(acc[chunk * 32 + i], low[i], args.drop_scale, keep & 1u << (j / 2 * 8 + j % 2));
     }
   }
 }

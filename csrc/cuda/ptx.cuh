@@ -39,6 +39,10 @@ template <class T> PTX_FN float2 unpack(uint32_t v) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v));
   else return __half22float2(*reinterpret_cast<const __half2*>(&v));
 }
+// d += a * b if `condition` is not 0, in d's own register: as a C++ select it costs a register for each d, and the kernel that uses it spills.
+PTX_FN void fma_if(float& d, float a, float b, uint32_t condition) {
+  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p fma.rn.f32 %0, %1, %2, %0;\n}" : "+f"(d) : "f"(a), "f"(b), "r"(condition));
+}
 template <class T> constexpr uint32_t kOnes = std::is_same_v<T, __nv_bfloat16> ? 0x3f803f80u : 0x3c003c00u;  // two ones
 
 // ---- sm_80: Data Movement, cp.async; Warp-level Matrix Instructions, ldmatrix and mma --------------------------------------------------

@@ -7,9 +7,6 @@
 """
 
 import json
-import os
-import secrets
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,27 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from fused_lora.files import write_whole
+
 NAME, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 _FORMAT = 1
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole at every moment, old or new: aside, synced, renamed.
-
-    Raises: OSError naming the file; the old one is whole then and no temporary is left.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        with suppress(OSError):  # gone after the rename, or never made
-            temporary.unlink()
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -68,7 +48,7 @@ def save_checkpoint(
         tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
     state = {"format": _FORMAT, "step": step, "settings": settings, "scaler": scaler.state_dict()}
     own = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    write_whole(path, to_bytes(own, metadata={"fused_lora": json.dumps(state)}))
+    write_whole({path: to_bytes(own, metadata={"fused_lora": json.dumps(state)})})
 
 
 def load_checkpoint(
@@ -133,7 +113,7 @@ def cut_metrics(path: Path, step: int) -> list[dict]:
     kept = rows[: step + 1]
     if [row.get("step") for row in kept] != list(range(step + 1)):
         raise ValueError(f"{path} must hold the steps 0 to {step} of the checkpoint beside it, a line each; got {len(kept)} lines that do not")
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    write_whole({path: "".join(json.dumps(row) + "\n" for row in kept).encode()})
     return kept
 
 

@@ -90,7 +90,8 @@ def _compiled_part() -> str:
     except ImportError as error:
         return f"does not load ({error}): install again with a C++ compiler at hand"
     built = _C.build_info()
-    cuda = f"CUDA kernels for sm_{', sm_'.join(built['cuda_archs'].replace(';', ' ').split())}" if built["cuda"] else "no CUDA kernels (built without nvcc)"
+    names = ", ".join(f"sm_{name}" for name in built["cuda_archs"].replace(";", " ").replace(",", " ").split())
+    cuda = f"CUDA kernels for {names}" if built["cuda"] else "no CUDA kernels (built without nvcc)"
     return f"CPU kernels and {cuda}, by compiler {built['compiler']}"
 
 
@@ -100,7 +101,7 @@ def finetune(
     data: Annotated[list[str] | None, typer.Option(help="Text or JSONL file or directory, may be repeated; default: Python's own sources.")] = None,
     eval_data: Annotated[list[str] | None, typer.Option(help="The same, held out; default: a twentieth of the data's files or lines.")] = None,
     text_field: Annotated[str, typer.Option(help="Field of a JSONL line that holds its text.")] = Settings.text_field,
-    output: Annotated[Path, typer.Option(help="Directory for adapter, checkpoint, metrics.jsonl, loss.png, summary.json.")] = Path("fused-lora-finetune"),
+    output: Annotated[Path, typer.Option(help="Directory for the adapter, its figures and checkpoint.")] = Path("fused-lora-finetune"),
     rank: Annotated[int, typer.Option(help="Rank of the update.")] = Settings.rank,
     alpha: Annotated[float, typer.Option(help="The update is scaled by alpha / rank.")] = Settings.alpha,
     dropout: Annotated[float, typer.Option(help="Dropout on the low-rank path, in [0, 1).")] = Settings.dropout,
@@ -133,8 +134,12 @@ def finetune(
         values |= {"data": tuple(data or ()), "eval_data": tuple(eval_data or ()), "device": _default_device(device)}
         settings = Settings(**values)
         with _progress(settings.steps) as tick:
-            summary = job.finetune(settings, output, resume, overwrite, save_every, eval_every, prompt, say=lambda line: _out.print(line, markup=False), tick=tick)
+            summary = job.finetune(settings, output, resume, overwrite, save_every, eval_every, prompt, _say, tick)
         _print_summary(summary, output)
+
+
+def _say(line: str) -> None:
+    _out.print(line, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -163,7 +168,8 @@ def _print_summary(summary: dict, output: Path) -> None:
     before, after = summary["perplexity_before"], summary["perplexity_after"]
     _out.print(
         f"held-out perplexity [bold]{before:.3f} -> {after:.3f}[/] ({summary['held_out_tokens']:,} tokens); "
-        f"{summary['steps']} steps, {summary['train_tokens']:,} tokens at {summary['tokens_per_second']:.0f} tokens/s, {summary['seconds']:.0f} s in all",
+        f"{summary['steps']} steps, {summary['train_tokens']:,} tokens at {summary['tokens_per_second']:.0f} tokens/s, "
+        f"{summary['seconds']:.0f} s in all",
         soft_wrap=True,
     )
     _out.print(Text(f"adapter, metrics.jsonl, loss.png and summary.json are in {output}"), soft_wrap=True)
@@ -199,7 +205,7 @@ def bench(
     output: Annotated[Path | None, typer.Option(help="JSON file, or a directory for <preset>-<device>.json.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file, or a directory.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice.")] = None,
-    candidates: Annotated[str | None, typer.Option(help="Names with commas between, out of naive, addmm, peft, compile, fused; default: all.")] = None,
+    candidates: Annotated[str | None, typer.Option(help="Of naive, addmm, peft, compile, fused, with commas between; default: all.")] = None,
     budget: Annotated[float, typer.Option(help="Seconds of timing a case.")] = 10.0,
     train_step: Annotated[bool | None, typer.Option(help="A SmolLM2 training step too; default: with readme and full on the CPU.")] = None,
 ) -> None:

@@ -93,9 +93,9 @@ def _jsonl_documents(path: Path, name: str, text_field: str) -> list[Document]:
             row = json.loads(line)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, line {number}: must be JSON; got {error}") from None
-        text = row.get(text_field) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            got = f"the fields {sorted(row)}" if isinstance(row, dict) and text_field not in row else repr(text if isinstance(row, dict) else row)[:80]
+        text = row.get(text_field) if isinstance(row, dict) else row
+        if not isinstance(row, dict) or not isinstance(text, str):
+            got = f"the fields {sorted(row)}" if isinstance(row, dict) and text_field not in row else repr(text)[:80]
             raise ValueError(f"{path}, line {number}: must be an object whose {text_field!r} is a string (--text-field); got {got}")
         documents.append(Document(f"{name}:{number}", text))
     return documents

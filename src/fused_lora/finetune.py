@@ -22,6 +22,7 @@ from torch import nn
 
 from fused_lora import checkpoint, data, peft_format
 from fused_lora.adapters import apply_lora, save_adapter, set_adapter
+from fused_lora.files import write_whole
 from fused_lora.training import DTYPES, Run, Settings, predicted
 
 PLOT, SUMMARY = "loss.png", "summary.json"
@@ -86,19 +87,19 @@ def finetune(
     """Train an adapter and write it, its figures and its plot.
 
     Args:
-        settings: what decides the numbers.
-        output: directory for the files that this module's head names; made if missing, other files in it stay.
+        settings, output: what decides the numbers; directory for the files that this module's head names, other files in it stay.
         resume: go on from the directory's checkpoint; without one the run starts from the beginning.
         overwrite: replace another run's files, once model and data are loaded.
         save_every, eval_every: steps between checkpoints and between held-out losses; 0 is none but at the start and the end.
         prompt: start of the sample completion; by default Python code with the default data, else the first held-out tokens.
-        say: gets lines of text.
-        tick: gets the row of metrics.jsonl of every step, as it is made.
+        say, tick: get lines of text, and the row of metrics.jsonl of every step, as it is made.
     Returns: what summary.json holds.
     Raises: ValueError for bad input; OSError naming the file, with the last checkpoint whole.
     """
     began, path = time.perf_counter(), output / checkpoint.NAME
-    _check_output(output, resume, overwrite)
+    _check_options(output, resume, overwrite, save_every, eval_every)
+    import matplotlib  # noqa: F401  its lack shows here, not after the training
+
     going_on = resume and path.exists()
     if going_on:  # before anything that takes long; load_checkpoint compares the data too
         before = checkpoint.read_state(path)["settings"]
@@ -121,18 +122,20 @@ def finetune(
     run.train(save_every, eval_every)
     save_adapter(model, output)
     if prompt is None:
-        prompt = tokenizer.decode(measured[0, :32].clamp(min=0)) if settings.data else _PYTHON_PROMPT
-    summary = _summary(run, prompt, time.perf_counter() - began)
-    summary["completion"] = complete(model, tokenizer, prompt)
+        first = measured[0, :32]
+        prompt = tokenizer.decode(first[first != data.IGNORED]) if settings.data else _PYTHON_PROMPT
+    summary = _summary(run, prompt, time.perf_counter() - began) | {"completion": complete(model, tokenizer, prompt)}
     set_adapter(model, None)
     summary["completion_of_base"] = complete(model, tokenizer, prompt)
-    set_adapter(model, "default")
-    checkpoint.write_whole(output / PLOT, plot(run.rows))
-    checkpoint.write_whole(output / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    write_whole({output / PLOT: plot(run.rows)})
+    write_whole({output / SUMMARY: (json.dumps(summary, indent=1) + "\n").encode()})
     return summary
 
 
-def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
+def _check_options(output: Path, resume: bool, overwrite: bool, save_every: int, eval_every: int) -> None:
+    for name, every in (("save_every", save_every), ("eval_every", eval_every)):
+        if every < 0:
+            raise ValueError(f"{name} must be an int >= 0; got {every}")
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; got both")
     if output.exists() and not output.is_dir():

@@ -67,6 +67,8 @@ class Settings:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be an int >= {low}; got {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be less than 2**32; got {self.seed}")
         for name in ("lr", "max_grad_norm", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0; got {getattr(self, name)}")
