@@ -69,7 +69,7 @@ inline GemmConfig gemm_config(int64_t M, int64_t N, int64_t R, int sms, bool com
   const auto cost = [&](int64_t block_n, int64_t percent) { return ceil_div(rows * ceil_div(N, block_n), clusters) * percent; };
   // A 128-wide tile takes 59 % of a 256-wide one: Triton, 8192 x 4096 x 4096, 415-420 us against 352-360, H100, 2026-11-23.
   c.block_n = cost(128, 59) < cost(256, 100) ? 128 : 256;
-  // One launch costs 2-5 % of the GEMM, a pass over x 6-9 % (same shape, R = 16, H100, 2026-11-23). Above 64 ranks the accumulators don't fit.
+  // One launch costs 3-5 % of the GEMM, a pass over x of its own 13 % (same shape, R = 16, H100, 2026-11-23). Above 64 ranks the accumulators don't fit.
   c.rank_tile = compute_h && R >= 1 && R <= 64 ? rank_tile_for(R) : 0;
   c.masked = masked;
   c.stages = gemm_stages(c.block_n, c.rank_tile, masked);

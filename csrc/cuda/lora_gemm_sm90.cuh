@@ -297,10 +297,13 @@ template <class C> PTX_FN void consume_tiles(Smem<C>& s, const CUtensorMap* out,
   while (tiles.number < tiles.count()) {
     const TileIndex tile = tiles.index();
     const int row = (tile.row * kCluster + rank) * kBlockM + group * 64, col = tile.col * C::kBlockN;
-    if (row < args.M) compute_tile<C>(s, ring, out, args, mask_phase, k_blocks, row, col, group, thread);
-    else pass_tile<C>(s, ring, k_blocks + low_blocks, thread);
-    if (C::kMasked && row >= args.M) ptx::wait(&s.mask_full, mask_phase);
-    ptx::named_barrier(1 + group, 128);  // the whole warpgroup has read the mask and the tile's number
+    if (row < args.M) {
+      compute_tile<C>(s, ring, out, args, mask_phase, k_blocks, row, col, group, thread);
+    } else {
+      pass_tile<C>(s, ring, k_blocks + low_blocks, thread);
+      if (C::kMasked) ptx::wait(&s.mask_full, mask_phase);
+    }
+    if (C::kMasked || C::kOneLaunch) ptx::named_barrier(1 + group, 128);  // the whole warpgroup has read the mask and the tile's number
     if (C::kMasked && thread == 0) ptx::arrive(&s.mask_empty);
     mask_phase ^= 1;
     if constexpr (C::kOneLaunch) {

@@ -169,7 +169,7 @@ def _print_summary(summary: dict, output: Path) -> None:
     _out.print(
         f"held-out perplexity [bold]{before:.3f} -> {after:.3f}[/] ({summary['held_out_tokens']:,} tokens); "
         f"{summary['steps']} steps, {summary['train_tokens']:,} tokens at {summary['tokens_per_second']:.0f} tokens/s, "
-        f"{summary['seconds']:.0f} s in all",
+        f"{summary['seconds']:.0f} s",
         soft_wrap=True,
     )
     _out.print(Text(f"adapter, metrics.jsonl, loss.png and summary.json are in {output}"), soft_wrap=True)
