@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fused_lora import apply_lora, checkpoint, files, finetune, load_adapter, training
+from fused_lora import apply_lora, checkpoint, files, finetune, load_adapter, set_adapter, training
 from fused_lora.data import IGNORED
 from fused_lora.training import Settings
 
@@ -387,6 +387,7 @@ def test_smollm2_learns_python_and_peft_reads_it(tmp_path, monkeypatch):
     assert summary["perplexity_after"] < 0.98 * summary["perplexity_before"] < 20
     (ours, tokenizer), (base, _) = loaded
     tokens = tokenizer("def add(a, b):\n    return a + b\n", return_tensors="pt").input_ids
+    set_adapter(ours, "default")  # the sample completion of the base came last
     with torch.no_grad():
         ours, plain = ours.eval()(tokens).logits, base(tokens).logits
         theirs = PeftModel.from_pretrained(base, str(tmp_path / "out"))(tokens).logits

@@ -89,7 +89,7 @@ class _EagerFunction(torch.autograd.Function):
             return _once_differentiable(ctx, dy)
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         (scaling, dropout_p, backend), lead = ctx.plan
-        need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
+        need_x, need_weight, need_A, need_B, need_bias, _, _ = ctx.needs_input_grad
         if lead is not None:
             dy, x = _matrix(dy), x if x is None else _matrix(x)
         needs = (need_x, need_A, need_B, need_bias)
@@ -169,7 +169,7 @@ def lora_linear(
     good = (
         len(shape) > 0 and len(w) == 2 and len(a) == 2 and shape[-1] == w[1] == a[1] and lora_B.shape == (w[0], a[0]) and w[0] * w[1] * a[0] > 0
         and dtype is weight.dtype and dtype in _DTYPES and adapter_dtype is lora_B.dtype and (adapter_dtype is dtype or adapter_dtype is torch.float32)
-        and (bias is None or (bias.shape == w[:1] and bias.dtype is dtype))
+        and (bias is None or (bias.shape == (w[0],) and bias.dtype is dtype))
         and 0.0 <= dropout_p < 1.0 and backend in NAMES
     )  # fmt: skip
     if not (x.is_cpu and weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)):  # devices cost more to compare

@@ -53,8 +53,8 @@ def explain(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
 
 
 @functools.cache
-def _auto(device_type: str, dtype: torch.dtype):
-    return _module(explain(device_type, dtype)[0])
+def _auto(device: torch.device, dtype: torch.dtype):
+    return _module(explain(device, dtype)[0])
 
 
 def _refusal(name: str, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor) -> str | None:
@@ -86,7 +86,7 @@ def pick(backend: str, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tens
     Raises: ValueError if a named back end does not support the request, saying what it supports.
     """
     if backend == "auto":
-        return _auto(x.device.type, x.dtype)
+        return _auto(x.device, x.dtype)
     refusal = _refusal(backend, x, weight, lora_A)
     if refusal is not None:
         raise ValueError(f"backend {backend!r} supports {refusal}")
