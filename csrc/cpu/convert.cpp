@@ -126,6 +126,19 @@ CLONES void load_panel(const void* src, Dtype dtype, int64_t ld, const float* ma
   }
 }
 
+CLONES void copy_panel(const uint16_t* src, int64_t ld, const float* mask, uint16_t* out, int64_t rows, int64_t cols) {
+  for (int64_t m = 0; m < round_up(rows, kStrip); ++m) {
+    uint16_t* o = out + m * kPanel;
+    const uint16_t* s = src + m * ld;
+    const int64_t filled = m < rows ? cols : 0;
+    if (mask)
+      for (int64_t n = 0; n < filled; ++n) o[n] = mask[m * kPanel + n] != 0.0f ? s[n] : uint16_t{0};
+    else
+      for (int64_t n = 0; n < filled; ++n) o[n] = s[n];
+    for (int64_t n = filled; n < round_up(cols, 2 * kLanes); ++n) o[n] = 0;
+  }
+}
+
 CLONES void store_row(const float* src, void* dst, Dtype dtype, int64_t n) {
   switch (dtype) {
     case Dtype::f32: return store_row_as<F32>(src, dst, n);

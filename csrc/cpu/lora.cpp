@@ -2,53 +2,12 @@
 //
 // Each thread takes a run of rows and walks it in blocks of kRows rows and panels of kPanel columns. x and dy are read once, y and dx are
 // updated once. dA^T, dB and dbias gather in one fp32 slab a thread; the slabs are summed in thread order, so results repeat bit for bit.
-#include <algorithm>
-#include <cstddef>
-#include <memory_resource>
-#include <vector>
-
-#include "kernels.h"
-#include "parallel.h"
+#include "driver.h"
 
 namespace fused_lora::cpu {
 namespace {
 
-// The fp32 buffers of one call, freed together. A small call fits the calling thread's own 48 KiB and never meets malloc.
-class Buffers {
- public:
-  float* take(int64_t n) { return static_cast<float*>(pool_.allocate(static_cast<size_t>(n) * sizeof(float), 64)); }
-  float* zeros(int64_t n) {
-    float* p = take(n);
-    std::fill_n(p, n, 0.0f);
-    return p;
-  }
-
- private:
-  alignas(64) static thread_local std::byte small_[48 << 10];
-  std::pmr::monotonic_buffer_resource pool_{small_, sizeof small_};
-};
-alignas(64) thread_local std::byte Buffers::small_[48 << 10];
-
-int64_t item_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-const char* at(const void* base, int64_t elements, Dtype dtype) { return static_cast<const char*>(base) + elements * item_size(dtype); }
-char* at(void* base, int64_t elements, Dtype dtype) { return static_cast<char*>(base) + elements * item_size(dtype); }
-
 bool known(Dtype dtype) { return dtype == Dtype::f32 || dtype == Dtype::f16 || dtype == Dtype::bf16; }
-
-// Threads worth waking for M rows: at least one strip each, and enough arithmetic to pay for the wake-up (about 5 us).
-int threads_for(int64_t M, int64_t width, int64_t R, int threads) {
-  const int64_t strips = (M + kStrip - 1) / kStrip, by_work = 1 + M * width * R / (1 << 18);
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({threads, strips, by_work})));
-}
-
-// Calls body(thread, first row, rows) with rows <= kRows for every block of every thread's run of strips.
-template <class Body> void for_row_blocks(int64_t M, int threads, const Body& body) {
-  const int64_t strips = (M + kStrip - 1) / kStrip;
-  parallel(threads, [&](int t) {
-    const int64_t begin = strips * t / threads * kStrip, end = std::min(M, strips * (t + 1) / threads * kStrip);
-    for (int64_t m = begin; m < end; m += kRows) body(t, m, std::min(kRows, end - m));
-  });
-}
 
 // A^T or B in fp32 as the right operand of shrink: [width, Rp], ranks past R zero.
 float* shrink_operand(Buffers& buffers, const void* src, Dtype dtype, int64_t width, int64_t R, int64_t Rp, bool transposed) {
@@ -67,9 +26,6 @@ struct Scratch {
   void clear_low() { std::fill_n(low, size, 0.0f); }
 };
 
-// Rows of the largest block that a thread will see.
-int64_t block_rows(int64_t M, int threads) { return std::min(kRows, round_up((M + threads - 1) / threads, kStrip) + kStrip); }
-
 // dst[rows, width] += low[rows, Rp] Q[R, width] (* mask) for panel columns [n, n + cols).
 void expand_panel(Scratch& s, const float* Q, int64_t ldq, int64_t R, int64_t Rp, const float* mask, void* dst, Dtype dtype, int64_t ldd, int64_t n,
                   int64_t rows, int64_t cols) {
@@ -85,20 +41,6 @@ void expand_panel(Scratch& s, const float* Q, int64_t ldq, int64_t R, int64_t Rp
     for (int64_t i = 0; i < height; ++i)
       add_row(s.strip + i * kPanel, mask ? mask + (m + i) * kPanel : nullptr, at(out, i * ldd + direct, dtype), dtype, cols - direct);
   }
-}
-
-// out = sum of slabs[t], in thread order, into slabs[0].
-float* sum(std::vector<float*>& slabs, int64_t n) {
-  float* out = slabs[0];
-  for (size_t t = 1; t < slabs.size(); ++t)
-    for (int64_t i = 0; i < n; ++i) out[i] += slabs[t][i];
-  return out;
-}
-
-// dst[width, R] = slab[width, Rp] in dtype.
-void store_slab(const float* slab, void* dst, Dtype dtype, int64_t width, int64_t R, int64_t Rp) {
-  if (R == Rp) return store_row(slab, dst, dtype, width * R);
-  for (int64_t n = 0; n < width; ++n) store_row(slab + n * Rp, at(dst, n * R, dtype), dtype, R);
 }
 
 // dst[R, width] = slab[width, Rp]^T in dtype.
@@ -117,6 +59,7 @@ using namespace cpu;
 Status cpu_forward(const CpuForwardParams& p) {
   if (!known(p.dtype) || !known(p.adapter_dtype)) return Status::bad_dtype;
   if (p.M < 0 || p.N < 1 || p.K < 1 || p.R < 1) return Status::bad_shape;
+  if (p.dtype == Dtype::bf16 && has_bf16_dot()) return forward_bf16(p);
   const int64_t Rp = round_up(p.R, kVec), ldq = round_up(p.N, 2 * kVec);
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
   Buffers buffers;
@@ -135,7 +78,7 @@ Status cpu_forward(const CpuForwardParams& p) {
       shrink(s.panel, P + k * Rp, s.low, round_up(rows, kStrip), cols, Rp);
     }
     for (int64_t i = 0; i < rows * Rp; ++i) s.low[i] *= p.scaling;
-    store_slab(s.low, at(p.h, m * p.R, p.dtype), p.dtype, rows, p.R, Rp);
+    store_slab(s.low, Rp, at(p.h, m * p.R, p.dtype), p.dtype, rows, p.R);
     for (int64_t n = 0; n < p.N; n += kPanel)
       expand_panel(s, Q, ldq, p.R, Rp, nullptr, at(p.y, m * p.N, p.dtype), p.dtype, p.N, n, rows, std::min(kPanel, p.N - n));
   });
@@ -145,6 +88,7 @@ Status cpu_forward(const CpuForwardParams& p) {
 Status cpu_backward(const CpuBackwardParams& p) {
   if (!known(p.dtype) || !known(p.adapter_dtype)) return Status::bad_dtype;
   if (p.M < 0 || p.N < 1 || p.K < 1 || p.R < 1) return Status::bad_shape;
+  if (p.dtype == Dtype::bf16 && has_bf16_dot()) return backward_bf16(p);
   const int64_t Rp = round_up(p.R, kVec), ldq = round_up(p.K, 2 * kVec), Np = round_up(p.N, kStrip), Kp = round_up(p.K, kStrip);
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
   const bool need_dh = p.dx || p.dA;
@@ -185,7 +129,7 @@ Status cpu_backward(const CpuBackwardParams& p) {
   });
 
   if (p.dA) store_slab_transposed(buffers, sum(dA, p.K * Rp), p.dA, p.adapter_dtype, p.K, p.R, Rp);
-  if (p.dB) store_slab(sum(dB, p.N * Rp), p.dB, p.adapter_dtype, p.N, p.R, Rp);
+  if (p.dB) store_slab(sum(dB, p.N * Rp), Rp, p.dB, p.adapter_dtype, p.N, p.R);
   if (p.dbias) store_row(sum(dbias, p.N), p.dbias, p.dtype, p.N);
   return Status::ok;
 }

@@ -1,0 +1,65 @@
+// What the CPU drivers (lora.cpp, lora_bf16.cpp) share: scratch memory, the split over threads and row blocks, the slabs' way out.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <memory_resource>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace fused_lora::cpu {
+
+// The buffers of one call, freed together. A small call fits the calling thread's own 48 KiB and never meets malloc.
+class Buffers {
+ public:
+  template <class T = float> T* take(int64_t n) { return static_cast<T*>(pool_.allocate(static_cast<size_t>(n) * sizeof(T), 64)); }
+  float* zeros(int64_t n) {
+    float* p = take(n);
+    std::fill_n(p, n, 0.0f);
+    return p;
+  }
+
+ private:
+  alignas(64) inline static thread_local std::byte small_[48 << 10];
+  std::pmr::monotonic_buffer_resource pool_{small_, sizeof small_};
+};
+
+inline int64_t item_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+inline const char* at(const void* base, int64_t elements, Dtype dtype) { return static_cast<const char*>(base) + elements * item_size(dtype); }
+inline char* at(void* base, int64_t elements, Dtype dtype) { return static_cast<char*>(base) + elements * item_size(dtype); }
+
+// Threads worth waking for M rows: at least one strip each, and enough arithmetic to pay for the wake-up (about 5 us).
+inline int threads_for(int64_t M, int64_t width, int64_t R, int threads) {
+  const int64_t strips = (M + kStrip - 1) / kStrip, by_work = 1 + M * width * R / (1 << 18);
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({threads, strips, by_work})));
+}
+
+// Rows of the largest block that a thread will see.
+inline int64_t block_rows(int64_t M, int threads) { return std::min(kRows, round_up((M + threads - 1) / threads, kStrip) + kStrip); }
+
+// Calls body(thread, first row, rows) with rows <= kRows for every block of every thread's run of strips.
+template <class Body> void for_row_blocks(int64_t M, int threads, const Body& body) {
+  const int64_t strips = (M + kStrip - 1) / kStrip;
+  parallel(threads, [&](int t) {
+    const int64_t begin = strips * t / threads * kStrip, end = std::min(M, strips * (t + 1) / threads * kStrip);
+    for (int64_t m = begin; m < end; m += kRows) body(t, m, std::min(kRows, end - m));
+  });
+}
+
+// out = sum of slabs[t], in thread order, into slabs[0].
+inline float* sum(std::vector<float*>& slabs, int64_t n) {
+  float* out = slabs[0];
+  for (size_t t = 1; t < slabs.size(); ++t)
+    for (int64_t i = 0; i < n; ++i) out[i] += slabs[t][i];
+  return out;
+}
+
+// dst[rows, cols] (contiguous, dtype) = slab[rows, cols (row stride ld)].
+inline void store_slab(const float* slab, int64_t ld, void* dst, Dtype dtype, int64_t rows, int64_t cols) {
+  if (ld == cols) return store_row(slab, dst, dtype, rows * cols);
+  for (int64_t m = 0; m < rows; ++m) store_row(slab + m * ld, at(dst, m * cols, dtype), dtype, cols);
+}
+
+}  // namespace fused_lora::cpu

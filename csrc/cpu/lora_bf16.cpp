@@ -1,0 +1,166 @@
+// The two drivers of lora.cpp for bf16 x on CPUs that multiply bf16 directly (bf16.cpp).
+//
+// What differs: a panel of x or dy is read where it lies; A, B, h and dh are rounded to bf16 for the products that follow (as every other back
+// end does), dropout masks x to 0 or itself and its factor joins the fp32 sums, and the slabs of dA and dB lie as [R, width].
+#include "driver.h"
+
+namespace fused_lora::cpu {
+namespace {
+
+constexpr int64_t kTile = 2 * kLanes;              // columns of a register tile
+constexpr int64_t kPairStride = kPanel + kLanes;   // no power of two: the rows of a column spread over L1's sets
+
+const uint16_t* bf16(const void* p) { return static_cast<const uint16_t*>(p); }
+uint16_t* bf16(void* p) { return static_cast<uint16_t*>(p); }
+
+// A or B as the kernels read it: src[rows, cols] itself, or a bf16 copy [to_rows, to_cols] padded with zeros.
+const uint16_t* adapter(Buffers& buffers, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t to_rows, int64_t to_cols) {
+  if (dtype == Dtype::bf16 && rows == to_rows && cols == to_cols) return bf16(src);
+  uint16_t* out = buffers.take<uint16_t>(to_rows * to_cols);
+  std::fill_n(out + rows * to_cols, (to_rows - rows) * to_cols, uint16_t{0});
+  for (int64_t m = 0; m < rows; ++m) {
+    if (dtype == Dtype::bf16) std::copy_n(bf16(src) + m * cols, cols, out + m * to_cols);
+    else store_row(static_cast<const float*>(src) + m * cols, out + m * to_cols, Dtype::bf16, cols);
+    std::fill_n(out + m * to_cols + cols, to_cols - cols, uint16_t{0});
+  }
+  return out;
+}
+
+// out[(cols + 1) / 2, ld] = (src[n, 2q], src[n, 2q + 1]), zero for n >= rows: a transpose of 32-bit items.
+const uint32_t* pairs_of_columns(Buffers& buffers, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t ld) {
+  const int64_t pairs = (cols + 1) / 2;
+  float* out = buffers.take(pairs * ld);
+  load_transposed(adapter(buffers, src, dtype, rows, cols, rows, 2 * pairs), Dtype::f32, out, rows, pairs, ld);
+  return reinterpret_cast<const uint32_t*>(out);
+}
+
+// out[(rows + 1) / 2, ld] = (src[2p, n], src[2p + 1, n]), zero for n >= cols.
+const uint32_t* pairs_of_rows(Buffers& buffers, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t ld) {
+  const int64_t pairs = (rows + 1) / 2;
+  uint32_t* out = buffers.take<uint32_t>(pairs * ld);
+  pair_rows(adapter(buffers, src, dtype, rows, cols, 2 * pairs, ld), ld, out, ld, pairs, ld);
+  return out;
+}
+
+// What one thread needs for a block of `rows` rows.
+struct Scratch {
+  int64_t rows;        // a multiple of kStrip
+  float *mask, *low;   // [rows, kPanel]; [rows, Rp] sums of h or dh
+  uint16_t *panel, *rounded;       // [rows, kPanel]; [rows, Rp] low in bf16
+  uint32_t *pairs, *low_pairs;     // [rows / 2, kPairStride]; [rows / 2, Rp]
+  Scratch(Buffers& b, int64_t rows, bool dropout, int64_t Rp)
+      : rows(rows), mask(dropout ? b.take(rows * kPanel) : nullptr), low(b.take(rows * Rp)), panel(b.take<uint16_t>(rows * kPanel)),
+        rounded(b.take<uint16_t>(rows * Rp)), pairs(b.take<uint32_t>(rows / 2 * kPairStride)), low_pairs(b.take<uint32_t>(rows / 2 * Rp)) {}
+
+  // rounded = low * factor.
+  void round_low(int64_t Rp, float factor) {
+    for (int64_t i = 0; i < rows * Rp; ++i) low[i] *= factor;
+    store_row(low, rounded, Dtype::bf16, rows * Rp);
+  }
+};
+
+struct Panel {
+  const uint16_t* data;
+  int64_t ld;
+};
+
+// Columns [n, n + cols) of a block of rows, as they lie or, masked or ragged, in a copy padded with zeros to whole tiles.
+Panel panel_of(Scratch& s, const void* src, int64_t ld, int64_t m, int64_t n, int64_t rows, int64_t cols, const float* mask) {
+  const uint16_t* from = bf16(src) + m * ld + n;
+  if (!mask && rows % kStrip == 0 && cols % kTile == 0) return {from, ld};
+  copy_panel(from, ld, mask, s.panel, rows, cols);
+  return {s.panel, kPanel};
+}
+
+}  // namespace
+
+Status forward_bf16(const CpuForwardParams& p) {
+  const int64_t Rp = round_up(p.R, kLanes), ldq = round_up(p.N, kTile);
+  const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
+  const bool dropout = p.dropout.threshold > 0;
+  Buffers buffers;
+  const uint32_t *P = pairs_of_columns(buffers, p.A, p.adapter_dtype, p.R, p.K, Rp), *Q = pairs_of_columns(buffers, p.B, p.adapter_dtype, p.N, p.R, ldq);
+  std::vector<Scratch> scratch;
+  for (int t = 0; t < threads; ++t) scratch.emplace_back(buffers, block_rows(p.M, threads), dropout, Rp);
+
+  for_row_blocks(p.M, threads, [&](int t, int64_t m, int64_t rows) {
+    Scratch& s = scratch[static_cast<size_t>(t)];
+    std::fill_n(s.low, s.rows * Rp, 0.0f);
+    for (int64_t k = 0; k < p.K; k += kPanel) {
+      const int64_t cols = std::min(kPanel, p.K - k);
+      if (dropout) dropout_mask(p.dropout, s.mask, m, k, rows, cols);
+      const Panel x = panel_of(s, p.x, p.ldx, m, k, rows, cols, s.mask);
+      shrink_bf16(x.data, x.ld, P + k / 2 * Rp, s.low, round_up(rows, kStrip), (cols + 1) / 2, Rp);
+    }
+    s.round_low(Rp, dropout ? p.scaling * p.dropout.scale() : p.scaling);
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(s.rounded + i * Rp, p.R, bf16(p.h) + (m + i) * p.R);
+    for (int64_t n = 0; n < p.N; n += kPanel)
+      expand_bf16(s.rounded, Rp, Q + n, ldq, nullptr, bf16(p.y) + m * p.N + n, p.N, rows, std::min(kPanel, p.N - n), (p.R + 1) / 2);
+  });
+  return Status::ok;
+}
+
+Status backward_bf16(const CpuBackwardParams& p) {
+  const int64_t Rp = round_up(p.R, kLanes), Np = round_up(p.N, kTile), Kp = round_up(p.K, kTile);
+  const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
+  const bool dropout = p.dropout.threshold > 0, need_dh = p.dx || p.dA;
+  Buffers buffers;
+  const uint32_t *P = need_dh ? pairs_of_rows(buffers, p.B, p.adapter_dtype, p.N, p.R, Rp) : nullptr, *Q = p.dx ? pairs_of_rows(buffers, p.A, p.adapter_dtype, p.R, p.K, Kp) : nullptr;
+  std::vector<Scratch> scratch;
+  std::vector<float*> dA, dB, dbias;
+  for (int t = 0; t < threads; ++t) {
+    scratch.emplace_back(buffers, block_rows(p.M, threads), dropout, Rp);
+    if (p.dA) dA.push_back(buffers.zeros(Rp * Kp));
+    if (p.dB) dB.push_back(buffers.zeros(Rp * Np));
+    if (p.dbias) dbias.push_back(buffers.zeros(Np));
+  }
+
+  for_row_blocks(p.M, threads, [&](int t, int64_t m, int64_t rows) {
+    const auto index = static_cast<size_t>(t);
+    Scratch& s = scratch[index];
+    const int64_t height = round_up(rows, kStrip), pairs = height / 2;
+    std::fill_n(s.low, s.rows * Rp, 0.0f);
+    if (p.dB) {
+      std::fill_n(s.rounded, height * Rp, uint16_t{0});
+      for (int64_t i = 0; i < rows; ++i) std::copy_n(bf16(p.h) + (m + i) * p.R, p.R, s.rounded + i * Rp);
+      pair_rows(s.rounded, Rp, s.low_pairs, Rp, pairs, Rp);
+    }
+    for (int64_t n = 0; n < p.N; n += kPanel) {  // one read of dy: dh, dB, dbias
+      const int64_t cols = std::min(kPanel, p.N - n);
+      const Panel dy = panel_of(s, p.dy, p.lddy, m, n, rows, cols, nullptr);
+      if (need_dh) shrink_bf16(dy.data, dy.ld, P + n / 2 * Rp, s.low, height, (cols + 1) / 2, Rp);
+      if (p.dB || p.dbias) pair_rows(dy.data, dy.ld, s.pairs, kPairStride, pairs, round_up(cols, kTile));
+      if (p.dB) wgrad_bf16(s.pairs, kPairStride, s.low_pairs, dB[index] + n, Np, pairs, cols, Rp);
+      if (p.dbias) column_sums_bf16(s.pairs, kPairStride, dbias[index] + n, pairs, cols);
+    }
+    if (!need_dh) return;
+    s.round_low(Rp, p.scaling);
+    if (p.dA) pair_rows(s.rounded, Rp, s.low_pairs, Rp, pairs, Rp);
+    for (int64_t k = 0; k < p.K; k += kPanel) {  // one read of x, one write of dx, one mask for both
+      const int64_t cols = std::min(kPanel, p.K - k);
+      if (dropout) dropout_mask(p.dropout, s.mask, m, k, rows, cols);
+      if (p.dA) {
+        const Panel x = panel_of(s, p.x, p.ldx, m, k, rows, cols, s.mask);
+        pair_rows(x.data, x.ld, s.pairs, kPairStride, pairs, round_up(cols, kTile));
+        wgrad_bf16(s.pairs, kPairStride, s.low_pairs, dA[index] + k, Kp, pairs, cols, Rp);
+      }
+      if (p.dx) expand_bf16(s.rounded, Rp, Q + k, Kp, s.mask, bf16(p.dx) + m * p.K + k, p.K, rows, cols, (p.R + 1) / 2);
+    }
+  });
+
+  if (p.dA) {
+    float* out = sum(dA, Rp * Kp);
+    if (dropout)
+      for (int64_t i = 0; i < Rp * Kp; ++i) out[i] *= p.dropout.scale();
+    store_slab(out, Kp, p.dA, p.adapter_dtype, p.R, p.K);
+  }
+  if (p.dB) {
+    float* out = buffers.take(Np * Rp);
+    load_transposed(sum(dB, Rp * Np), Dtype::f32, out, Rp, Np, Rp);
+    store_slab(out, Rp, p.dB, p.adapter_dtype, p.N, p.R);
+  }
+  if (p.dbias) store_row(sum(dbias, p.N), p.dbias, Dtype::bf16, p.N);
+  return Status::ok;
+}
+
+}  // namespace fused_lora::cpu
