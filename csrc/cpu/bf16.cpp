@@ -60,13 +60,25 @@ BF16_DOT void shrink_bf16(const uint16_t* x, int64_t ldx, const uint32_t* P, flo
     }
 }
 
-BF16_DOT void wgrad_bf16(const uint32_t* X, int64_t ldx, const uint32_t* H, float* out, int64_t ldo, int64_t pairs, int64_t cols, int64_t Rp) {
+BF16_DOT void wgrad_bf16(const uint16_t* x, int64_t ldx, const uint32_t* H, float* out, int64_t ldo, int64_t pairs, int64_t cols, int64_t Rp) {
   constexpr int kRanks = 8;
+  alignas(64) uint16_t order[2][2 * kLanes];  // lanes of two rows in turn: columns 0 to 15, and 16 to 31
+  for (uint16_t i = 0; i < 2 * kLanes; ++i) {
+    order[0][i] = static_cast<uint16_t>(i / 2 + i % 2 * 2 * kLanes);
+    order[1][i] = static_cast<uint16_t>(order[0][i] + kLanes);
+  }
+  const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]);
   for (int64_t n = 0; n < cols; n += 2 * kLanes)
     for (int64_t r = 0; r < Rp; r += kRanks) {
       __m512 acc[kRanks][2] = {};
       for (int64_t p = 0; p < pairs; ++p) {
-        const __m512bh lo = load_pairs(X + p * ldx + n), hi = load_pairs(X + p * ldx + n + kLanes);
+        const uint16_t* row = x + 2 * p * ldx + n;
+        const __m512i even = _mm512_loadu_si512(row), odd = _mm512_loadu_si512(row + ldx);
+        if (r == 0) {
+          _mm_prefetch(row + kPanel, _MM_HINT_T1);
+          _mm_prefetch(row + ldx + kPanel, _MM_HINT_T1);
+        }
+        const __m512bh lo = (__m512bh)_mm512_permutex2var_epi16(even, first, odd), hi = (__m512bh)_mm512_permutex2var_epi16(even, second, odd);
 #pragma GCC unroll 8
         for (int i = 0; i < kRanks; ++i) {
           const __m512bh h = broadcast_pair(H + p * Rp + r + i);
@@ -84,11 +96,10 @@ BF16_DOT void wgrad_bf16(const uint32_t* X, int64_t ldx, const uint32_t* H, floa
     }
 }
 
-BF16_DOT void column_sums_bf16(const uint32_t* X, int64_t ldx, float* out, int64_t pairs, int64_t cols) {
-  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+BF16_DOT void column_sums_bf16(const uint16_t* x, int64_t ldx, float* out, int64_t rows, int64_t cols) {
   for (int64_t n = 0; n < cols; n += kLanes) {
     __m512 acc = _mm512_loadu_ps(out + n);
-    for (int64_t p = 0; p < pairs; ++p) acc = _mm512_dpbf16_ps(acc, ones, load_pairs(X + p * ldx + n));
+    for (int64_t m = 0; m < rows; ++m) acc = _mm512_add_ps(acc, to_fp32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + m * ldx + n))));
     _mm512_storeu_ps(out + n, acc);
   }
 }
@@ -112,6 +123,7 @@ BF16_DOT void expand_bf16(const uint16_t* H, int64_t Rp, const uint32_t* Q, int6
 #pragma GCC unroll 6
       for (int i = 0; i < kHeight; ++i) {
         if (m + i >= rows) break;
+        _mm_prefetch(dst + (m + i) * ldd + n + kPanel, _MM_HINT_T1);
         if (mask) {
           const float* keep = mask + (m + i) * kPanel + n;
           acc[i][0] = _mm512_mul_ps(acc[i][0], _mm512_loadu_ps(keep));

@@ -1,7 +1,7 @@
 // The CPU kernels' common ground: fp32 panels in cache. Each works on one block of rows and one panel of columns.
 //
 // A driver (lora.cpp) walks row blocks; per panel it copies x or dy into an fp32 buffer once (dtype conversion, dropout), and every
-// product reads that buffer: [kRows, kPanel] floats = 72 KiB, in L2. All products are fp32 with fp32 accumulation.
+// product reads that buffer: [kRows, kPanel] floats = 144 KiB, in L2. All products are fp32 with fp32 accumulation.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace fused_lora::cpu {
 constexpr int kStrip = 12;               // rows of a strip: one AVX-512 register tile or two of AVX2 (simd.h)
 constexpr int kVec = 8;                  // floats of one vector; R is padded to a multiple
 constexpr int64_t kRows = 8 * kStrip;    // rows of a block; 24 to 192 measured alike on EPYC 9005, 2026-11-24
-constexpr int64_t kPanel = 192;          // columns of a panel: a multiple of kStrip, 2 * kVec, 2 * kLanes and Philox's 8
+constexpr int64_t kPanel = 384;          // columns of a panel: a multiple of kStrip, 2 * kVec, 2 * kLanes and Philox's 8; 192 and 576 no faster
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -55,10 +55,10 @@ bool has_bf16_dot();
 void pair_rows(const uint16_t* src, int64_t ld, uint32_t* out, int64_t ldo, int64_t pairs, int64_t cols);
 // out[rows, Rp] += x[rows, 2 * pairs (row stride ldx)] P[pairs, Rp]; rows a multiple of kStrip.
 void shrink_bf16(const uint16_t* x, int64_t ldx, const uint32_t* P, float* out, int64_t rows, int64_t pairs, int64_t Rp);
-// out[Rp, cols (row stride ldo)] += H[pairs, Rp]^T X[pairs, cols (row stride ldx)]; cols rounded up to a multiple of 2 * kLanes.
-void wgrad_bf16(const uint32_t* X, int64_t ldx, const uint32_t* H, float* out, int64_t ldo, int64_t pairs, int64_t cols, int64_t Rp);
-// out[cols] += sum over pairs of both halves of X; cols rounded up to a multiple of kLanes.
-void column_sums_bf16(const uint32_t* X, int64_t ldx, float* out, int64_t pairs, int64_t cols);
+// out[Rp, cols (row stride ldo)] += H[pairs, Rp]^T x[2 * pairs, cols (row stride ldx)]; cols rounded up to a multiple of 2 * kLanes.
+void wgrad_bf16(const uint16_t* x, int64_t ldx, const uint32_t* H, float* out, int64_t ldo, int64_t pairs, int64_t cols, int64_t Rp);
+// out[cols] += sum over rows of x; cols rounded up to a multiple of kLanes.
+void column_sums_bf16(const uint16_t* x, int64_t ldx, float* out, int64_t rows, int64_t cols);
 // dst[rows, cols (row stride ldd)] += H[rows rounded up to kStrip, Rp] Q[pairs, cols (row stride ldq)] (* mask[rows, kPanel]).
 void expand_bf16(const uint16_t* H, int64_t Rp, const uint32_t* Q, int64_t ldq, const float* mask, uint16_t* dst, int64_t ldd, int64_t rows, int64_t cols,
                  int64_t pairs);

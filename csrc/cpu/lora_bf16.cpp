@@ -7,8 +7,7 @@
 namespace fused_lora::cpu {
 namespace {
 
-constexpr int64_t kTile = 2 * kLanes;              // columns of a register tile
-constexpr int64_t kPairStride = kPanel + kLanes;   // no power of two: the rows of a column spread over L1's sets
+constexpr int64_t kTile = 2 * kLanes;  // columns of a register tile
 
 const uint16_t* bf16(const void* p) { return static_cast<const uint16_t*>(p); }
 uint16_t* bf16(void* p) { return static_cast<uint16_t*>(p); }
@@ -18,6 +17,10 @@ const uint16_t* adapter(Buffers& buffers, const void* src, Dtype dtype, int64_t 
   if (dtype == Dtype::bf16 && rows == to_rows && cols == to_cols) return bf16(src);
   uint16_t* out = buffers.take<uint16_t>(to_rows * to_cols);
   std::fill_n(out + rows * to_cols, (to_rows - rows) * to_cols, uint16_t{0});
+  if (cols == to_cols && dtype == Dtype::f32) {
+    store_row(static_cast<const float*>(src), out, Dtype::bf16, rows * cols);
+    return out;
+  }
   for (int64_t m = 0; m < rows; ++m) {
     if (dtype == Dtype::bf16) std::copy_n(bf16(src) + m * cols, cols, out + m * to_cols);
     else store_row(static_cast<const float*>(src) + m * cols, out + m * to_cols, Dtype::bf16, cols);
@@ -44,13 +47,13 @@ const uint32_t* pairs_of_rows(Buffers& buffers, const void* src, Dtype dtype, in
 
 // What one thread needs for a block of `rows` rows.
 struct Scratch {
-  int64_t rows;        // a multiple of kStrip
-  float *mask, *low;   // [rows, kPanel]; [rows, Rp] sums of h or dh
-  uint16_t *panel, *rounded;       // [rows, kPanel]; [rows, Rp] low in bf16
-  uint32_t *pairs, *low_pairs;     // [rows / 2, kPairStride]; [rows / 2, Rp]
+  int64_t rows;               // a multiple of kStrip
+  float *mask, *low;          // [rows, kPanel]; [rows, Rp] sums of h or dh
+  uint16_t *panel, *rounded;  // [rows, kPanel]; [rows, Rp] low in bf16
+  uint32_t* low_pairs;        // [rows / 2, Rp] rounded, rows in pairs
   Scratch(Buffers& b, int64_t rows, bool dropout, int64_t Rp)
       : rows(rows), mask(dropout ? b.take(rows * kPanel) : nullptr), low(b.take(rows * Rp)), panel(b.take<uint16_t>(rows * kPanel)),
-        rounded(b.take<uint16_t>(rows * Rp)), pairs(b.take<uint32_t>(rows / 2 * kPairStride)), low_pairs(b.take<uint32_t>(rows / 2 * Rp)) {}
+        rounded(b.take<uint16_t>(rows * Rp)), low_pairs(b.take<uint32_t>(rows / 2 * Rp)) {}
 
   // rounded = low * factor.
   void round_low(int64_t Rp, float factor) {
@@ -129,9 +132,8 @@ Status backward_bf16(const CpuBackwardParams& p) {
       const int64_t cols = std::min(kPanel, p.N - n);
       const Panel dy = panel_of(s, p.dy, p.lddy, m, n, rows, cols, nullptr);
       if (need_dh) shrink_bf16(dy.data, dy.ld, P + n / 2 * Rp, s.low, height, (cols + 1) / 2, Rp);
-      if (p.dB || p.dbias) pair_rows(dy.data, dy.ld, s.pairs, kPairStride, pairs, round_up(cols, kTile));
-      if (p.dB) wgrad_bf16(s.pairs, kPairStride, s.low_pairs, dB[index] + n, Np, pairs, cols, Rp);
-      if (p.dbias) column_sums_bf16(s.pairs, kPairStride, dbias[index] + n, pairs, cols);
+      if (p.dB) wgrad_bf16(dy.data, dy.ld, s.low_pairs, dB[index] + n, Np, pairs, cols, Rp);
+      if (p.dbias) column_sums_bf16(dy.data, dy.ld, dbias[index] + n, rows, cols);
     }
     if (!need_dh) return;
     s.round_low(Rp, p.scaling);
@@ -141,8 +143,7 @@ Status backward_bf16(const CpuBackwardParams& p) {
       if (dropout) dropout_mask(p.dropout, s.mask, m, k, rows, cols);
       if (p.dA) {
         const Panel x = panel_of(s, p.x, p.ldx, m, k, rows, cols, s.mask);
-        pair_rows(x.data, x.ld, s.pairs, kPairStride, pairs, round_up(cols, kTile));
-        wgrad_bf16(s.pairs, kPairStride, s.low_pairs, dA[index] + k, Kp, pairs, cols, Rp);
+        wgrad_bf16(x.data, x.ld, s.low_pairs, dA[index] + k, Kp, pairs, cols, Rp);
       }
       if (p.dx) expand_bf16(s.rounded, Rp, Q + k, Kp, s.mask, bf16(p.dx) + m * p.K + k, p.K, rows, cols, (p.R + 1) / 2);
     }

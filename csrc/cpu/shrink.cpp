@@ -1,6 +1,6 @@
 // shrink: out[rows, Rp] += panel[rows, cols] P[cols, Rp], one panel's share of h = drop(x) A^T or dh = dy B.
 //
-// Register tiles of 16 ranks; P's panel (15 KiB at R = 16) stays in L1 over all rows. fp32 throughout.
+// Register tiles of 16 ranks; P's panel (24 KiB at R = 16) stays in L1 over all rows. fp32 throughout.
 #include "kernels.h"
 #include "simd.h"
 
