@@ -1,7 +1,7 @@
-// The CPU kernels' common ground: fp32 panels in cache. Each works on one block of rows and one panel of columns.
+// The CPU kernels' common ground: fp32 panels. Each works on one block of rows and one panel of columns.
 //
-// A driver (lora.cpp) walks row blocks; per panel it copies x or dy into an fp32 buffer once (dtype conversion, dropout), and every
-// product reads that buffer: [kRows, kPanel] floats = 144 KiB, in L2. All products are fp32 with fp32 accumulation.
+// A driver (lora.cpp) walks row blocks; every product reads a panel of x or dy as it lies or, where it is not fp32 or takes a dropout mask, from
+// a copy in L2 ([kRows, kPanel] floats = 144 KiB). All products are fp32 with fp32 accumulation.
 #pragma once
 
 #include <cstdint>
@@ -17,14 +17,14 @@ constexpr int64_t kPanel = 384;          // columns of a panel: a multiple of kS
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// shrink.cpp     out[rows, Rp] += panel[rows, cols] P[cols, Rp]; rows a multiple of kStrip.
-void shrink(const float* panel, const float* P, float* out, int64_t rows, int64_t cols, int64_t Rp);
+// shrink.cpp     out[rows, Rp] += panel[rows, cols (row stride ld)] P[cols, Rp]; rows a multiple of kStrip.
+void shrink(const float* panel, int64_t ld, const float* P, float* out, int64_t rows, int64_t cols, int64_t Rp);
 
-// wgrad.cpp      out[cols, Rp] += panel[rows, cols]^T H[rows, Rp], cols rounded up to a multiple of kStrip.
-void wgrad(const float* panel, const float* H, float* out, int64_t rows, int64_t cols, int64_t Rp);
+// wgrad.cpp      out[cols, Rp] += panel[rows, cols (row stride ld)]^T H[rows, Rp], cols rounded up to a multiple of kStrip.
+void wgrad(const float* panel, int64_t ld, const float* H, float* out, int64_t rows, int64_t cols, int64_t Rp);
 
-// wgrad.cpp      out[cols] += sum over rows of panel: one panel's share of dbias.
-void column_sums(const float* panel, float* out, int64_t rows, int64_t cols);
+// wgrad.cpp      out[cols] += sum over rows of panel (row stride ld): one panel's share of dbias.
+void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64_t cols);
 
 // expand.cpp     out[kStrip, cols (row stride ldo)] += H[kStrip, Rp] Q[R, cols (row stride ldq)]; cols rounded up to a multiple of 2 * kVec.
 void expand(const float* H, const float* Q, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp, int64_t ldq);

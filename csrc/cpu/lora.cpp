@@ -26,6 +26,19 @@ struct Scratch {
   void clear_low() { std::fill_n(low, size, 0.0f); }
 };
 
+struct Panel {
+  const float* data;
+  int64_t ld;
+};
+
+// Columns [n, n + cols) of a block of rows in fp32: as they lie where whole strips of fp32 need no mask, else in a zero-padded copy.
+Panel panel_of(Scratch& s, const void* src, Dtype dtype, int64_t ld, int64_t m, int64_t n, int64_t rows, int64_t cols, const float* mask) {
+  if (dtype == Dtype::f32 && !mask && rows % kStrip == 0 && cols % kStrip == 0)
+    return {static_cast<const float*>(src) + m * ld + n, ld};
+  load_panel(at(src, m * ld + n, dtype), dtype, ld, mask, s.panel, rows, cols);
+  return {s.panel, kPanel};
+}
+
 // dst[rows, width] += low[rows, Rp] Q[R, width] (* mask) for panel columns [n, n + cols).
 void expand_panel(Scratch& s, const float* Q, int64_t ldq, int64_t R, int64_t Rp, const float* mask, void* dst, Dtype dtype, int64_t ldd, int64_t n,
                   int64_t rows, int64_t cols) {
@@ -74,8 +87,8 @@ Status cpu_forward(const CpuForwardParams& p) {
     for (int64_t k = 0; k < p.K; k += kPanel) {
       const int64_t cols = std::min(kPanel, p.K - k);
       if (s.mask) dropout_mask(p.dropout, s.mask, m, k, rows, cols);
-      load_panel(at(p.x, m * p.ldx + k, p.dtype), p.dtype, p.ldx, s.mask, s.panel, rows, cols);
-      shrink(s.panel, P + k * Rp, s.low, round_up(rows, kStrip), cols, Rp);
+      const Panel x = panel_of(s, p.x, p.dtype, p.ldx, m, k, rows, cols, s.mask);
+      shrink(x.data, x.ld, P + k * Rp, s.low, round_up(rows, kStrip), cols, Rp);
     }
     for (int64_t i = 0; i < rows * Rp; ++i) s.low[i] *= p.scaling;
     store_slab(s.low, Rp, at(p.h, m * p.R, p.dtype), p.dtype, rows, p.R);
@@ -111,18 +124,18 @@ Status cpu_backward(const CpuBackwardParams& p) {
     s.clear_low();
     for (int64_t n = 0; n < p.N; n += kPanel) {  // one read of dy: dh, dB, dbias
       const int64_t cols = std::min(kPanel, p.N - n);
-      load_panel(at(p.dy, m * p.lddy + n, p.dtype), p.dtype, p.lddy, nullptr, s.panel, rows, cols);
-      if (need_dh) shrink(s.panel, P + n * Rp, s.low, round_up(rows, kStrip), cols, Rp);
-      if (p.dB) wgrad(s.panel, s.h, dB[index] + n * Rp, rows, cols, Rp);
-      if (p.dbias) column_sums(s.panel, dbias[index] + n, rows, cols);
+      const Panel dy = panel_of(s, p.dy, p.dtype, p.lddy, m, n, rows, cols, nullptr);
+      if (need_dh) shrink(dy.data, dy.ld, P + n * Rp, s.low, round_up(rows, kStrip), cols, Rp);
+      if (p.dB) wgrad(dy.data, dy.ld, s.h, dB[index] + n * Rp, rows, cols, Rp);
+      if (p.dbias) column_sums(dy.data, dy.ld, dbias[index] + n, rows, cols);
     }
     for (int64_t i = 0; i < rows * Rp; ++i) s.low[i] *= p.scaling;
     for (int64_t k = 0; need_dh && k < p.K; k += kPanel) {  // one read of x, one write of dx, one mask for both
       const int64_t cols = std::min(kPanel, p.K - k);
       if (s.mask) dropout_mask(p.dropout, s.mask, m, k, rows, cols);
       if (p.dA) {
-        load_panel(at(p.x, m * p.ldx + k, p.dtype), p.dtype, p.ldx, s.mask, s.panel, rows, cols);
-        wgrad(s.panel, s.low, dA[index] + k * Rp, rows, cols, Rp);
+        const Panel x = panel_of(s, p.x, p.dtype, p.ldx, m, k, rows, cols, s.mask);
+        wgrad(x.data, x.ld, s.low, dA[index] + k * Rp, rows, cols, Rp);
       }
       if (p.dx) expand_panel(s, Q, ldq, p.R, Rp, s.mask, at(p.dx, m * p.K, p.dtype), p.dtype, p.K, k, rows, cols);
     }

@@ -6,8 +6,8 @@
 
 namespace fused_lora::cpu {
 
-CLONES void shrink(const float* panel, const float* P, float* out, int64_t rows, int64_t cols, int64_t Rp) {
-  product(panel, kPanel, 1, P, Rp, cols, out, Rp, rows, Rp);
+CLONES void shrink(const float* panel, int64_t ld, const float* P, float* out, int64_t rows, int64_t cols, int64_t Rp) {
+  product(panel, ld, 1, P, Rp, cols, out, Rp, rows, Rp);
 }
 
 }  // namespace fused_lora::cpu

@@ -6,13 +6,13 @@
 
 namespace fused_lora::cpu {
 
-CLONES void wgrad(const float* panel, const float* H, float* out, int64_t rows, int64_t cols, int64_t Rp) {
-  product(panel, 1, kPanel, H, Rp, rows, out, Rp, round_up(cols, kStrip), Rp);
+CLONES void wgrad(const float* panel, int64_t ld, const float* H, float* out, int64_t rows, int64_t cols, int64_t Rp) {
+  product(panel, 1, ld, H, Rp, rows, out, Rp, round_up(cols, kStrip), Rp);
 }
 
-CLONES void column_sums(const float* panel, float* out, int64_t rows, int64_t cols) {
+CLONES void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64_t cols) {
   for (int64_t m = 0; m < rows; ++m)
-    for (int64_t n = 0; n < cols; ++n) out[n] += panel[m * kPanel + n];
+    for (int64_t n = 0; n < cols; ++n) out[n] += panel[m * ld + n];
 }
 
 }  // namespace fused_lora::cpu
