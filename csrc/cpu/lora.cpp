@@ -9,12 +9,19 @@ namespace {
 
 bool known(Dtype dtype) { return dtype == Dtype::f32 || dtype == Dtype::f16 || dtype == Dtype::bf16; }
 
-// A^T or B in fp32 as the right operand of shrink: [width, Rp], ranks past R zero.
-float* shrink_operand(Buffers& buffers, const void* src, Dtype dtype, int64_t width, int64_t R, int64_t Rp, bool transposed) {
-  float* P = buffers.take(width * Rp);
-  if (transposed) load_transposed(src, dtype, P, R, width, Rp);
-  else load_matrix(src, dtype, P, width, R, Rp);
-  return P;
+// src[rows, cols] in fp32 with row stride ld: itself, or a copy padded with zeros.
+const float* fp32(Buffers& buffers, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t ld) {
+  if (dtype == Dtype::f32 && cols == ld) return static_cast<const float*>(src);
+  float* out = buffers.take(rows * ld);
+  load_matrix(src, dtype, out, rows, cols, ld);
+  return out;
+}
+
+// src[rows, cols]^T in fp32, [cols, ld], columns past rows zero.
+const float* fp32_transposed(Buffers& buffers, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t ld) {
+  float* out = buffers.take(cols * ld);
+  load_transposed(src, dtype, out, rows, cols, ld);
+  return out;
 }
 
 // What one thread needs for a block of `rows` rows.
@@ -76,8 +83,7 @@ Status cpu_forward(const CpuForwardParams& p) {
   const int64_t Rp = round_up(p.R, kVec), ldq = round_up(p.N, 2 * kVec);
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
   Buffers buffers;
-  float *P = shrink_operand(buffers, p.A, p.adapter_dtype, p.K, p.R, Rp, true), *Q = buffers.take(p.R * ldq);
-  load_transposed(p.B, p.adapter_dtype, Q, p.N, p.R, ldq);
+  const float *P = fp32_transposed(buffers, p.A, p.adapter_dtype, p.R, p.K, Rp), *Q = fp32_transposed(buffers, p.B, p.adapter_dtype, p.N, p.R, ldq);
   std::vector<Scratch> scratch;
   for (int t = 0; t < threads; ++t) scratch.emplace_back(buffers, block_rows(p.M, threads), p.dropout.threshold > 0, Rp);
 
@@ -106,8 +112,7 @@ Status cpu_backward(const CpuBackwardParams& p) {
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
   const bool need_dh = p.dx || p.dA;
   Buffers buffers;
-  float *P = need_dh ? shrink_operand(buffers, p.B, p.adapter_dtype, p.N, p.R, Rp, false) : nullptr, *Q = p.dx ? buffers.take(p.R * ldq) : nullptr;
-  if (Q) load_matrix(p.A, p.adapter_dtype, Q, p.R, p.K, ldq);
+  const float *P = need_dh ? fp32(buffers, p.B, p.adapter_dtype, p.N, p.R, Rp) : nullptr, *Q = p.dx ? fp32(buffers, p.A, p.adapter_dtype, p.R, p.K, ldq) : nullptr;
   std::vector<Scratch> scratch;
   std::vector<float*> dA, dB, dbias;
   for (int t = 0; t < threads; ++t) {
