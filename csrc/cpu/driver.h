@@ -1,4 +1,4 @@
-// What the CPU drivers (lora.cpp, lora_bf16.cpp) share: scratch memory, the split over threads and row blocks, the slabs' way out.
+// What the CPU drivers (lora.cpp, lora_bf16.cpp) share: scratch memory, the split over threads and row blocks, the slabs that gradients gather in.
 #pragma once
 
 #include <algorithm>
@@ -15,11 +15,6 @@ namespace fused_lora::cpu {
 class Buffers {
  public:
   template <class T = float> T* take(int64_t n) { return static_cast<T*>(pool_.allocate(static_cast<size_t>(n) * sizeof(T), 64)); }
-  float* zeros(int64_t n) {
-    float* p = take(n);
-    std::fill_n(p, n, 0.0f);
-    return p;
-  }
 
  private:
   alignas(64) inline static thread_local std::byte small_[48 << 10];
@@ -39,22 +34,46 @@ inline int threads_for(int64_t M, int64_t width, int64_t R, int threads) {
 // Rows of the largest block that a thread will see.
 inline int64_t block_rows(int64_t M, int threads) { return std::min(kRows, round_up((M + threads - 1) / threads, kStrip) + kStrip); }
 
-// Calls body(thread, first row, rows) with rows <= kRows for every block of every thread's run of strips.
-template <class Body> void for_row_blocks(int64_t M, int threads, const Body& body) {
+// Calls body(0) and body(1), side by side where there are threads.
+template <class Body> void each_of_two(int threads, const Body& body) {
+  if (threads > 1) return parallel(2, body);
+  body(0);
+  body(1);
+}
+
+// Calls start(thread) once and then body(thread, first row, rows) with rows <= kRows for every block of the thread's run of strips.
+template <class Start, class Body> void for_row_blocks(int64_t M, int threads, const Start& start, const Body& body) {
   const int64_t strips = (M + kStrip - 1) / kStrip;
   parallel(threads, [&](int t) {
+    start(t);
     const int64_t begin = strips * t / threads * kStrip, end = std::min(M, strips * (t + 1) / threads * kStrip);
     for (int64_t m = begin; m < end; m += kRows) body(t, m, std::min(kRows, end - m));
   });
 }
 
-// out = sum of slabs[t], in thread order, into slabs[0].
-inline float* sum(std::vector<float*>& slabs, int64_t n) {
-  float* out = slabs[0];
-  for (size_t t = 1; t < slabs.size(); ++t)
-    for (int64_t i = 0; i < n; ++i) out[i] += slabs[t][i];
-  return out;
-}
+// What the threads add up for one output, a buffer each, zeroed by its thread; none where there is no output.
+class Slabs {
+ public:
+  Slabs(bool wanted, int64_t n) : n_(wanted ? n : 0) {}
+  void add(Buffers& buffers) {
+    if (n_) slabs_.push_back(buffers.take(n_));
+  }
+  float* operator[](int t) { return slabs_[static_cast<size_t>(t)]; }
+  void clear(int t) {
+    if (!slabs_.empty()) std::fill_n((*this)[t], n_, 0.0f);
+  }
+  // The sum in thread order, in thread 0's buffer.
+  float* sum() {
+    float* out = slabs_[0];
+    for (size_t t = 1; t < slabs_.size(); ++t)
+      for (int64_t i = 0; i < n_; ++i) out[i] += slabs_[t][i];
+    return out;
+  }
+
+ private:
+  int64_t n_;
+  std::vector<float*> slabs_;
+};
 
 // dst[rows, cols] (contiguous, dtype) = slab[rows, cols (row stride ld)].
 inline void store_slab(const float* slab, int64_t ld, void* dst, Dtype dtype, int64_t rows, int64_t cols) {

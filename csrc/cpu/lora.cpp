@@ -17,13 +17,6 @@ const float* fp32(Buffers& buffers, const void* src, Dtype dtype, int64_t rows, 
   return out;
 }
 
-// src[rows, cols]^T in fp32, [cols, ld], columns past rows zero.
-const float* fp32_transposed(Buffers& buffers, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t ld) {
-  float* out = buffers.take(cols * ld);
-  load_transposed(src, dtype, out, rows, cols, ld);
-  return out;
-}
-
 // What one thread needs for a block of `rows` rows.
 struct Scratch {
   int64_t size;  // of low
@@ -83,11 +76,15 @@ Status cpu_forward(const CpuForwardParams& p) {
   const int64_t Rp = round_up(p.R, kVec), ldq = round_up(p.N, 2 * kVec);
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
   Buffers buffers;
-  const float *P = fp32_transposed(buffers, p.A, p.adapter_dtype, p.R, p.K, Rp), *Q = fp32_transposed(buffers, p.B, p.adapter_dtype, p.N, p.R, ldq);
+  float *P = buffers.take(p.K * Rp), *Q = buffers.take(p.R * ldq);  // A^T, B^T
+  each_of_two(threads, [&](int i) {
+    if (i == 0) load_transposed(p.A, p.adapter_dtype, P, p.R, p.K, Rp);
+    else load_transposed(p.B, p.adapter_dtype, Q, p.N, p.R, ldq);
+  });
   std::vector<Scratch> scratch;
   for (int t = 0; t < threads; ++t) scratch.emplace_back(buffers, block_rows(p.M, threads), p.dropout.threshold > 0, Rp);
 
-  for_row_blocks(p.M, threads, [&](int t, int64_t m, int64_t rows) {
+  for_row_blocks(p.M, threads, [](int) {}, [&](int t, int64_t m, int64_t rows) {
     Scratch& s = scratch[static_cast<size_t>(t)];
     s.clear_low();
     for (int64_t k = 0; k < p.K; k += kPanel) {
@@ -114,25 +111,23 @@ Status cpu_backward(const CpuBackwardParams& p) {
   Buffers buffers;
   const float *P = need_dh ? fp32(buffers, p.B, p.adapter_dtype, p.N, p.R, Rp) : nullptr, *Q = p.dx ? fp32(buffers, p.A, p.adapter_dtype, p.R, p.K, ldq) : nullptr;
   std::vector<Scratch> scratch;
-  std::vector<float*> dA, dB, dbias;
+  Slabs dA(p.dA, Kp * Rp), dB(p.dB, Np * Rp), dbias(p.dbias, p.N);
   for (int t = 0; t < threads; ++t) {
     scratch.emplace_back(buffers, block_rows(p.M, threads), p.dropout.threshold > 0, Rp);
-    if (p.dA) dA.push_back(buffers.zeros(Kp * Rp));
-    if (p.dB) dB.push_back(buffers.zeros(Np * Rp));
-    if (p.dbias) dbias.push_back(buffers.zeros(p.N));
+    dA.add(buffers), dB.add(buffers), dbias.add(buffers);
   }
 
-  for_row_blocks(p.M, threads, [&](int t, int64_t m, int64_t rows) {
-    const auto index = static_cast<size_t>(t);
-    Scratch& s = scratch[index];
+  const auto clear = [&](int t) { dA.clear(t), dB.clear(t), dbias.clear(t); };
+  for_row_blocks(p.M, threads, clear, [&](int t, int64_t m, int64_t rows) {
+    Scratch& s = scratch[static_cast<size_t>(t)];
     if (p.dB) load_matrix(at(p.h, m * p.R, p.dtype), p.dtype, s.h, rows, p.R, Rp);
     s.clear_low();
     for (int64_t n = 0; n < p.N; n += kPanel) {  // one read of dy: dh, dB, dbias
       const int64_t cols = std::min(kPanel, p.N - n);
       const Panel dy = panel_of(s, p.dy, p.dtype, p.lddy, m, n, rows, cols, nullptr);
       if (need_dh) shrink(dy.data, dy.ld, P + n * Rp, s.low, round_up(rows, kStrip), cols, Rp);
-      if (p.dB) wgrad(dy.data, dy.ld, s.h, dB[index] + n * Rp, rows, cols, Rp);
-      if (p.dbias) column_sums(dy.data, dy.ld, dbias[index] + n, rows, cols);
+      if (p.dB) wgrad(dy.data, dy.ld, s.h, dB[t] + n * Rp, rows, cols, Rp);
+      if (p.dbias) column_sums(dy.data, dy.ld, dbias[t] + n, rows, cols);
     }
     for (int64_t i = 0; i < rows * Rp; ++i) s.low[i] *= p.scaling;
     for (int64_t k = 0; need_dh && k < p.K; k += kPanel) {  // one read of x, one write of dx, one mask for both
@@ -140,15 +135,15 @@ Status cpu_backward(const CpuBackwardParams& p) {
       if (s.mask) dropout_mask(p.dropout, s.mask, m, k, rows, cols);
       if (p.dA) {
         const Panel x = panel_of(s, p.x, p.dtype, p.ldx, m, k, rows, cols, s.mask);
-        wgrad(x.data, x.ld, s.low, dA[index] + k * Rp, rows, cols, Rp);
+        wgrad(x.data, x.ld, s.low, dA[t] + k * Rp, rows, cols, Rp);
       }
       if (p.dx) expand_panel(s, Q, ldq, p.R, Rp, s.mask, at(p.dx, m * p.K, p.dtype), p.dtype, p.K, k, rows, cols);
     }
   });
 
-  if (p.dA) store_slab_transposed(buffers, sum(dA, p.K * Rp), p.dA, p.adapter_dtype, p.K, p.R, Rp);
-  if (p.dB) store_slab(sum(dB, p.N * Rp), Rp, p.dB, p.adapter_dtype, p.N, p.R);
-  if (p.dbias) store_row(sum(dbias, p.N), p.dbias, p.dtype, p.N);
+  if (p.dA) store_slab_transposed(buffers, dA.sum(), p.dA, p.adapter_dtype, p.K, p.R, Rp);
+  if (p.dB) store_slab(dB.sum(), Rp, p.dB, p.adapter_dtype, p.N, p.R);
+  if (p.dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
   return Status::ok;
 }
 

@@ -86,7 +86,7 @@ Status forward_bf16(const CpuForwardParams& p) {
   std::vector<Scratch> scratch;
   for (int t = 0; t < threads; ++t) scratch.emplace_back(buffers, block_rows(p.M, threads), dropout, Rp);
 
-  for_row_blocks(p.M, threads, [&](int t, int64_t m, int64_t rows) {
+  for_row_blocks(p.M, threads, [](int) {}, [&](int t, int64_t m, int64_t rows) {
     Scratch& s = scratch[static_cast<size_t>(t)];
     std::fill_n(s.low, s.rows * Rp, 0.0f);
     for (int64_t k = 0; k < p.K; k += kPanel) {
@@ -110,17 +110,15 @@ Status backward_bf16(const CpuBackwardParams& p) {
   Buffers buffers;
   const uint32_t *P = need_dh ? pairs_of_rows(buffers, p.B, p.adapter_dtype, p.N, p.R, Rp) : nullptr, *Q = p.dx ? pairs_of_rows(buffers, p.A, p.adapter_dtype, p.R, p.K, Kp) : nullptr;
   std::vector<Scratch> scratch;
-  std::vector<float*> dA, dB, dbias;
+  Slabs dA(p.dA, Rp * Kp), dB(p.dB, Rp * Np), dbias(p.dbias, Np);
   for (int t = 0; t < threads; ++t) {
     scratch.emplace_back(buffers, block_rows(p.M, threads), dropout, Rp);
-    if (p.dA) dA.push_back(buffers.zeros(Rp * Kp));
-    if (p.dB) dB.push_back(buffers.zeros(Rp * Np));
-    if (p.dbias) dbias.push_back(buffers.zeros(Np));
+    dA.add(buffers), dB.add(buffers), dbias.add(buffers);
   }
 
-  for_row_blocks(p.M, threads, [&](int t, int64_t m, int64_t rows) {
-    const auto index = static_cast<size_t>(t);
-    Scratch& s = scratch[index];
+  const auto clear = [&](int t) { dA.clear(t), dB.clear(t), dbias.clear(t); };
+  for_row_blocks(p.M, threads, clear, [&](int t, int64_t m, int64_t rows) {
+    Scratch& s = scratch[static_cast<size_t>(t)];
     const int64_t height = round_up(rows, kStrip), pairs = height / 2;
     std::fill_n(s.low, s.rows * Rp, 0.0f);
     if (p.dB) {
@@ -132,8 +130,8 @@ Status backward_bf16(const CpuBackwardParams& p) {
       const int64_t cols = std::min(kPanel, p.N - n);
       const Panel dy = panel_of(s, p.dy, p.lddy, m, n, rows, cols, nullptr);
       if (need_dh) shrink_bf16(dy.data, dy.ld, P + n / 2 * Rp, s.low, height, (cols + 1) / 2, Rp);
-      if (p.dB) wgrad_bf16(dy.data, dy.ld, s.low_pairs, dB[index] + n, Np, pairs, cols, Rp);
-      if (p.dbias) column_sums_bf16(dy.data, dy.ld, dbias[index] + n, rows, cols);
+      if (p.dB) wgrad_bf16(dy.data, dy.ld, s.low_pairs, dB[t] + n, Np, pairs, cols, Rp);
+      if (p.dbias) column_sums_bf16(dy.data, dy.ld, dbias[t] + n, rows, cols);
     }
     if (!need_dh) return;
     s.round_low(Rp, p.scaling);
@@ -143,24 +141,24 @@ Status backward_bf16(const CpuBackwardParams& p) {
       if (dropout) dropout_mask(p.dropout, s.mask, m, k, rows, cols);
       if (p.dA) {
         const Panel x = panel_of(s, p.x, p.ldx, m, k, rows, cols, s.mask);
-        wgrad_bf16(x.data, x.ld, s.low_pairs, dA[index] + k, Kp, pairs, cols, Rp);
+        wgrad_bf16(x.data, x.ld, s.low_pairs, dA[t] + k, Kp, pairs, cols, Rp);
       }
       if (p.dx) expand_bf16(s.rounded, Rp, Q + k, Kp, s.mask, bf16(p.dx) + m * p.K + k, p.K, rows, cols, (p.R + 1) / 2);
     }
   });
 
   if (p.dA) {
-    float* out = sum(dA, Rp * Kp);
+    float* out = dA.sum();
     if (dropout)
       for (int64_t i = 0; i < Rp * Kp; ++i) out[i] *= p.dropout.scale();
     store_slab(out, Kp, p.dA, p.adapter_dtype, p.R, p.K);
   }
   if (p.dB) {
     float* out = buffers.take(Np * Rp);
-    load_transposed(sum(dB, Rp * Np), Dtype::f32, out, Rp, Np, Rp);
+    load_transposed(dB.sum(), Dtype::f32, out, Rp, Np, Rp);
     store_slab(out, Rp, p.dB, p.adapter_dtype, p.N, p.R);
   }
-  if (p.dbias) store_row(sum(dbias, p.N), p.dbias, Dtype::bf16, p.N);
+  if (p.dbias) store_row(dbias.sum(), p.dbias, Dtype::bf16, p.N);
   return Status::ok;
 }
 
