@@ -56,13 +56,6 @@ void expand_panel(Scratch& s, const float* Q, int64_t ldq, int64_t R, int64_t Rp
   }
 }
 
-// dst[R, width] = slab[width, Rp]^T in dtype.
-void store_slab_transposed(Buffers& buffers, const float* slab, void* dst, Dtype dtype, int64_t width, int64_t R, int64_t Rp) {
-  float* out = buffers.take(Rp * width);
-  load_transposed(slab, Dtype::f32, out, width, Rp, width);
-  store_row(out, dst, dtype, R * width);
-}
-
 }  // namespace
 }  // namespace fused_lora::cpu
 
@@ -141,8 +134,14 @@ Status cpu_backward(const CpuBackwardParams& p) {
     }
   });
 
-  if (p.dA) store_slab_transposed(buffers, dA.sum(), p.dA, p.adapter_dtype, p.K, p.R, Rp);
-  if (p.dB) store_slab(dB.sum(), Rp, p.dB, p.adapter_dtype, p.N, p.R);
+  float* dA_rows = p.dA ? buffers.take(Rp * p.K) : nullptr;
+  each_of_two(threads, [&](int i) {
+    if (i == 0 && p.dA) {
+      load_transposed(dA.sum(), Dtype::f32, dA_rows, p.K, Rp, p.K);
+      store_row(dA_rows, p.dA, p.adapter_dtype, p.R * p.K);
+    }
+    if (i == 1 && p.dB) store_slab(dB.sum(), Rp, p.dB, p.adapter_dtype, p.N, p.R);
+  });
   if (p.dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
   return Status::ok;
 }

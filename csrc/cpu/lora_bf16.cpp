@@ -147,17 +147,18 @@ Status backward_bf16(const CpuBackwardParams& p) {
     }
   });
 
-  if (p.dA) {
-    float* out = dA.sum();
-    if (dropout)
-      for (int64_t i = 0; i < Rp * Kp; ++i) out[i] *= p.dropout.scale();
-    store_slab(out, Kp, p.dA, p.adapter_dtype, p.R, p.K);
-  }
-  if (p.dB) {
-    float* out = buffers.take(Np * Rp);
-    load_transposed(dB.sum(), Dtype::f32, out, Rp, Np, Rp);
-    store_slab(out, Rp, p.dB, p.adapter_dtype, p.N, p.R);
-  }
+  float* dB_rows = p.dB ? buffers.take(Np * Rp) : nullptr;
+  each_of_two(threads, [&](int i) {
+    if (i == 0 && p.dA) {
+      float* out = dA.sum();
+      for (int64_t j = 0; dropout && j < Rp * Kp; ++j) out[j] *= p.dropout.scale();
+      store_slab(out, Kp, p.dA, p.adapter_dtype, p.R, p.K);
+    }
+    if (i == 1 && p.dB) {
+      load_transposed(dB.sum(), Dtype::f32, dB_rows, Rp, Np, Rp);
+      store_slab(dB_rows, Rp, p.dB, p.adapter_dtype, p.N, p.R);
+    }
+  });
   if (p.dbias) store_row(dbias.sum(), p.dbias, Dtype::bf16, p.N);
   return Status::ok;
 }
