@@ -76,12 +76,14 @@ class _EagerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, bias, seed, settings):
         scaling, dropout_p, backend = settings
-        flat = x.dim() == 2
-        y, h = pick(backend, x, weight, lora_A).forward(x if flat else _matrix(x), weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+        lead = None if x.dim() == 2 else x.shape[:-1]
+        if lead is not None:
+            x = _matrix(x)
+        y, h = pick(backend, x, weight, lora_A).forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
         need = ctx.needs_input_grad
         ctx.save_for_backward(x if need[1] or need[2] else None, weight, lora_A, lora_B, h if need[3] else None, seed)
-        ctx.plan = settings, None if flat else x.shape[:-1]
-        return y if flat else _unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+        ctx.plan = settings, lead
+        return y if lead is None else _unsafe_view(y, (*lead, y.shape[1]))
 
     @staticmethod
     def backward(ctx, dy):
@@ -91,7 +93,7 @@ class _EagerFunction(torch.autograd.Function):
         (scaling, dropout_p, backend), lead = ctx.plan
         need_x, need_weight, need_A, need_B, need_bias, _, _ = ctx.needs_input_grad
         if lead is not None:
-            dy, x = _matrix(dy), x if x is None else _matrix(x)
+            dy = _matrix(dy)
         needs = (need_x, need_A, need_B, need_bias)
         dx, dA, dB, dbias = pick(backend, dy, weight, lora_A).backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
         if lead is not None and need_x:
