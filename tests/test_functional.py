@@ -67,6 +67,17 @@ def test_saves_only_what_a_needed_gradient_uses(trained):
     assert extra == {"x": {(1,)}, "lora_A": {(64, 48), (1,)}, "lora_B": {(64, 8), (1,)}, "bias": {(1,)}, "none": set()}[trained]
 
 
+def test_saves_no_copy_of_x():
+    """Whatever x's dimensions and strides, what is saved of it is x's own memory."""
+    A, B, W = torch.randn(4, 8, requires_grad=True), torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+    for x in (torch.randn(5, 8), torch.randn(2, 5, 8), torch.randn(5, 2, 8).transpose(0, 1), torch.randn(2, 8, 5).mT):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            lora_linear(x, W, A, B, 1.0)
+        assert [t for t in kept if t.numel() == x.numel() and t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()]
+        assert sum(t.numel() for t in kept) == x.numel() + W.numel() + A.numel() + B.numel() + x.numel() // 8 * 4
+
+
 def test_trained_weight_gets_its_gradient():
     """W is meant to be frozen, but a gradient that is asked for is never dropped."""
     p = random_problem(9, 6, 10, 3)

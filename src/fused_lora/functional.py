@@ -76,10 +76,12 @@ class _EagerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, bias, seed, settings):
         scaling, dropout_p, backend = settings
-        lead = None if x.dim() == 2 else x.shape[:-1]
-        if lead is not None:
-            x = _matrix(x)
-        y, h = pick(backend, x, weight, lora_A).forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+        lead, flat = None, x
+        if x.dim() != 2:
+            lead, flat = x.shape[:-1], _matrix(x)
+            if x.is_contiguous():
+                x = flat  # saved as it is needed; a copy is not held
+        y, h = pick(backend, x, weight, lora_A).forward(flat, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
         need = ctx.needs_input_grad
         ctx.save_for_backward(x if need[1] or need[2] else None, weight, lora_A, lora_B, h if need[3] else None, seed)
         ctx.plan = settings, lead
@@ -93,7 +95,7 @@ class _EagerFunction(torch.autograd.Function):
         (scaling, dropout_p, backend), lead = ctx.plan
         need_x, need_weight, need_A, need_B, need_bias, _, _ = ctx.needs_input_grad
         if lead is not None:
-            dy = _matrix(dy)
+            dy, x = _matrix(dy), x if x is None else _matrix(x)
         needs = (need_x, need_A, need_B, need_bias)
         dx, dA, dB, dbias = pick(backend, dy, weight, lora_A).backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
         if lead is not None and need_x:
