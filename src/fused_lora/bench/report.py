@@ -100,7 +100,7 @@ def write_json(document: dict, path: Path) -> Path:
 
 
 def write_plot(document: dict, path: Path) -> Path:
-    """Grouped bars: forward + backward over the frozen layer's, a group per case, a bar per candidate."""
+    """Grouped bars: forward + backward over the frozen layer's, a group per case, a bar per candidate, eight cases a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -111,17 +111,21 @@ def write_plot(document: dict, path: Path) -> Path:
     cases = list(dict.fromkeys(_key(r) for r in rows))
     value = {(_key(r), r["candidate"]): r["both_ratio"] for r in rows}
     colours = dict(zip(("naive", "addmm", "peft", "compile", "fused"), ("#bbbbbb", "#8da0cb", "#e5c494", "#a6d854", "#d7301f")))
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.1 + 1.25 * len(cases)), 4.2), layout="constrained")
+    per_row = 8
+    lines = [cases[i : i + per_row] for i in range(0, len(cases), per_row)]
+    figure, grid = pyplot.subplots(len(lines), figsize=(max(6.0, 1.1 + 1.25 * min(per_row, len(cases))), 0.9 + 2.9 * len(lines)), layout="constrained", squeeze=False)
     width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        heights = [value.get((case, name), 0.0) for case in cases]
-        axes.bar([j + (i - (len(names) - 1) / 2) * width for j in range(len(cases))], heights, width, label=name, color=colours.get(name))
-    axes.axhline(1.0, color="black", linewidth=1, label="frozen layer")
-    axes.set_xticks(range(len(cases)), [f"{d}\nM={M}\n{K}→{N}\nR={R} p={p:g}" for d, M, K, N, R, p in cases], fontsize=7)
-    axes.set_ylim(0.8, max(value.values()) * 1.08)
-    axes.set_ylabel("time over the frozen layer's")
-    axes.set_title(f"LoRA forward + backward, lower is better\n{env['device']}, torch {env['torch']}, {env['date']}", fontsize=9)
-    axes.legend(ncols=3, fontsize=8)
+    for axes, line in zip(grid[:, 0], lines):
+        for i, name in enumerate(names):
+            heights = [value.get((case, name), 0.0) for case in line]
+            axes.bar([j + (i - (len(names) - 1) / 2) * width for j in range(len(line))], heights, width, label=name, color=colours.get(name))
+        axes.axhline(1.0, color="black", linewidth=1, label="frozen layer")
+        axes.set_xticks(range(len(line)), [f"{d}\nM={M}, {K}→{N}\nR={R}, p={p:g}" for d, M, K, N, R, p in line], fontsize=7)
+        axes.set_xlim(-0.6, min(per_row, len(cases)) - 0.4)
+        axes.set_ylim(0.8, max(value.values()) * 1.03)
+        axes.set_ylabel("time over the frozen layer's", fontsize=8)
+    figure.suptitle(f"LoRA forward + backward, lower is better\n{env['device']}, torch {env['torch']}, {env['date']}", fontsize=9)
+    grid[0, 0].legend(ncols=3, fontsize=8)
     image = BytesIO()
     figure.savefig(image, dpi=130, format="png")
     pyplot.close(figure)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def model_for(name: str) -> nn.Module:
     elif name == "peft":
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
+        with warnings.catch_warnings():  # PEFT reads an attribute that transformers has renamed
+            warnings.simplefilter("ignore", FutureWarning)
+            model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
     elif name == "addmm":
         head = model.get_output_embeddings()
         for module in list(model.modules()):
