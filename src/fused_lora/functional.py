@@ -171,7 +171,7 @@ def lora_linear(
         x, weight, lora_A, lora_B, bias, x_lora, h_in = _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in)
     dtype, adapter_dtype, shape, w, a = x.dtype, lora_A.dtype, x.shape, weight.shape, lora_A.shape
     good = (
-        len(shape) > 0 and len(w) == 2 and len(a) == 2 and shape[-1] == w[1] == a[1] and lora_B.shape == (w[0], a[0]) and w[0] * w[1] * a[0] > 0
+        len(shape) > 0 and len(w) == 2 and len(a) == 2 and shape[-1] == w[1] == a[1] and lora_B.shape == (w[0], a[0]) and 0 not in w and a[0] > 0
         and dtype is weight.dtype and dtype in _DTYPES and adapter_dtype is lora_B.dtype and (adapter_dtype is dtype or adapter_dtype is torch.float32)
         and (bias is None or (bias.shape == (w[0],) and bias.dtype is dtype))
         and 0.0 <= dropout_p < 1.0 and backend in NAMES
