@@ -1,0 +1,99 @@
+// A GPU on the CPU, for kernels that reach PTX only through ptx.cuh: a fiber for each thread, a random schedule, late asynchronous copies.
+//
+// It shows wrong indices, layouts, tails and phases, a missing wait, a deadlock, an unaligned or misplaced copy. It does not show a missing
+// fence, bank conflicts, or anything about time. Blocks are resident a few at a time, so a launch that needs all of them at once hangs here too.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 gridDim;
+
+namespace emulator {
+
+struct Block;
+
+struct Thread {
+  void* stack_pointer = nullptr;
+  uint8_t* stack = nullptr;
+  Block* block = nullptr;
+  int index = 0;
+  bool done = false;
+  std::function<bool()> ready;  // empty: runnable
+
+  struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+  };
+  std::vector<Copy> copies;                     // cp.async, not committed
+  std::vector<std::vector<Copy>> copy_groups;
+  int stores = 0;                               // TMA stores, not committed
+  std::vector<int> store_groups;                // stores of each group that have not read shared memory yet
+  struct Product {                              // wgmma, not waited for
+    std::function<void(float* const*)> run;     // of the whole warpgroup; thread 0 of it has one
+    float* d;
+    uint64_t left, right;
+    int shape;
+  };
+  std::vector<Product> products;
+};
+
+struct Rendezvous {
+  int arrived = 0;
+  uint64_t round = 0;
+};
+
+struct Warp {  // operands of a warp-wide instruction, lane by lane
+  Rendezvous meet;
+  const void* address[32];
+  uint32_t* out[32];
+  float* d[32];
+  uint32_t a[32][4], b[32][2];
+};
+
+struct Cluster;
+
+struct Block {
+  Cluster* cluster;
+  int rank, index, smem_bytes;
+  uint8_t* smem;
+  std::vector<Thread*> threads;
+  int running;
+  Rendezvous barriers[16], warpgroups[8];
+  Warp warps[32];
+  int frozen[8] = {};  // passes for which a warpgroup does not run
+};
+
+struct Cluster {
+  std::vector<Block*> blocks;
+  Rendezvous meet;
+};
+
+Thread& self();
+[[noreturn]] void fail(const char* format, ...);  // ends the launch with an error that says so
+void yield();
+void wait_until(std::function<bool()> ready);
+void later(std::function<void()> operation);  // runs it at some time, in any order with others
+void meet(Rendezvous& at, int threads);       // a barrier
+// The last of `threads` to come does `work`; all leave after it.
+template <class Work> void meet(Rendezvous& at, int threads, const Work& work) {
+  const uint64_t round = at.round;
+  if (++at.arrived < threads) return wait_until([&at, round] { return at.round != round; });
+  at.arrived = 0;
+  work();
+  ++at.round;
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
+
+}  // namespace emulator
+
+template <class... Params, class... Args> cudaError_t emulated_launch(const cudaLaunchConfig_t* config, void (*kernel)(Params...), const Args&... args) {
+  return emulator::launch(*config, [&] { kernel(Params(args)...); });
+}
+template <class Kernel> cudaError_t emulated_set_attribute(Kernel, cudaFuncAttribute, int bytes) { return bytes <= 232448 ? cudaSuccess : cudaErrorInvalidValue; }

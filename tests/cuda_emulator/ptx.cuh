@@ -1,0 +1,335 @@
+// ptx.cuh on the emulated device: the same functions, by the definitions of the PTX ISA manual.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "device.h"
+
+#define FUSED_LORA_SM90A 1
+#define PTX_FN inline
+
+inline void __syncthreads() { emulator::meet(emulator::self().block->barriers[0], static_cast<int>(emulator::self().block->threads.size())); }
+inline void __syncwarp() {}
+inline void __threadfence() {}
+template <class T> T min(T a, T b) { return a < b ? a : b; }
+inline int atomicAdd(int* p, int v) {
+  emulator::yield();
+  const int old = *p;
+  *p += v;
+  return old;
+}
+
+namespace fused_lora::ptx {
+
+using emulator::fail;
+using emulator::self;
+
+template <class To, class From> To bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+template <class T> float to_float(const void* p) {
+  T v;
+  std::memcpy(&v, p, sizeof v);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return bits<float>(static_cast<uint32_t>(bits<uint16_t>(v)) << 16);
+  else return static_cast<float>(bits<_Float16>(v));
+}
+template <class T> uint32_t pack(float lo, float hi) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return bits<uint32_t>(__floats2bfloat162_rn(lo, hi));
+  else return bits<uint32_t>(__floats2half2_rn(lo, hi));
+}
+template <class T> float2 unpack(uint32_t v) {
+  const uint16_t lo = static_cast<uint16_t>(v), hi = static_cast<uint16_t>(v >> 16);
+  return {to_float<T>(&lo), to_float<T>(&hi)};
+}
+inline void fma_if(float& d, float a, float b, uint32_t condition) {
+  if (condition) d = std::fma(a, b, d);
+}
+template <class T> constexpr uint32_t kOnes = std::is_same_v<T, __nv_bfloat16> ? 0x3f803f80u : 0x3c003c00u;
+
+// Shared memory starts at address 0 of a block; a pointer outside it is an error.
+inline uint32_t shared(const void* p) {
+  const ptrdiff_t offset = static_cast<const uint8_t*>(p) - self().block->smem;
+  if (offset < 0 || offset >= self().block->smem_bytes) fail("address %ld is not in shared memory", static_cast<long>(offset));
+  return static_cast<uint32_t>(offset);
+}
+inline uint8_t* dynamic_smem() { return self().block->smem + 1024; }
+inline void aligned(uint32_t address, uint32_t to, const char* what) {
+  if (address % to) fail("%s at %u is not aligned to %u", what, address, to);
+}
+
+// ---- sm_80 -----------------------------------------------------------------------------------------------------------------------------
+inline void cp_async(void* dst, const void* src, bool valid) {
+  aligned(shared(dst), 16, "cp.async to");
+  aligned(static_cast<uint32_t>(reinterpret_cast<uintptr_t>(src)), 16, "cp.async from");
+  self().copies.push_back({dst, src, valid});
+}
+inline void cp_async_commit() {
+  self().copy_groups.push_back(std::move(self().copies));
+  self().copies.clear();
+}
+template <int kPending> void cp_async_wait() {  // copies land as late as they may
+  auto& groups = self().copy_groups;
+  while (groups.size() > kPending) {
+    for (const auto& copy : groups.front()) copy.valid ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+    groups.erase(groups.begin());
+  }
+}
+
+inline emulator::Warp& warp() { return self().block->warps[self().index / 32]; }
+inline int lane() { return self().index % 32; }
+
+template <bool kTransposed> void ldmatrix(uint32_t (&r)[4], const void* row) {
+  aligned(shared(row), 16, "ldmatrix");
+  emulator::Warp& w = warp();
+  w.address[lane()] = row;
+  w.out[lane()] = r;
+  emulator::meet(w.meet, 32, [&w] {
+    for (int l = 0; l < 32; ++l)
+      for (int i = 0; i < 4; ++i) {
+        uint16_t v[2];
+        for (int e = 0; e < 2; ++e) {
+          const int across = l / 4, along = l % 4 * 2 + e;
+          v[e] = static_cast<const uint16_t*>(w.address[i * 8 + (kTransposed ? along : across)])[kTransposed ? across : along];
+        }
+        w.out[l][i] = v[0] | static_cast<uint32_t>(v[1]) << 16;
+      }
+  });
+}
+
+template <class T> void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::Warp& w = warp();
+  const int me = lane();
+  w.d[me] = d;
+  std::memcpy(w.a[me], a, sizeof a);
+  w.b[me][0] = b0;
+  w.b[me][1] = b1;
+  emulator::meet(w.meet, 32, [&w] {
+    float A[16][16], B[16][8];
+    for (int l = 0; l < 32; ++l)
+      for (int e = 0; e < 2; ++e) {
+        const int g = l / 4, q = l % 4 * 2 + e;
+        for (int i = 0; i < 4; ++i) A[g + i % 2 * 8][q + i / 2 * 8] = e ? unpack<T>(w.a[l][i]).y : unpack<T>(w.a[l][i]).x;
+        for (int i = 0; i < 2; ++i) B[q + i * 8][g] = e ? unpack<T>(w.b[l][i]).y : unpack<T>(w.b[l][i]).x;
+      }
+    for (int l = 0; l < 32; ++l)
+      for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 16; ++k) w.d[l][i] += A[l / 4 + i / 2 * 8][k] * B[k][l % 4 * 2 + i % 2];
+  });
+}
+
+// ---- clusters, barriers ------------------------------------------------------------------------------------------------------------------
+inline uint32_t cluster_rank() { return static_cast<uint32_t>(self().block->rank); }
+inline void cluster_sync() {
+  emulator::Cluster& c = *self().block->cluster;
+  emulator::meet(c.meet, static_cast<int>(c.blocks.size() * c.blocks[0]->threads.size()));
+}
+inline void named_barrier(int id, int threads) {
+  if (id < 1 || id > 15) fail("named barrier %d", id);
+  emulator::meet(self().block->barriers[id], threads);
+}
+
+struct Mbarrier {
+  uint64_t phase : 1, count : 11;
+  int64_t missing : 12, bytes : 40;
+  void change(int arrivals, int64_t more_bytes) {
+    bytes = bytes + more_bytes;
+    missing = missing - arrivals;
+    if (missing < 0) fail("an mbarrier has more arrivals than it counts");
+    if (missing || bytes) return;
+    phase = phase ^ 1u;
+    missing = static_cast<int64_t>(count);
+  }
+};
+static_assert(sizeof(Mbarrier) == 8);
+inline Mbarrier& mbarrier(void* p) { return *static_cast<Mbarrier*>(p); }
+inline void* in_block(const void* p, uint32_t rank) {
+  const auto& blocks = self().block->cluster->blocks;
+  if (rank >= blocks.size()) fail("no block %u in the cluster", rank);
+  return blocks[rank]->smem + shared(p);
+}
+
+inline void barrier_init(uint64_t* bar, int arrivals) {
+  Mbarrier fresh{};
+  fresh.count = static_cast<uint64_t>(arrivals);
+  fresh.missing = arrivals;
+  mbarrier(bar) = fresh;
+}
+inline void barrier_init_fence() {}
+inline void arrive_remote(uint64_t* bar, uint32_t rank) { mbarrier(in_block(bar, rank)).change(1, 0); }
+inline void arrive(uint64_t* bar) { arrive_remote(bar, cluster_rank()); }
+inline void arrive_expect(uint64_t* bar, uint32_t bytes) { mbarrier(in_block(bar, cluster_rank())).change(1, bytes); }
+inline void wait(uint64_t* bar, uint32_t parity) {
+  const Mbarrier* b = &mbarrier(in_block(bar, cluster_rank()));
+  if (b->phase == parity) emulator::wait_until([b, parity] { return b->phase != parity; });
+}
+inline void store_remote(int* slot, int value, uint64_t* bar, uint32_t rank) {
+  int* const to = static_cast<int*>(in_block(slot, rank));
+  void* const there = in_block(bar, rank);
+  emulator::later([=] {
+    *to = value;
+    mbarrier(there).change(0, -4);
+  });
+}
+
+// ---- TMA -----------------------------------------------------------------------------------------------------------------------------------
+struct Map {
+  uint16_t* data;
+  int64_t rows, cols, ld, box_rows, box_cols;
+  int64_t bytes() const { return box_rows * box_cols * 2; }
+  uint16_t* at(int64_t row, int64_t col) const { return row >= 0 && row < rows && col >= 0 && col < cols ? data + row * ld + col : nullptr; }
+};
+inline Map map_of(const CUtensorMap* map) {
+  Map m;
+  std::memcpy(&m, map, sizeof m);
+  return m;
+}
+// An address within a pattern of `span` bytes a row: bits 4-6 (4-5, 4) are exchanged with bits 7-9 (7-8, 7).
+inline uint32_t swizzled(uint32_t address, uint32_t span) { return address ^ ((address >> 7 & (span / 16 - 1)) << 4); }
+
+inline void load_box(uint8_t* smem, uint32_t to, const Map& m, int row, int col) {
+  for (int64_t r = 0; r < m.box_rows; ++r)
+    for (int64_t c = 0; c < m.box_cols; ++c) {
+      const uint16_t* from = m.at(row + r, col + c);
+      *reinterpret_cast<uint16_t*>(smem + swizzled(to + static_cast<uint32_t>((r * m.box_cols + c) * 2), static_cast<uint32_t>(m.box_cols * 2))) = from ? *from : 0;
+    }
+}
+inline void prefetch(const CUtensorMap*) {}
+inline void tma_load_multicast(void* dst, const CUtensorMap* map, uint64_t* bar, int row, int col, uint16_t blocks) {
+  const Map m = map_of(map);
+  const uint32_t to = shared(dst);
+  aligned(to, static_cast<uint32_t>(m.box_cols * 2 * 8), "TMA load to");
+  shared(static_cast<uint8_t*>(dst) + m.bytes() - 1);
+  for (uint32_t rank = 0; rank < self().block->cluster->blocks.size(); ++rank)
+    if (blocks >> rank & 1) {
+      uint8_t* const smem = self().block->cluster->blocks[rank]->smem;
+      void* const there = in_block(bar, rank);
+      emulator::later([=] {
+        load_box(smem, to, m, row, col);
+        mbarrier(there).change(0, -m.bytes());
+      });
+    }
+}
+inline void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, int row, int col) {
+  tma_load_multicast(dst, map, bar, row, col, static_cast<uint16_t>(1u << cluster_rank()));
+}
+inline void tma_store(const CUtensorMap* map, const void* src, int row, int col) {
+  const Map m = map_of(map);
+  const uint32_t from = shared(src);
+  emulator::Thread* const t = &self();
+  const size_t group = t->store_groups.size();
+  ++t->stores;
+  emulator::later([=] {
+    for (int64_t r = 0; r < m.box_rows; ++r)
+      for (int64_t c = 0; c < m.box_cols; ++c)
+        if (uint16_t* to = m.at(row + r, col + c))
+          *to = *reinterpret_cast<const uint16_t*>(t->block->smem + swizzled(from + static_cast<uint32_t>((r * m.box_cols + c) * 2), static_cast<uint32_t>(m.box_cols * 2)));
+    --(group < t->store_groups.size() ? t->store_groups[group] : t->stores);
+  });
+}
+inline void tma_store_commit() {
+  self().store_groups.push_back(self().stores);
+  self().stores = 0;
+}
+inline void tma_store_wait_read() {
+  emulator::wait_until([t = &self()] {
+    for (const int open : t->store_groups)
+      if (open) return false;
+    return true;
+  });
+}
+inline void tma_store_wait() { tma_store_wait_read(); }
+inline void fence_proxy() {}
+inline void fence_proxy_shared() {}
+
+inline int load_acquire(const int* p) {
+  emulator::yield();
+  return *p;
+}
+inline void store_release(int* p, int v) { *p = v; }
+
+inline void stmatrix(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  aligned(shared(row), 16, "stmatrix");
+  emulator::Warp& w = warp();
+  const uint32_t r[4] = {r0, r1, r2, r3};
+  w.address[lane()] = row;
+  std::memcpy(w.a[lane()], r, sizeof r);
+  emulator::meet(w.meet, 32, [&w] {
+    for (int l = 0; l < 32; ++l)
+      for (int i = 0; i < 4; ++i) std::memcpy(static_cast<uint16_t*>(const_cast<void*>(w.address[i * 8 + l / 4])) + l % 4 * 2, &w.a[l][i], 4);
+  });
+}
+
+// ---- wgmma -----------------------------------------------------------------------------------------------------------------------------------
+template <int> void registers_down() {}
+template <int> void registers_up() {}
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+
+inline uint64_t descriptor(const void* p, uint32_t leading_bytes, uint32_t stride_bytes, int swizzle_bytes) {
+  const uint64_t mode = swizzle_bytes == 128 ? 1 : swizzle_bytes == 64 ? 2 : 3;
+  return uint64_t{shared(p) >> 4} | uint64_t{leading_bytes >> 4} << 16 | uint64_t{stride_bytes >> 4} << 32 | mode << 62;
+}
+
+// Where element (mn, k) of a 16-deep operand lies. K-major: rows of `span` bytes, 8 of them a stride apart from the next 8. MN-major: rows of
+// `span` bytes along mn for each k, 8 k's a stride, `span / 2` columns a leading offset apart.
+inline uint32_t operand(uint64_t d, int mn, int k, bool mn_major) {
+  const uint32_t start = static_cast<uint32_t>(d & 0x3fff) << 4, leading = static_cast<uint32_t>(d >> 16 & 0x3fff) << 4, stride = static_cast<uint32_t>(d >> 32 & 0x3fff) << 4;
+  const int span = 256 >> (d >> 62);
+  const uint32_t offset = mn_major ? mn / (span / 2) * leading + k / 8 * stride + k % 8 * span + mn % (span / 2) * 2 : mn / 8 * stride + mn % 8 * span + k * 2;
+  return swizzled(start + offset, static_cast<uint32_t>(span));
+}
+
+template <class T, int kN, bool kRightMN> void multiply(const uint8_t* smem, uint64_t left, uint64_t right, bool accumulate, float* const* d) {
+  static float A[16][64], B[16][256], D[64][256];
+  for (int k = 0; k < 16; ++k) {
+    for (int r = 0; r < 64; ++r) A[k][r] = to_float<T>(smem + operand(left, r, k, false));
+    for (int n = 0; n < kN; ++n) B[k][n] = to_float<T>(smem + operand(right, n, k, kRightMN));
+  }
+  for (int r = 0; r < 64; ++r) {
+    for (int n = 0; n < kN; ++n) D[r][n] = 0;
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < kN; ++n) D[r][n] += A[k][r] * B[k][n];
+  }
+  for (int t = 0; t < 128; ++t)
+    for (int i = 0; i < kN / 2; ++i) {
+      const float product = D[t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8][i / 4 * 8 + t % 4 * 2 + i % 2];
+      d[t][i] = accumulate ? d[t][i] + product : product;
+    }
+}
+
+template <class T, int kN, bool kRightMN> void wgmma(float (&d)[kN / 2], uint64_t left, uint64_t right, int accumulate) {
+  emulator::Thread::Product p{nullptr, d, left, right, accumulate * 1024 + kN};
+  if (self().index % 128 == 0) p.run = [=, smem = self().block->smem](float* const* all) { multiply<T, kN, kRightMN>(smem, left, right, accumulate, all); };
+  self().products.push_back(std::move(p));
+}
+
+// The warpgroup's products happen here, as late as they may; all its threads must have asked for the same ones.
+inline void wgmma_wait() {
+  emulator::Block* const block = self().block;
+  const int group = self().index / 128;
+  emulator::meet(block->warpgroups[group], 128, [=] {
+    emulator::Thread* const* threads = &block->threads[static_cast<size_t>(group) * 128];
+    for (size_t i = 0; i < threads[0]->products.size(); ++i) {
+      const auto& first = threads[0]->products[i];
+      float* d[128];
+      for (int t = 0; t < 128; ++t) {
+        const auto& all = threads[t]->products;
+        if (all.size() != threads[0]->products.size() || all[i].left != first.left || all[i].right != first.right || all[i].shape != first.shape) fail("a wgmma differs within its warpgroup");
+        d[t] = all[i].d;
+      }
+      first.run(d);
+    }
+    for (int t = 0; t < 128; ++t) threads[t]->products.clear();
+  });
+}
+
+}  // namespace fused_lora::ptx

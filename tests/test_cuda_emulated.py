@@ -1,0 +1,193 @@
+"""The CUDA kernels on an emulated GPU (cuda_emulator/): every product, tail, mask and schedule, without a GPU.
+
+The library's own sources are compiled as C++, with ptx.cuh replaced by the emulator's. Threads run in a random order, warpgroups are held back
+and asynchronous copies land late, so a missing wait or a wrong phase shows. What only a GPU can show (fences, time) stays for a GPU.
+"""
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import itertools
+import os
+import random
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+import pytest
+import torch
+
+from fused_lora import reference
+from fused_lora.backends import cuda
+from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent / "cuda_emulator"
+TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+pytestmark = pytest.mark.skipif(not (TOOLKIT / "cuda.h").exists() or os.uname().machine != "x86_64", reason="needs the CUDA toolkit's headers, on x86-64")
+SMS = 8
+
+
+def compile_file(source: Path, file: Path) -> Path:
+    """One C++ or CUDA source as an object beside it; `source` is the csrc folder that it includes from."""
+    includes = [HERE / "include", HERE, source, TOOLKIT, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-w", "-DFUSED_LORA_CUDA", '-DFUSED_LORA_CUDA_ARCHS="emulated"', "-D__launch_bounds__(...)="]
+    done = subprocess.run(["c++", *flags, *(f"-I{i}" for i in includes), "-x", "c++", "-c", str(file), "-o", f"{file}.o"], capture_output=True, text=True)
+    assert done.returncode == 0, f"{file}\n{done.stderr[-4000:]}"
+    return Path(f"{file}.o")
+
+
+def build(folder: Path) -> Path:
+    """The extension for the emulated device, linked in `folder` from a copy of the sources."""
+    source = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", source)
+    for name in ("ptx.cuh", "device.cpp"):
+        shutil.copy(HERE / name, source / "cuda" / name)
+    files = sorted(source.rglob("*.cu")) + sorted(source.rglob("*.cpp"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda file: compile_file(source, file), files))
+    return link(folder)
+
+
+def link(folder: Path) -> Path:
+    library = folder / "_C.so"
+    subprocess.run(["c++", "-shared", *map(str, sorted((folder / "csrc").rglob("*.o"))), "-o", str(library), "-lpthread"], check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("emulated"))
+
+
+def install(library, monkeypatch):
+    """Puts the CUDA back end on CPU tensors and the emulated device; returns what sets how blocks, copies and warpgroups are scheduled."""
+    name = f"{library.parent.name}._C"  # pybind11 hands out one module a name
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    configure = ctypes.CDLL(str(library)).emulator_configure
+    monkeypatch.setattr(cuda, "_C", module)
+    monkeypatch.setattr(cuda, "refusal", lambda x, weight, lora_A: None)
+    monkeypatch.setattr(cuda, "_sms", lambda index: SMS)
+    monkeypatch.setattr(cuda, "_launch", lambda function, device, *args: function(*args, 0, 0))
+
+    def schedule(resident_blocks=8, delay=4, freeze=0, seed=1):
+        configure(SMS, resident_blocks, delay, freeze, seed)
+
+    schedule()
+    return schedule
+
+
+@pytest.fixture
+def schedule(library, monkeypatch):
+    return install(library, monkeypatch)
+
+
+def dropout_seed():
+    return torch.tensor([1234567890123])
+
+
+def check(shape, dtype, adapter=None, dropout_p=0.0, needs=(True,) * 4, seed=0):
+    """Exact without dropout, else within the computed tolerance."""
+    if dropout_p == 0.0:
+        p = exact_problem(*shape, dtype, adapter, seed=seed)
+        assert_exact(run(p, backend="cuda", needs=needs), truth(p))
+    else:
+        p = random_problem(*shape, dtype, adapter, seed=seed)
+        masked = dict(dropout_p=dropout_p, seed=dropout_seed())
+        assert_close(run(p, backend="cuda", needs=needs, **masked), run(p, backend="reference", **masked), truth(p, **masked))
+
+
+# Both tile widths, one tile and several waves of them, rows and columns past the end, every rank tile and number of low-rank blocks.
+@pytest.mark.parametrize("R", [1, 12, 16, 32, 33, 64, 100, 256])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (17, 32, 248), (129, 264, 136), (300, 520, 328), (600, 640, 72)])
+def test_exact_integers(schedule, poison, shape, R):
+    for dtype, adapter in ((torch.bfloat16, None), (torch.float16, torch.float32)):
+        check((*shape, R), dtype, adapter)
+
+
+@pytest.mark.parametrize("R", [16, 31, 64, 100, 256])
+@pytest.mark.parametrize("shape", [(17, 32, 248), (300, 264, 520), (600, 64, 640)])
+def test_dropout(schedule, poison, shape, R):
+    check((*shape, R), torch.bfloat16, None, 0.25)
+    check((*shape, R), torch.float16, torch.float32, 0.25)
+
+
+def test_dropout_mask_is_the_reference_mask(schedule):
+    """With A = I and W = 0, h is drop(x) itself; with dy = e_n, B = 1 and A = 1, dx is the mask."""
+    M, K = 37, 48
+    p = random_problem(M, 16, K, K, torch.bfloat16, bias=False)
+    p.x.fill_(1.0), p.lora_A.copy_(torch.eye(K)), p.weight.zero_()
+    p.scaling = 1.0
+    mask = reference.dropout_mask(dropout_seed(), M, K, 0.5, torch.bfloat16)
+    assert torch.equal(run(p, backend="cuda", dropout_p=0.5, seed=dropout_seed(), needs=(False,) * 4)["h"], mask)
+    p = exact_problem(300, 16, 520, 8, torch.bfloat16, bias=False)
+    p.weight.zero_(), p.dy.zero_(), p.lora_A.zero_(), p.lora_B.zero_()
+    p.dy[:, 3], p.lora_A[2], p.lora_B[3, 2], p.scaling = 1.0, 1.0, 1.0, 1.0
+    dx = run(p, backend="cuda", dropout_p=0.5, seed=dropout_seed(), needs=(True, False, False, False))["dx"]
+    assert torch.equal(dx, reference.dropout_mask(dropout_seed(), 300, 520, 0.5, torch.bfloat16))
+
+
+def test_every_pruning(schedule, poison):
+    for needs, R in itertools.product(itertools.product((False, True), repeat=4), (8, 100)):
+        check((70, 40, 136, R), torch.bfloat16, needs=needs)
+
+
+def test_strided_and_misaligned_inputs(schedule, poison):
+    p = exact_problem(150, 40, 136, 12, torch.bfloat16)
+    want = truth(p)
+    for margin in (8, 3):  # rows that TMA can read, rows that must be copied; NaN around them
+
+        def surrounded(t):
+            wide = torch.full((t.shape[0] + 2, t.shape[1] + 2 * margin), float("nan"), dtype=t.dtype)
+            wide[1:-1, margin:-margin] = t
+            return wide[1:-1, margin:-margin]
+
+        p.x, p.dy = surrounded(p.x), surrounded(p.dy)
+        assert_exact(run(p, backend="cuda"), want)
+
+
+@pytest.mark.parametrize("resident_blocks, delay, freeze", [(8, 400, 3000), (2, 4, 500), (4, 2000, 100)])
+def test_hostile_schedules(schedule, poison, resident_blocks, delay, freeze):
+    """Few blocks resident at once, late copies, stalled warpgroups: same results, and no deadlock."""
+    choose = random.Random(resident_blocks)
+    for i in range(10):
+        schedule(resident_blocks, delay, freeze, i + 1)
+        M, R = choose.choice([64, 129, 257, 600, 900]), choose.choice([1, 9, 16, 32, 64, 72, 256])
+        shape = (M, 8 * choose.randint(1, 80), 8 * choose.randint(1, 80), R)
+        check(shape, choose.choice([torch.bfloat16, torch.float16]), choose.choice([None, torch.float32]), choose.choice([0.0, 0.0, 0.25]))
+
+
+def test_bitwise_determinism(schedule):
+    """The schedule does not show in the results."""
+    p = random_problem(600, 264, 328, 16, torch.bfloat16)
+    runs = []
+    for s in range(3):
+        schedule(resident_blocks=4 + 2 * s, delay=100, freeze=1000, seed=s + 1)
+        runs.append(run(p, backend="cuda", dropout_p=0.1, seed=dropout_seed()))
+    assert all(torch.equal(runs[0][name], other[name]) for other in runs[1:] for name in runs[0])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {",  # the loader's wait for h
+        "if (thread == 0) ptx::tma_store_wait_read();",  # before the staging tile is written again
+    ],
+)
+def test_a_missing_wait_shows(library, tmp_path, monkeypatch, poison, line):
+    """The tests above can fail: the same sources without one wait."""
+    shutil.copytree(library.parent / "csrc", tmp_path / "csrc")
+    kernel = tmp_path / "csrc" / "cuda" / "lora_gemm_sm90.cuh"
+    assert line in kernel.read_text()
+    kernel.write_text(kernel.read_text().replace(line, "while (false) {" if line.endswith("{") else ""))
+    compile_file(tmp_path / "csrc", kernel.with_name("lora_gemm_sm90_bf16.cu"))
+    schedule = install(link(tmp_path), monkeypatch)
+    with pytest.raises(AssertionError, match="elements differ"):
+        for seed in range(1, 11):
+            schedule(resident_blocks=8, delay=400, freeze=3000, seed=seed)
+            check((600, 520, 328, 16), torch.bfloat16, seed=seed)  # other values each time: memory used again must not hold the right ones
