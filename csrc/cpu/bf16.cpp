@@ -2,7 +2,7 @@
 // conversion to fp32. Register tiles as in simd.h; the operand that varies by row is broadcast from memory, 32 bits at a time.
 #include "kernels.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef FUSED_LORA_BF16_DOT
 #include <immintrin.h>
 
 // Not a whole-file option: an inline function of a header compiled here for AVX-512 could serve the other files too.
@@ -141,6 +141,8 @@ BF16_DOT void expand_bf16(const uint16_t* H, int64_t Rp, const uint32_t* Q, int6
 namespace fused_lora::cpu {
 
 bool has_bf16_dot() { return false; }
+Status forward_bf16(const CpuForwardParams&) { return Status::bad_dtype; }
+Status backward_bf16(const CpuBackwardParams&) { return Status::bad_dtype; }
 
 }  // namespace fused_lora::cpu
 

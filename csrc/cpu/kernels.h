@@ -47,6 +47,10 @@ void load_matrix(const void* src, Dtype dtype, float* out, int64_t rows, int64_t
 // out[cols, ldo] = src[rows, cols]^T in fp32; columns past rows up to ldo zero.
 void load_transposed(const void* src, Dtype dtype, float* out, int64_t rows, int64_t cols, int64_t ldo);
 
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 10 && !defined(__clang__)
+#define FUSED_LORA_BF16_DOT  // the compiler can make the code; has_bf16_dot() says whether the CPU can run it
+#endif
+
 // bf16.cpp: the same products on CPUs with AVX512-BF16, bf16 operands in pairs along the summed dimension, fp32 accumulation. A pair is
 // two bf16 in 32 bits, the lower index in the lower half. Ranks are padded to a multiple of kLanes.
 constexpr int64_t kLanes = 16;  // pairs, or fp32 sums, of one AVX-512 vector

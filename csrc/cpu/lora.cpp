@@ -56,6 +56,18 @@ void expand_panel(Scratch& s, const float* Q, int64_t ldq, int64_t R, int64_t Rp
   }
 }
 
+// dA, gathered as [K, Rp], and dB from their slabs, side by side.
+void store_gradients(const CpuBackwardParams& p, Buffers& buffers, int threads, Slabs& dA, Slabs& dB, int64_t Rp) {
+  float* dA_rows = p.dA ? buffers.take(Rp * p.K) : nullptr;
+  each_of_two(threads, [&](int i) {
+    if (i == 0 && p.dA) {
+      load_transposed(dA.sum(), Dtype::f32, dA_rows, p.K, Rp, p.K);
+      store_row(dA_rows, p.dA, p.adapter_dtype, p.R * p.K);
+    }
+    if (i == 1 && p.dB) store_slab(dB.sum(), Rp, p.dB, p.adapter_dtype, p.N, p.R);
+  });
+}
+
 }  // namespace
 }  // namespace fused_lora::cpu
 
@@ -134,14 +146,7 @@ Status cpu_backward(const CpuBackwardParams& p) {
     }
   });
 
-  float* dA_rows = p.dA ? buffers.take(Rp * p.K) : nullptr;
-  each_of_two(threads, [&](int i) {
-    if (i == 0 && p.dA) {
-      load_transposed(dA.sum(), Dtype::f32, dA_rows, p.K, Rp, p.K);
-      store_row(dA_rows, p.dA, p.adapter_dtype, p.R * p.K);
-    }
-    if (i == 1 && p.dB) store_slab(dB.sum(), Rp, p.dB, p.adapter_dtype, p.N, p.R);
-  });
+  store_gradients(p, buffers, threads, dA, dB, Rp);
   if (p.dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
   return Status::ok;
 }

@@ -4,6 +4,8 @@
 // end does), dropout masks x to 0 or itself and its factor joins the fp32 sums, and the slabs of dA and dB lie as [R, width].
 #include "driver.h"
 
+#ifdef FUSED_LORA_BF16_DOT
+
 namespace fused_lora::cpu {
 namespace {
 
@@ -73,6 +75,23 @@ Panel panel_of(Scratch& s, const void* src, int64_t ld, int64_t m, int64_t n, in
   if (!mask && rows % kStrip == 0 && cols % kTile == 0) return {from, ld};
   copy_panel(from, ld, mask, s.panel, rows, cols);
   return {s.panel, kPanel};
+}
+
+// dA, gathered as [Rp, Kp] without dropout's factor, and dB, gathered as [Rp, Np], from their slabs, side by side.
+void store_gradients(const CpuBackwardParams& p, Buffers& buffers, int threads, Slabs& dA, Slabs& dB, int64_t Rp) {
+  const int64_t Np = round_up(p.N, kTile), Kp = round_up(p.K, kTile);
+  float* dB_rows = p.dB ? buffers.take(Np * Rp) : nullptr;
+  each_of_two(threads, [&](int i) {
+    if (i == 0 && p.dA) {
+      float* out = dA.sum();
+      for (int64_t j = 0; p.dropout.threshold > 0 && j < Rp * Kp; ++j) out[j] *= p.dropout.scale();
+      store_slab(out, Kp, p.dA, p.adapter_dtype, p.R, p.K);
+    }
+    if (i == 1 && p.dB) {
+      load_transposed(dB.sum(), Dtype::f32, dB_rows, Rp, Np, Rp);
+      store_slab(dB_rows, Rp, p.dB, p.adapter_dtype, p.N, p.R);
+    }
+  });
 }
 
 }  // namespace
@@ -147,20 +166,11 @@ Status backward_bf16(const CpuBackwardParams& p) {
     }
   });
 
-  float* dB_rows = p.dB ? buffers.take(Np * Rp) : nullptr;
-  each_of_two(threads, [&](int i) {
-    if (i == 0 && p.dA) {
-      float* out = dA.sum();
-      for (int64_t j = 0; dropout && j < Rp * Kp; ++j) out[j] *= p.dropout.scale();
-      store_slab(out, Kp, p.dA, p.adapter_dtype, p.R, p.K);
-    }
-    if (i == 1 && p.dB) {
-      load_transposed(dB.sum(), Dtype::f32, dB_rows, Rp, Np, Rp);
-      store_slab(dB_rows, Rp, p.dB, p.adapter_dtype, p.N, p.R);
-    }
-  });
+  store_gradients(p, buffers, threads, dA, dB, Rp);
   if (p.dbias) store_row(dbias.sum(), p.dbias, Dtype::bf16, p.N);
   return Status::ok;
 }
 
 }  // namespace fused_lora::cpu
+
+#endif
