@@ -1,7 +1,4 @@
-"""What people see of a benchmark: lines on the terminal, JSON, a plot, and README's table, which is written from the JSON.
-
-    python -m fused_lora.bench.report README.md bench/results
-"""
+"""What people see of a benchmark: lines on the terminal, JSON, a plot, and README's table, which is written from the JSON."""
 
 import json
 import platform
@@ -180,7 +177,3 @@ def update_readme(readme: Path, results: Path) -> None:
     body = "\n\n".join(markdown(json.loads(f.read_text())) for f in files)
     head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     write_whole({readme: f"{head}\n{body}\n{tail}".encode()})
-
-
-if __name__ == "__main__":
-    update_readme(Path(sys.argv[1]), Path(sys.argv[2]))
