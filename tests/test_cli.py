@@ -11,37 +11,19 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from fused_lora import bench
 from fused_lora.cli import app
 
 
-@pytest.fixture(scope="module")
-def tiny_files(tmp_path_factory):
-    """The options --model and --data of a random two-layer Llama over bytes and a text file."""
-    directory = tmp_path_factory.mktemp("tiny")
-    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory / "model")
-    torch.manual_seed(0)
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=257)
-    LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=64, bos_token_id=256, eos_token_id=256)).save_pretrained(directory / "model")
-    rows = [{"text": f"the square of {i} is {i * i}"} for i in range(60)]
-    (directory / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return ["--model", str(directory / "model"), "--data", str(directory / "data.jsonl"), "--device", "cpu"]
-
-
 @pytest.fixture
-def tiny(tiny_files):
-    """tiny_files, on one thread: two cost a model of this size more than they give, and much more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tiny_files
-    torch.set_num_threads(threads)
+def tiny(tiny_model, one_thread, tmp_path_factory):
+    """The options --model and --data of a tiny model and a file of lines of JSON."""
+    data = tmp_path_factory.mktemp("data") / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"the square of {i} is {i * i}"}) for i in range(60)))
+    return ["--model", tiny_model, "--data", str(data), "--device", "cpu"]
 
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # typer colours its help wherever it believes to be in a CI service

@@ -11,9 +11,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fused_lora import apply_lora, checkpoint, files, finetune, load_adapter, set_adapter, training
 from fused_lora.data import IGNORED
@@ -23,27 +21,17 @@ FILES = ["adapter_config.json", "adapter_model.safetensors", "checkpoint.safeten
 
 
 @pytest.fixture(scope="module")
-def tiny_files(tmp_path_factory):
-    """A random two-layer Llama over bytes and a text file: (model directory, data file)."""
-    directory = tmp_path_factory.mktemp("tiny")
-    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory / "model")
-    torch.manual_seed(0)
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=257)
-    LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=64, bos_token_id=256, eos_token_id=256)).save_pretrained(directory / "model")
-    (directory / "data.txt").write_text("".join(f"the square of {i} is {i * i}\n" for i in range(60)))
-    return str(directory / "model"), str(directory / "data.txt")
+def tiny_files(tiny_model, tmp_path_factory):
+    """A tiny model and a text file: (model directory, data file)."""
+    data = tmp_path_factory.mktemp("data") / "data.txt"
+    data.write_text("".join(f"the square of {i} is {i * i}\n" for i in range(60)))
+    return tiny_model, str(data)
 
 
 @pytest.fixture
-def tiny(tiny_files):
-    """tiny_files, on one thread: two cost a model of this size more than they give, and much more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tiny_files
-    torch.set_num_threads(threads)
+def tiny(tiny_files, one_thread):
+    """tiny_files, on one thread."""
+    return tiny_files
 
 
 def settings_of(tiny, **changes):
