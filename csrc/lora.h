@@ -36,38 +36,43 @@ struct Dropout {
   float scale() const { return 65536.0f / (65536.0f - static_cast<float>(threshold)); }
 };
 
-// CPU, all of the forward but the base product: writes h and adds h B^T to y, in which the caller has put x W^T + bias.
+// CPU, the forward: writes h, and y with the base product of its own (fp32 only) or, without W, by adding h B^T to the caller's x W^T + bias.
 struct CpuForwardParams {
-  const void* x;  // [M, K], row stride ldx, dtype
-  const void* A;  // [R, K], contiguous, adapter_dtype
-  const void* B;  // [N, R], contiguous, adapter_dtype
-  void* h;        // [M, R], contiguous, dtype
-  void* y;        // [M, N], contiguous, dtype; updated
-  int64_t M, N, K, R, ldx;
+  const void* x;     // [M, K], row stride ldx, dtype
+  const void* W;     // [N, K], row stride ldw, fp32; or null
+  const void* A;     // [R, K], contiguous, adapter_dtype
+  const void* B;     // [N, R], contiguous, adapter_dtype
+  const void* bias;  // [N], fp32, read with W only; or null
+  void* h;           // [M, R], contiguous, dtype
+  void* y;           // [M, N], contiguous, dtype; updated where W is null
+  int64_t M, N, K, R, ldx, ldw;
   Dtype dtype, adapter_dtype;
   float scaling;
   Dropout dropout;
   int threads;
 };
 
-// CPU, all of the backward but the base product: adds to dx, in which the caller has put dy W. A null output is not computed.
+// CPU, the backward: dx with the base product of its own (fp32 only) or, without W, added to the caller's dy W. A null output is not computed.
 struct CpuBackwardParams {
   const void* dy;  // [M, N], row stride lddy, dtype
   const void* x;   // [M, K], row stride ldx, dtype; read for dA only
+  const void* W;   // [N, K], row stride ldw, fp32, read for dx only; or null
   const void* A;   // [R, K], contiguous, adapter_dtype
   const void* B;   // [N, R], contiguous, adapter_dtype
   const void* h;   // [M, R], contiguous, dtype; read for dB only
-  void* dx;        // [M, K], contiguous, dtype; updated by mask * (dh A) / (1 - p)
+  void* dx;        // [M, K], contiguous, dtype; updated by mask * (dh A) / (1 - p) where W is null
   void* dA;        // [R, K], contiguous, adapter_dtype
   void* dB;        // [N, R], contiguous, adapter_dtype
   void* dbias;     // [N], contiguous, dtype
-  int64_t M, N, K, R, ldx, lddy;
+  int64_t M, N, K, R, ldx, lddy, ldw;
   Dtype dtype, adapter_dtype;
   float scaling;
   Dropout dropout;
   int threads;
 };
 
+// Whether W pays in fp32: where PyTorch's own fp32 product leaves room (bench/NOTES.md).
+bool cpu_prefers_lora_gemm();
 Status cpu_forward(const CpuForwardParams& p);
 Status cpu_backward(const CpuBackwardParams& p);
 

@@ -35,20 +35,6 @@ def test_exact_integers(backend, poison, bias):
         assert_exact(run(p, backend=backend.name), truth(p))
 
 
-# Around the CPU kernels' panels of 384 columns, strips of 12 and blocks of 96 rows; more than one of each, whole and ragged.
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-@pytest.mark.parametrize("shape", [(96, 384, 768, 16), (100, 385, 770, 12), (391, 800, 416, 33), (25, 1153, 383, 1)])
-def test_cpu_panels_and_blocks(poison, shape, dropout_p):
-    seed = torch.tensor([5]) if dropout_p else None
-    for dtype, adapter in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)):
-        if dropout_p == 0.0:
-            p = exact_problem(*shape, dtype, adapter)
-            assert_exact(run(p, backend="cpu"), truth(p))
-        p = random_problem(*shape, dtype, adapter)
-        masked = dict(dropout_p=dropout_p, seed=seed)
-        assert_close(run(p, backend="cpu", **masked), run(p, backend="reference", **masked), truth(p, **masked))
-
-
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_error_against_fp64(fused, poison, dropout_p):
     seed = seed_for(fused) if dropout_p else None

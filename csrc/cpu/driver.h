@@ -25,10 +25,12 @@ inline int64_t item_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 inline const char* at(const void* base, int64_t elements, Dtype dtype) { return static_cast<const char*>(base) + elements * item_size(dtype); }
 inline char* at(void* base, int64_t elements, Dtype dtype) { return static_cast<char*>(base) + elements * item_size(dtype); }
 
-// Threads worth waking for M rows: at least one strip each, and enough arithmetic to pay for the wake-up (about 5 us).
+// Threads worth waking (about 5 us) for so many multiplications.
+inline int threads_worth(int64_t multiplications, int threads) { return static_cast<int>(std::min<int64_t>(threads, 1 + multiplications / (1 << 18))); }
+
+// The same for M rows of the low-rank products, at least one strip for each thread.
 inline int threads_for(int64_t M, int64_t width, int64_t R, int threads) {
-  const int64_t strips = (M + kStrip - 1) / kStrip, by_work = 1 + M * width * R / (1 << 18);
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({threads, strips, by_work})));
+  return std::max(1, std::min(threads_worth(M * width * R, threads), static_cast<int>((M + kStrip - 1) / kStrip)));
 }
 
 // Rows of the largest block that a thread will see.

@@ -29,6 +29,20 @@ void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64
 // expand.cpp     out[kStrip, cols (row stride ldo)] += H[kStrip, Rp] Q[R, cols (row stride ldq)]; cols rounded up to a multiple of 2 * kVec.
 void expand(const float* H, const float* Q, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp, int64_t ldq);
 
+// lora_gemm.cpp  out[M, J] = L[M, P] Q + low[M, R] S + bias, on all threads; Q [P, J] and S [R, J] where by_rows, else Q [J, P] and S [J, R].
+struct LoraGemm {
+  const float* L;     // [M, P], row stride ldl
+  const float* Q;     // row stride ldq
+  const float* low;   // [M, R], row stride ldlow; R may be 0
+  const float* S;     // row stride lds
+  const float* bias;  // [J] or null
+  float* out;         // [M, J], contiguous
+  int64_t M, J, P, R, ldl, ldq, ldlow, lds;
+  bool by_rows;
+};
+class Buffers;  // driver.h
+void lora_gemm(const LoraGemm& g, Buffers& buffers, int threads);
+
 // dropout.cpp    mask[rows, kPanel] = scale or 0 for rows row0.. and columns col0.. of the [M, K] input; col0 a multiple of 8.
 void dropout_mask(const Dropout& dropout, float* mask, int64_t row0, int64_t col0, int64_t rows, int64_t cols);
 

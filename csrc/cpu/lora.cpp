@@ -1,13 +1,21 @@
-// The CPU back end's two drivers: everything of the LoRA forward and backward but the base products x W^T and dy W.
+// The CPU back end's two drivers: everything of the LoRA forward and backward but, where the caller gives no W, the base products.
 //
-// Each thread takes a run of rows and walks it in blocks of kRows rows and panels of kPanel columns. x and dy are read once, y and dx are
-// updated once. dA^T, dB and dbias gather in one fp32 slab a thread; the slabs are summed in thread order, so results repeat bit for bit.
+// Each thread takes a run of rows and walks it in blocks of kRows rows and panels of kPanel columns. x and dy are read once; y and dx are
+// updated once or, with W, come out of lora_gemm after the walk. dA^T, dB and dbias gather in one fp32 slab a thread; the slabs are summed in
+// thread order, so results repeat bit for bit.
 #include "driver.h"
 
 namespace fused_lora::cpu {
 namespace {
 
-bool known(Dtype dtype) { return dtype == Dtype::f32 || dtype == Dtype::f16 || dtype == Dtype::bf16; }
+// What is wrong with a call's numbers.
+template <class Params> Status check(const Params& p) {
+  const auto known = [](Dtype dtype) { return dtype == Dtype::f32 || dtype == Dtype::f16 || dtype == Dtype::bf16; };
+  if (!known(p.dtype) || !known(p.adapter_dtype) || (p.W && (p.dtype != Dtype::f32 || p.adapter_dtype != Dtype::f32))) return Status::bad_dtype;
+  return p.M < 0 || p.N < 1 || p.K < 1 || p.R < 1 ? Status::bad_shape : Status::ok;
+}
+
+const float* floats(const void* p) { return static_cast<const float*>(p); }
 
 // src[rows, cols] in fp32 with row stride ld: itself, or a copy padded with zeros.
 const float* fp32(Buffers& buffers, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t ld) {
@@ -74,17 +82,24 @@ void store_gradients(const CpuBackwardParams& p, Buffers& buffers, int threads, 
 namespace fused_lora {
 using namespace cpu;
 
+bool cpu_prefers_lora_gemm() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_is("amd");  // MKL has no AVX-512 kernels for these; Intel's CPUs have not been measured and keep PyTorch's product
+#else
+  return false;
+#endif
+}
+
 Status cpu_forward(const CpuForwardParams& p) {
-  if (!known(p.dtype) || !known(p.adapter_dtype)) return Status::bad_dtype;
-  if (p.M < 0 || p.N < 1 || p.K < 1 || p.R < 1) return Status::bad_shape;
+  if (const Status status = check(p); status != Status::ok) return status;
   if (p.dtype == Dtype::bf16 && has_bf16_dot()) return forward_bf16(p);
   const int64_t Rp = round_up(p.R, kVec), ldq = round_up(p.N, 2 * kVec);
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
   Buffers buffers;
-  float *P = buffers.take(p.K * Rp), *Q = buffers.take(p.R * ldq);  // A^T, B^T
-  each_of_two(threads, [&](int i) {
+  float *P = buffers.take(p.K * Rp), *Q = p.W ? nullptr : buffers.take(p.R * ldq);  // A^T, B^T
+  each_of_two(Q ? threads : 1, [&](int i) {
     if (i == 0) load_transposed(p.A, p.adapter_dtype, P, p.R, p.K, Rp);
-    else load_transposed(p.B, p.adapter_dtype, Q, p.N, p.R, ldq);
+    else if (Q) load_transposed(p.B, p.adapter_dtype, Q, p.N, p.R, ldq);
   });
   std::vector<Scratch> scratch;
   for (int t = 0; t < threads; ++t) scratch.emplace_back(buffers, block_rows(p.M, threads), p.dropout.threshold > 0, Rp);
@@ -100,25 +115,31 @@ Status cpu_forward(const CpuForwardParams& p) {
     }
     for (int64_t i = 0; i < rows * Rp; ++i) s.low[i] *= p.scaling;
     store_slab(s.low, Rp, at(p.h, m * p.R, p.dtype), p.dtype, rows, p.R);
-    for (int64_t n = 0; n < p.N; n += kPanel)
+    for (int64_t n = 0; Q && n < p.N; n += kPanel)
       expand_panel(s, Q, ldq, p.R, Rp, nullptr, at(p.y, m * p.N, p.dtype), p.dtype, p.N, n, rows, std::min(kPanel, p.N - n));
   });
+  if (p.W) {
+    const LoraGemm y{floats(p.x), floats(p.W), floats(p.h), floats(p.B), floats(p.bias), static_cast<float*>(p.y), p.M, p.N, p.K, p.R, p.ldx, p.ldw, p.R, p.R, false};
+    lora_gemm(y, buffers, threads_worth(p.M * p.N * p.K, p.threads));
+  }
   return Status::ok;
 }
 
 Status cpu_backward(const CpuBackwardParams& p) {
-  if (!known(p.dtype) || !known(p.adapter_dtype)) return Status::bad_dtype;
-  if (p.M < 0 || p.N < 1 || p.K < 1 || p.R < 1) return Status::bad_shape;
+  if (const Status status = check(p); status != Status::ok) return status;
   if (p.dtype == Dtype::bf16 && has_bf16_dot()) return backward_bf16(p);
   const int64_t Rp = round_up(p.R, kVec), ldq = round_up(p.K, 2 * kVec), Np = round_up(p.N, kStrip), Kp = round_up(p.K, kStrip);
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
-  const bool need_dh = p.dx || p.dA;
+  const bool need_dh = p.dx || p.dA, dropout = p.dropout.threshold > 0, own = p.dx && p.W, inside = own && !dropout;  // the update inside lora_gemm
   Buffers buffers;
-  const float *P = need_dh ? fp32(buffers, p.B, p.adapter_dtype, p.N, p.R, Rp) : nullptr, *Q = p.dx ? fp32(buffers, p.A, p.adapter_dtype, p.R, p.K, ldq) : nullptr;
+  float* dh = inside ? buffers.take(p.M * Rp) : nullptr;  // [M, Rp]
+  const LoraGemm dx{floats(p.dy), floats(p.W), dh, floats(p.A), nullptr, static_cast<float*>(p.dx), p.M, p.K, p.N, inside ? p.R : 0, p.lddy, p.ldw, Rp, p.K, true};
+  if (own && dropout) lora_gemm(dx, buffers, threads_worth(p.M * p.N * p.K, p.threads));
+  const float *P = need_dh ? fp32(buffers, p.B, p.adapter_dtype, p.N, p.R, Rp) : nullptr, *Q = p.dx && !inside ? fp32(buffers, p.A, p.adapter_dtype, p.R, p.K, ldq) : nullptr;
   std::vector<Scratch> scratch;
   Slabs dA(p.dA, Kp * Rp), dB(p.dB, Np * Rp), dbias(p.dbias, p.N);
   for (int t = 0; t < threads; ++t) {
-    scratch.emplace_back(buffers, block_rows(p.M, threads), p.dropout.threshold > 0, Rp);
+    scratch.emplace_back(buffers, block_rows(p.M, threads), dropout, Rp);
     dA.add(buffers), dB.add(buffers), dbias.add(buffers);
   }
 
@@ -142,10 +163,12 @@ Status cpu_backward(const CpuBackwardParams& p) {
         const Panel x = panel_of(s, p.x, p.dtype, p.ldx, m, k, rows, cols, s.mask);
         wgrad(x.data, x.ld, s.low, dA[t] + k * Rp, rows, cols, Rp);
       }
-      if (p.dx) expand_panel(s, Q, ldq, p.R, Rp, s.mask, at(p.dx, m * p.K, p.dtype), p.dtype, p.K, k, rows, cols);
+      if (Q) expand_panel(s, Q, ldq, p.R, Rp, s.mask, at(p.dx, m * p.K, p.dtype), p.dtype, p.K, k, rows, cols);
     }
+    if (dh) std::copy_n(s.low, rows * Rp, dh + m * Rp);
   });
 
+  if (inside) lora_gemm(dx, buffers, threads_worth(p.M * p.N * p.K, p.threads));
   store_gradients(p, buffers, threads, dA, dB, Rp);
   if (p.dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
   return Status::ok;

@@ -1,6 +1,6 @@
-"""CPU back end: C++ kernels (csrc/cpu) for everything low-rank, PyTorch's own GEMM for the base product.
+"""CPU back end: C++ kernels (csrc/cpu) for everything low-rank and, in fp32 on AMD's CPUs, for the base product too.
 
-The GEMM writes y (dx), the kernel adds the update into it.
+Otherwise PyTorch's own GEMM writes y (dx), and the kernel adds the update into it.
 """
 
 import torch
@@ -10,6 +10,13 @@ from fused_lora import _C
 from fused_lora.reference import dropout_threshold
 
 _CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_LORA_GEMM = _C.cpu_prefers_lora_gemm()
+_LEAST_ROWS = 4  # below, packing W costs more than MKL's product without it (EPYC 9004, 2026-11-24)
+
+
+def _own_product(x: torch.Tensor, M: int) -> bool:
+    """Whether csrc/cpu/lora_gemm.cpp computes the base product, in one pass with the update: 1.05 to 2 times as fast as MKL (bench/NOTES.md)."""
+    return _LORA_GEMM and M >= _LEAST_ROWS and x.dtype is torch.float32
 
 
 def _rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -23,10 +30,19 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
     """y [M, N] and h [M, R]; see `reference.forward`."""
     (x, ldx), lora_A, lora_B = _rows(x), lora_A.contiguous(), lora_B.contiguous()
     (M, K), (N, R) = x.shape, lora_B.shape
-    y, h = F.linear(x, weight, bias), x.new_empty(M, R)  # sizes one by one: 0.3 us less than a tuple
+    h = x.new_empty(M, R)  # sizes one by one: 0.3 us less than a tuple
+    W_ptr = ldw = bias_ptr = 0
+    if _own_product(x, M):
+        (weight, ldw), y = _rows(weight), x.new_empty(M, N)
+        W_ptr = weight.data_ptr()
+        if bias is not None:
+            bias = bias.contiguous()
+            bias_ptr = bias.data_ptr()
+    else:
+        y = F.linear(x, weight, bias)
     seed_ptr, threshold = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     _C.cpu_forward(
-        x.data_ptr(), ldx, lora_A.data_ptr(), lora_B.data_ptr(), h.data_ptr(), y.data_ptr(), M, N, K, R,
+        x.data_ptr(), ldx, W_ptr, ldw, lora_A.data_ptr(), lora_B.data_ptr(), bias_ptr, h.data_ptr(), y.data_ptr(), M, N, K, R,
         _CODE[x.dtype], _CODE[lora_A.dtype], scaling, seed_ptr, threshold, torch.get_num_threads(),
     )  # fmt: skip
     return y, h
@@ -38,9 +54,13 @@ def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
     (M, N), (R, K) = dy.shape, lora_A.shape
     need_x, need_A, need_B, need_bias = needs
     dx = dA = dB = dbias = None
-    dx_ptr = dA_ptr = dB_ptr = dbias_ptr = x_ptr = ldx = h_ptr = 0
+    dx_ptr = dA_ptr = dB_ptr = dbias_ptr = x_ptr = ldx = h_ptr = W_ptr = ldw = 0
     if need_x:
-        dx = dy.mm(weight)
+        if _own_product(dy, M):
+            (weight, ldw), dx = _rows(weight), dy.new_empty(M, K)
+            W_ptr = weight.data_ptr()
+        else:
+            dx = dy.mm(weight)
         dx_ptr = dx.data_ptr()
     if need_A:
         (x, ldx), dA = _rows(x), torch.empty_like(lora_A)
@@ -53,7 +73,7 @@ def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
         dbias_ptr = dbias.data_ptr()
     seed_ptr, threshold = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     _C.cpu_backward(
-        dy.data_ptr(), lddy, x_ptr, ldx, lora_A.data_ptr(), lora_B.data_ptr(), h_ptr, dx_ptr, dA_ptr, dB_ptr, dbias_ptr, M, N, K, R,
+        dy.data_ptr(), lddy, x_ptr, ldx, W_ptr, ldw, lora_A.data_ptr(), lora_B.data_ptr(), h_ptr, dx_ptr, dA_ptr, dB_ptr, dbias_ptr, M, N, K, R,
         _CODE[dy.dtype], _CODE[lora_A.dtype], scaling, seed_ptr, threshold, torch.get_num_threads(),
     )  # fmt: skip
     return dx, dA, dB, dbias

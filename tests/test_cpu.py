@@ -1,0 +1,92 @@
+"""The CPU back end's own corners: both base products, PyTorch's and lora_gemm, around their panels, blocks and threads."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fused_lora import lora_linear
+from fused_lora.backends import cpu
+from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
+
+
+@pytest.fixture(params=[True, False], ids=["lora_gemm", "torch"])
+def product(request, monkeypatch):
+    """Either base product, whichever this machine prefers."""
+    monkeypatch.setattr(cpu, "_LORA_GEMM", request.param)
+
+
+@pytest.fixture
+def threads():
+    """Sets PyTorch's number of threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# Around panels of 384 columns, strips of 12 and blocks of 96 rows; more than one of each, whole and ragged.
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("shape", [(96, 384, 768, 16), (100, 385, 770, 12), (391, 800, 416, 33), (25, 1153, 383, 1)])
+def test_panels_and_blocks(poison, product, shape, dropout_p):
+    seed = torch.tensor([5]) if dropout_p else None
+    for dtype, adapter in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)):
+        if dropout_p == 0.0:
+            p = exact_problem(*shape, dtype, adapter)
+            assert_exact(run(p, backend="cpu"), truth(p))
+        p = random_problem(*shape, dtype, adapter)
+        masked = dict(dropout_p=dropout_p, seed=seed)
+        assert_close(run(p, backend="cpu", **masked), run(p, backend="reference", **masked), truth(p, **masked))
+
+
+# lora_gemm: register tiles of 12, 8 and 4 rows, panels of 32 columns, blocks of 320 columns and 384 steps, each with a neighbour above and below.
+@pytest.mark.parametrize("M", [4, 5, 8, 12, 13, 21, 37])
+@pytest.mark.parametrize("N, K", [(1, 1), (31, 33), (64, 7), (321, 385), (352, 1160)])
+def test_lora_gemm_tails(poison, product, M, N, K):
+    for R, bias in ((3, True), (16, False)):
+        p = exact_problem(M, N, K, R, bias=bias)
+        assert_exact(run(p, backend="cpu"), truth(p))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_lora_gemm_threads(poison, product, threads, count):
+    """Tasks over columns and, where these run out, over rows; an element's sum has one order whatever the tasks are."""
+    p, narrow = random_problem(260, 400, 700, 8), exact_problem(400, 40, 24, 8)
+    one = run(p, backend="cpu")
+    threads(count)
+    assert_exact(run(narrow, backend="cpu"), truth(narrow))
+    if cpu._LORA_GEMM:
+        many = run(p, backend="cpu")
+        assert torch.equal(one["y"], many["y"]) and torch.equal(one["dx"], many["dx"])
+
+
+def test_strided_weight(poison, product):
+    """Rows of a wider matrix, and transposed storage; the NaNs around the view must not leak in."""
+    p = exact_problem(40, 70, 90, 8)
+    want = truth(p)
+    wide = torch.full((72, 106), float("nan"))
+    wide[1:-1, 8:-8] = p.weight
+    for weight in (wide[1:-1, 8:-8], p.weight.t().contiguous().t()):
+        p.weight = weight
+        assert_exact(run(p, backend="cpu"), want)
+
+
+def test_a_row_of_y_does_not_depend_on_the_others(product):
+    """lora_gemm sums each element in one order, in whatever register tile it falls."""
+    p = random_problem(100, 96, 800, 8)
+    if cpu._LORA_GEMM:
+        whole = run(p, backend="cpu")["y"]
+        for rows in (slice(0, 4), slice(7, 20), slice(88, 100)):
+            y = lora_linear(p.x[rows], p.weight, p.lora_A, p.lora_B, p.scaling, bias=p.bias)
+            assert torch.equal(y, whole[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_y_is_the_base_layer_where_B_is_zero(monkeypatch, dtype):
+    """Bit for bit with PyTorch's product; with lora_gemm y does not depend on A, and is F.linear's up to the order of its sums."""
+    p, other = random_problem(33, 400, 800, 8, dtype), random_problem(33, 400, 800, 8, dtype, seed=1)
+    zero = torch.zeros_like(p.lora_B)
+    y = lora_linear(p.x, p.weight, p.lora_A, zero, p.scaling, bias=p.bias)
+    assert torch.equal(y, lora_linear(p.x, p.weight, other.lora_A, zero, p.scaling, bias=p.bias))
+    frozen, exact = F.linear(p.x, p.weight, p.bias), F.linear(p.x.double(), p.weight.double(), p.bias.double())
+    assert_close({"y": y}, {"y": frozen}, {"y": exact})
+    monkeypatch.setattr(cpu, "_LORA_GEMM", False)
+    assert torch.equal(lora_linear(p.x, p.weight, p.lora_A, zero, p.scaling, bias=p.bias), frozen)
