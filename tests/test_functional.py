@@ -165,11 +165,15 @@ def test_inplace_on_the_result():
         y.sum().backward()
 
 
-def test_differentiating_twice_is_refused():
+@pytest.mark.parametrize("trained", ["x, A, B", "bias too", "with a gate"])
+def test_differentiating_twice_is_refused(trained):
     p = random_problem(6, 10, 12, 3)
     x, A, B, bias = leaves(p)
-    (dx,) = torch.autograd.grad(call(p, x, A, B, bias).pow(2).sum(), x, create_graph=True)
-    torch.testing.assert_close(dx, torch.autograd.grad(call(p, x, A, B, bias).pow(2).sum(), x)[0])
+    gate = torch.rand(6, 1, requires_grad=True) if trained == "with a gate" else None
+    bias.requires_grad_(trained == "bias too")
+    y = lambda: call(p, x, A, B, bias, gate=gate)  # noqa: E731
+    (dx,) = torch.autograd.grad(y().pow(2).sum(), x, create_graph=True)
+    torch.testing.assert_close(dx, torch.autograd.grad(y().pow(2).sum(), x)[0])
     with pytest.raises(RuntimeError, match="differentiate twice"):
         dx.sum().backward()
 

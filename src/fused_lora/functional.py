@@ -51,6 +51,8 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dh):
+        if torch.is_grad_enabled() and not (is_dynamo_compiling() or _functorch_active()):
+            return _op_once(ctx, dy, dh)
         x, weight, lora_A, lora_B, h, seed, *variant = ctx.saved_tensors
         scaling, dropout_p, backend = ctx.settings
         if dy is None:  # nothing of y was used
@@ -68,51 +70,54 @@ class LoRALinearFunction(torch.autograd.Function):
 
 
 class _EagerFunction(torch.autograd.Function):
-    """LoRALinearFunction for plain LoRA where nobody listens to the dispatcher: straight to the back end, h never leaves it.
+    """LoRALinearFunction for plain LoRA over a frozen layer where nobody listens to the dispatcher: straight to the back end.
 
-    The dispatcher, its Python bridge, a second output and a context set up apart cost a tiny layer half of its forward.
+    After a GEMM has emptied the caches, each step on the way costs microseconds: the dispatcher and its Python bridge, a second output, a
+    context set up apart, and every argument that autograd looks at. So `plan` carries what needs no gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, seed, settings):
-        scaling, dropout_p, backend = settings
+    def forward(ctx, x, lora_A, lora_B, plan):
+        weight, bias, seed, scaling, dropout_p, backend = plan
         lead, flat = None, x
         if x.dim() != 2:
             lead, flat = x.shape[:-1], _matrix(x)
             if x.is_contiguous():
                 x = flat  # saved as it is needed; a copy is not held
-        y, h = pick(backend, x, weight, lora_A).forward(flat, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
-        need = ctx.needs_input_grad
-        ctx.save_for_backward(x if need[1] or need[2] else None, weight, lora_A, lora_B, h if need[3] else None, seed)
-        ctx.plan = settings, lead
+        y, h = backend.forward(flat, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+        _, need_A, need_B, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, h if need_B else None, seed)
+        ctx.plan = scaling, dropout_p, backend, lead
         return y if lead is None else _unsafe_view(y, (*lead, y.shape[1]))
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():  # create_graph=True: differentiating once more must raise, not give zeros
-            return _once_differentiable(ctx, dy)
+        if torch.is_grad_enabled():
+            return _eager_once(ctx, dy)
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
-        (scaling, dropout_p, backend), lead = ctx.plan
-        need_x, need_weight, need_A, need_B, need_bias, _, _ = ctx.needs_input_grad
+        scaling, dropout_p, backend, lead = ctx.plan
+        need_x, need_A, need_B, _ = ctx.needs_input_grad
         if lead is not None:
             dy, x = _matrix(dy), x if x is None else _matrix(x)
-        needs = (need_x, need_A, need_B, need_bias)
-        dx, dA, dB, dbias = pick(backend, dy, weight, lora_A).backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
+        needs = (need_x, need_A, need_B, False)
+        dx, dA, dB, _ = backend.backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
         if lead is not None and need_x:
             dx = dx.view(*lead, dx.shape[1])
-        return dx, dy.t() @ x if need_weight else None, dA, dB, dbias, None, None
+        return dx, dA, dB, None
 
 
-_once_differentiable = torch.autograd.function.once_differentiable(_EagerFunction.backward)
+# With create_graph=True: differentiating once more must raise, not give zeros.
+_op_once, _eager_once = (torch.autograd.function.once_differentiable(f.backward) for f in (LoRALinearFunction, _EagerFunction))
 # Function.apply binds its arguments through inspect.signature on every call; its own C++ base does the rest of its work.
 _eager_apply = super(torch.autograd.Function, _EagerFunction).apply
 
 
-def _nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor) -> bool:
-    """Whether this is plain eager mode: no tracing, torch.compile, torch.func, selective checkpointing or other dispatch mode, no tensor
-    subclass. Otherwise calls go through torch.ops.fused_lora.*, which all of those see."""
+def _nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor, bias: Tensor | None) -> bool:
+    """Whether this is plain eager mode over a frozen layer: no tracing, torch.compile, torch.func, selective checkpointing or other dispatch
+    mode, no tensor subclass. Otherwise calls go through torch.ops.fused_lora.*, which all of those see."""
     return (
         type(x) in _PLAIN_TENSORS and type(weight) in _PLAIN_TENSORS and type(lora_A) in _PLAIN_TENSORS
+        and not (weight.requires_grad or (bias is not None and bias.requires_grad))
         and not (is_dynamo_compiling() or _dispatch_modes() or _functorch_active())
     )  # fmt: skip
 
@@ -190,9 +195,11 @@ def lora_linear(
         if return_h:  # h without the factor: fold it into the gate
             gate, scaling = (x.new_full((*shape[:-1], 1), scaling, dtype=torch.float32) if gate is None else gate * scaling), 1.0
         variant = (*(t if t is None else _matrix(t) for t in (x_lora, h_in, gate)), out_scale, grad_row_scale)
-    settings = (scaling, dropout_p if dropout else 0.0, backend)
-    if not variant and _nobody_listens(x, weight, lora_A):
-        return _eager_apply(x, weight, lora_A, lora_B, bias, seed, settings)
+    if not dropout:
+        dropout_p = 0.0
+    if not variant and _nobody_listens(x, weight, lora_A, bias):
+        return _eager_apply(x, lora_A, lora_B, (weight, bias, seed, scaling, dropout_p, pick(backend, x, weight, lora_A)))
+    settings = (scaling, dropout_p, backend)
     y, h = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, seed, settings, *variant)
     return (y, h.view(*shape[:-1], a[0])) if return_h else y
 
