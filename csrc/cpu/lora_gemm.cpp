@@ -112,8 +112,9 @@ INLINE void multiply_strip(const float* strip, const float* panels, int64_t dept
   }
 }
 
-// Floats of one task's packed block and strip.
-int64_t buffer_size(const LoraGemm& g) { return (kWidth + kStrip) * (kDepth + g.R); }
+// Floats of one task's strip, and of its packed block below it.
+int64_t strip_size(const LoraGemm& g) { return round_up(kStrip * (std::min(kDepth, g.P) + g.R), 16); }
+int64_t buffer_size(const LoraGemm& g) { return strip_size(g) + std::min(kWidth, round_up(g.J, kColumns)) * (std::min(kDepth, g.P) + g.R); }
 
 struct Range {
   int64_t begin, end;
@@ -129,15 +130,15 @@ Range part(int64_t size, int64_t grain, int64_t i, int64_t n) {
 
 CLONES void lora_gemm_task(const LoraGemm& g, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* buffer) {
   const int64_t blocks = (g.P + kDepth - 1) / kDepth, step = round_up((g.P + blocks - 1) / blocks, 8);
-  float* strip = buffer + kWidth * (kDepth + g.R);
+  float *strip = buffer, *block = buffer + strip_size(g);
   for (int64_t n = col0; n < col1; n += kWidth) {
     const int64_t width = std::min(kWidth, col1 - n);
     for (int64_t k = 0; k < g.P; k += step) {
       const int64_t depth = std::min(step, g.P - k), ranks = k + step >= g.P ? g.R : 0, all = depth + ranks;
       for (int64_t c = 0; c < width; c += kColumns) {
         const int64_t cols = std::min(kColumns, width - c);
-        pack(g.by_rows, g.Q, g.ldq, k, n + c, buffer + c * all, depth, cols);
-        if (ranks) pack(g.by_rows, g.S, g.lds, 0, n + c, buffer + c * all + depth * kColumns, ranks, cols);
+        pack(g.by_rows, g.Q, g.ldq, k, n + c, block + c * all, depth, cols);
+        if (ranks) pack(g.by_rows, g.S, g.lds, 0, n + c, block + c * all + depth * kColumns, ranks, cols);
       }
       for (int64_t m = row0; m < row1; m += kStrip) {
         const int64_t height = std::min<int64_t>(kStrip, row1 - m);
@@ -150,7 +151,7 @@ CLONES void lora_gemm_task(const LoraGemm& g, int64_t row0, int64_t row1, int64_
           else std::fill_n(out, width, 0.0f);
         }
         std::fill_n(strip + height * all, (kStrip - height) * all, 0.0f);
-        multiply_strip(strip, buffer, all, g.out + m * g.J + n, g.J, height, width);
+        multiply_strip(strip, block, all, g.out + m * g.J + n, g.J, height, width);
       }
     }
   }

@@ -41,16 +41,18 @@ def _linear(x, weight, bias):
 
 def _rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
     """t with neighbouring columns adjacent in memory, and its row stride, which may be any."""
-    if not t.is_contiguous() and t.stride(1) != 1:
+    if not t.is_contiguous():
+        if t.stride(1) == 1:
+            return t, t.stride(0)
         t = t.contiguous()
-    return t, t.shape[1] if t.is_contiguous() else t.stride(0)
+    return t, t.shape[1]
 
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
     """y [M, N] and h [M, R]; see `reference.forward`."""
     (x, ldx), lora_A, lora_B = _rows(x), lora_A.contiguous(), lora_B.contiguous()
     (M, K), (N, R) = x.shape, lora_B.shape
-    h = x.new_empty(M, R)  # sizes one by one: 0.3 us less than a tuple
+    h = x.new_empty(M, R)  # new_empty alone, of all that allocates, is a warm path; sizes one by one cost less than a tuple
     W_ptr = ldw = bias_ptr = 0
     if _own_product(x, M):
         (weight, ldw), y = _rows(weight), x.new_empty(M, N)
@@ -83,10 +85,10 @@ def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
             dx = dy.mm(weight)
         dx_ptr = dx.data_ptr()
     if need_A:
-        (x, ldx), dA = _rows(x), torch.empty_like(lora_A)
+        (x, ldx), dA = _rows(x), lora_A.new_empty(R, K)
         x_ptr, dA_ptr = x.data_ptr(), dA.data_ptr()
     if need_B:
-        h, dB = h.contiguous(), torch.empty_like(lora_B)
+        h, dB = h.contiguous(), lora_B.new_empty(N, R)
         h_ptr, dB_ptr = h.data_ptr(), dB.data_ptr()
     if need_bias:
         dbias = dy.new_empty(N)
