@@ -119,10 +119,18 @@ BF16_DOT void expand_bf16(const uint16_t* H, int64_t Rp, const uint32_t* Q, int6
           acc[i][1] = _mm512_dpbf16_ps(acc[i][1], h, hi);
         }
       }
-      const __mmask32 columns = cols - n >= 2 * kLanes ? ~__mmask32{0} : (__mmask32{1} << (cols - n)) - 1;
+      if (!mask && m + kHeight <= rows && n + 2 * kLanes <= cols) {  // a whole tile: 5 to 20 % on EPYC 9004, 2026-11-24
 #pragma GCC unroll 6
-      for (int i = 0; i < kHeight; ++i) {
-        if (m + i >= rows) break;
+        for (int i = 0; i < kHeight; ++i) {
+          auto* y = reinterpret_cast<__m256i*>(dst + (m + i) * ldd + n);
+          _mm_prefetch(dst + (m + i) * ldd + n + kPanel, _MM_HINT_T1);
+          const __m512 lo = _mm512_add_ps(acc[i][0], to_fp32(_mm256_loadu_si256(y))), hi = _mm512_add_ps(acc[i][1], to_fp32(_mm256_loadu_si256(y + 1)));
+          _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh(hi, lo));
+        }
+        continue;
+      }
+      const __mmask32 columns = cols - n >= 2 * kLanes ? ~__mmask32{0} : (__mmask32{1} << (cols - n)) - 1;
+      for (int i = 0; i < kHeight && m + i < rows; ++i) {
         _mm_prefetch(dst + (m + i) * ldd + n + kPanel, _MM_HINT_T1);
         if (mask) {
           const float* keep = mask + (m + i) * kPanel + n;

@@ -15,9 +15,8 @@ const uint16_t* bf16(const void* p) { return static_cast<const uint16_t*>(p); }
 uint16_t* bf16(void* p) { return static_cast<uint16_t*>(p); }
 
 // A or B as the kernels read it: src[rows, cols] itself, or a bf16 copy [to_rows, to_cols] padded with zeros.
-const uint16_t* adapter(Buffers& buffers, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t to_rows, int64_t to_cols) {
+const uint16_t* adapter(uint16_t* out, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t to_rows, int64_t to_cols) {
   if (dtype == Dtype::bf16 && rows == to_rows && cols == to_cols) return bf16(src);
-  uint16_t* out = buffers.take<uint16_t>(to_rows * to_cols);
   std::fill_n(out + rows * to_cols, (to_rows - rows) * to_cols, uint16_t{0});
   if (cols == to_cols && dtype == Dtype::f32) {
     store_row(static_cast<const float*>(src), out, Dtype::bf16, rows * cols);
@@ -31,21 +30,32 @@ const uint16_t* adapter(Buffers& buffers, const void* src, Dtype dtype, int64_t 
   return out;
 }
 
-// out[(cols + 1) / 2, ld] = (src[n, 2q], src[n, 2q + 1]), zero for n >= rows: a transpose of 32-bit items.
-const uint32_t* pairs_of_columns(Buffers& buffers, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t ld) {
-  const int64_t pairs = (cols + 1) / 2;
-  float* out = buffers.take(pairs * ld);
-  load_transposed(adapter(buffers, src, dtype, rows, cols, rows, 2 * pairs), Dtype::f32, out, rows, pairs, ld);
-  return reinterpret_cast<const uint32_t*>(out);
-}
+// A or B in pairs along the summed dimension. Memory is taken by the calling thread, filled by any.
+struct Pairs {
+  const void* src;  // [rows, cols]
+  Dtype dtype;
+  int64_t rows, cols, ld;
+  bool of_rows;
+  uint16_t* rounded;
+  uint32_t* data;  // of_rows: [(rows + 1) / 2, ld] = (src[2p, n], src[2p + 1, n]); else [(cols + 1) / 2, ld] = (src[n, 2q], src[n, 2q + 1]); zero elsewhere
 
-// out[(rows + 1) / 2, ld] = (src[2p, n], src[2p + 1, n]), zero for n >= cols.
-const uint32_t* pairs_of_rows(Buffers& buffers, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t ld) {
-  const int64_t pairs = (rows + 1) / 2;
-  uint32_t* out = buffers.take<uint32_t>(pairs * ld);
-  pair_rows(adapter(buffers, src, dtype, rows, cols, 2 * pairs, ld), ld, out, ld, pairs, ld);
-  return out;
-}
+  Pairs(Buffers& b, bool wanted, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t ld, bool of_rows)
+      : src(wanted ? src : nullptr), dtype(dtype), rows(rows), cols(cols), ld(ld), of_rows(of_rows), rounded(nullptr), data(nullptr) {
+    if (!wanted) return;
+    rounded = b.take<uint16_t>(of_rows ? round_up(rows, 2) * ld : rows * round_up(cols, 2));
+    data = b.take<uint32_t>((of_rows ? (rows + 1) / 2 : (cols + 1) / 2) * ld);
+  }
+  void fill() const {
+    if (!src) return;
+    if (of_rows) {
+      const int64_t pairs = (rows + 1) / 2;
+      pair_rows(adapter(rounded, src, dtype, rows, cols, 2 * pairs, ld), ld, data, ld, pairs, ld);
+    } else {
+      const int64_t pairs = (cols + 1) / 2;
+      load_transposed(adapter(rounded, src, dtype, rows, cols, rows, 2 * pairs), Dtype::f32, reinterpret_cast<float*>(data), rows, pairs, ld);
+    }
+  }
+};
 
 // What one thread needs for a block of `rows` rows.
 struct Scratch {
@@ -101,7 +111,9 @@ Status forward_bf16(const CpuForwardParams& p) {
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
   const bool dropout = p.dropout.threshold > 0;
   Buffers buffers;
-  const uint32_t *P = pairs_of_columns(buffers, p.A, p.adapter_dtype, p.R, p.K, Rp), *Q = pairs_of_columns(buffers, p.B, p.adapter_dtype, p.N, p.R, ldq);
+  const Pairs A(buffers, true, p.A, p.adapter_dtype, p.R, p.K, Rp, false), B(buffers, true, p.B, p.adapter_dtype, p.N, p.R, ldq, false);
+  each_of_two(threads, [&](int i) { i == 0 ? A.fill() : B.fill(); });
+  const uint32_t *P = A.data, *Q = B.data;
   std::vector<Scratch> scratch;
   for (int t = 0; t < threads; ++t) scratch.emplace_back(buffers, block_rows(p.M, threads), dropout, Rp);
 
@@ -127,7 +139,9 @@ Status backward_bf16(const CpuBackwardParams& p) {
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
   const bool dropout = p.dropout.threshold > 0, need_dh = p.dx || p.dA;
   Buffers buffers;
-  const uint32_t *P = need_dh ? pairs_of_rows(buffers, p.B, p.adapter_dtype, p.N, p.R, Rp) : nullptr, *Q = p.dx ? pairs_of_rows(buffers, p.A, p.adapter_dtype, p.R, p.K, Kp) : nullptr;
+  const Pairs B(buffers, need_dh, p.B, p.adapter_dtype, p.N, p.R, Rp, true), A(buffers, p.dx, p.A, p.adapter_dtype, p.R, p.K, Kp, true);
+  each_of_two(threads, [&](int i) { i == 0 ? B.fill() : A.fill(); });
+  const uint32_t *P = B.data, *Q = A.data;
   std::vector<Scratch> scratch;
   Slabs dA(p.dA, Rp * Kp), dB(p.dB, Rp * Np), dbias(p.dbias, Np);
   for (int t = 0; t < threads; ++t) {
