@@ -60,8 +60,9 @@ class LoRALinear(nn.Module):
         y = F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, lora_dropout, training), A), B)
 
     and to ``F.linear(x, weight, bias)`` without an active adapter or while merged. A starts as U(-1/sqrt(K), 1/sqrt(K)), B as zeros, so a
-    fresh adapter changes nothing. `state_dict()` holds weight, bias and lora_A, lora_B by adapter; while merged it is the plain linear
-    layer's (merged weight, bias, no adapters), so that saving a merged model writes a plain one.
+    fresh adapter changes nothing but, where a kernel of ours computes the base product, the order of its sums. `state_dict()` holds weight,
+    bias and lora_A, lora_B by adapter; while merged it is the plain linear layer's (merged weight, bias, no adapters), so that saving a
+    merged model writes a plain one.
 
     Args:
         in_features, out_features: K and N.

@@ -13,6 +13,8 @@ import os
 
 import torch
 
+from fused_lora import _C
+
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -44,7 +46,8 @@ def explain(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
     if dtype not in _FUSED_DTYPES:
         return "reference", f"{dtype} has no fused kernel; the PyTorch composition serves it"
     if device.type == "cpu":
-        return "cpu", "C++ kernels around PyTorch's own GEMM"
+        inside = dtype == torch.float32 and _C.cpu_prefers_lora_gemm()
+        return "cpu", "C++ kernels, the base product inside" if inside else "C++ kernels around PyTorch's own GEMM"
     if device.type in ("cuda", "xpu"):
         if _has_triton():
             return "triton", "Triton kernels; the compiled CUDA kernels run on request with backend='cuda' until they are measured"
