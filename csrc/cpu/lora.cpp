@@ -84,7 +84,7 @@ using namespace cpu;
 
 bool cpu_prefers_lora_gemm() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_is("amd");  // MKL has no AVX-512 kernels for these; Intel's CPUs have not been measured and keep PyTorch's product
+  return __builtin_cpu_is("amd");  // MKL has no AVX-512 code for these; Intel's CPUs have not been measured and keep PyTorch's product
 #else
   return false;
 #endif
@@ -119,7 +119,8 @@ Status cpu_forward(const CpuForwardParams& p) {
       expand_panel(s, Q, ldq, p.R, Rp, nullptr, at(p.y, m * p.N, p.dtype), p.dtype, p.N, n, rows, std::min(kPanel, p.N - n));
   });
   if (p.W) {
-    const LoraGemm y{floats(p.x), floats(p.W), floats(p.h), floats(p.B), floats(p.bias), static_cast<float*>(p.y), p.M, p.N, p.K, p.R, p.ldx, p.ldw, p.R, p.R, false};
+    const LoraGemm y{floats(p.x), floats(p.W), floats(p.h), floats(p.B), floats(p.bias), static_cast<float*>(p.y),
+                     p.M, p.N, p.K, p.R, p.ldx, p.ldw, p.R, p.R, false};
     lora_gemm(y, buffers, threads_worth(p.M * p.N * p.K, p.threads));
   }
   return Status::ok;
@@ -130,10 +131,12 @@ Status cpu_backward(const CpuBackwardParams& p) {
   if (p.dtype == Dtype::bf16 && has_bf16_dot()) return backward_bf16(p);
   const int64_t Rp = round_up(p.R, kVec), ldq = round_up(p.K, 2 * kVec), Np = round_up(p.N, kStrip), Kp = round_up(p.K, kStrip);
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
-  const bool need_dh = p.dx || p.dA, dropout = p.dropout.threshold > 0, own = p.dx && p.W, inside = own && !dropout;  // the update inside lora_gemm
+  const bool need_dh = p.dx || p.dA, dropout = p.dropout.threshold > 0;
+  const bool own = p.dx && p.W, inside = own && !dropout;  // dx by lora_gemm; with the update, which dropout's mask keeps out, inside
   Buffers buffers;
   float* dh = inside ? buffers.take(p.M * Rp) : nullptr;  // [M, Rp]
-  const LoraGemm dx{floats(p.dy), floats(p.W), dh, floats(p.A), nullptr, static_cast<float*>(p.dx), p.M, p.K, p.N, inside ? p.R : 0, p.lddy, p.ldw, Rp, p.K, true};
+  const LoraGemm dx{floats(p.dy), floats(p.W), dh, floats(p.A), nullptr, static_cast<float*>(p.dx),
+                    p.M, p.K, p.N, inside ? p.R : 0, p.lddy, p.ldw, Rp, p.K, true};
   if (own && dropout) lora_gemm(dx, buffers, threads_worth(p.M * p.N * p.K, p.threads));
   const float *P = need_dh ? fp32(buffers, p.B, p.adapter_dtype, p.N, p.R, Rp) : nullptr, *Q = p.dx && !inside ? fp32(buffers, p.A, p.adapter_dtype, p.R, p.K, ldq) : nullptr;
   std::vector<Scratch> scratch;

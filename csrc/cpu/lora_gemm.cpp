@@ -17,26 +17,32 @@ namespace {
 constexpr int64_t kDepth = 384, kWidth = 320;  // 256 to 512 each: within noise on EPYC 9004, 2026-11-24
 constexpr int64_t kColumns = 32;               // of a panel
 
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC before 12
+typedef int Int8 __attribute__((vector_size(32)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int8{__VA_ARGS__})
+#endif
+
 // a[i][j] -> a[j][i].
 INLINE void transpose8(Vec8* a) {
-  typedef int Int8 __attribute__((vector_size(32)));
   Vec8 b[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
-    b[i] = __builtin_shuffle(a[i], a[i + 1], Int8{0, 8, 1, 9, 4, 12, 5, 13});
-    b[i + 1] = __builtin_shuffle(a[i], a[i + 1], Int8{2, 10, 3, 11, 6, 14, 7, 15});
+    b[i] = SHUFFLE(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    b[i + 1] = SHUFFLE(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
   }
 #pragma GCC unroll 2
   for (int i = 0; i < 8; i += 4)
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = __builtin_shuffle(b[i + j], b[i + j + 2], Int8{0, 1, 8, 9, 4, 5, 12, 13});
-      a[i + 2 * j + 1] = __builtin_shuffle(b[i + j], b[i + j + 2], Int8{2, 3, 10, 11, 6, 7, 14, 15});
+      a[i + 2 * j] = SHUFFLE(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[i + 2 * j + 1] = SHUFFLE(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
     }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    b[i] = __builtin_shuffle(a[i], a[i + 4], Int8{0, 1, 2, 3, 8, 9, 10, 11});
-    b[i + 4] = __builtin_shuffle(a[i], a[i + 4], Int8{4, 5, 6, 7, 12, 13, 14, 15});
+    b[i] = SHUFFLE(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    b[i + 4] = SHUFFLE(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) a[i] = b[i];

@@ -119,7 +119,7 @@ def write_plot(document: dict, path: Path) -> Path:
         axes.axhline(1.0, color="black", linewidth=1, label="frozen layer")
         axes.set_xticks(range(len(line)), [f"{d}\nM={M}, {K}→{N}\nR={R}, p={p:g}" for d, M, K, N, R, p in line], fontsize=7)
         axes.set_xlim(-0.6, min(per_row, len(cases)) - 0.4)
-        axes.set_ylim(0.8, max(value.values()) * 1.03)
+        axes.set_ylim(0, max(value.values()) * 1.03)
         axes.set_ylabel("time over the frozen layer's", fontsize=8)
     figure.suptitle(f"LoRA forward + backward, lower is better\n{env['device']}, torch {env['torch']}, {env['date']}", fontsize=9)
     grid[0, 0].legend(ncols=3, fontsize=8)
