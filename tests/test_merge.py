@@ -4,12 +4,12 @@ import copy
 import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from fused_lora import LoRALinear, apply_lora, save_adapter
 from fused_lora.finetune import load_model, packaged_model
@@ -18,16 +18,17 @@ from fused_lora.merge import merge
 TOKENS = torch.arange(40).view(2, 20)
 
 
-def base(directory, tied):
-    """A random two-layer Llama over bytes, in `directory`."""
-    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)
-    torch.manual_seed(0)
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=257)
-    LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=64, tie_word_embeddings=tied)).save_pretrained(directory)
-    return directory
+@pytest.fixture
+def base(tiny_model, tmp_path):
+    """Makes the directory of a tiny model, its head tied to the embedding or not."""
+
+    def make(tied=True):
+        directory = shutil.copytree(tiny_model, tmp_path / "base")
+        torch.manual_seed(0)
+        LlamaForCausalLM(AutoConfig.from_pretrained(directory, tie_word_embeddings=tied)).save_pretrained(directory)
+        return directory
+
+    return make
 
 
 def adapted(directory, adapter, dtype=torch.float32, **lora):
@@ -56,8 +57,8 @@ def logits_of(directory, dtype=torch.float32):
     [{}, {"target_modules": ["q_proj", "lm_head"]}, *({"modules_to_save": [name]} for name in ("norm", "embed_tokens", "lm_head"))],
     ids=str,
 )
-def test_round_trip(tmp_path, tied, lora):
-    directory = base(tmp_path / "base", tied)
+def test_round_trip(base, tmp_path, tied, lora):
+    directory = base(tied)
     want = adapted(directory, tmp_path / "adapter", **lora)
     merge(directory, tmp_path / "adapter", tmp_path / "out/merged", torch.float32)
     got = logits_of(tmp_path / "out/merged")
@@ -69,8 +70,8 @@ def test_round_trip(tmp_path, tied, lora):
         assert not [key for key in file.keys() if "lora" in key or "modules_to_save" in key]
 
 
-def test_bf16_base(tmp_path):
-    directory = base(tmp_path / "base", True)
+def test_bf16_base(base, tmp_path):
+    directory = base()
     want = adapted(directory, tmp_path / "adapter", torch.bfloat16).float()
     merge(directory, tmp_path / "adapter", tmp_path / "merged", torch.bfloat16)
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "bfloat16"
@@ -78,8 +79,8 @@ def test_bf16_base(tmp_path):
     assert (got - want).abs().max() < 0.05 * want.abs().max() < (logits_of(directory) - want).abs().max()
 
 
-def test_no_file_is_overwritten(tmp_path):
-    directory = base(tmp_path / "base", True)
+def test_no_file_is_overwritten(base, tmp_path):
+    directory = base()
     adapted(directory, tmp_path / "adapter")
     with pytest.raises(ValueError, match="--output must be a new or an empty directory; got .*/base with"):
         merge(directory, tmp_path / "adapter", directory, torch.float32)
@@ -92,8 +93,8 @@ def test_no_file_is_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_merge_that_fails_leaves_nothing(tmp_path, monkeypatch, call):
-    directory = base(tmp_path / "base", True)
+def test_a_merge_that_fails_leaves_nothing(base, tmp_path, monkeypatch, call):
+    directory = base()
     adapted(directory, tmp_path / "adapter")
 
     def full(*args):
@@ -106,8 +107,8 @@ def test_a_merge_that_fails_leaves_nothing(tmp_path, monkeypatch, call):
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
 
-def test_an_adapter_of_another_model_is_named(tmp_path):
-    directory = base(tmp_path / "base", True)
+def test_an_adapter_of_another_model_is_named(base, tmp_path):
+    directory = base()
     adapted(directory, tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:100])

@@ -5,7 +5,6 @@ checkpointing see as one node. Fixed arity: `backward` returns one tensor per tr
 """
 
 import torch
-from torch import Tensor
 
 from fused_lora import reference
 from fused_lora.backends import check_variant, pick
