@@ -84,7 +84,7 @@ using namespace cpu;
 
 bool cpu_prefers_lora_gemm() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_is("amd");  // MKL has no AVX-512 code for these; Intel's CPUs have not been measured and keep PyTorch's product
+  return __builtin_cpu_is("amd");  // MKL runs 32-byte vectors there; Intel's CPUs are not measured and keep PyTorch's product
 #else
   return false;
 #endif
