@@ -47,15 +47,15 @@ def test_lora_gemm_tails(poison, product, M, N, K):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_lora_gemm_threads(poison, product, threads, count):
+def test_lora_gemm_threads(poison, monkeypatch, threads, count):
     """Tasks over columns and, where these run out, over rows; an element's sum has one order whatever the tasks are."""
+    monkeypatch.setattr(cpu, "_LORA_GEMM", True)
     p, narrow = random_problem(260, 400, 700, 8), exact_problem(400, 40, 24, 8)
     one = run(p, backend="cpu")
     threads(count)
     assert_exact(run(narrow, backend="cpu"), truth(narrow))
-    if cpu._LORA_GEMM:
-        many = run(p, backend="cpu")
-        assert torch.equal(one["y"], many["y"]) and torch.equal(one["dx"], many["dx"])
+    many = run(p, backend="cpu")
+    assert torch.equal(one["y"], many["y"]) and torch.equal(one["dx"], many["dx"])
 
 
 def test_strided_weight(poison, product):
@@ -69,14 +69,14 @@ def test_strided_weight(poison, product):
         assert_exact(run(p, backend="cpu"), want)
 
 
-def test_a_row_of_y_does_not_depend_on_the_others(product):
+def test_a_row_of_y_does_not_depend_on_the_others(monkeypatch):
     """lora_gemm sums each element in one order, in whatever register tile it falls."""
+    monkeypatch.setattr(cpu, "_LORA_GEMM", True)
     p = random_problem(100, 96, 800, 8)
-    if cpu._LORA_GEMM:
-        whole = run(p, backend="cpu")["y"]
-        for rows in (slice(0, 4), slice(7, 20), slice(88, 100)):
-            y = lora_linear(p.x[rows], p.weight, p.lora_A, p.lora_B, p.scaling, bias=p.bias)
-            assert torch.equal(y, whole[rows])
+    whole = run(p, backend="cpu")["y"]
+    for rows in (slice(0, 4), slice(7, 20), slice(88, 100)):
+        y = lora_linear(p.x[rows], p.weight, p.lora_A, p.lora_B, p.scaling, bias=p.bias)
+        assert torch.equal(y, whole[rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -90,3 +90,16 @@ def test_y_is_the_base_layer_where_B_is_zero(monkeypatch, dtype):
     assert_close({"y": y}, {"y": frozen}, {"y": exact})
     monkeypatch.setattr(cpu, "_LORA_GEMM", False)
     assert torch.equal(lora_linear(p.x, p.weight, p.lora_A, zero, p.scaling, bias=p.bias), frozen)
+
+
+def test_onednn_is_left_alone_where_it_is_switched_off(monkeypatch):
+    calls, p = [], random_problem(8, 16, 24, 4, torch.bfloat16)
+    monkeypatch.setattr(cpu, "_LINEAR_BIAS", lambda x, weight, bias, *_: calls.append(x) or F.linear(x, weight, bias))
+    run(p, backend="cpu")
+    assert len(calls) == 1
+    torch._C._set_mkldnn_enabled(False)  # what torch.backends.mkldnn.flags(enabled=False) does
+    try:
+        run(p, backend="cpu")
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    assert len(calls) == 1

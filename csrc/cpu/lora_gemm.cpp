@@ -14,7 +14,7 @@
 namespace fused_lora::cpu {
 namespace {
 
-constexpr int64_t kDepth = 384, kWidth = 320;  // 256 to 512 each: within noise on EPYC 9004, 2026-11-24
+constexpr int64_t kDepth = 384, kWidth = 320;  // 256 to 768 by 160 to 480: within noise on EPYC 9004, 2026-11-24
 constexpr int64_t kColumns = 32;               // of a panel
 
 #if __has_builtin(__builtin_shufflevector)

@@ -15,14 +15,14 @@ _LEAST_ROWS = 4  # below, packing W costs more than MKL's product without it (EP
 
 
 def _own_product(x: torch.Tensor, M: int) -> bool:
-    """Whether csrc/cpu/lora_gemm.cpp computes the base product, in one pass with the update: 1.05 to 2 times as fast as MKL (bench/NOTES.md)."""
+    """Whether csrc/cpu/lora_gemm.cpp computes the base product, in one pass with the update: 1.03 to 2 times as fast as MKL (bench/NOTES.md)."""
     return _LORA_GEMM and M >= _LEAST_ROWS and x.dtype is torch.float32
 
 
 def _onednn_linear():
     """oneDNN's bf16 product with the bias in its epilogue, the operator that torch.compile calls; None where PyTorch or the CPU has none.
 
-    F.linear fills y with the bias first: the same bits, for 1 to 4 % more time (EPYC 9004, torch 2.13.0, 2026-11-24).
+    F.linear fills y with the bias first: the same bits, for 1 to 6 % more time (EPYC 9004, torch 2.13.0, 2026-11-24).
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return None
@@ -34,9 +34,10 @@ _LINEAR_BIAS = _onednn_linear()
 
 def _linear(x, weight, bias):
     """F.linear(x, weight, bias), bit for bit."""
-    if bias is None or _LINEAR_BIAS is None or x.dtype is not torch.bfloat16 or not (x.is_contiguous() and weight.is_contiguous() and x.shape[0]):
-        return F.linear(x, weight, bias)
-    return _LINEAR_BIAS(x, weight, bias, "none", [], "")
+    if bias is not None and _LINEAR_BIAS is not None and x.dtype is torch.bfloat16 and torch._C._get_mkldnn_enabled():
+        if x.is_contiguous() and weight.is_contiguous() and x.shape[0] > 0:  # it would copy x, and take a reference kernel for W
+            return _LINEAR_BIAS(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def _rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
