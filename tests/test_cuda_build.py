@@ -76,7 +76,7 @@ def innermost_loops(code: list[tuple[int, str]], holding: str) -> list[list[str]
 
 @needs_nvcc
 def test_every_source_compiles_for_both_targets(built):
-    assert {source.stem for source in SOURCES} >= {*GEMMS, "shrink", "wgrad", "prepare"}
+    assert {source.stem for source in SOURCES} >= {*GEMMS, "lora_gemm_small", "shrink", "wgrad", "prepare"}
     for (arch, name), result in built.items():
         assert result.returncode == 0, f"{name} for {arch}:\n{result.notes}"
 
@@ -108,6 +108,18 @@ def test_gemm_machine_code(built, name):
         for loop in loops:
             assert not [i for i in loop if "MEMBAR" in i or "FENCE" in i], f"{kernel} has a fence in a main loop"
             assert any("SYNCS" in i for i in loop)
+
+
+@needs_disassembler
+def test_small_m_machine_code(built):
+    """Each number of rows: four wgmma in the loop over K, a TMA load, reads from the cluster's other blocks, no local memory."""
+    found = {k: [i for _, i in code] for k, code in kernels(built["sm_90a", "lora_gemm_small"].cubin).items()}
+    assert len(found) == 8
+    for kernel, instructions in found.items():
+        rows = re.search(r"Li(\d+)E", kernel)[1]
+        assert sum(f"HGMMA.64x{rows}x16" in i for i in instructions) >= 4 and any("UTMALDG.2D" in i for i in instructions), kernel
+        assert any("LD.E.128" in i for i in instructions), f"{kernel} reads no sums of other blocks"
+        assert not [i for i in instructions if re.search(r"\b(LDL|STL)\b", i)], f"{kernel} uses local memory"
 
 
 @needs_disassembler

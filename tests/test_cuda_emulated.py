@@ -110,6 +110,23 @@ def test_exact_integers(schedule, poison, shape, R):
         check((*shape, R), dtype, adapter)
 
 
+@pytest.mark.parametrize("M, rows", [(1, 16), (16, 16), (17, 32), (50, 64), (65, 128), (128, 128)])
+def test_small_m(schedule, poison, M, rows):
+    """Every row tile, 1 to 8 parts of K, a strip past the end, ranks below and at the tile; late copies and few resident blocks."""
+    seen = set()
+    for i, (N, K, R) in enumerate([(8, 64, 1), (136, 1000, 16), (264, 136, 12), (392, 1160, 64), (2056, 512, 40)]):
+        plan = cuda._C.cuda_forward_plan(M, N, K, R, 2, 2, False, SMS)
+        assert plan["h"] == "small" and plan["small"]["rows"] == rows
+        seen.add(plan["small"]["splits"])
+        schedule(resident_blocks=8 if i % 2 else 2, delay=200, freeze=500, seed=i + 1)
+        for dtype, adapter, bias in ((torch.bfloat16, None, True), (torch.float16, torch.float32, False)):
+            p = exact_problem(M, N, K, R, dtype, adapter, bias=bias, seed=i)
+            assert_exact(run(p, backend="cuda", needs=(False,) * 4), truth(p))
+    assert seen >= ({1, 2, 4} if rows > 64 else {1, 2, 4, 8})
+    p = random_problem(M, 264, 1160, 16, torch.bfloat16)
+    assert_close(run(p, backend="cuda", needs=(False,) * 4), run(p, backend="reference", needs=(False,) * 4), truth(p))
+
+
 @pytest.mark.parametrize("R", [16, 31, 64, 100, 256])
 @pytest.mark.parametrize("shape", [(17, 32, 248), (300, 264, 520), (600, 64, 640)])
 def test_dropout(schedule, poison, shape, R):
@@ -173,21 +190,25 @@ def test_bitwise_determinism(schedule):
 
 
 @pytest.mark.parametrize(
-    "line",
+    "kernel, line, instead, shape",
     [
-        "while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {",  # the loader's wait for h
-        "if (thread == 0) ptx::tma_store_wait_read();",  # before the staging tile is written again
+        # the loader's wait for h; the wait before the staging tile is written again
+        ("lora_gemm_sm90.cuh", "while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {", "while (false) {", (600, 520, 328, 16)),
+        ("lora_gemm_sm90.cuh", "if (thread == 0) ptx::tma_store_wait_read();", "", (600, 520, 328, 16)),
+        # the sums' waits for the ring to be through and for the other blocks' sums
+        ("lora_gemm_small.cu", "__syncthreads();  // the ring is through: the sums take its place", "", (65, 136, 1000, 16)),
+        ("lora_gemm_small.cu", "ptx::cluster_sync();\n  const int share", "const int share", (65, 136, 1000, 16)),
     ],
 )
-def test_a_missing_wait_shows(library, tmp_path, monkeypatch, poison, line):
+def test_a_missing_wait_shows(library, tmp_path, monkeypatch, poison, kernel, line, instead, shape):
     """The tests above can fail: the same sources without one wait."""
     shutil.copytree(library.parent / "csrc", tmp_path / "csrc")
-    kernel = tmp_path / "csrc" / "cuda" / "lora_gemm_sm90.cuh"
-    assert line in kernel.read_text()
-    kernel.write_text(kernel.read_text().replace(line, "while (false) {" if line.endswith("{") else ""))
-    compile_file(tmp_path / "csrc", kernel.with_name("lora_gemm_sm90_bf16.cu"))
+    file = tmp_path / "csrc" / "cuda" / kernel
+    assert line in file.read_text()
+    file.write_text(file.read_text().replace(line, instead))
+    compile_file(tmp_path / "csrc", file.with_name("lora_gemm_sm90_bf16.cu") if file.suffix == ".cuh" else file)
     schedule = install(link(tmp_path), monkeypatch)
     with pytest.raises(AssertionError, match="elements differ"):
         for seed in range(1, 11):
             schedule(resident_blocks=8, delay=400, freeze=3000, seed=seed)
-            check((600, 520, 328, 16), torch.bfloat16, seed=seed)  # other values each time: memory used again must not hold the right ones
+            check(shape, torch.bfloat16, seed=seed)  # other values each time: memory used again must not hold the right ones

@@ -63,13 +63,30 @@ def test_forward_plans():
     for (K, N), M, R, adapter, dropout in itertools.product(SHAPES, ROWS, RANKS, (BF16, F32), (False, True)):
         plan = _C.cuda_forward_plan(M, N, K, R, BF16, adapter, dropout, 132)
         check_regions(plan)
-        assert plan["h"] == ("shrink" if dropout else "gemm" if R <= 64 else "h_gemm")
+        small = M <= 128 and R <= 64 and not dropout
+        assert plan["h"] == ("small" if small else "shrink" if dropout else "gemm" if R <= 64 else "h_gemm")
+        assert ("small" in plan) == small and ("gemm" in plan) != small
         size = {name: size for name, (_, size) in plan["regions"].items()}
         assert size["A"] == (2 * R * K if adapter == F32 else 0)
         assert size["B"] == (2 * N * (-(-R // 8) * 8) if adapter == F32 or R % 8 else 0)
         assert (size["control"] >= 4 * (32 + -(-M // 64))) if plan["h"] == "gemm" else size["control"] == 0
         if plan["h"] == "h_gemm":
             assert plan["h_gemm"]["col_tiles"] * plan["h_gemm"]["block_n"] >= R and plan["h_gemm"]["low_blocks"] == 0
+
+
+def test_small_m_runs_in_one_wave_over_the_whole_card():
+    for (K, N), M, R, sms in itertools.product(SHAPES, (1, 16, 17, 32, 33, 64, 65, 128), (1, 16, 64), SMS):
+        c = _C.cuda_forward_plan(M, N, K, R, BF16, BF16, False, sms)["small"]
+        assert c["rows"] >= M and c["rows"] in (16, 32, 64, 128) and c["stages"] >= 3
+        assert c["stages"] * (c["rows"] + 192) * 128 < c["smem_bytes"] <= _C.cuda_smem_limit
+        assert c["strips"] * c["cols"] >= N > (c["strips"] - 1) * c["cols"]
+        assert c["splits"] in (1, 2, 4, 8) and c["splits"] <= -(-K // 64), "each part of K has a step"
+        resident = sms * (228 * 1024 // (c["smem_bytes"] + 1024))
+        assert resident >= sms * (2 if M <= 64 else 1)
+        assert c["splits"] == 1 or c["strips"] * c["splits"] <= resident, "more than one wave"
+    for M, (K, N) in itertools.product((16, 128), SHAPES[:4]):  # W's rows lie with at least half of the SMs, except where 8 parts are not enough
+        c = _C.cuda_forward_plan(M, N, K, 16, BF16, BF16, False, 132)["small"]
+        assert c["strips"] * c["splits"] >= 66 or c["splits"] == 8
 
 
 def test_backward_plans_ask_only_for_what_is_needed():

@@ -47,6 +47,17 @@ py::dict describe(const WgradConfig& c) {
   return d;
 }
 
+py::dict describe(const SmallConfig& c) {
+  py::dict d;
+  d["rows"] = c.rows;
+  d["cols"] = kSmallCols;
+  d["stages"] = small_stages(c.rows);
+  d["smem_bytes"] = c.smem;
+  d["strips"] = c.strips;
+  d["splits"] = c.splits;
+  return d;
+}
+
 py::tuple describe(const Region& r) { return py::make_tuple(r.offset, r.bytes); }
 
 py::dict lora_gemm_config(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int sms, bool compute_h, bool masked) {
@@ -66,9 +77,10 @@ py::tuple lora_gemm_tile(int t, int row_tiles, int col_tiles, bool column_first)
 py::dict plan_forward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int adapter_dtype, bool dropout, int sms) {
   const ForwardPlan p = forward_plan(M, N, K, R, half_dtype(dtype), Dtype(adapter_dtype), dropout, sms);
   require(p.valid, "no plan for these sizes");
-  static const char* const names[] = {"gemm", "shrink", "h_gemm"};
+  static const char* const names[] = {"small", "gemm", "shrink", "h_gemm"};
   py::dict d;
-  d["gemm"] = describe(p.gemm);
+  if (p.small.valid) d["small"] = describe(p.small);
+  else d["gemm"] = describe(p.gemm);
   d["h"] = names[p.h_by];
   if (p.h_by == ForwardPlan::by_gemm) d["h_gemm"] = describe(p.h_gemm);
   py::dict regions;

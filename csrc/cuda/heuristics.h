@@ -84,13 +84,46 @@ inline GemmConfig gemm_config(int64_t M, int64_t N, int64_t R, int sms, bool com
   return c;
 }
 
+// ---- lora_gemm_small: y[M, N] and h for M <= 128, R <= 64 ---------------------------------------------------------------------------------
+constexpr int kSmallRows = 128, kSmallCols = 128, kSmallRank = 64, kSmallSplits = 8;  // 8: the largest cluster that every device takes
+constexpr int kSmemPerSm = 228 * 1024;                                                // of which every block takes 1 KiB for the system
+
+constexpr int small_stage_bytes(int rows) { return (kSmallCols + kSmallRank + rows) * kGemmBlockK * 2; }
+constexpr int small_blocks_per_sm(int rows) { return rows > 64 ? 1 : 2; }
+// As many as fit beside barriers and the way to the first multiple of 1024.
+constexpr int small_stages(int rows) {
+  return ((small_blocks_per_sm(rows) == 1 ? kSmemLimit : kSmemPerSm / 2 - 1024) - 2048) / small_stage_bytes(rows);
+}
+constexpr int small_smem_bytes(int rows) { return small_stages(rows) * small_stage_bytes(rows) + 2048; }
+
+struct SmallConfig {
+  int rows;    // M rounded up to 16, 32, 64 or 128
+  int strips;  // of 128 columns of y, one cluster each
+  int splits;  // blocks of a cluster, each with one part of K: 1, 2, 4 or 8
+  int smem;
+  bool valid;
+};
+
+// Splits K so far that every SM takes part and all blocks are resident at once.
+inline SmallConfig small_config(int64_t M, int64_t N, int64_t K, int64_t R, int sms) {
+  SmallConfig c{};
+  if (M < 1 || M > kSmallRows || N < 1 || N > INT32_MAX - 512 || K < 1 || K > INT32_MAX - 512 || R < 1 || R > kSmallRank) return c;
+  c.rows = M <= 16 ? 16 : M <= 32 ? 32 : M <= 64 ? 64 : 128;
+  c.strips = static_cast<int>(ceil_div(N, kSmallCols));
+  c.splits = 1;
+  const int64_t resident = int64_t{sms} * small_blocks_per_sm(c.rows), steps = ceil_div(K, kGemmBlockK);
+  while (c.splits < kSmallSplits && 2 * c.splits * int64_t{c.strips} <= resident && 2 * c.splits <= steps) c.splits *= 2;
+  c.smem = small_smem_bytes(c.rows);
+  c.valid = true;
+  return c;
+}
+
 // ---- shrink: out[M, R] = scale * drop(left[M, K]) right ----------------------------------------------------------------------------------
 constexpr int kShrinkRows = 32, kShrinkBlockK = 128, kShrinkStages = 4;
 constexpr int shrink_smem_bytes(int rank_tile) { return kShrinkStages * (kShrinkRows + rank_tile) * kShrinkBlockK * 2 + 1024; }
 
 // ---- wgrad: out[C, R] = left[M, C]^T low[M, R] -------------------------------------------------------------------------------------------
 constexpr int kWgradCols = 128, kWgradRows = 64;
-constexpr int kSmemPerSm = 228 * 1024;                                                   // of which every block takes 1 KiB for the system
 constexpr int wgrad_stages(int rank_tile) { return rank_tile > 64 ? 3 : 4; }             // 3: two blocks fit an SM
 constexpr int wgrad_smem_bytes(int rank_tile) { return wgrad_stages(rank_tile) * kWgradRows * (kWgradCols + rank_tile) * 2 + 1024; }
 
@@ -136,9 +169,10 @@ constexpr int kControlFlags = 32;
 inline int64_t control_bytes(const GemmConfig& c) { return c.rank_tile ? 4 * (kControlFlags + int64_t{4} * c.row_tiles) : 0; }
 
 struct ForwardPlan {
-  GemmConfig gemm;    // y
-  GemmConfig h_gemm;  // h, where `h_by` is gemm
-  enum { in_gemm, shrink, by_gemm } h_by;
+  SmallConfig small;  // y and h, where `h_by` is in_small
+  GemmConfig gemm;    // y otherwise
+  GemmConfig h_gemm;  // h, where `h_by` is by_gemm
+  enum { in_small, in_gemm, shrink, by_gemm } h_by;
   Region control, A, B;  // A and B in x's dtype with padded rows, where the caller's don't serve
   int64_t bytes;
   bool valid;
@@ -151,21 +185,22 @@ inline bool fused_dtype(Dtype dtype) { return dtype == Dtype::f16 || dtype == Dt
 inline ForwardPlan forward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dtype dtype, Dtype adapter_dtype, bool dropout, int sms) {
   ForwardPlan p{};
   if (!fused_dtype(dtype) || R < 1 || K < 1 || K > INT32_MAX - 512) return p;
-  p.gemm = gemm_config(M, N, R, sms, !dropout, false);
-  p.h_by = p.gemm.rank_tile ? ForwardPlan::in_gemm : dropout ? ForwardPlan::shrink : ForwardPlan::by_gemm;
+  if (!dropout) p.small = small_config(M, N, K, R, sms);
+  if (!p.small.valid) p.gemm = gemm_config(M, N, R, sms, !dropout, false);
+  p.h_by = p.small.valid ? ForwardPlan::in_small : p.gemm.rank_tile ? ForwardPlan::in_gemm : dropout ? ForwardPlan::shrink : ForwardPlan::by_gemm;
   if (p.h_by == ForwardPlan::by_gemm) p.h_gemm = gemm_config(M, R, 0, sms, false, false);
   Layout layout;
   p.control = layout.take(control_bytes(p.gemm));
   p.A = layout.take(needs_copy_A(dtype, adapter_dtype) ? R * K * 2 : 0);
   p.B = layout.take(needs_copy_B(R, dtype, adapter_dtype) ? N * padded_rank(R) * 2 : 0);
   p.bytes = layout.bytes();
-  p.valid = p.gemm.valid && (p.h_by != ForwardPlan::by_gemm || p.h_gemm.valid);
+  p.valid = p.small.valid || (p.gemm.valid && (p.h_by != ForwardPlan::by_gemm || p.h_gemm.valid));
   return p;
 }
 
 struct BackwardPlan {
   GemmConfig gemm;    // dx
-  GemmConfig h_gemm;  // dh, where `h_by` is gemm
+  GemmConfig h_gemm;  // dh, where `h_by` is by_gemm
   enum { nobody, in_gemm, shrink, by_gemm } h_by;
   WgradConfig wgrad;       // dA and dB in one launch
   WgradConfig bias_wgrad;  // dbias where dB is not wanted

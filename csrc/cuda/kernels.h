@@ -46,6 +46,21 @@ struct GemmParams {
 };
 Status lora_gemm(const GemmConfig& config, const GemmParams& p, const Target& target);
 
+// lora_gemm_small.cu    y = x W^T + h B^T + bias and h = scale * x A^T in one launch, for small M.
+struct SmallParams {
+  const void* x;     // [M, K], row stride ldx
+  const void* W;     // [N, K], row stride ldw
+  const void* A;     // [R, K]
+  const void* B;     // [N, padded_rank(R)], columns past R zero
+  const void* bias;  // [N], or null
+  void* h;           // [M, padded_rank(R)], columns past R become zero
+  void* y;           // [M, N]
+  int64_t M, N, K, R, ldx, ldw;
+  float scale;
+  Dtype dtype;
+};
+Status lora_gemm_small(const SmallConfig& config, const SmallParams& p, const Target& target);
+
 // shrink.cu      out = scale * drop(left) right
 struct ShrinkParams {
   const void* left;   // [M, K], row stride ld_left

@@ -1,6 +1,6 @@
 // The CUDA back end's two drivers: the forward and the backward of plain LoRA as a few launches on one stream.
 //
-//   forward    [prepare]  [shrink: h]   lora_gemm: y (and h)
+//   forward    [prepare]  [shrink: h]   lora_gemm: y (and h), or lora_gemm_small: y and h
 //   backward   [prepare]  [shrink: dh]  lora_gemm: dx (and dh)   wgrad: dA, dB, dbias
 //
 // Bracketed launches only where heuristics.h plans them. Where lora_gemm computes h itself its control block is zeroed here, in stream order:
@@ -168,6 +168,8 @@ Status cuda_forward(const CudaForwardParams& p) {
   status = prepare(prep, target);
   const void* const A = prep.out_A ? prep.out_A : p.A;
   const void* const B = prep.out_B ? prep.out_B : p.B;
+  if (plan.h_by == ForwardPlan::in_small)
+    return status == Status::ok ? lora_gemm_small(plan.small, {p.x, p.W, A, B, p.bias, p.h, p.y, p.M, p.N, p.K, p.R, p.ldx, p.ldw, p.scaling, p.dtype}, target) : status;
   if (status == Status::ok && plan.h_by == ForwardPlan::shrink)
     status = shrink({p.x, A, p.h, p.M, p.K, p.R, p.ldx, p.K, false, p.scaling, p.dropout, p.dtype}, target);
   if (status == Status::ok && plan.h_by == ForwardPlan::by_gemm)

@@ -87,7 +87,7 @@ PTX_FN uint32_t cluster_rank() {
 PTX_FN void cluster_sync() { asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory"); }
 PTX_FN void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// ---- sm_90: Parallel Synchronization, mbarrier; Data Movement, mapa and st.async -------------------------------------------------------
+// ---- sm_90: Parallel Synchronization, mbarrier; Data Movement, mapa, ld and st.async -------------------------------------------------------
 PTX_FN void barrier_init(uint64_t* bar, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(bar)), "r"(arrivals) : "memory"); }
 PTX_FN void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 PTX_FN void arrive(uint64_t* bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared(bar)) : "memory"); }
@@ -102,6 +102,15 @@ PTX_FN void arrive_remote(uint64_t* bar, uint32_t rank) {
 PTX_FN void wait(uint64_t* bar, uint32_t parity) {
   asm volatile("{\n.reg .pred done;\nAGAIN_%=:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE_%=;\nbra AGAIN_%=;\nDONE_%=:\n}" ::"r"(shared(bar)), "r"(parity)
                : "memory");
+}
+// *p in block `rank` of the cluster.
+PTX_FN float4 load_remote(const float4* p, uint32_t rank) {
+  float4 v;
+  asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(shared(p)), "r"(rank)
+               : "memory");
+  return v;
 }
 // *slot = value in block `rank` of the cluster, and 4 bytes to the barrier there.
 PTX_FN void store_remote(int* slot, int value, uint64_t* bar, uint32_t rank) {

@@ -171,6 +171,12 @@ inline void wait(uint64_t* bar, uint32_t parity) {
   const Mbarrier* b = &mbarrier(in_block(bar, cluster_rank()));
   if (b->phase == parity) emulator::wait_until([b, parity] { return b->phase != parity; });
 }
+inline float4 load_remote(const float4* p, uint32_t rank) {
+  aligned(shared(p), 16, "ld.shared::cluster.v4 from");
+  float4 v;
+  std::memcpy(&v, in_block(p, rank), sizeof v);
+  return v;
+}
 inline void store_remote(int* slot, int value, uint64_t* bar, uint32_t rank) {
   int* const to = static_cast<int*>(in_block(slot, rank));
   void* const there = in_block(bar, rank);
