@@ -95,7 +95,7 @@ struct CudaForwardParams {
   void* stream;       // cudaStream_t
 };
 
-// CUDA, the whole backward on one stream. A null output is not computed; dA, dB and dbias have a fixed order of summation.
+// CUDA, the whole backward on one stream. A null output is not computed. Each sum over K or N has a fixed order, and so has dbias.
 struct CudaBackwardParams {
   const void* dy;     // [M, N], row stride lddy, dtype
   const void* x;      // [M, K], row stride ldx, dtype; read for dA only
@@ -113,6 +113,7 @@ struct CudaBackwardParams {
   Dtype dtype, adapter_dtype;
   float scaling;
   Dropout dropout;    // seed on the device
+  bool deterministic; // dA and dB in a fixed order of summation, too, by a pass over x and dy of their own
   int device;         // the caller's current device
   void* stream;       // cudaStream_t
 };

@@ -101,7 +101,10 @@ def test_gemm_machine_code(built, name):
         assert not [i for i in instructions if re.search(r"\b(LDL|STL)\b", i)], f"{kernel} uses local memory"
         for needed in ("UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UTMASTG.2D", "STSM", "USETMAXREG"):
             assert any(needed in i for i in instructions), f"{kernel} has no {needed}"
-        width, rank = (int(n) for n in re.search(r"TraitsI\w+?Li(128|256)ELi(\d+)E", kernel).groups())
+        width, rank, backward, masked = (int(n) for n in re.search(r"TraitsI\w+?Li(128|256)ELi(\d+)ELb(\d)ELb(\d)E", kernel).groups())
+        gradients = backward and rank and (not masked or width == 128 or rank == 16)
+        width = 128 if gradients else width
+        assert not gradients or any("REDG.E.ADD.F32" in i for i in instructions), f"{kernel} adds up no gradients"
         loops = [loop for loop in innermost_loops(code, f"HGMMA.64x{width}x16") if sum("HGMMA" in i for i in loop) >= 4]
         assert loops, f"{kernel} has no main loop"
         assert not rank or any(f"HGMMA.64x{rank}x16" in i for loop in loops for i in loop), f"{kernel} has no main loop that computes h"

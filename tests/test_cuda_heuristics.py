@@ -16,14 +16,16 @@ RANKS = [1, 8, 12, 16, 17, 32, 33, 64, 65, 100, 128, 256]
 SMS = [2, 13, 114, 132]
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backward, masked", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("compute_h", [False, True])
-def test_gemm_configs_are_legal(compute_h, masked):
+def test_gemm_configs_are_legal(compute_h, backward, masked):
     for (K, N), M, R, sms in itertools.product(SHAPES, ROWS, RANKS, SMS):
-        c = _C.lora_gemm_config(M, N, K, R, BF16, sms, compute_h, masked)
+        c = _C.lora_gemm_config(M, N, K, R, BF16, sms, compute_h, masked, backward)
         assert c["smem_bytes"] <= _C.cuda_smem_limit == 227 * 1024
         tiles = c["stages"] * (c["block_m"] + c["block_n"] + c["rank_tile"]) * c["block_k"] * 2 + 2 * 64 * 64 * 2
-        assert tiles + masked * c["block_m"] * c["block_n"] // 8 < c["smem_bytes"]
+        thin = c["gradients"] * c["block_m"] * c["rank_tile"] * 2
+        assert tiles + thin + masked * c["block_m"] * c["block_n"] // 8 < c["smem_bytes"]
+        assert c["gradients"] == (backward and c["one_launch"] and (not masked or c["block_n"] == 128 or c["rank_tile"] == 16))
         assert c["stages"] >= 3 and c["block_n"] in (128, 256)
         assert c["row_tiles"] * c["block_m"] * c["cluster"] >= M > (c["row_tiles"] - 1) * c["block_m"] * c["cluster"]
         assert c["col_tiles"] * c["block_n"] >= N > (c["col_tiles"] - 1) * c["block_n"]
@@ -90,29 +92,34 @@ def test_small_m_runs_in_one_wave_over_the_whole_card():
 
 
 def test_backward_plans_ask_only_for_what_is_needed():
-    for M, R, dropout, needs in itertools.product((1, 300, 8192), (8, 12, 64, 256), (False, True), itertools.product((False, True), repeat=4)):
+    every = itertools.product((1, 300, 8192), (8, 12, 64, 256), (False, True), (F16, F32), (False, True), itertools.product((False, True), repeat=4))
+    for M, R, dropout, adapter, deterministic, needs in every:
         N, K = 1024, 4096
         need_x, need_A, need_B, need_bias = needs
-        plan = _C.cuda_backward_plan(M, N, K, R, F16, F16, dropout, *needs, 132)
+        plan = _C.cuda_backward_plan(M, N, K, R, F16, adapter, dropout, *needs, deterministic, 132)
         check_regions(plan)
         size = {name: size for name, (_, size) in plan["regions"].items()}
         assert ("gemm" in plan) == need_x and plan.get("gemm", {}).get("masked", dropout) == dropout
         assert plan["dh"] == ("" if not (need_x or need_A) else "h_gemm" if R > 64 else "gemm" if need_x else "shrink")
         assert size["dh"] == (2 * M * (-(-R // 8) * 8) if need_x or need_A else 0)
-        splits = plan["wgrad"]["splits"] if need_A or need_B else 0
-        assert (size["dA"], size["dB"]) == (4 * splits * R * K * need_A, 4 * splits * R * N * need_B)
-        assert size["dbias"] == 4 * N * need_bias * (splits if need_B else plan["bias_wgrad"]["splits"] if need_bias else 0)
+        inside = plan["gradients_in_gemm"]
+        assert inside == ((need_A or need_B) and not deterministic and need_x and plan["gemm"]["gradients"])
+        assert ("wgrad" in plan) == ((need_A or need_B) and not inside)
+        sums = plan["wgrad"]["splits"] if "wgrad" in plan else int(inside and adapter != F32)  # fp32 outputs are summed up in place
+        assert (size["dA"], size["dB"]) == (4 * sums * R * K * need_A, 4 * sums * R * N * need_B)
+        assert ("bias_wgrad" in plan) == (need_bias and (inside or not need_B))
+        assert size["dbias"] == 4 * N * need_bias * (plan["bias_wgrad"]["splits"] if "bias_wgrad" in plan else sums)
 
 
 def test_wgrad_covers_every_row_once_and_fills_the_card():
     for M, R, (K, N) in itertools.product(ROWS, RANKS, SHAPES):
-        w = _C.cuda_backward_plan(M, N, K, R, BF16, BF16, False, False, True, True, False, 132)["wgrad"]
+        w = _C.cuda_backward_plan(M, N, K, R, BF16, BF16, False, False, True, True, False, False, 132)["wgrad"]
         assert w["rows_per_split"] % 64 == 0 and w["smem_bytes"] <= _C.cuda_smem_limit
         assert (w["splits"] - 1) * w["rows_per_split"] < M <= w["splits"] * w["rows_per_split"]
         assert w["rank_tile"] * w["rank_chunks"] >= R > w["rank_tile"] * (w["rank_chunks"] - 1)
         blocks = w["splits"] * w["rank_chunks"] * (-(-K // 128) + -(-N // 128))
         assert w["splits"] == 1 or blocks <= 132 * (228 * 1024 // (w["smem_bytes"] + 1024)), "more than one wave"
-    w = _C.cuda_backward_plan(8192, 4096, 4096, 16, BF16, BF16, False, False, True, True, False, 132)["wgrad"]
+    w = _C.cuda_backward_plan(8192, 4096, 4096, 16, BF16, BF16, False, False, True, True, False, False, 132)["wgrad"]
     assert w["splits"] * 64 >= 2 * 132
 
 
@@ -125,7 +132,7 @@ def test_what_has_no_plan_is_an_error():
         (lambda: _C.lora_gemm_config(128, 128, 128, 16, BF16, 1), "2 SMs"),
         (lambda: _C.lora_gemm_tile(4, 2, 2, True), "one of row_tiles"),
         (lambda: _C.cuda_forward_plan(128, 128, 128, 300, BF16, BF16, False, 132), "no plan"),
-        (lambda: _C.cuda_backward_plan(0, 128, 128, 16, BF16, BF16, False, True, True, True, True, 132), "no plan"),
+        (lambda: _C.cuda_backward_plan(0, 128, 128, 16, BF16, BF16, False, True, True, True, True, False, 132), "no plan"),
     ):
         with pytest.raises(ValueError, match=match):
             call()

@@ -28,10 +28,10 @@ void forward(uintptr_t x, int64_t ldx, uintptr_t W, int64_t ldw, uintptr_t A, ui
 
 void backward(uintptr_t dy, int64_t lddy, uintptr_t x, int64_t ldx, uintptr_t W, int64_t ldw, uintptr_t A, uintptr_t B, uintptr_t h, int64_t ldh, uintptr_t dx, uintptr_t dA,
               uintptr_t dB, uintptr_t dbias, uintptr_t workspace, int64_t workspace_bytes, int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int adapter_dtype, float scaling,
-              uintptr_t seed, uint32_t threshold, int device, uintptr_t stream) {
+              uintptr_t seed, uint32_t threshold, bool deterministic, int device, uintptr_t stream) {
   check(cuda_backward({ptr<void>(dy), ptr<void>(x), ptr<void>(W), ptr<void>(A), ptr<void>(B), ptr<void>(h), ptr<void>(dx), ptr<void>(dA), ptr<void>(dB), ptr<void>(dbias),
-                       ptr<void>(workspace), workspace_bytes, M, N, K, R, lddy, ldx, ldw, ldh, Dtype(dtype), Dtype(adapter_dtype), scaling, {ptr<int64_t>(seed), threshold}, device,
-                       ptr<void>(stream)}));
+                       ptr<void>(workspace), workspace_bytes, M, N, K, R, lddy, ldx, ldw, ldh, Dtype(dtype), Dtype(adapter_dtype), scaling, {ptr<int64_t>(seed), threshold}, deterministic,
+                       device, ptr<void>(stream)}));
 }
 
 }  // namespace

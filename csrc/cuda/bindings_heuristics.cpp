@@ -34,6 +34,7 @@ py::dict describe(const GemmConfig& c) {
   d["rank_tile"] = c.rank_tile;
   d["one_launch"] = c.rank_tile > 0;
   d["masked"] = c.masked;
+  d["gradients"] = c.gradients;
   return d;
 }
 
@@ -60,10 +61,10 @@ py::dict describe(const SmallConfig& c) {
 
 py::tuple describe(const Region& r) { return py::make_tuple(r.offset, r.bytes); }
 
-py::dict lora_gemm_config(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int sms, bool compute_h, bool masked) {
+py::dict lora_gemm_config(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int sms, bool compute_h, bool masked, bool backward) {
   half_dtype(dtype);
   require(K >= 1, "K must be at least 1");
-  const GemmConfig c = gemm_config(M, N, R, sms, compute_h, masked);
+  const GemmConfig c = gemm_config(M, N, R, sms, compute_h, masked, backward);
   require(c.valid, "sizes must be 1 <= M, N < 2**31 - 512 and 0 <= R <= 256, with at least 2 SMs and fewer than 2**31 tiles");
   return describe(c);
 }
@@ -93,16 +94,17 @@ py::dict plan_forward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int
 }
 
 py::dict plan_backward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int adapter_dtype, bool dropout, bool need_x, bool need_A,
-                       bool need_B, bool need_bias, int sms) {
-  const BackwardPlan p = backward_plan(M, N, K, R, half_dtype(dtype), Dtype(adapter_dtype), dropout, need_x, need_A, need_B, need_bias, sms);
+                       bool need_B, bool need_bias, bool deterministic, int sms) {
+  const BackwardPlan p = backward_plan(M, N, K, R, half_dtype(dtype), Dtype(adapter_dtype), dropout, need_x, need_A, need_B, need_bias, deterministic, sms);
   require(p.valid, "no plan for these sizes");
   static const char* const names[] = {"", "gemm", "shrink", "h_gemm"};
   py::dict d;
   if (need_x) d["gemm"] = describe(p.gemm);
   d["dh"] = names[p.h_by];
   if (p.h_by == BackwardPlan::by_gemm) d["h_gemm"] = describe(p.h_gemm);
-  if (need_A || need_B) d["wgrad"] = describe(p.wgrad);
-  if (need_bias && !need_B) d["bias_wgrad"] = describe(p.bias_wgrad);
+  d["gradients_in_gemm"] = p.gradients;
+  if ((need_A || need_B) && !p.gradients) d["wgrad"] = describe(p.wgrad);
+  if (p.bias_apart) d["bias_wgrad"] = describe(p.bias_wgrad);
   py::dict regions;
   regions["control"] = describe(p.control);
   regions["A"] = describe(p.A);
@@ -120,13 +122,13 @@ py::dict plan_backward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, in
 
 void bind_heuristics(py::module_& m) {
   using namespace py::literals;
-  m.def("lora_gemm_config", &lora_gemm_config, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "sms"_a, "compute_h"_a = true, "masked"_a = false,
+  m.def("lora_gemm_config", &lora_gemm_config, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "sms"_a, "compute_h"_a = true, "masked"_a = false, "backward"_a = false,
         "The tile, stages, shared memory and grid of out[M, N] = left[M, K] right + low[M, R] low_right.");
   m.def("lora_gemm_tile", &lora_gemm_tile, "t"_a, "row_tiles"_a, "col_tiles"_a, "column_first"_a, "(row, column) of tile number t.");
   m.def("cuda_forward_plan", &plan_forward, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a, "dropout"_a, "sms"_a,
         "What the CUDA forward launches and the workspace it needs.");
   m.def("cuda_backward_plan", &plan_backward, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a, "dropout"_a, "need_x"_a, "need_A"_a,
-        "need_B"_a, "need_bias"_a, "sms"_a, "What the CUDA backward launches and the workspace it needs.");
+        "need_B"_a, "need_bias"_a, "deterministic"_a, "sms"_a, "What the CUDA backward launches and the workspace it needs.");
   m.attr("cuda_max_rank") = kMaxRank;
   m.attr("cuda_smem_limit") = kSmemLimit;
 }

@@ -23,14 +23,20 @@ constexpr int rank_tile_for(int64_t R) { return R <= 16 ? 16 : R <= 32 ? 32 : 64
 constexpr int kGemmBlockM = 128, kGemmBlockK = 64, kGemmCluster = 2;
 
 constexpr int gemm_stage_bytes(int block_n, int rank_tile) { return (kGemmBlockM + block_n + rank_tile) * kGemmBlockK * 2; }
-// Two 64 x 64 tiles on their way out, the mask bits of a tile, barriers, and the way to the first multiple of 1024.
-constexpr int gemm_other_bytes(int block_n, bool masked) { return 2 * 64 * 64 * 2 + (masked ? kGemmBlockM * block_n / 8 : 0) + 1024 + 1024; }
-constexpr int gemm_stages(int block_n, int rank_tile, bool masked) {
-  return (kSmemLimit - gemm_other_bytes(block_n, masked)) / gemm_stage_bytes(block_n, rank_tile);
+// Two 64 x 64 tiles on their way out, 128 rows of h or dh for the gradients, the mask bits of a tile, barriers, and the way to the first
+// multiple of 1024.
+constexpr int gemm_other_bytes(int block_n, int rank_tile, bool masked, bool gradients) {
+  return 2 * 64 * 64 * 2 + (gradients ? kGemmBlockM * rank_tile * 2 : 0) + (masked ? kGemmBlockM * block_n / 8 : 0) + 1024 + 1024;
 }
-constexpr int gemm_smem_bytes(int block_n, int rank_tile, bool masked) {
-  return gemm_stages(block_n, rank_tile, masked) * gemm_stage_bytes(block_n, rank_tile) + gemm_other_bytes(block_n, masked);
+constexpr int gemm_stages(int block_n, int rank_tile, bool masked, bool gradients) {
+  return (kSmemLimit - gemm_other_bytes(block_n, rank_tile, masked, gradients)) / gemm_stage_bytes(block_n, rank_tile);
 }
+constexpr int gemm_smem_bytes(int block_n, int rank_tile, bool masked, bool gradients) {
+  return gemm_stages(block_n, rank_tile, masked, gradients) * gemm_stage_bytes(block_n, rank_tile) + gemm_other_bytes(block_n, rank_tile, masked, gradients);
+}
+
+// Whether dx's launch, of this tile, also makes dA and dB. With a mask, 256 columns and more than 16 ranks the accumulators don't fit.
+constexpr bool gemm_gradients(int block_n, int rank_tile, bool masked) { return rank_tile > 0 && (!masked || block_n == 128 || rank_tile == 16); }
 
 struct TileIndex {
   int row, col;  // in tiles of a cluster: 256 rows, block_n columns
@@ -55,6 +61,7 @@ struct GemmConfig {
   int block_n;     // columns of a tile, 128 or 256; a cluster's two tiles of 128 rows lie above each other
   int rank_tile;   // columns of h that column 0 computes in the same launch: 16, 32 or 64; 0: h is given
   bool masked;     // the low-rank term goes through the dropout mask
+  bool gradients;  // a warpgroup of its own computes dA and dB in the same launch; with rank_tile only
   int stages, smem;
   int row_tiles, col_tiles, grid;  // grid in blocks, a multiple of the cluster
   int low_blocks;  // k-blocks of the low-rank update
@@ -62,7 +69,7 @@ struct GemmConfig {
 };
 
 // K does not enter: both tile widths walk the whole of it.
-inline GemmConfig gemm_config(int64_t M, int64_t N, int64_t R, int sms, bool compute_h, bool masked) {
+inline GemmConfig gemm_config(int64_t M, int64_t N, int64_t R, int sms, bool compute_h, bool masked, bool backward) {
   GemmConfig c{};
   const int64_t rows = ceil_div(M, kGemmBlockM * kGemmCluster), clusters = sms / kGemmCluster;
   if (M < 1 || N < 1 || R < 0 || R > kMaxRank || clusters < 1) return c;
@@ -72,8 +79,9 @@ inline GemmConfig gemm_config(int64_t M, int64_t N, int64_t R, int sms, bool com
   // One launch costs 3-5 % of the GEMM, a pass over x of its own 13 % (same shape, R = 16, H100, 2026-11-23). Above 64 ranks the accumulators don't fit.
   c.rank_tile = compute_h && R >= 1 && R <= 64 ? rank_tile_for(R) : 0;
   c.masked = masked;
-  c.stages = gemm_stages(c.block_n, c.rank_tile, masked);
-  c.smem = gemm_smem_bytes(c.block_n, c.rank_tile, masked);
+  c.gradients = backward && gemm_gradients(c.block_n, c.rank_tile, masked);
+  c.stages = gemm_stages(c.block_n, c.rank_tile, masked, c.gradients);
+  c.smem = gemm_smem_bytes(c.block_n, c.rank_tile, masked, c.gradients);
   const int64_t cols = ceil_div(N, c.block_n);
   c.low_blocks = static_cast<int>(ceil_div(R, kGemmBlockK));
   if (M > INT32_MAX - 512 || N > INT32_MAX - 512 || rows * cols > INT32_MAX - 2 * clusters) return c;
@@ -186,9 +194,9 @@ inline ForwardPlan forward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dtyp
   ForwardPlan p{};
   if (!fused_dtype(dtype) || R < 1 || K < 1 || K > INT32_MAX - 512) return p;
   if (!dropout) p.small = small_config(M, N, K, R, sms);
-  if (!p.small.valid) p.gemm = gemm_config(M, N, R, sms, !dropout, false);
+  if (!p.small.valid) p.gemm = gemm_config(M, N, R, sms, !dropout, false, false);
   p.h_by = p.small.valid ? ForwardPlan::in_small : p.gemm.rank_tile ? ForwardPlan::in_gemm : dropout ? ForwardPlan::shrink : ForwardPlan::by_gemm;
-  if (p.h_by == ForwardPlan::by_gemm) p.h_gemm = gemm_config(M, R, 0, sms, false, false);
+  if (p.h_by == ForwardPlan::by_gemm) p.h_gemm = gemm_config(M, R, 0, sms, false, false, false);
   Layout layout;
   p.control = layout.take(control_bytes(p.gemm));
   p.A = layout.take(needs_copy_A(dtype, adapter_dtype) ? R * K * 2 : 0);
@@ -198,32 +206,39 @@ inline ForwardPlan forward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dtyp
   return p;
 }
 
+// dA and dB inside dx's launch save a read of dy and overlap the read of x; predicted, not yet measured against wgrad's launch (bench/NOTES.md).
+constexpr bool kGradientsInGemm = true;
+
 struct BackwardPlan {
   GemmConfig gemm;    // dx
   GemmConfig h_gemm;  // dh, where `h_by` is by_gemm
   enum { nobody, in_gemm, shrink, by_gemm } h_by;
-  WgradConfig wgrad;       // dA and dB in one launch
-  WgradConfig bias_wgrad;  // dbias where dB is not wanted
-  Region control, A, B, dh, dA, dB, dbias;  // the last three: one fp32 slab for every split
+  bool bias_apart;         // dbias has a launch of its own
+  bool gradients;          // dA and dB come out of dx's launch, added up by atomics
+  WgradConfig wgrad;       // else both in one launch of their own, in a fixed order
+  WgradConfig bias_wgrad;  // dbias where wgrad does not have it
+  Region control, A, B, dh, dA, dB, dbias;  // dA and dB: fp32 sums, one slab for every split of wgrad; dbias: one for every split
   int64_t bytes;
   bool valid;
 };
 
 inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dtype dtype, Dtype adapter_dtype, bool dropout, bool need_x,
-                                  bool need_A, bool need_B, bool need_bias, int sms) {
+                                  bool need_A, bool need_B, bool need_bias, bool deterministic, int sms) {
   BackwardPlan p{};
   if (!fused_dtype(dtype) || M < 1 || N < 1 || K < 1 || R < 1 || R > kMaxRank || sms < kGemmCluster) return p;
   p.valid = M <= INT32_MAX - 512 && N <= INT32_MAX - 512 && K <= INT32_MAX - 512;
   p.h_by = BackwardPlan::nobody;
   if (need_x) {
-    p.gemm = gemm_config(M, K, R, sms, true, dropout);
+    p.gemm = gemm_config(M, K, R, sms, true, dropout, true);
     p.valid = p.valid && p.gemm.valid;
   }
   if (need_x || need_A) p.h_by = p.gemm.rank_tile ? BackwardPlan::in_gemm : R > 64 ? BackwardPlan::by_gemm : BackwardPlan::shrink;
   if (p.h_by == BackwardPlan::by_gemm) {
-    p.h_gemm = gemm_config(M, R, 0, sms, false, false);
+    p.h_gemm = gemm_config(M, R, 0, sms, false, false, false);
     p.valid = p.valid && p.h_gemm.valid;
   }
+  p.gradients = kGradientsInGemm && p.gemm.gradients && !deterministic && (need_A || need_B);
+  p.bias_apart = need_bias && (p.gradients || !need_B);
   const int64_t tiles = (need_A ? ceil_div(K, kWgradCols) : 0) + (need_B ? ceil_div(N, kWgradCols) : 0);
   p.wgrad = wgrad_config(M, tiles, R, sms);
   p.bias_wgrad = wgrad_config(M, ceil_div(N, kWgradCols), 0, sms);
@@ -233,9 +248,11 @@ inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dt
   p.A = layout.take(need_x && needs_copy_A(dtype, adapter_dtype) ? R * K * 2 : 0);
   p.B = layout.take(dh && needs_copy_B(R, dtype, adapter_dtype) ? N * padded_rank(R) * 2 : 0);
   p.dh = layout.take(dh ? M * padded_rank(R) * 2 : 0);
-  p.dA = layout.take(need_A ? p.wgrad.splits * R * K * 4 : 0);
-  p.dB = layout.take(need_B ? p.wgrad.splits * N * R * 4 : 0);
-  p.dbias = layout.take(need_bias ? (need_B ? p.wgrad : p.bias_wgrad).splits * N * 4 : 0);
+  // What dx's launch adds up in fp32 goes straight to fp32 outputs.
+  const int64_t slabs = !p.gradients ? p.wgrad.splits : adapter_dtype == Dtype::f32 ? 0 : 1;
+  p.dA = layout.take(need_A ? slabs * R * K * 4 : 0);
+  p.dB = layout.take(need_B ? slabs * N * R * 4 : 0);
+  p.dbias = layout.take(need_bias ? (p.bias_apart ? p.bias_wgrad : p.wgrad).splits * N * 4 : 0);
   p.bytes = layout.bytes();
   return p;
 }

@@ -14,20 +14,23 @@ struct Target {
   void* stream;
 };
 
-// prepare.cu     A and B in dtype with padded rows, and the zeroed control block of a one-launch GEMM; null outputs are left out.
+// prepare.cu     A and B in dtype with padded rows, and the zeros that a one-launch GEMM starts from; null outputs are left out.
 struct PrepareParams {
   const void* A;   // [R, K], contiguous, adapter_dtype, any alignment
   const void* B;   // [N, R], contiguous, adapter_dtype, any alignment
   void* out_A;     // [R, K]
   void* out_B;     // [N, padded_rank(R)], columns past R zero
-  int* control;    // [control_ints]
+  int* control;    // [control_ints], zeroed
+  float* dA;       // [R, K], zeroed
+  float* dB;       // [N, R], zeroed
   int64_t control_ints, N, K, R;
   Dtype dtype, adapter_dtype;
 };
 Status prepare(const PrepareParams& p, const Target& target);
 
 // lora_gemm_sm90.cuh    out = alpha * left right + low low_right (+ bias), the low-rank term through the dropout mask if config.masked;
-//                       with config.rank_tile also low = scale * left rank, in the same launch.
+//                       with config.rank_tile also low = scale * left rank, in the same launch; with config.gradients there also
+//                       dB += left^T h and dA += drop(x)^T low, each unless null.
 struct GemmParams {
   const void* left;       // [M, K], row stride ld_left
   const void* right;      // [N, K], or [K, N] if right_mn: row stride ld_right
@@ -36,12 +39,16 @@ struct GemmParams {
   const void* bias;       // [N], or null
   void* low;              // [M, R], row stride ld_low; written if config.rank_tile, else read
   void* out;              // [M, N], row stride ld_out
+  const void* h;          // [M, R], row stride ld_h; read if dB
+  const void* x;          // [M, N], row stride ld_x; read if dA
+  float* dB;              // [K, R], sums in no fixed order; only if config.gradients
+  float* dA;              // [R, N], the same, dropout's factor included
   int* control;           // zeros, control_bytes(config); used if config.rank_tile
-  int64_t ld_left, ld_right, ld_low_right, ld_rank, ld_low, ld_out;
+  int64_t ld_left, ld_right, ld_low_right, ld_rank, ld_low, ld_out, ld_h, ld_x;
   int64_t M, N, K, R;
   bool right_mn;          // the right operands lie with their reduction dimension in rows: dx = dy W + dh A
   float alpha, scale;
-  Dropout dropout;        // over [M, N]; threshold 0 unless config.masked
+  Dropout dropout;        // over [M, N]: of the low-rank term and x; threshold 0 unless config.masked
   Dtype dtype;
 };
 Status lora_gemm(const GemmConfig& config, const GemmParams& p, const Target& target);
@@ -94,5 +101,7 @@ struct WgradParams {
   Dtype dtype, out_dtype;
 };
 Status wgrad(const WgradConfig& config, const WgradParams& p, const Target& target);
+// The second launch of wgrad alone: slabs of `splits` parts -> outputs.
+Status add_slabs(int splits, const WgradParams& p, const Target& target);
 
 }  // namespace fused_lora

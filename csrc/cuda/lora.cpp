@@ -1,10 +1,10 @@
 // The CUDA back end's two drivers: the forward and the backward of plain LoRA as a few launches on one stream.
 //
 //   forward    [prepare]  [shrink: h]   lora_gemm: y (and h), or lora_gemm_small: y and h
-//   backward   [prepare]  [shrink: dh]  lora_gemm: dx (and dh)   wgrad: dA, dB, dbias
+//   backward   [prepare]  [shrink: dh]  lora_gemm: dx (and dh, dA, dB)   [wgrad: dA, dB, dbias]
 //
-// Bracketed launches only where heuristics.h plans them. Where lora_gemm computes h itself its control block is zeroed here, in stream order:
-// a captured graph replays that too.
+// Bracketed launches only where heuristics.h plans them. What lora_gemm wants zeroed is zeroed here, in stream order: a captured graph replays
+// that too.
 #include "heuristics.h"
 #include "kernels.h"
 #include "launch.h"
@@ -89,6 +89,12 @@ GemmParams forward_gemm(const CudaForwardParams& p, const ForwardPlan& plan, con
   return g;
 }
 
+// The sums that lora_gemm adds dA or dB up in: the output itself if that is fp32.
+float* sums_in_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, void* out, const Region& region) {
+  if (!plan.gradients || !out) return nullptr;
+  return p.adapter_dtype == Dtype::f32 ? static_cast<float*>(out) : at<float>(p.workspace, region);
+}
+
 GemmParams backward_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, const void* A, const void* B, void* dh) {
   GemmParams g{};
   g.left = p.dy;
@@ -97,6 +103,12 @@ GemmParams backward_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, 
   g.rank = B;
   g.low = dh;
   g.out = p.dx;
+  g.h = p.h;
+  g.x = p.x;
+  g.dB = sums_in_gemm(p, plan, p.dB, plan.dB);
+  g.dA = sums_in_gemm(p, plan, p.dA, plan.dA);
+  g.ld_h = p.ldh;
+  g.ld_x = p.ldx;
   g.control = at<int>(p.workspace, plan.control);
   g.ld_left = p.lddy;
   g.ld_right = p.ldw;
@@ -114,14 +126,14 @@ GemmParams backward_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, 
   return g;
 }
 
-// dA, dB and dbias of the plan; `bias_alone` gives dbias where dB is not wanted, in a launch of its own.
-Status weight_gradients(const CudaBackwardParams& p, const BackwardPlan& plan, void* dh, bool bias_alone, const Target& target) {
+// wgrad's jobs: dA, dB and, unless it comes apart, dbias; `bias_alone`: dbias.
+WgradParams wgrad_jobs(const CudaBackwardParams& p, const BackwardPlan& plan, void* dh, bool bias_alone) {
   WgradParams w{};
   w.M = p.M;
   w.R = bias_alone ? 0 : p.R;
   w.dtype = p.dtype;
   w.out_dtype = p.adapter_dtype;
-  float* const bias_slabs = at<float>(p.workspace, plan.dbias);
+  float* const bias_slabs = bias_alone == plan.bias_apart ? at<float>(p.workspace, plan.dbias) : nullptr;
   if (bias_alone || p.dB) {
     WgradJob& job = w.jobs[w.count++];
     job.left = p.dy;
@@ -148,7 +160,21 @@ Status weight_gradients(const CudaBackwardParams& p, const BackwardPlan& plan, v
     job.scale = 1.0f;
     job.dropout = p.dropout;
   }
-  return wgrad(bias_alone ? plan.bias_wgrad : plan.wgrad, w, target);
+  return w;
+}
+
+// dA and dB after dx, from the sums of its launch or by a launch of their own; dbias with them or apart.
+Status weight_gradients(const CudaBackwardParams& p, const BackwardPlan& plan, void* dh, const Target& target) {
+  Status status = Status::ok;
+  if (plan.gradients && p.adapter_dtype != Dtype::f32) {
+    WgradParams rounding = wgrad_jobs(p, plan, dh, false);
+    for (WgradJob& job : rounding.jobs) job.dropout = {};  // its factor is in the sums
+    status = add_slabs(1, rounding, target);
+  } else if (!plan.gradients && (p.dA || p.dB)) {
+    status = wgrad(plan.wgrad, wgrad_jobs(p, plan, dh, false), target);
+  }
+  if (status == Status::ok && plan.bias_apart) status = wgrad(plan.bias_wgrad, wgrad_jobs(p, plan, dh, true), target);
+  return status;
 }
 
 }  // namespace
@@ -164,7 +190,8 @@ Status cuda_forward(const CudaForwardParams& p) {
   if (!aligned({p.x, p.W, p.A, p.B, p.bias, p.h, p.y, p.workspace}, {p.ldx, p.ldw})) return Status::bad_alignment;
   const Target target{p.device, p.stream};
 
-  const PrepareParams prep{p.A, p.B, at(p.workspace, plan.A), at(p.workspace, plan.B), at<int>(p.workspace, plan.control), plan.control.bytes / 4, p.N, p.K, p.R, p.dtype, p.adapter_dtype};
+  const PrepareParams prep{p.A, p.B, at(p.workspace, plan.A), at(p.workspace, plan.B), at<int>(p.workspace, plan.control), nullptr, nullptr, plan.control.bytes / 4, p.N, p.K, p.R,
+                           p.dtype, p.adapter_dtype};
   status = prepare(prep, target);
   const void* const A = prep.out_A ? prep.out_A : p.A;
   const void* const B = prep.out_B ? prep.out_B : p.B;
@@ -184,12 +211,14 @@ Status cuda_backward(const CudaBackwardParams& p) {
   Status status = use_device(p.device, &sms);
   if (status != Status::ok) return status;
   if (p.N % 8 || p.K % 8 || (p.dropout.threshold && !p.dropout.seed)) return Status::bad_shape;
-  const BackwardPlan plan = backward_plan(p.M, p.N, p.K, p.R, p.dtype, p.adapter_dtype, p.dropout.threshold > 0, p.dx, p.dA, p.dB, p.dbias, sms);
+  const BackwardPlan plan = backward_plan(p.M, p.N, p.K, p.R, p.dtype, p.adapter_dtype, p.dropout.threshold > 0, p.dx, p.dA, p.dB, p.dbias,
+                                          p.deterministic, sms);
   if (!plan.valid || p.workspace_bytes < plan.bytes) return fused_dtype(p.dtype) ? Status::bad_shape : Status::bad_dtype;
   if (!aligned({p.dy, p.x, p.W, p.A, p.B, p.h, p.dx, p.dA, p.dB, p.dbias, p.workspace}, {p.lddy, p.ldx, p.ldw, p.ldh})) return Status::bad_alignment;
   const Target target{p.device, p.stream};
 
-  const PrepareParams prep{p.A, p.B, at(p.workspace, plan.A), at(p.workspace, plan.B), at<int>(p.workspace, plan.control), plan.control.bytes / 4, p.N, p.K, p.R, p.dtype, p.adapter_dtype};
+  const PrepareParams prep{p.A, p.B, at(p.workspace, plan.A), at(p.workspace, plan.B), at<int>(p.workspace, plan.control), sums_in_gemm(p, plan, p.dA, plan.dA),
+                           sums_in_gemm(p, plan, p.dB, plan.dB), plan.control.bytes / 4, p.N, p.K, p.R, p.dtype, p.adapter_dtype};
   status = prepare(prep, target);
   const void* const A = prep.out_A ? prep.out_A : p.A;
   const void* const B = prep.out_B ? prep.out_B : p.B;
@@ -200,9 +229,7 @@ Status cuda_backward(const CudaBackwardParams& p) {
   if (status == Status::ok && plan.h_by == BackwardPlan::by_gemm)
     status = h_by_gemm(plan.h_gemm, p.dy, p.lddy, B, ldb, dh, p.M, p.N, p.R, true, p.scaling, p.dtype, target);
   if (status == Status::ok && p.dx) status = lora_gemm(plan.gemm, backward_gemm(p, plan, A, B, dh), target);
-  if (status == Status::ok && (p.dA || p.dB)) status = weight_gradients(p, plan, dh, false, target);
-  if (status == Status::ok && p.dbias && !p.dB) status = weight_gradients(p, plan, dh, true, target);
-  return status;
+  return status == Status::ok ? weight_gradients(p, plan, dh, target) : status;
 }
 
 }  // namespace fused_lora

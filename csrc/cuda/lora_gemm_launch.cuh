@@ -9,9 +9,9 @@
 
 namespace fused_lora::gemm {
 
-// The six maps of a launch; a map that the instance does not read is a copy of the left one.
+// The maps of a launch; a map that the instance does not read is a copy of the left one.
 struct AllMaps {
-  CUtensorMap left, right, low, low_right, rank, out;
+  CUtensorMap left, right, low, low_right, rank, out, h, dh, x;
 };
 
 inline Status make_maps(const GemmConfig& c, const GemmParams& p, AllMaps* maps) {
@@ -22,7 +22,7 @@ inline Status make_maps(const GemmConfig& c, const GemmParams& p, AllMaps* maps)
   Status status = tensor_map({p.left, p.M, p.K, p.ld_left, kGemmBlockM, kGemmBlockK, p.dtype}, &maps->left);
   if (status == Status::ok) status = tensor_map(right_view(p.right, p.K, p.ld_right), &maps->right);
   if (status == Status::ok) status = tensor_map({p.out, p.M, p.N, p.ld_out, 64, 64, p.dtype}, &maps->out);
-  maps->low = maps->low_right = maps->rank = maps->left;
+  maps->low = maps->low_right = maps->rank = maps->h = maps->dh = maps->x = maps->left;
   if (status == Status::ok && p.R > 0) status = tensor_map({p.low, p.M, p.R, p.ld_low, kGemmBlockM, kGemmBlockK, p.dtype}, &maps->low);
   if (status == Status::ok && p.R > 0) status = tensor_map(right_view(p.low_right, p.R, p.ld_low_right), &maps->low_right);
   if (status == Status::ok && c.rank_tile) {
@@ -30,19 +30,22 @@ inline Status make_maps(const GemmConfig& c, const GemmParams& p, AllMaps* maps)
                                        : MatrixView{p.rank, p.R, p.K, p.ld_rank, c.rank_tile, kGemmBlockK, p.dtype};
     status = tensor_map(rank, &maps->rank);
   }
+  if (status == Status::ok && p.dB) status = tensor_map({p.h, p.M, p.R, p.ld_h, kGemmBlockM, c.rank_tile, p.dtype}, &maps->h);
+  if (status == Status::ok && p.dA) status = tensor_map({p.low, p.M, p.R, p.ld_low, kGemmBlockM, c.rank_tile, p.dtype}, &maps->dh);
+  if (status == Status::ok && p.dA) status = tensor_map({p.x, p.M, p.N, p.ld_x, kGemmBlockM, 64, p.dtype}, &maps->x);
   return status;
 }
 
 template <class C> Status run(const GemmConfig& c, const GemmParams& p, const Target& target) {
-  if (c.stages != C::kStages || c.smem != gemm_smem_bytes(C::kBlockN, C::kRank, C::kMasked)) return Status::bad_shape;
+  if (c.stages != C::kStages || c.smem != gemm_smem_bytes(C::kBlockN, C::kRank, C::kMasked, C::kGradients) || c.gradients != C::kGradients) return Status::bad_shape;
   AllMaps maps;
   const Status status = make_maps(c, p, &maps);
   if (status != Status::ok) return status;
   using T = typename C::T;
-  const Args<T> args{static_cast<T*>(p.low), static_cast<const T*>(p.bias), p.control, p.dropout.seed, p.ld_low, static_cast<int>(p.M), static_cast<int>(p.N),
+  const Args<T> args{static_cast<T*>(p.low), static_cast<const T*>(p.bias), p.dB, p.dA, p.control, p.dropout.seed, p.ld_low, static_cast<int>(p.M), static_cast<int>(p.N),
                      static_cast<int>(p.K), static_cast<int>(p.R), p.dropout.threshold, p.alpha, p.scale, p.dropout.scale()};
-  return launch<lora_gemm_kernel<C>>(Grid{c.grid, kThreads, c.smem, kGemmCluster}, target.device, target.stream, maps.left, maps.right, maps.low, maps.low_right,
-                                     maps.rank, maps.out, args);
+  return launch<lora_gemm_kernel<C>>(Grid{c.grid, C::kThreads, c.smem, kGemmCluster}, target.device, target.stream, maps.left, maps.right, maps.low, maps.low_right,
+                                     maps.rank, maps.out, maps.h, maps.dh, maps.x, args);
 }
 
 template <class T, int kBlockN, bool kRightMN, bool kMasked> Status choose_rank(const GemmConfig& c, const GemmParams& p, const Target& target) {

@@ -5,7 +5,8 @@
 // Types       fp16 or bf16, fp32 accumulators, one rounding at each store
 // Tile        a block 128 x kBlockN, two warpgroups of 64 rows, k-steps of 64 through a ring of kStages; a cluster of two blocks above each
 //             other shares the right operand by multicast: 256 x kBlockN. wgmma m64 n256 (n128) k16, both operands in shared memory
-// Warps       one thread of warpgroup 0 loads (TMA); warps 1-3 of it draw the dropout mask (kMasked); warpgroups 1 and 2 multiply and store
+// Warps       one thread of warpgroup 0 loads (TMA); warps 1-3 of it draw the dropout mask (kMasked); warpgroups 1 and 2 multiply and store;
+//             in dx's one launch a third makes dA and dB of what comes by: lora_gemm_gradients.cuh
 // Low rank    ceil(R / 64) more k-blocks from (low, low_right) through the same ring; columns past R are TMA's zeros. kMasked: their product goes
 //             through an accumulator of its own, 64 columns at a time, and the mask
 // One launch  kRank > 0: the tiles of column 0 also multiply the staged left tile by `rank`, publish low and raise a flag for each 64 rows; the
@@ -18,13 +19,22 @@
 #pragma once
 
 #include "../philox.h"
+#include "lora_gemm_gradients.cuh"
 #include "lora_gemm_tiles.cuh"
 
 namespace fused_lora::gemm {
 
 struct Maps {
-  const CUtensorMap *left, *right, *low, *low_right, *rank;
+  const CUtensorMap *left, *right, *low, *low_right, *rank, *h, *dh, *x;
 };
+
+// 128 rows of h or dh for the gradients.
+template <class C> PTX_FN void load_thin(Smem<C>& s, const CUtensorMap* map, int row, uint32_t& phase) {
+  ptx::wait(&s.thin_empty, phase ^ 1);
+  ptx::arrive_expect(&s.thin_full, sizeof s.thin);
+  ptx::tma_load(s.thin, map, &s.thin_full, row, 0);
+  phase ^= 1;
+}
 
 // One k-block of a left and a right operand; this block's half of the right one goes to both blocks.
 template <class C>
@@ -48,6 +58,7 @@ template <class C> PTX_FN void load_tiles(Smem<C>& s, const Maps& maps, const Ar
   const int k_blocks = (args.K + kBlockK - 1) / kBlockK, low_blocks = (args.R + kBlockK - 1) / kBlockK;
   Ring<C::kStages> ring;
   Tiles<C> tiles(s, args.M, args.N);
+  uint32_t thin_phase = 0;
   ptx::prefetch(maps.left);
   ptx::prefetch(maps.right);
   if constexpr (C::kOneLaunch) tiles.hand_out(rank, drawn);
@@ -61,6 +72,7 @@ template <class C> PTX_FN void load_tiles(Smem<C>& s, const Maps& maps, const Ar
       load_block<C>(s, ring.slot, maps.left, maps.right, row, col, k * kBlockK, rank);
       if (first) ptx::tma_load(s.rank[ring.slot], maps.rank, &s.full[ring.slot], C::kRightMN ? k * kBlockK : 0, C::kRightMN ? 0 : k * kBlockK);
       ring.next();
+      if (C::kGradients && args.dB && k == min(C::kStages, k_blocks) - 1) load_thin<C>(s, maps.h, row, thin_phase);  // may wait: the ring is full first
     }
     if constexpr (C::kOneLaunch) {
       if (rank == 0) drawn = atomicAdd(args.control, 1);
@@ -75,6 +87,14 @@ template <class C> PTX_FN void load_tiles(Smem<C>& s, const Maps& maps, const Ar
       ptx::arrive_expect(&s.full[ring.slot], kBytes);
       load_block<C>(s, ring.slot, maps.low, maps.low_right, row, col, b * kBlockK, rank);
       ring.next();
+    }
+    if (C::kGradients && args.dA) {
+      load_thin<C>(s, maps.dh, row, thin_phase);
+      for (int c = 0; c < C::kBlockN; c += 64, ring.next()) {
+        ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);
+        ptx::arrive_expect(&s.full[ring.slot], kBlockM * kBlockK * 2);
+        ptx::tma_load(s.left[ring.slot], maps.x, &s.full[ring.slot], row, col + c);
+      }
     }
     if constexpr (C::kOneLaunch) tiles.hand_out(rank, drawn);
     else tiles.step();
@@ -127,8 +147,14 @@ template <class C> struct Operands {
   static PTX_FN uint64_t rank(Smem<C>& s, int slot) { return ptx::descriptor(s.rank[slot], 16, 8 * kRankBytes, kRankBytes); }
 };
 
-template <class C> PTX_FN void free_slot(Smem<C>& s, int slot, int thread) {
-  if (thread < kCluster) ptx::arrive_remote(&s.empty[slot], thread);
+// d (+)= left right, 16 deep. ptxas refuses 256 columns at once to kernels of 512 threads, whose registers at entry are 128 a thread (its C7602).
+template <class C, int kN> PTX_FN void product(float (&d)[kN / 2], uint64_t left, uint64_t right, int accumulate) {
+  if constexpr (kN == 256 && C::kGradients) {
+    ptx::wgmma<typename C::T, 128, C::kRightMN>(reinterpret_cast<float(&)[64]>(d), left, right, accumulate);
+    ptx::wgmma<typename C::T, 128, C::kRightMN>(reinterpret_cast<float(&)[64]>(d[64]), left, right + 128 * kBlockK * 2 / 16, accumulate);
+  } else {
+    ptx::wgmma<typename C::T, kN, C::kRightMN>(d, left, right, accumulate);
+  }
 }
 
 // acc += left right over all k-blocks; with kFirst also low_acc += left rank.
@@ -141,7 +167,7 @@ PTX_FN void multiply(float (&acc)[C::kBlockN / 2], float (&low_acc)[kLow], Smem<
     const Op op(s, ring.slot, group);
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      ptx::wgmma<typename C::T, C::kBlockN, C::kRightMN>(acc, op.left + q * Op::kLeftStep, op.right + q * Op::kRightStep, q > 0 || k > 0);
+      product<C, C::kBlockN>(acc, op.left + q * Op::kLeftStep, op.right + q * Op::kRightStep, q > 0 || k > 0);
       if constexpr (kFirst) ptx::wgmma<typename C::T, C::kRank, C::kRightMN>(low_acc, op.left + q * Op::kLeftStep, Op::rank(s, ring.slot) + q * Op::kRankStep, q > 0 || k > 0);
     }
     ptx::wgmma_commit();
@@ -175,7 +201,7 @@ template <class C, int kN, int kSteps> PTX_FN void multiply_steps(float (&d)[kN 
   ptx::wgmma_fence();
 #pragma unroll
   for (int q = 0; q < kSteps; ++q)
-    ptx::wgmma<typename C::T, kN, C::kRightMN>(d, left + q * Operands<C>::kLeftStep, right + q * Operands<C>::kRightStep, accumulate || q > 0);
+    product<C, kN>(d, left + q * Operands<C>::kLeftStep, right + q * Operands<C>::kRightStep, accumulate || q > 0);
   ptx::wgmma_commit();
   ptx::wgmma_wait();
 }
@@ -254,11 +280,12 @@ PTX_FN void store_tile(const float (&acc)[C::kBlockN / 2], Smem<C>& s, const CUt
   }
 }
 
-// A tile whose rows in this warpgroup all lie past M (small M, the last tile): its k-blocks pass unused.
-template <class C> PTX_FN void pass_tile(Smem<C>& s, Ring<C::kStages>& ring, int blocks, int thread) {
+// Blocks that this warpgroup does not use: x's columns for dA, and all of a tile whose rows lie past M.
+template <class C> PTX_FN void pass(Smem<C>& s, Ring<C::kStages>& ring, int blocks, int group, int thread) {
 #pragma unroll 1
   for (int i = 0; i < blocks; ++i) {
     ptx::wait(&s.full[ring.slot], ring.phase);
+    ptx::named_barrier(1 + group, 128);
     free_slot<C>(s, ring.slot, thread);
     ring.next();
   }
@@ -274,17 +301,22 @@ PTX_FN void compute_tile(Smem<C>& s, Ring<C::kStages>& ring, const CUtensorMap* 
   } else {
     multiply<C, false>(acc, low_acc, s, ring, k_blocks, group, thread);
   }
+  const int x_blocks = C::kGradients && args.dA ? C::kBlockN / 64 : 0;  // as many as chunks; each passes a chunk late, when it has landed
   if constexpr (C::kMasked) {
     Ring<C::kStages> at = ring;
-    for (int r = 0; r < args.R; r += kBlockK, at.next()) ptx::wait(&s.full[at.slot], at.phase);
+    for (int r = 0; r < args.R; r += kBlockK, ring.next()) ptx::wait(&s.full[ring.slot], ring.phase);
     ptx::wait(&s.mask_full, mask_phase);
     float low[32];
-    store_tile<C>(acc, s, out, args, row, col, group, thread, [&](int chunk) { add_masked_low<C>(acc, low, chunk, s, ring, args, group, thread); });
-    for (int r = 0; r < args.R; r += kBlockK, ring.next()) free_slot<C>(s, ring.slot, thread);
+    store_tile<C>(acc, s, out, args, row, col, group, thread, [&](int chunk) {
+      add_masked_low<C>(acc, low, chunk, s, at, args, group, thread);
+      pass<C>(s, ring, chunk > 0 && x_blocks, group, thread);
+    });
+    for (int r = 0; r < args.R; r += kBlockK, at.next()) free_slot<C>(s, at.slot, thread);
   } else {
     add_low<C>(acc, s, ring, args.R, group, thread);
-    store_tile<C>(acc, s, out, args, row, col, group, thread, [](int) {});
+    store_tile<C>(acc, s, out, args, row, col, group, thread, [&](int chunk) { pass<C>(s, ring, chunk > 0 && x_blocks, group, thread); });
   }
+  pass<C>(s, ring, x_blocks > 0, group, thread);
 }
 
 // Warpgroups 1 and 2: group 0 the upper 64 rows of a tile, group 1 the lower.
@@ -300,7 +332,7 @@ template <class C> PTX_FN void consume_tiles(Smem<C>& s, const CUtensorMap* out,
     if (row < args.M) {
       compute_tile<C>(s, ring, out, args, mask_phase, k_blocks, row, col, group, thread);
     } else {
-      pass_tile<C>(s, ring, k_blocks + low_blocks, thread);
+      pass<C>(s, ring, k_blocks + low_blocks + (C::kGradients && args.dA ? C::kBlockN / 64 : 0), group, thread);
       if (C::kMasked) ptx::wait(&s.mask_full, mask_phase);
     }
     if (C::kMasked || C::kOneLaunch) ptx::named_barrier(1 + group, 128);  // the whole warpgroup has read the mask and the tile's number
@@ -317,12 +349,13 @@ template <class C> PTX_FN void consume_tiles(Smem<C>& s, const CUtensorMap* out,
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, 1)
 lora_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant__ CUtensorMap right, const __grid_constant__ CUtensorMap low,
                  const __grid_constant__ CUtensorMap low_right, const __grid_constant__ CUtensorMap rank_map, const __grid_constant__ CUtensorMap out,
+                 const __grid_constant__ CUtensorMap h, const __grid_constant__ CUtensorMap dh, const __grid_constant__ CUtensorMap x,
                  const __grid_constant__ Args<typename C::T> args) {
 #ifdef FUSED_LORA_SM90A
-  static_assert(sizeof(Smem<C>) + 1024 <= gemm_smem_bytes(C::kBlockN, C::kRank, C::kMasked));
+  static_assert(sizeof(Smem<C>) + 1024 <= gemm_smem_bytes(C::kBlockN, C::kRank, C::kMasked, C::kGradients));
   Smem<C>& s = *reinterpret_cast<Smem<C>*>(ptx::dynamic_smem());
   const uint32_t rank = ptx::cluster_rank();
   const int group = threadIdx.x / 128;
@@ -331,24 +364,31 @@ lora_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant
     if (C::kOneLaunch && rank == 0) drawn = atomicAdd(args.control, 1);
     for (int i = 0; i < C::kStages; ++i) {
       ptx::barrier_init(&s.full[i], 1);
-      ptx::barrier_init(&s.empty[i], 2 * kCluster);
+      ptx::barrier_init(&s.empty[i], C::kConsumers * kCluster);
     }
     for (int i = 0; i < 2; ++i) {
       ptx::barrier_init(&s.tile_full[i], 1);
       ptx::barrier_init(&s.tile_empty[i], Tiles<C>::kReaders);
     }
     ptx::barrier_init(&s.mask_full, kMaskThreads);
-    ptx::barrier_init(&s.mask_empty, 2);
+    ptx::barrier_init(&s.mask_empty, C::kConsumers);
+    ptx::barrier_init(&s.thin_full, 1);
+    ptx::barrier_init(&s.thin_empty, 1);
     ptx::barrier_init_fence();
   }
   ptx::cluster_sync();
   if (group == 0) {
-    ptx::registers_down<C::kMasked ? 56 : 40>();  // 128 * (56 + 2 * 224) and 128 * (40 + 2 * 232) registers: 63 of an SM's 64 Ki
-    if (threadIdx.x == 0) load_tiles<C>(s, Maps{&left, &right, &low, &low_right, &rank_map}, args, rank, drawn);
+    ptx::registers_down<C::kLoaderRegisters>();
+    if (threadIdx.x == 0) load_tiles<C>(s, Maps{&left, &right, &low, &low_right, &rank_map, &h, &dh, &x}, args, rank, drawn);
     else if (C::kMasked && threadIdx.x >= 32) draw_masks<C>(s, args, rank);
     __syncwarp();
+  } else if (C::kGradients && group == 3) {
+    if constexpr (C::kGradients) {
+      ptx::registers_down<C::kGradientRegisters>();
+      add_gradients<C>(s, args, rank, threadIdx.x % 128);
+    }
   } else {
-    ptx::registers_up<C::kMasked ? 224 : 232>();
+    ptx::registers_up<C::kConsumerRegisters>();
     consume_tiles<C>(s, &out, args, rank, group - 1, threadIdx.x % 128);
   }
   ptx::cluster_sync();  // nobody leaves while the other block may still write here

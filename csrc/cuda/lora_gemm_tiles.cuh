@@ -6,13 +6,17 @@
 
 namespace fused_lora::gemm {
 
-constexpr int kThreads = 384, kMaskThreads = 96, kBlockM = kGemmBlockM, kBlockK = kGemmBlockK, kCluster = kGemmCluster;
+constexpr int kMaskThreads = 96, kBlockM = kGemmBlockM, kBlockK = kGemmBlockK, kCluster = kGemmCluster;
 
 template <class T_, int kBlockN_, int kRank_, bool kRightMN_, bool kMasked_> struct Traits {
   using T = T_;
-  static constexpr int kBlockN = kBlockN_, kRank = kRank_, kStages = gemm_stages(kBlockN, kRank, kMasked_);
-  static constexpr bool kRightMN = kRightMN_, kMasked = kMasked_, kOneLaunch = kRank > 0;
-  static constexpr int kMaskWords = kBlockN / 32;       // of one row
+  static constexpr int kBlockN = kBlockN_, kRank = kRank_, kMaskWords = kBlockN / 32;  // of one row
+  static constexpr bool kRightMN = kRightMN_, kMasked = kMasked_, kOneLaunch = kRank > 0, kGradients = kRightMN && gemm_gradients(kBlockN, kRank, kMasked);
+  static constexpr int kStages = gemm_stages(kBlockN, kRank, kMasked, kGradients);
+  static constexpr int kConsumers = kGradients ? 3 : 2, kThreads = 128 * (1 + kConsumers);  // warpgroups that read a staged tile
+  // Registers of a thread in each role: an SM has 512 for four of them.
+  static constexpr int kLoaderRegisters = kMasked ? 56 : 40, kGradientRegisters = !kGradients ? 0 : !kMasked ? 88 : kBlockN == 128 ? 104 : 56;
+  static constexpr int kConsumerRegisters = (512 - kLoaderRegisters - kGradientRegisters) / 16 * 8;
   static constexpr int kLoadRows = kBlockN / kCluster;  // rows or columns of the right operand that each block loads for both
   static_assert(kBlockN == 128 || kBlockN == 256);
   static_assert(kRank == 0 || kRank == 16 || kRank == 32 || kRank == 64);
@@ -25,15 +29,18 @@ template <class C> struct __align__(1024) Smem {
   typename C::T right[C::kStages][C::kBlockN * kBlockK];
   typename C::T out[2][64 * 64];  // one for each warpgroup
   typename C::T rank[C::kOneLaunch ? C::kStages : 1][C::kOneLaunch ? C::kRank * kBlockK : 8];
+  typename C::T thin[C::kGradients ? kBlockM * C::kRank : 8];  // of h, then of dh
   uint32_t mask[C::kMasked ? kBlockM * C::kMaskWords : 1];
   uint64_t full[C::kStages], empty[C::kStages];
-  uint64_t tile_full[2], tile_empty[2], mask_full, mask_empty;
+  uint64_t tile_full[2], tile_empty[2], mask_full, mask_empty, thin_full, thin_empty;
   int tile[2];
 };
 
 template <class T> struct Args {
   T* low;               // [M, R], row stride ld_low
   const T* bias;        // [N], or null
+  float* dB;            // [K, R], or null
+  float* dA;            // [R, N], or null
   int* control;         // tile counter, then flags
   const int64_t* seed;  // [1]
   int64_t ld_low;
@@ -89,8 +96,14 @@ template <class C> struct Tiles {
     read();
     release(true);
   }
-  // Consumers of the number in a block: the loader, two warpgroups, three mask warps.
-  static constexpr int kReaders = kCluster * (3 + (C::kMasked ? 3 : 0));
+  // Consumers of the number in a block: the loader, the warpgroups, three mask warps.
+  static constexpr int kReaders = kCluster * (1 + C::kConsumers + (C::kMasked ? 3 : 0));
 };
+
+// A consumer warpgroup is through with a slot: both blocks' loaders write to it. All its warps must have seen the slot full, by a product or a
+// barrier: one that looks when the slot is full again sees the other parity, and waits for ever.
+template <class C> PTX_FN void free_slot(Smem<C>& s, int slot, int thread) {
+  if (thread < kCluster) ptx::arrive_remote(&s.empty[slot], thread);
+}
 
 }  // namespace fused_lora::gemm

@@ -1,8 +1,8 @@
-// prepare:    A [R, K] and B [N, padded R] in x's dtype, and the zeroed control block of a one-launch lora_gemm
+// prepare:    A [R, K] and B [N, padded R] in x's dtype, and zeros: a one-launch lora_gemm's control block and the sums dA and dB that it adds to
 //
 // Used for    adapters in fp32 over a half-precision base (PEFT's default), and ranks that are no multiple of 8, whose rows TMA cannot read
 // Types       fp32, fp16 or bf16 in, fp16 or bf16 out, rounded to nearest
-// Grid        one thread for 8 elements of an output, 16 bytes: B's first, then A's, then the control block's
+// Grid        one thread for 8 elements of an output: B's first, then A's, then dB's, dA's and the control block's
 #include "kernels.h"
 #include "launch.h"
 #include "ptx.cuh"
@@ -15,8 +15,9 @@ struct Args {
   const void* B;  // [N, R]
   uint4* out_A;   // [R, K]
   uint4* out_B;   // [N, padded]
+  float4 *dA, *dB;  // [R, K], [N, R]
   int* control;
-  int64_t groups_A, groups_B, control_ints, R, padded;
+  int64_t groups_A, groups_B, groups_dA, groups_dB, control_ints, R, padded;
 };
 
 __device__ float to_float(float v) { return v; }
@@ -44,16 +45,26 @@ template <class T, class From> __global__ void __launch_bounds__(256) prepare_ke
     p.out_A[i] = pack8<T>(v);
     return;
   }
-  i = (i - p.groups_A) * 8;
+  i -= p.groups_A;
+  if (i < p.groups_dB) {
+    p.dB[2 * i] = p.dB[2 * i + 1] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+    return;
+  }
+  i -= p.groups_dB;
+  if (i < p.groups_dA) {
+    p.dA[2 * i] = p.dA[2 * i + 1] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+    return;
+  }
+  i = (i - p.groups_dA) * 8;
   for (int j = 0; j < 8; ++j)
     if (i + j < p.control_ints) p.control[i + j] = 0;
 }
 
 template <class T, class From> Status run(const PrepareParams& p, const Target& target) {
   const int64_t padded = padded_rank(p.R);
-  const Args args{p.A, p.B, static_cast<uint4*>(p.out_A), static_cast<uint4*>(p.out_B), p.control, p.out_A ? p.R * p.K / 8 : 0, p.out_B ? p.N * padded / 8 : 0,
-                  p.control ? p.control_ints : 0, p.R, padded};
-  const int64_t threads = args.groups_A + args.groups_B + ceil_div(args.control_ints, 8);
+  const Args args{p.A, p.B, static_cast<uint4*>(p.out_A), static_cast<uint4*>(p.out_B), reinterpret_cast<float4*>(p.dA), reinterpret_cast<float4*>(p.dB), p.control,
+                  p.out_A ? p.R * p.K / 8 : 0, p.out_B ? p.N * padded / 8 : 0, p.dA ? p.R * p.K / 8 : 0, p.dB ? p.N * p.R / 8 : 0, p.control ? p.control_ints : 0, p.R, padded};
+  const int64_t threads = args.groups_A + args.groups_B + args.groups_dA + args.groups_dB + ceil_div(args.control_ints, 8);
   return launch<prepare_kernel<T, From>>(Grid{ceil_div(threads, 256), 256, 0, 1}, target.device, target.stream, args);
 }
 
@@ -65,8 +76,8 @@ template <class T> Status choose_from(const PrepareParams& p, const Target& targ
 }  // namespace
 
 Status prepare(const PrepareParams& p, const Target& target) {
-  if (p.N < 1 || p.K < 1 || p.K % 8 || p.R < 1 || p.R > kMaxRank) return Status::bad_shape;
-  if (!p.out_A && !p.out_B) return p.control ? from_cuda(cudaMemsetAsync(p.control, 0, static_cast<size_t>(p.control_ints) * 4, static_cast<cudaStream_t>(target.stream)), "cudaMemsetAsync") : Status::ok;
+  if (p.N < 1 || p.N % 8 || p.K < 1 || p.K % 8 || p.R < 1 || p.R > kMaxRank) return Status::bad_shape;
+  if (!p.out_A && !p.out_B && !p.dA && !p.dB) return p.control ? from_cuda(cudaMemsetAsync(p.control, 0, static_cast<size_t>(p.control_ints) * 4, static_cast<cudaStream_t>(target.stream)), "cudaMemsetAsync") : Status::ok;
   switch (p.dtype) {
     case Dtype::f16: return choose_from<__half>(p, target);
     case Dtype::bf16: return choose_from<__nv_bfloat16>(p, target);

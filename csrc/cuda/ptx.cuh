@@ -141,13 +141,15 @@ PTX_FN void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "m
 PTX_FN void fence_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
 PTX_FN void fence_proxy_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- sm_90: Data Movement, ld.acquire and st.release; Warp-level Matrix Instructions, stmatrix -----------------------------------------
+// ---- sm_90: Data Movement, ld.acquire, st.release and red; Warp-level Matrix Instructions, stmatrix -----------------------------------------
 PTX_FN int load_acquire(const int* p) {
   int v;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
 PTX_FN void store_release(int* p, int v) { asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+// *p += v, in no order with others. atomicAdd() compiles to the instruction that also returns the old value.
+PTX_FN void add(float* p, float v) { asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory"); }
 
 // Four 8 x 8 matrices; lane 8 i + j gives the address of row j of matrix i.
 PTX_FN void stmatrix(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
@@ -179,31 +181,31 @@ PTX_FN uint64_t descriptor(const void* p, uint32_t leading_bytes, uint32_t strid
 #define PTX_L32 PTX_10() PTX_10(1) PTX_10(2) "%30,%31"
 #define PTX_L64 PTX_10() PTX_10(1) PTX_10(2) PTX_10(3) PTX_10(4) PTX_10(5) "%60,%61,%62,%63"
 #define PTX_L128 PTX_10() PTX_10(1) PTX_10(2) PTX_10(3) PTX_10(4) PTX_10(5) PTX_10(6) PTX_10(7) PTX_10(8) PTX_10(9) PTX_10(10) PTX_10(11) PTX_8(12)
-// a, b, c, d: the numbers of the four operands that follow the accumulators.
-#define PTX_WGMMA(shape, type, list, a, b, c, e, ...)                                                                           \
+// a, b, c, e, f: the numbers of the five operands that follow the accumulators.
+#define PTX_WGMMA(shape, type, list, a, b, c, e, f, ...)                                                                           \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #c ", 0;\nwgmma.mma_async.sync.aligned." shape "k16.f32." type "." type " {" list "}, %" #a ", %" #b \
-               ", p, 1, 1, 0, %" #e ";\n}"                                                                                      \
+               ", p, 1, 1, %" #e ", %" #f ";\n}"                                                                                      \
                : __VA_ARGS__                                                                                                   \
-               : "l"(left), "l"(right), "r"(accumulate), "n"(kRightMN ? 1 : 0)                                                 \
+               : "l"(left), "l"(right), "r"(accumulate), "n"(kLeftMN ? 1 : 0), "n"(kRightMN ? 1 : 0)                                                 \
                : "memory")
 
-// d[64, kN] (+)= left[64, 16] right[16, kN], both in shared memory; left K-major, right K-major or MN-major.
-template <class T, int kN, bool kRightMN> PTX_FN void wgmma(float (&d)[kN / 2], uint64_t left, uint64_t right, int accumulate) {
+// d[64, kN] (+)= left[64, 16] right[16, kN], both in shared memory, each K-major or MN-major.
+template <class T, int kN, bool kRightMN, bool kLeftMN = false> PTX_FN void wgmma(float (&d)[kN / 2], uint64_t left, uint64_t right, int accumulate) {
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
 #define PTX_WGMMA_T(shape, ...) \
   if constexpr (kBf16) PTX_WGMMA(shape, "bf16", __VA_ARGS__); \
   else PTX_WGMMA(shape, "f16", __VA_ARGS__)
   if constexpr (kN == 16) {
-    PTX_WGMMA_T("m64n16", PTX_L8, 8, 9, 10, 11, PTX_D8(0));
+    PTX_WGMMA_T("m64n16", PTX_L8, 8, 9, 10, 11, 12, PTX_D8(0));
   } else if constexpr (kN == 32) {
-    PTX_WGMMA_T("m64n32", PTX_L16, 16, 17, 18, 19, PTX_D8(0), PTX_D8(8));
+    PTX_WGMMA_T("m64n32", PTX_L16, 16, 17, 18, 19, 20, PTX_D8(0), PTX_D8(8));
   } else if constexpr (kN == 64) {
-    PTX_WGMMA_T("m64n64", PTX_L32, 32, 33, 34, 35, PTX_D32(0));
+    PTX_WGMMA_T("m64n64", PTX_L32, 32, 33, 34, 35, 36, PTX_D32(0));
   } else if constexpr (kN == 128) {
-    PTX_WGMMA_T("m64n128", PTX_L64, 64, 65, 66, 67, PTX_D32(0), PTX_D32(32));
+    PTX_WGMMA_T("m64n128", PTX_L64, 64, 65, 66, 67, 68, PTX_D32(0), PTX_D32(32));
   } else {
     static_assert(kN == 256, "no such wgmma here");
-    PTX_WGMMA_T("m64n256", PTX_L128, 128, 129, 130, 131, PTX_D32(0), PTX_D32(32), PTX_D32(64), PTX_D32(96));
+    PTX_WGMMA_T("m64n256", PTX_L128, 128, 129, 130, 131, 132, PTX_D32(0), PTX_D32(32), PTX_D32(64), PTX_D32(96));
   }
 }
 

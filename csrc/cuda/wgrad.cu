@@ -168,21 +168,6 @@ template <class T> Status choose_rank(const WgradConfig& c, const WgradParams& p
   return Status::bad_shape;
 }
 
-Status add_slabs(const WgradConfig& c, const WgradParams& p, const Target& target) {
-  Sums sums{};
-  int64_t quads = 0;
-  const auto add = [&](const float* slabs, void* out, int64_t size, float scale, Dtype dtype) {
-    sums.part[sums.count++] = {slabs, out, size, c.splits, scale, dtype};
-    quads += size / 4;
-  };
-  for (int i = 0; i < p.count; ++i) {
-    const WgradJob& job = p.jobs[i];
-    if (job.out) add(job.slabs, job.out, job.C * p.R, job.dropout.threshold ? job.scale * job.dropout.scale() : job.scale, p.out_dtype);
-    if (job.sum_slabs) add(job.sum_slabs, job.column_sums, job.C, 1.0f, p.dtype);
-  }
-  return launch<add_slabs_kernel>(Grid{ceil_div(quads, 256), 256, 0, 1}, target.device, target.stream, sums);
-}
-
 Status check(const WgradConfig& c, const WgradParams& p) {
   if (p.M < 1 || p.M > INT32_MAX || p.R < 0 || p.R > kMaxRank || p.count < 1 || p.count > 2 || c.splits < 1 || c.rows_per_split % kRows) return Status::bad_shape;
   if ((p.R > 0) != (c.rank_tile > 0) || int64_t{c.rank_tile} * c.rank_chunks < p.R || c.rows_per_split * c.splits < p.M) return Status::bad_shape;
@@ -200,6 +185,21 @@ Status check(const WgradConfig& c, const WgradParams& p) {
 
 }  // namespace
 
+Status add_slabs(int splits, const WgradParams& p, const Target& target) {
+  Sums sums{};
+  int64_t quads = 0;
+  const auto add = [&](const float* slabs, void* out, int64_t size, float scale, Dtype dtype) {
+    sums.part[sums.count++] = {slabs, out, size, splits, scale, dtype};
+    quads += size / 4;
+  };
+  for (int i = 0; i < p.count; ++i) {
+    const WgradJob& job = p.jobs[i];
+    if (job.out) add(job.slabs, job.out, job.C * p.R, job.dropout.threshold ? job.scale * job.dropout.scale() : job.scale, p.out_dtype);
+    if (job.sum_slabs) add(job.sum_slabs, job.column_sums, job.C, 1.0f, p.dtype);
+  }
+  return launch<add_slabs_kernel>(Grid{ceil_div(quads, 256), 256, 0, 1}, target.device, target.stream, sums);
+}
+
 Status wgrad(const WgradConfig& c, const WgradParams& p, const Target& target) {
   Status status = check(c, p);
   if (status != Status::ok) return status;
@@ -208,7 +208,7 @@ Status wgrad(const WgradConfig& c, const WgradParams& p, const Target& target) {
     case Dtype::bf16: status = choose_rank<__nv_bfloat16>(c, p, target); break;
     default: return Status::bad_dtype;
   }
-  return status == Status::ok ? add_slabs(c, p, target) : status;
+  return status == Status::ok ? add_slabs(c.splits, p, target) : status;
 }
 
 }  // namespace fused_lora

@@ -260,6 +260,7 @@ inline int load_acquire(const int* p) {
   emulator::yield();
   return *p;
 }
+inline void add(float* p, float v) { *p += v; }
 inline void store_release(int* p, int v) { *p = v; }
 
 inline void stmatrix(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
@@ -294,10 +295,10 @@ inline uint32_t operand(uint64_t d, int mn, int k, bool mn_major) {
   return swizzled(start + offset, static_cast<uint32_t>(span));
 }
 
-template <class T, int kN, bool kRightMN> void multiply(const uint8_t* smem, uint64_t left, uint64_t right, bool accumulate, float* const* d) {
+template <class T, int kN, bool kRightMN, bool kLeftMN> void multiply(const uint8_t* smem, uint64_t left, uint64_t right, bool accumulate, float* const* d) {
   static float A[16][64], B[16][256], D[64][256];
   for (int k = 0; k < 16; ++k) {
-    for (int r = 0; r < 64; ++r) A[k][r] = to_float<T>(smem + operand(left, r, k, false));
+    for (int r = 0; r < 64; ++r) A[k][r] = to_float<T>(smem + operand(left, r, k, kLeftMN));
     for (int n = 0; n < kN; ++n) B[k][n] = to_float<T>(smem + operand(right, n, k, kRightMN));
   }
   for (int r = 0; r < 64; ++r) {
@@ -312,9 +313,9 @@ template <class T, int kN, bool kRightMN> void multiply(const uint8_t* smem, uin
     }
 }
 
-template <class T, int kN, bool kRightMN> void wgmma(float (&d)[kN / 2], uint64_t left, uint64_t right, int accumulate) {
+template <class T, int kN, bool kRightMN, bool kLeftMN = false> void wgmma(float (&d)[kN / 2], uint64_t left, uint64_t right, int accumulate) {
   emulator::Thread::Product p{nullptr, d, left, right, accumulate * 1024 + kN};
-  if (self().index % 128 == 0) p.run = [=, smem = self().block->smem](float* const* all) { multiply<T, kN, kRightMN>(smem, left, right, accumulate, all); };
+  if (self().index % 128 == 0) p.run = [=, smem = self().block->smem](float* const* all) { multiply<T, kN, kRightMN, kLeftMN>(smem, left, right, accumulate, all); };
   self().products.push_back(std::move(p));
 }
 

@@ -1,7 +1,8 @@
 """CUDA back end: the compiled kernels for NVIDIA GPUs of compute capability 9.0, bf16 and fp16.
 
 One call into C++ per direction, on x's device and the caller's current stream, without a synchronisation. Beside the outputs a call
-allocates one workspace, of the size that csrc/cuda/heuristics.h plans. Every sum over M has a fixed order, so results repeat bit for bit.
+allocates one workspace, of the size that csrc/cuda/heuristics.h plans. y, h and dx repeat bit for bit; dA and dB do under
+torch.use_deterministic_algorithms(True).
 """
 
 import functools
@@ -139,12 +140,13 @@ def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
         h = _rows(h) if R % 8 == 0 else torch.nn.functional.pad(h, (0, _padded(R) - R))
     code, adapter = _CODE[dtype], _CODE[lora_A.dtype]
     threshold = dropout_threshold(dropout_p) if seed is not None else 0
-    nbytes = _backward_bytes(M, N, K, R, code, adapter, threshold > 0, need_x, need_A, need_B, need_bias, _sms(device.index))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    nbytes = _backward_bytes(M, N, K, R, code, adapter, threshold > 0, need_x, need_A, need_B, need_bias, deterministic, _sms(device.index))
     workspace = _workspace(nbytes, device)
     _launch(
         _C.cuda_backward, device,
         dy.data_ptr(), dy.stride(0), _ptr(x), x.stride(0) if need_A else 0, weight.data_ptr(), weight.stride(0), lora_A.data_ptr(), lora_B.data_ptr(),
         h.data_ptr() if need_B else 0, h.stride(0) if need_B else 0, _ptr(dx), _ptr(dA), _ptr(dB), _ptr(dbias),
-        workspace.data_ptr(), nbytes, M, N, K, R, code, adapter, scaling, _ptr(seed), threshold,
+        workspace.data_ptr(), nbytes, M, N, K, R, code, adapter, scaling, _ptr(seed), threshold, deterministic,
     )  # fmt: skip
     return [dx, dA, dB, dbias]
