@@ -113,6 +113,29 @@ def test_run_writes_json_and_plot(tiny, tmp_path, capsys):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["b.png", "new"]
 
 
+def test_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch):
+    """What was timed before a stop is in the file and is not timed again."""
+    path, real, cases = tmp_path / "b.json", runner.run_case, bench.cases_of("quick", "cpu")
+
+    def stopped(case, *rest, **more):
+        if case == cases[1]:
+            raise KeyboardInterrupt
+        return real(case, *rest, **more)
+
+    monkeypatch.setattr(runner, "run_case", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(output=path, candidates=["fused"], budget_s=0.1)
+    first = json.loads(path.read_text())["rows"]
+    assert len(first) == 2 and {report.key(r) for r in first} == {report.key(vars(cases[0]) | {"dtype": str(cases[0].dtype)[6:]})}
+    monkeypatch.setattr(runner, "run_case", lambda case, *rest, **more: pytest.fail("timed again") if case == cases[0] else real(case, *rest, **more))
+    rows = bench.run(output=path, candidates=["fused"], budget_s=0.1, resume=True)
+    assert rows[:2] == first and len(rows) == 2 * len(cases) and json.loads(path.read_text())["rows"] == rows
+    with pytest.raises(ValueError, match="cannot be resumed: candidates must be .*'naive'.*; got"):
+        bench.run(output=path, candidates=["naive"], budget_s=0.1, resume=True)
+    with pytest.raises(ValueError, match="resume needs output"):
+        bench.run(candidates=["fused"], resume=True)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "b.json"
     path.write_text("old")

@@ -208,6 +208,7 @@ def bench(
     candidates: Annotated[str | None, typer.Option(help="Of naive, addmm, peft, compile, fused, with commas between; default: all.")] = None,
     budget: Annotated[float, typer.Option(help="Seconds of timing a case.")] = 10.0,
     train_step: Annotated[bool | None, typer.Option(help="A SmolLM2 training step too; default: with readme and full on the CPU.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the output file of an interrupted run.")] = False,
 ) -> None:
     """Time the layer against the frozen one, plain PyTorch, PEFT and torch.compile; a wrong result is not timed."""
     with _errors():
@@ -215,6 +216,6 @@ def bench(
 
         names = None if candidates is None else [name.strip() for name in candidates.split(",")]
         try:
-            job.run(_default_device(device), preset, output, plot, threads, names, budget, train_step)
+            job.run(_default_device(device), preset, output, plot, threads, names, budget, train_step, resume)
         except AssertionError as error:  # a candidate whose result is off
             _fail(str(error), 1)

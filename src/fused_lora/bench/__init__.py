@@ -29,20 +29,21 @@ def environment(device: str) -> dict:
 
 def run(
     device: str = "cpu", preset: str = "quick", output: Path | None = None, plot: Path | None = None, threads: int | None = None,
-    candidates: list[str] | None = None, budget_s: float = 10.0, train_step: bool | None = None,
+    candidates: list[str] | None = None, budget_s: float = 10.0, train_step: bool | None = None, resume: bool = False,
 ) -> list[dict]:  # fmt: skip
-    """Time a preset, printing a table a case; returns the rows.
+    """Time a preset, printing a table a case; returns the rows. The JSON file is complete after every case, so that a stop loses one at most.
 
     Args:
         device: cpu or cuda.
         preset: quick, readme or full; readme and full add the SmolLM2 training step.
-        output: JSON file to write (or a folder, for <preset>-<device>.json), written aside and renamed.
+        output: JSON file to write (or a folder, for <preset>-<device>.json), written aside and renamed after every case.
         plot: PNG file to write (or a folder).
         threads: CPU threads; torch's choice where None.
         candidates: names out of `candidates_on(device)`; all where None. frozen is always timed.
         budget_s: seconds of timing a case.
         train_step: time a SmolLM2 training step too; by default with every preset but quick, on the CPU.
-    Raises: ValueError for an unknown name or an absent device; WrongResult if a candidate is off.
+        resume: keep the cases that are in `output` already, if it comes from this device, these versions and this commit.
+    Raises: ValueError for an unknown name, an absent device or a file that cannot be resumed; WrongResult if a candidate is off.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda; got {device!r}")
@@ -58,23 +59,28 @@ def run(
         torch.set_num_threads(threads)
     env = environment(device)
     report.print_environment(env)
-    rows: list[dict] = []
+    document = dict(environment=env, preset=preset, candidates=names, rows=[], host=[], train_step=[])
+    if resume:
+        document["rows"] = report.rows_to_resume(document, output)
+    rows, done = document["rows"], {report.key(r) for r in document["rows"]}
     for case in cases:
+        if report.key(vars(case) | {"dtype": str(case.dtype)[6:]}) in done:
+            continue
         # bf16 on a CPU without AVX-512 takes minutes a call: three rounds there, and no compiled candidate
         slow = device == "cpu" and case.dtype != torch.float32
         timed = [n for n in names if not (slow and n == "compile")]
         rows += report.print_case(case, runner.run_case(case, device, timed, budget_s, least=3 if slow else 5))
-    host = runner.host_cost(device, min(budget_s, 10.0), [n for n in names if n != "compile"]) if "peft" in names else []
+        if output is not None:
+            report.write_json(document, output)
+    host = document["host"] = runner.host_cost(device, min(budget_s, 10.0), [n for n in names if n != "compile"]) if "peft" in names else []
     report.print_host(host)
-    steps: list[dict] = []
     if train_step if train_step is not None else (preset != "quick" and device == "cpu"):
         from fused_lora.bench.train_step import run_steps
 
-        steps = report.print_steps(run_steps(budget_s=6 * budget_s))
-    document = dict(environment=env, preset=preset, rows=rows, host=host, train_step=steps)
+        document["train_step"] = report.print_steps(run_steps(budget_s=6 * budget_s))
     if output is not None:
-        report.write_json(document, output)
+        report.print_written(report.write_json(document, output))
     if plot is not None:
-        report.write_plot(document, plot)
+        report.print_written(report.write_plot(document, plot))
     return rows
 

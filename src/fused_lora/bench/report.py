@@ -92,8 +92,29 @@ def _target(document: dict, path: Path, suffix: str) -> Path:
 def write_json(document: dict, path: Path) -> Path:
     path = _target(document, path, ".json")
     write_whole({path: (json.dumps(document, indent=1) + "\n").encode()})
-    _console.print(f"wrote {path}")
     return path
+
+
+def rows_to_resume(document: dict, path: Path | None) -> list[dict]:
+    """The rows of an interrupted run of `document`'s preset, candidates and environment (but for the date); none where there is no file yet.
+
+    Raises: ValueError without a path, or if the file comes from another run.
+    """
+    if path is None:
+        raise ValueError("resume needs output, the file to go on with; got None")
+    path = _target(document, path, ".json")
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text())
+    for name, here in [(n, document[n]) for n in ("preset", "candidates")] + [(n, v) for n, v in document["environment"].items() if n != "date"]:
+        there = (old if name in document else old["environment"]).get(name)
+        if there != here:
+            raise ValueError(f"{path} cannot be resumed: {name} must be {here!r}; got {there!r}")
+    return old["rows"]
+
+
+def print_written(path: Path) -> None:
+    _console.print(f"wrote {path}")
 
 
 def write_plot(document: dict, path: Path) -> Path:
@@ -105,8 +126,8 @@ def write_plot(document: dict, path: Path) -> Path:
 
     path, rows, env = _target(document, path, ".png"), document["rows"], document["environment"]
     names = [n for n in dict.fromkeys(r["candidate"] for r in rows) if n != "frozen"]
-    cases = list(dict.fromkeys(_key(r) for r in rows))
-    value = {(_key(r), r["candidate"]): r["both_ratio"] for r in rows}
+    cases = list(dict.fromkeys(key(r) for r in rows))
+    value = {(key(r), r["candidate"]): r["both_ratio"] for r in rows}
     colours = dict(zip(("naive", "addmm", "peft", "compile", "fused"), ("#bbbbbb", "#8da0cb", "#e5c494", "#a6d854", "#d7301f")))
     per_row = 8
     lines = [cases[i : i + per_row] for i in range(0, len(cases), per_row)]
@@ -127,11 +148,11 @@ def write_plot(document: dict, path: Path) -> Path:
     figure.savefig(image, dpi=130, format="png")
     pyplot.close(figure)
     write_whole({path: image.getvalue()})
-    _console.print(f"wrote {path}")
     return path
 
 
-def _key(r: dict) -> tuple:
+def key(r: dict) -> tuple:
+    """What names a row's case."""
     return r["dtype"], r["M"], r["K"], r["N"], r["R"], r["dropout"]
 
 
@@ -146,7 +167,7 @@ def markdown(document: dict) -> str:
     out += ["| dtype | M | K→N | R | p | frozen, ms | " + " | ".join(peers) + " |", "|---" * (6 + len(peers)) + "|"]
     by_case: dict[tuple, dict[str, dict]] = {}
     for r in rows:
-        by_case.setdefault(_key(r), {})[r["candidate"]] = r
+        by_case.setdefault(key(r), {})[r["candidate"]] = r
     for (dtype, M, K, N, R, p), of in by_case.items():
         cells = [f"{of[n]['both_ratio']:.2f}" if n in of else "–" for n in peers]
         cells = [f"**{c}**" if n == "fused" else c for n, c in zip(peers, cells)]
