@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one run of under nine minutes: build, tests, sanitizer, benches; a short table last, JSON in OUT.
 #
 #   OUT=results bash bench/gpu_check.sh              all of it
-#   PARTS="build tests" bash bench/gpu_check.sh      some of it: build tests sanitizer bench full llama
+#   PARTS="build tests" bash bench/gpu_check.sh      some of it: build tests sanitizer bench profile sweep full llama
 #
 # For the image's own PyTorch, without a network: nothing is downloaded. A part that fails is reported in the table and the rest goes on.
 set -uo pipefail
@@ -22,6 +22,20 @@ part() { # part NAME SECONDS COMMAND...: runs it under a limit, log in OUT/NAME.
   TABLE+=("$(printf '%-10s %-6s %4d s   %s' "$name" "$([ $rc = 0 ] && echo ok || echo "rc $rc")" $((SECONDS - start)) "$(tail -n 1 "$OUT/$name.log" | cut -c1-90)")")
 }
 
+run_tests() { # every test that a GPU changes, eight processes at once: most of the time Triton compiles
+  local jobs=() file
+  for file in tests/test_*.py; do
+    case $file in
+      */test_packaging.py | */test_cuda_build.py | */test_cuda_emulated.py | */test_triton_compile.py) ;; # the same without a GPU
+      */test_backends.py) for which in "exact and triton" "fp64 and triton" "triton and not exact and not fp64" "not triton"; do jobs+=("$file -k '$which'"); done ;;
+      *) jobs+=("$file") ;;
+    esac
+  done
+  printf '%s\n' "${jobs[@]}" | xargs -P 8 -d '\n' -I{} bash -c '
+    log=$(mktemp) && if eval "'"$PYTHON"' -m pytest -q --maxfail=5 -p no:cacheprovider {}" >"$log" 2>&1; then tail -n 1 "$log"; else cat "$log"; echo "FAILED: {}"; exit 1; fi' &&
+    echo "all passed"
+}
+
 sanitize() { # the exact tests of both GPU back ends under two tools; xdist and caches off, the first finding fails
   local tool
   for tool in memcheck racecheck; do
@@ -33,12 +47,14 @@ sanitize() { # the exact tests of both GPU back ends under two tools; xdist and 
 for name in $PARTS; do
   case $name in
     build) part build 240 "$PYTHON" -m pip install -q --no-build-isolation --no-deps . ;;
-    tests) part tests 240 pytest -q -x --maxfail=20 tests --deselect tests/test_packaging.py ;;
+    tests) part tests 300 run_tests ;;
     sanitizer) part sanitizer 180 sanitize ;;
     bench) part bench 240 fused-lora bench --device cuda --preset readme --budget 2 --output "$OUT" --plot "$OUT" ;;
-    full) part full 540 fused-lora bench --device cuda --preset full --budget 1 --output "$OUT" ;;
+    profile) part profile 120 "$PYTHON" bench/profile_kernels.py "$OUT/profile.json" ;;
+    sweep) part sweep 300 "$PYTHON" bench/sweep_triton.py "$OUT/sweep.json" ;;
+    full) part full 540 fused-lora bench --device cuda --preset full --budget 1 --output "$OUT" --resume ;;  # again until all rows are there
     llama) part llama 400 "$PYTHON" bench/bench_llama.py "$OUT/llama.json" ;;
-    *) echo "PARTS must be among build tests sanitizer bench full llama; got $name" >&2 && exit 2 ;;
+    *) echo "PARTS must be among build tests sanitizer bench profile sweep full llama; got $name" >&2 && exit 2 ;;
   esac
 done
 
