@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from fused_lora.triton_kernels.configs import Device, gemm_config, shrink_config, wgrad_config
+from fused_lora.triton_kernels import configs
+from fused_lora.triton_kernels.configs import Device, dy_pass_config, gemm_config, gemm_shrink_config, shrink_config, wgrad_config
 
 DEVICES = {
     "T4-like": Device(tma=False, sms=40, shared_bytes=64 * 1024),
@@ -49,6 +50,69 @@ def test_large_products_take_the_measured_tile_on_hopper():
     assert (c.BLOCK_M, c.BLOCK_N, c.BLOCK_K, c.num_stages, c.num_warps, c.programs) == (128, 256, 64, 3, 8, 132)
 
 
+@pytest.fixture
+def untried(monkeypatch):
+    """The forms that wait for their measurement, chosen."""
+    monkeypatch.setattr(configs, "ONE_LAUNCH", True)
+    monkeypatch.setattr(configs, "PREFETCH", True)
+
+
+def test_what_has_not_run_on_a_gpu_is_not_chosen():
+    assert gemm_shrink_config(8192, 4096, 4096, 16, 2, DEVICES["H100"]) is None
+    assert not gemm_config(8192, 4096, 4096, 16, 2, False, DEVICES["H100"]).PREFETCH
+
+
+def test_prefetch_only_where_one_rank_block_is_all(untried):
+    for device, M, N, R, itemsize, dropout in itertools.product(DEVICES.values(), SIZES, WIDTHS, RANKS, (2, 4), (False, True)):
+        c = gemm_config(M, N, 4096, R, itemsize, dropout, device)
+        assert c.PREFETCH == (device.tma and itemsize == 2 and R <= c.BLOCK_R)
+
+
+def test_one_launch_choices(untried):
+    """TMA, half precision, rank blocks up to 32, tiles for every multiprocessor, three stages with the rank tile."""
+    device = DEVICES["H100"]
+    for M, N, R in itertools.product(SIZES, WIDTHS, [*RANKS, 32, 33]):
+        assert all(gemm_shrink_config(M, N, 4096, R, 2, other) is None for other in DEVICES.values() if not other.tma)
+        assert gemm_shrink_config(M, N, 4096, R, 4, device) is None
+        c = gemm_shrink_config(M, N, 4096, R, 2, device)
+        if c is None:
+            continue
+        assert R <= c.BLOCK_R <= 32 and c.num_stages >= 3
+        assert (c.BLOCK_M + c.BLOCK_N + c.BLOCK_R) * c.BLOCK_K * c.num_stages * 2 < device.shared_bytes
+        assert device.sms <= -(-M // c.BLOCK_M) * -(-N // c.BLOCK_N) and c.programs == device.sms
+    for N in (1024, 4096, 14336):
+        assert gemm_shrink_config(8192, N, 4096, 16, 2, device) is not None
+    assert gemm_shrink_config(8192, 4096, 4096, 64, 2, device) is None
+    assert gemm_shrink_config(512, 4096, 4096, 16, 2, device) is None
+
+
 def test_wgrad_fills_the_card():
     c = wgrad_config(8192, 4096, 16, 2, DEVICES["H100"])
     assert 132 < (4096 // c.BLOCK_WIDE) * c.splits <= 264
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_dy_pass_choices_are_legal(name):
+    device = DEVICES[name]
+    for M, N, R, itemsize in itertools.product(SIZES, WIDTHS, [*RANKS, 32], (2, 4)):
+        c = dy_pass_config(M, N, R, itemsize, device)
+        if c is None:
+            continue
+        assert c.BLOCK_R >= R and all(b >= 16 and b & (b - 1) == 0 for b in (c.BLOCK_M, c.BLOCK_WIDE, c.BLOCK_R))
+        assert (c.num_stages - 1) * c.BLOCK_M * c.BLOCK_WIDE * itemsize + c.BLOCK_WIDE * c.BLOCK_R * itemsize <= device.shared_bytes
+        assert c.splits * c.rows_per_split >= M > (c.splits - 1) * c.rows_per_split, "the splits cover the rows, none is empty"
+        assert c.splits == 1 or c.rows_per_split % c.BLOCK_M == 0
+        blocks = -(-N // c.BLOCK_WIDE)
+        assert c.splits * blocks <= max(2 * device.sms, blocks)
+        slabs = 8 * R * (M * blocks * (blocks > 1) + N * c.splits * (c.splits > 1))
+        assert slabs <= 0.45 * M * N * itemsize or M < 64 or N < 512, "the slabs cost less than the second read; tails of tiny sizes aside"
+
+
+def test_dy_pass_where_it_pays():
+    """R = 16 at the widths of large models, at two programs a multiprocessor; not R = 64, and not a narrow dy."""
+    device = DEVICES["H100"]
+    for N in (4096, 14336):
+        c = dy_pass_config(8192, N, 16, 2, device)
+        assert device.sms < c.splits * N // c.BLOCK_WIDE <= 2 * device.sms
+    assert dy_pass_config(8192, 4096, 64, 2, device) is None
+    assert dy_pass_config(8192, 1024, 16, 2, device) is None

@@ -3,8 +3,12 @@
 No table by GPU name and no tuning at call time. A figure behind a choice names the device and the date.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+# Written, compiled for every target and right in the interpreter, but never run on a GPU: chosen nowhere until bench/sweep_triton.py has timed
+# them there. A fault in the first's flags would hang.
+ONE_LAUNCH = False  # lora_gemm_shrink
+PREFETCH = False  # lora_gemm's first low-rank tiles are loaded before the loop over K
 
 @dataclass(frozen=True)
 class Device:
@@ -17,7 +21,7 @@ class Device:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Of lora_gemm."""
+    """Of lora_gemm and lora_gemm_shrink."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -27,11 +31,12 @@ class GemmConfig:
     num_stages: int
     num_warps: int
     programs: int  # grid
+    PREFETCH: bool = False  # the first low-rank tiles are loaded before the loop over K, into registers
 
 
 @dataclass(frozen=True)
 class ThinConfig:
-    """Of shrink and wgrad; BLOCK_WIDE cuts the columns of the wide matrix (K in shrink)."""
+    """Of shrink, wgrad and dy_pass; BLOCK_WIDE cuts the columns of the wide matrix (K in shrink)."""
 
     BLOCK_M: int
     BLOCK_WIDE: int
@@ -78,7 +83,24 @@ def gemm_config(M: int, N: int, K: int, R: int, itemsize: int, dropout: bool, de
     tiles = _cdiv(M, BLOCK_M) * _cdiv(N, BLOCK_N)
     # With TMA one program a multiprocessor walks over the tiles; without it the hardware's own scheduler overlaps tiles better.
     programs = min(tiles, device.sms) if device.tma and warps == 8 else tiles
-    return GemmConfig(BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, 8, stages, warps, programs)
+    # Prefetched tiles wait in registers: at 128 x 256 a rank block of 32 takes 225 of the 255 (compiled for sm_90). Several blocks come in a
+    # loop of their own; with the first apart from it, Triton 3.6 wants more tensor memory than sm_100 has.
+    prefetch = PREFETCH and device.tma and itemsize < 4 and R <= BLOCK_R
+    return GemmConfig(BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, 8, stages, warps, programs, prefetch)
+
+
+def gemm_shrink_config(M: int, N: int, K: int, R: int, itemsize: int, device: Device) -> GemmConfig | None:
+    """Tiles of lora_gemm_shrink, the one launch that makes low too; None where shrink and lora_gemm are the better choice.
+
+    It takes TMA, the large tile, tiles for every multiprocessor, so that few wait for the first column, and a rank block that leaves three
+    stages of shared memory. On an H100 a probe of this form took 396 us, shrink and lora_gemm 35 + 383 us (8192 x 4096 x 4096,
+    bf16, R = 16, Triton 3.6, 2026-11-23); this kernel's own measurement, and that of other sizes, is pending.
+    """
+    c = gemm_config(M, N, K, R, itemsize, False, device)
+    if not ONE_LAUNCH or not device.tma or itemsize == 4 or R > c.BLOCK_R or c.BLOCK_N < 256 or _cdiv(M, c.BLOCK_M) * _cdiv(N, c.BLOCK_N) < device.sms:
+        return None
+    stages = _stages(device.shared_bytes - 1024, (c.BLOCK_M + c.BLOCK_N + c.BLOCK_R) * c.BLOCK_K * itemsize, 3)
+    return replace(c, num_stages=stages, PREFETCH=True) if stages == 3 else None
 
 
 def shrink_config(M: int, K: int, R: int, itemsize: int, device: Device) -> ThinConfig:
@@ -99,3 +121,25 @@ def wgrad_config(M: int, C: int, R: int, itemsize: int, device: Device) -> ThinC
     splits = max(1, min(2 * device.sms // tiles, M // 256))
     rows_per_split = _cdiv(_cdiv(M, splits), BLOCK_M) * BLOCK_M
     return ThinConfig(BLOCK_M, BLOCK_C, BLOCK_R, stages, 4, _cdiv(M, rows_per_split), rows_per_split)
+
+
+def dy_pass_config(M: int, N: int, R: int, itemsize: int, device: Device) -> ThinConfig | None:
+    """Tiles and splits of dy_pass, two programs a multiprocessor; None where shrink and wgrad, which read dy twice, are the better choice.
+
+    That is where the fp32 slabs, 8 R (1 / BLOCK_C + 1 / rows of a split) bytes for an element of dy written and read, pass two fifths of
+    dy's own bytes: in bf16 from about R = 20 on, and for narrow N (8192 x 1024 at R = 16 takes a half). Larger ranks want larger tiles than
+    there are registers for. Evidence: on an H100 an untuned pass with fp32 atomics took 44 us against 38 for dB's part alone and 35 for dh's
+    (8192 x 4096, R = 16, Triton 3.6, 2026-11-23); this kernel's own measurement is pending.
+    """
+    BLOCK_R = _power_of_two(R, 16, 32)
+    BLOCK_M, BLOCK_C = (64 if device.tma and itemsize < 4 else 32), (256 if itemsize < 4 else 128)
+    blocks = _cdiv(N, BLOCK_C)
+    splits = max(1, min(2 * device.sms // blocks, M // (4 * BLOCK_M)))
+    rows_per_split = _cdiv(_cdiv(M, splits), BLOCK_M) * BLOCK_M
+    splits = _cdiv(M, rows_per_split)
+    slab_bytes = 8 * R * ((blocks > 1) / BLOCK_C + (splits > 1) / rows_per_split)
+    if R > BLOCK_R or slab_bytes > 0.4 * itemsize:
+        return None
+    beside = BLOCK_C * BLOCK_R * itemsize + 2 * BLOCK_M * BLOCK_R * 4  # the B tile; h and dh tiles on their way
+    stages = 1 + _stages(device.shared_bytes // 2 - beside, BLOCK_M * BLOCK_C * itemsize, 3)
+    return ThinConfig(BLOCK_M, BLOCK_C, BLOCK_R, stages, 4, splits, rows_per_split)

@@ -5,9 +5,13 @@
 
 In the kernel's words: out [M, N] = left [M, K] @ right + low [M, R] @ thin (+ bias), right stored [N, K] (RIGHT_NK) or [K, N].
 Tile BLOCK_M x BLOCK_N, programs walk over tiles in groups of GROUP_M rows, so that a group's part of `left` stays in L2. TMA: left, right
-and out are descriptors, whose bounds fill the tails with zeros; otherwise pointers with masks. Shared memory: NUM_STAGES tiles of left and
-right. bf16, fp16, fp32; thin in the same dtype or fp32; fp32 accumulation, one rounding at the store. Any M, N, K, R.
-The low-rank product comes after the loop over K: before it, it breaks the software pipeline (2.3 times the time on an H100, 2026-11-23).
+and out are descriptors, whose bounds fill the tails with zeros; otherwise pointers with masks. Shared memory: num_stages tiles of left and
+right, and with TMA the out tile. bf16, fp16, fp32; thin in the same dtype or fp32; fp32 accumulation, one rounding at the store. Any M, N,
+K, R. The low-rank product comes after the loop over K: before it, it breaks the software pipeline (2.3 times the time on an H100,
+2026-11-23). After it, nothing hides the latency of its loads, 25 us of 383 there. PREFETCH issues those of the first rank block before the
+loop and keeps them in registers, which in the compiled code leaves the loop as it is; its time is not yet measured. Its left operand
+reaches wgmma through registers, outside of any pipelined loop (shrink.py says why that matters).
+lora_gemm_shrink.py has the form that makes `low` in the same launch.
 """
 
 import triton
@@ -17,7 +21,7 @@ from fused_lora.triton_kernels.dropout import keep_tile
 
 
 @triton.jit
-def _tile(src, row, col, rows, cols, stride, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, TMA: tl.constexpr):
+def tile_at(src, row, col, rows, cols, stride, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, TMA: tl.constexpr):
     """The tile [BLOCK_ROW, BLOCK_COL] of a row-major matrix at (row, col), zeros outside."""
     if TMA:
         tile = src.load([row, col])
@@ -29,16 +33,69 @@ def _tile(src, row, col, rows, cols, stride, BLOCK_ROW: tl.constexpr, BLOCK_COL:
 
 
 @triton.jit
-def _low_rank(acc, low, thin, offs_m, offs_n, M, N, stride_tn, stride_tr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + low [M, R] @ thin, thin read through its strides: B [N, R] or A [R, N]."""
-    for r in tl.static_range(0, R, BLOCK_R):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        low_ptrs = low + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-        thin_ptrs = thin + offs_r.to(tl.int64)[:, None] * stride_tr + offs_n.to(tl.int64)[None, :] * stride_tn
-        low_tile = tl.load(low_ptrs, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :], other=0.0)
-        thin_tile = tl.load(thin_ptrs, mask=(offs_r < R)[:, None] & (offs_n < N)[None, :], other=0.0)
-        acc = tl.dot(low_tile, thin_tile.to(low_tile.dtype), acc, input_precision=PRECISION)
+def right_at(right, n, k, N, K, stride, RIGHT_NK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """The tile [BLOCK_K, BLOCK_N] of a right operand stored [N, K] or [K, N]."""
+    if RIGHT_NK:
+        tile = tile_at(right, n, k, N, K, stride, BLOCK_N, BLOCK_K, TMA).T
+    else:
+        tile = tile_at(right, k, n, K, N, stride, BLOCK_K, BLOCK_N, TMA)
+    return tile
+
+
+@triton.jit
+def position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of a tile: down the rows of a group, then the next column."""
+    group = tile // (GROUP_M * tiles_n)
+    rows_in_group = min(tiles_m - group * GROUP_M, GROUP_M)
+    within = tile % (GROUP_M * tiles_n)
+    return group * GROUP_M + within % rows_in_group, within // rows_in_group
+
+
+@triton.jit
+def low_at(low, offs_m, r, M, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The tile [BLOCK_M, BLOCK_R] of low [M, R]."""
+    offs_r = r + tl.arange(0, BLOCK_R)
+    return tl.load(low + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], mask=(offs_m < M)[:, None] & (offs_r < R)[None, :], other=0.0)
+
+
+@triton.jit
+def thin_at(thin, r, offs_n, N, stride_tn, stride_tr, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The tile [BLOCK_R, BLOCK_N] of thin, which is read through its strides: B [N, R] or A [R, N]."""
+    offs_r = r + tl.arange(0, BLOCK_R)
+    thin_ptrs = thin + offs_r.to(tl.int64)[:, None] * stride_tr + offs_n.to(tl.int64)[None, :] * stride_tn
+    return tl.load(thin_ptrs, mask=(offs_r < R)[:, None] & (offs_n < N)[None, :], other=0.0)
+
+
+@triton.jit
+def arrived(tile, offs_row, offs_col, rows, cols, dtype: tl.constexpr):
+    """The tile, in dtype, as an operand from here on: the compiler copies an operand to shared memory where its value is made, and for one
+    that was loaded before the loop it would wait there. The select, which changes nothing, is made here."""
+    return tl.where((offs_row < rows)[:, None] & (offs_col < cols)[None, :], tile.to(dtype), 0.0)
+
+
+@triton.jit
+def low_rank(
+    acc, low, thin, first, offs_m, offs_n, M, N, stride_tn, stride_tr,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + low [M, R] @ thin, from rank `first` on."""
+    for r in range(first, R, BLOCK_R):
+        low_tile = low_at(low, offs_m, r, M, R, BLOCK_R)
+        thin_tile = thin_at(thin, r, offs_n, N, stride_tn, stride_tr, R, BLOCK_R).to(low_tile.dtype)
+        acc = tl.dot(low_tile, thin_tile, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def store_at(out, acc, bias, m, n, offs_m, offs_n, M, N, BIAS: tl.constexpr, TMA: tl.constexpr):
+    """out's tile at (m, n) = acc + bias, in out's dtype."""
+    if BIAS:
+        acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    if TMA:
+        out.store([m, n], acc.to(out.dtype))
+    else:
+        out_ptrs = out + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+        tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
 @triton.jit
@@ -47,35 +104,35 @@ def lora_gemm_kernel(
     M, N, K, stride_lm, stride_right, stride_tn, stride_tr, keep_factor, threshold,
     R: tl.constexpr, RIGHT_NK: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    dtype: tl.constexpr = low.dtype.element_ty
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        group = tile // (GROUP_M * tiles_n)
-        first_m = group * GROUP_M
-        rows_in_group = min(tiles_m - first_m, GROUP_M)
-        pid_m = first_m + tile % (GROUP_M * tiles_n) % rows_in_group
-        pid_n = tile % (GROUP_M * tiles_n) // rows_in_group
+        pid_m, pid_n = position(tile, tiles_m, tiles_n, GROUP_M)
         m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
+        if PREFETCH:
+            offs_m, offs_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+            low_tile, thin_tile = low_at(low, offs_m, 0, M, R, BLOCK_R), thin_at(thin, 0, offs_n, N, stride_tn, stride_tr, R, BLOCK_R)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
-            left_tile = _tile(left, m, k, M, K, stride_lm, BLOCK_M, BLOCK_K, TMA)
-            if RIGHT_NK:
-                right_tile = _tile(right, n, k, N, K, stride_right, BLOCK_N, BLOCK_K, TMA).T
-            else:
-                right_tile = _tile(right, k, n, K, N, stride_right, BLOCK_K, BLOCK_N, TMA)
-            acc = tl.dot(left_tile, right_tile, acc, input_precision=PRECISION)
-        offs_m, offs_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+            left_tile = tile_at(left, m, k, M, K, stride_lm, BLOCK_M, BLOCK_K, TMA)
+            acc = tl.dot(left_tile, right_at(right, n, k, N, K, stride_right, RIGHT_NK, BLOCK_N, BLOCK_K, TMA), acc, input_precision=PRECISION)
+        offs_m, offs_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)  # anew: kept through the loop they cost registers
         if DROPOUT:
             update = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            update = _low_rank(update, low, thin, offs_m, offs_n, M, N, stride_tn, stride_tr, R, BLOCK_R, PRECISION)
+        else:
+            update = acc
+        if PREFETCH:
+            offs_r = tl.arange(0, BLOCK_R)
+            low_tile, thin_tile = arrived(low_tile, offs_m, offs_r, M, R, dtype), arrived(thin_tile, offs_r, offs_n, R, N, dtype)
+            update = tl.dot(low_tile, thin_tile, update, input_precision=PRECISION)
+        update = low_rank(
+            update, low, thin, BLOCK_R if PREFETCH else 0, offs_m, offs_n, M, N, stride_tn, stride_tr, R, BLOCK_R, PRECISION
+        )  # fmt: skip
+        if DROPOUT:
             keep = keep_tile(tl.load(seed_ptr), m, n, threshold, BLOCK_M, BLOCK_N)
             acc += tl.where(keep, update * keep_factor, 0.0)
         else:
-            acc = _low_rank(acc, low, thin, offs_m, offs_n, M, N, stride_tn, stride_tr, R, BLOCK_R, PRECISION)
-        if BIAS:
-            acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-        if TMA:
-            out.store([m, n], acc.to(out.dtype))
-        else:
-            out_ptrs = out + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-            tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+            acc = update
+        store_at(out, acc, bias, m, n, offs_m, offs_n, M, N, BIAS, TMA)

@@ -4,7 +4,7 @@
     dB [N, R] = (h [M, R]t @ dy [M, N])t      the same kernel, stored through its strides
 
 In the kernel's words: out [R, C] = factor * thin [M, R]t @ drop(wide) [M, C]. Tile BLOCK_R x BLOCK_C; M is cut into splits that fill the
-card. One split stores the result; several store fp32 partial sums [splits, R * C], which sum_splits_kernel adds in order: no atomics, so
+card. One split stores the result; several store fp32 partial sums [splits, R * C], which sum_slabs_kernel adds in a fixed order: no atomics, so
 the same bits in every run. wide and thin in one dtype (bf16, fp16, fp32), fp32 accumulation, out in the adapter's dtype. Any M, C, R.
 The masked operand is the right one, which Hopper reads from shared memory: see shrink.py on left operands in registers.
 """
@@ -44,13 +44,23 @@ def wgrad_kernel(
 
 
 @triton.jit
-def sum_splits_kernel(partial, out, size, splits, BLOCK: tl.constexpr):
-    """out [size] = sum over the splits of partial [splits, size], first to last."""
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < size
-    partial_ptrs = partial + offs
+def _sum_slabs(slabs, out, size, count, factor, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
+    """out [size] = factor * sum of slabs [count, size]; TOGETHER of them are read at once, as one after another their latencies would add up."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        acc += tl.load(partial_ptrs, mask=mask, other=0.0)
-        partial_ptrs += size
-    tl.store(out + offs, acc.to(out.dtype.element_ty), mask=mask)
+    for first in range(0, count, TOGETHER):
+        offs_slab = first + tl.arange(0, TOGETHER)
+        mask = (offs_slab < count)[:, None] & (offs < size)[None, :]
+        acc += tl.sum(tl.load(slabs + offs_slab.to(tl.int64)[:, None] * size + offs[None, :], mask=mask, other=0.0), 0)
+    tl.store(out + offs, (acc * factor).to(out.dtype.element_ty), mask=offs < size)
+
+
+@triton.jit
+def sum_slabs_kernel(
+    slabs, out, more_slabs, more_out, size, count, factor, more_size, more_count, more_factor, BLOCK: tl.constexpr, TOGETHER: tl.constexpr
+):
+    """out = factor * sum of the fp32 slabs [count, size], in a fixed order; a second row of programs, if any, does the same for `more`."""
+    if tl.program_id(1) == 0:
+        _sum_slabs(slabs, out, size, count, factor, BLOCK, TOGETHER)
+    elif more_slabs is not None:
+        _sum_slabs(more_slabs, more_out, more_size, more_count, more_factor, BLOCK, TOGETHER)
