@@ -138,6 +138,16 @@ def test_simple_kernels_use_tensor_cores(built, name, arch):
 
 
 @needs_disassembler
+def test_no_kernel_touches_memory_before_it_has_waited_for_the_one_before(built):
+    """A call's kernels may overlap: ACQBULK (griddepcontrol.wait) comes first in each."""
+    for source in SOURCES:
+        for kernel, code in kernels(built["sm_90a", source.stem].cubin).items():
+            order = [re.sub(r"^@!?U?P\d\s+", "", i).split()[0].split(".")[0] for _, i in code]
+            memory = [i for i, name in enumerate(order) if name in ("LD", "LDG", "LDGSTS", "UTMALDG", "ATOMG", "REDG", "RED", "ST", "STG", "UTMASTG")]
+            assert "ACQBULK" in order and order.index("ACQBULK") < memory[0], kernel
+
+
+@needs_disassembler
 def test_the_loop_finder_finds_nested_loops():
     code = [(0, "MOV"), (16, "MEMBAR"), (32, "HGMMA a"), (48, "@P0 BRA 0x20"), (64, "HGMMA b"), (80, "@!P1 BRA 0x0"), (96, "EXIT")]
     assert innermost_loops(code, "HGMMA") == [["HGMMA a", "@P0 BRA 0x20"]]

@@ -6,13 +6,9 @@
 #include <cstdint>
 
 #include "heuristics.h"
+#include "launch.h"
 
 namespace fused_lora {
-
-struct Target {
-  int device;
-  void* stream;
-};
 
 // prepare.cu     A and B in dtype with padded rows, and the zeros that a one-launch GEMM starts from; null outputs are left out.
 struct PrepareParams {
@@ -26,7 +22,7 @@ struct PrepareParams {
   int64_t control_ints, N, K, R;
   Dtype dtype, adapter_dtype;
 };
-Status prepare(const PrepareParams& p, const Target& target);
+Status prepare(const PrepareParams& p, Target& target);
 
 // lora_gemm_sm90.cuh    out = alpha * left right + low low_right (+ bias), the low-rank term through the dropout mask if config.masked;
 //                       with config.rank_tile also low = scale * left rank, in the same launch; with config.gradients there also
@@ -51,7 +47,7 @@ struct GemmParams {
   Dropout dropout;        // over [M, N]: of the low-rank term and x; threshold 0 unless config.masked
   Dtype dtype;
 };
-Status lora_gemm(const GemmConfig& config, const GemmParams& p, const Target& target);
+Status lora_gemm(const GemmConfig& config, const GemmParams& p, Target& target);
 
 // lora_gemm_small.cu    y = x W^T + h B^T + bias and h = scale * x A^T in one launch, for small M.
 struct SmallParams {
@@ -66,7 +62,7 @@ struct SmallParams {
   float scale;
   Dtype dtype;
 };
-Status lora_gemm_small(const SmallConfig& config, const SmallParams& p, const Target& target);
+Status lora_gemm_small(const SmallConfig& config, const SmallParams& p, Target& target);
 
 // shrink.cu      out = scale * drop(left) right
 struct ShrinkParams {
@@ -79,7 +75,7 @@ struct ShrinkParams {
   Dropout dropout;    // over [M, K]
   Dtype dtype;
 };
-Status shrink(const ShrinkParams& p, const Target& target);
+Status shrink(const ShrinkParams& p, Target& target);
 
 // wgrad.cu       out = scale * drop(left)^T low and column_sums = sum over M of left, for up to two products in one launch and one more for the sums.
 struct WgradJob {
@@ -100,8 +96,8 @@ struct WgradParams {
   int64_t M, R;
   Dtype dtype, out_dtype;
 };
-Status wgrad(const WgradConfig& config, const WgradParams& p, const Target& target);
+Status wgrad(const WgradConfig& config, const WgradParams& p, Target& target);
 // The second launch of wgrad alone: slabs of `splits` parts -> outputs.
-Status add_slabs(int splits, const WgradParams& p, const Target& target);
+Status add_slabs(int splits, const WgradParams& p, Target& target);
 
 }  // namespace fused_lora

@@ -14,6 +14,13 @@ namespace fused_lora {
 // Status::launch_failed with CUDA's own words kept for cuda_failure(), or Status::ok.
 Status from_cuda(cudaError_t error, const char* what);
 
+// Where a call's kernels go, one after another: only the first of them waits for all that was on the stream before.
+struct Target {
+  int device;
+  void* stream;
+  int launched = 0;
+};
+
 struct Grid {
   int64_t blocks;
   int threads, smem, cluster;  // smem: bytes of dynamic shared memory; cluster: blocks of a cluster along x
@@ -29,21 +36,31 @@ template <auto kernel> Status allow_smem(int bytes, int device) {
   return status;
 }
 
-template <auto kernel, class... Args> Status launch(const Grid& grid, int device, void* stream, const Args&... args) {
+// A call's second kernel and later ones may start while the one before them ends: each calls ptx::wait_for_previous_kernel() before it touches memory.
+template <auto kernel, class... Args> Status launch(const Grid& grid, Target& target, const Args&... args) {
   if (grid.blocks < 1 || grid.blocks > INT32_MAX) return Status::bad_shape;
-  const Status status = allow_smem<kernel>(grid.smem, device);
+  const Status status = allow_smem<kernel>(grid.smem, target.device);
   if (status != Status::ok) return status;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = static_cast<size_t>(grid.smem);
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  config.stream = static_cast<cudaStream_t>(target.stream);
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (grid.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  if (target.launched++ > 0) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count].val.programmaticStreamSerializationAllowed = 1;
+    ++count;
+  }
+  config.attrs = attributes;
+  config.numAttrs = count;
   return from_cuda(cudaLaunchKernelEx(&config, kernel, args...), "cudaLaunchKernelEx");
 }
 

@@ -3,8 +3,8 @@
 //   forward    [prepare]  [shrink: h]   lora_gemm: y (and h), or lora_gemm_small: y and h
 //   backward   [prepare]  [shrink: dh]  lora_gemm: dx (and dh, dA, dB)   [wgrad: dA, dB, dbias]
 //
-// Bracketed launches only where heuristics.h plans them. What lora_gemm wants zeroed is zeroed here, in stream order: a captured graph replays
-// that too.
+// Bracketed launches only where heuristics.h plans them. What lora_gemm wants zeroed is zeroed in stream order: a captured graph replays that too.
+// Each kernel but the first may start while the one before it ends (launch.h).
 #include "heuristics.h"
 #include "kernels.h"
 #include "launch.h"
@@ -47,7 +47,7 @@ Status use_device(int device, int* sms) {
 
 // h = scale * left rank^T (right_mn: scale * left rank) as a GEMM of its own, for ranks above 64 without dropout.
 Status h_by_gemm(const GemmConfig& config, const void* left, int64_t ld_left, const void* rank, int64_t ld_rank, void* h, int64_t M, int64_t K, int64_t R, bool right_mn,
-                 float scale, Dtype dtype, const Target& target) {
+                 float scale, Dtype dtype, Target& target) {
   GemmParams g{};
   g.left = left;
   g.right = rank;
@@ -164,7 +164,7 @@ WgradParams wgrad_jobs(const CudaBackwardParams& p, const BackwardPlan& plan, vo
 }
 
 // dA and dB after dx, from the sums of its launch or by a launch of their own; dbias with them or apart.
-Status weight_gradients(const CudaBackwardParams& p, const BackwardPlan& plan, void* dh, const Target& target) {
+Status weight_gradients(const CudaBackwardParams& p, const BackwardPlan& plan, void* dh, Target& target) {
   Status status = Status::ok;
   if (plan.gradients && p.adapter_dtype != Dtype::f32) {
     WgradParams rounding = wgrad_jobs(p, plan, dh, false);
@@ -188,7 +188,7 @@ Status cuda_forward(const CudaForwardParams& p) {
   const ForwardPlan plan = forward_plan(p.M, p.N, p.K, p.R, p.dtype, p.adapter_dtype, p.dropout.threshold > 0, sms);
   if (!plan.valid || p.workspace_bytes < plan.bytes) return fused_dtype(p.dtype) ? Status::bad_shape : Status::bad_dtype;
   if (!aligned({p.x, p.W, p.A, p.B, p.bias, p.h, p.y, p.workspace}, {p.ldx, p.ldw})) return Status::bad_alignment;
-  const Target target{p.device, p.stream};
+  Target target{p.device, p.stream};
 
   const PrepareParams prep{p.A, p.B, at(p.workspace, plan.A), at(p.workspace, plan.B), at<int>(p.workspace, plan.control), nullptr, nullptr, plan.control.bytes / 4, p.N, p.K, p.R,
                            p.dtype, p.adapter_dtype};
@@ -215,7 +215,7 @@ Status cuda_backward(const CudaBackwardParams& p) {
                                           p.deterministic, sms);
   if (!plan.valid || p.workspace_bytes < plan.bytes) return fused_dtype(p.dtype) ? Status::bad_shape : Status::bad_dtype;
   if (!aligned({p.dy, p.x, p.W, p.A, p.B, p.h, p.dx, p.dA, p.dB, p.dbias, p.workspace}, {p.lddy, p.ldx, p.ldw, p.ldh})) return Status::bad_alignment;
-  const Target target{p.device, p.stream};
+  Target target{p.device, p.stream};
 
   const PrepareParams prep{p.A, p.B, at(p.workspace, plan.A), at(p.workspace, plan.B), at<int>(p.workspace, plan.control), sums_in_gemm(p, plan, p.dA, plan.dA),
                            sums_in_gemm(p, plan, p.dB, plan.dB), plan.control.bytes / 4, p.N, p.K, p.R, p.dtype, p.adapter_dtype};

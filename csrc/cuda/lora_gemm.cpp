@@ -3,10 +3,10 @@
 
 namespace fused_lora {
 
-Status lora_gemm_f16(const GemmConfig& config, const GemmParams& p, const Target& target);   // lora_gemm_sm90_f16.cu
-Status lora_gemm_bf16(const GemmConfig& config, const GemmParams& p, const Target& target);  // lora_gemm_sm90_bf16.cu
+Status lora_gemm_f16(const GemmConfig& config, const GemmParams& p, Target& target);   // lora_gemm_sm90_f16.cu
+Status lora_gemm_bf16(const GemmConfig& config, const GemmParams& p, Target& target);  // lora_gemm_sm90_bf16.cu
 
-Status lora_gemm(const GemmConfig& c, const GemmParams& p, const Target& target) {
+Status lora_gemm(const GemmConfig& c, const GemmParams& p, Target& target) {
   if (!c.valid || p.M < 1 || p.N < 1 || p.K < 1 || p.R < 0 || p.R > kMaxRank || p.K > INT32_MAX - 512) return Status::bad_shape;
   if (c.masked != (p.dropout.threshold > 0) || (c.masked && !p.dropout.seed) || (c.rank_tile && (p.R > c.rank_tile || !p.control))) return Status::bad_shape;
   if ((p.dA || p.dB) && (!c.gradients || (p.dB && !p.h) || (p.dA && !p.x))) return Status::bad_shape;

@@ -36,7 +36,7 @@ inline Status make_maps(const GemmConfig& c, const GemmParams& p, AllMaps* maps)
   return status;
 }
 
-template <class C> Status run(const GemmConfig& c, const GemmParams& p, const Target& target) {
+template <class C> Status run(const GemmConfig& c, const GemmParams& p, Target& target) {
   if (c.stages != C::kStages || c.smem != gemm_smem_bytes(C::kBlockN, C::kRank, C::kMasked, C::kGradients) || c.gradients != C::kGradients) return Status::bad_shape;
   AllMaps maps;
   const Status status = make_maps(c, p, &maps);
@@ -44,11 +44,11 @@ template <class C> Status run(const GemmConfig& c, const GemmParams& p, const Ta
   using T = typename C::T;
   const Args<T> args{static_cast<T*>(p.low), static_cast<const T*>(p.bias), p.dB, p.dA, p.control, p.dropout.seed, p.ld_low, static_cast<int>(p.M), static_cast<int>(p.N),
                      static_cast<int>(p.K), static_cast<int>(p.R), p.dropout.threshold, p.alpha, p.scale, p.dropout.scale()};
-  return launch<lora_gemm_kernel<C>>(Grid{c.grid, C::kThreads, c.smem, kGemmCluster}, target.device, target.stream, maps.left, maps.right, maps.low, maps.low_right,
+  return launch<lora_gemm_kernel<C>>(Grid{c.grid, C::kThreads, c.smem, kGemmCluster}, target, maps.left, maps.right, maps.low, maps.low_right,
                                      maps.rank, maps.out, maps.h, maps.dh, maps.x, args);
 }
 
-template <class T, int kBlockN, bool kRightMN, bool kMasked> Status choose_rank(const GemmConfig& c, const GemmParams& p, const Target& target) {
+template <class T, int kBlockN, bool kRightMN, bool kMasked> Status choose_rank(const GemmConfig& c, const GemmParams& p, Target& target) {
   switch (c.rank_tile) {
     case 0: return run<Traits<T, kBlockN, 0, kRightMN, kMasked>>(c, p, target);
     case 16: return run<Traits<T, kBlockN, 16, kRightMN, kMasked>>(c, p, target);
@@ -58,12 +58,12 @@ template <class T, int kBlockN, bool kRightMN, bool kMasked> Status choose_rank(
   return Status::bad_shape;
 }
 
-template <class T, int kBlockN> Status choose_layout(const GemmConfig& c, const GemmParams& p, const Target& target) {
+template <class T, int kBlockN> Status choose_layout(const GemmConfig& c, const GemmParams& p, Target& target) {
   if (c.masked) return p.right_mn ? choose_rank<T, kBlockN, true, true>(c, p, target) : Status::bad_shape;  // only dx has a masked low-rank term
   return p.right_mn ? choose_rank<T, kBlockN, true, false>(c, p, target) : choose_rank<T, kBlockN, false, false>(c, p, target);
 }
 
-template <class T> Status choose_width(const GemmConfig& c, const GemmParams& p, const Target& target) {
+template <class T> Status choose_width(const GemmConfig& c, const GemmParams& p, Target& target) {
   switch (c.block_n) {
     case 128: return choose_layout<T, 128>(c, p, target);
     case 256: return choose_layout<T, 256>(c, p, target);

@@ -361,7 +361,6 @@ lora_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant
   const int group = threadIdx.x / 128;
   int drawn = 0;
   if (threadIdx.x == 0) {
-    if (C::kOneLaunch && rank == 0) drawn = atomicAdd(args.control, 1);
     for (int i = 0; i < C::kStages; ++i) {
       ptx::barrier_init(&s.full[i], 1);
       ptx::barrier_init(&s.empty[i], C::kConsumers * kCluster);
@@ -376,6 +375,8 @@ lora_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant
     ptx::barrier_init(&s.thin_empty, 1);
     ptx::barrier_init_fence();
   }
+  ptx::wait_for_previous_kernel();
+  if (C::kOneLaunch && threadIdx.x == 0 && rank == 0) drawn = atomicAdd(args.control, 1);
   ptx::cluster_sync();
   if (group == 0) {
     ptx::registers_down<C::kLoaderRegisters>();

@@ -69,7 +69,7 @@ template <class T, int kRows> PTX_FN void multiply(float (&acc)[kRows / 2], Smem
 }
 
 // Four neighbouring sums of the whole cluster, block 0's first.
-PTX_FN float4 cluster_sum(const float* at, int splits) {
+[[maybe_unused]] PTX_FN float4 cluster_sum(const float* at, int splits) {
   float4 part[8], total{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < 8; ++i) part[i] = i < splits ? ptx::load_remote(reinterpret_cast<const float4*>(at), i) : float4{0.0f, 0.0f, 0.0f, 0.0f};
@@ -132,6 +132,7 @@ lora_gemm_small_kernel(const __grid_constant__ CUtensorMap x, const __grid_const
     }
     ptx::barrier_init_fence();
   }
+  ptx::wait_for_previous_kernel();
   __syncthreads();
   float acc[kRows / 2];
   if (group == 3) {
@@ -153,7 +154,7 @@ lora_gemm_small_kernel(const __grid_constant__ CUtensorMap x, const __grid_const
 #endif
 }
 
-template <class T, int kRows> Status run(const SmallConfig& c, const SmallParams& p, const Target& target) {
+template <class T, int kRows> Status run(const SmallConfig& c, const SmallParams& p, Target& target) {
   CUtensorMap x, W, A;
   Status status = tensor_map({p.x, p.M, p.K, p.ldx, kRows, kBlockK, p.dtype}, &x);
   if (status == Status::ok) status = tensor_map({p.W, p.N, p.K, p.ldw, kCols, kBlockK, p.dtype}, &W);
@@ -161,10 +162,10 @@ template <class T, int kRows> Status run(const SmallConfig& c, const SmallParams
   if (status != Status::ok) return status;
   const Args<T> args{static_cast<const T*>(p.B), static_cast<const T*>(p.bias), static_cast<T*>(p.h), static_cast<T*>(p.y), static_cast<int>(p.M), static_cast<int>(p.N),
                      static_cast<int>(p.K), static_cast<int>(padded_rank(p.R)), c.splits, p.scale};
-  return launch<lora_gemm_small_kernel<T, kRows>>(Grid{c.strips * c.splits, kThreads, c.smem, c.splits}, target.device, target.stream, x, W, A, args);
+  return launch<lora_gemm_small_kernel<T, kRows>>(Grid{c.strips * c.splits, kThreads, c.smem, c.splits}, target, x, W, A, args);
 }
 
-template <class T> Status choose_rows(const SmallConfig& c, const SmallParams& p, const Target& target) {
+template <class T> Status choose_rows(const SmallConfig& c, const SmallParams& p, Target& target) {
   switch (c.rows) {
     case 16: return run<T, 16>(c, p, target);
     case 32: return run<T, 32>(c, p, target);
@@ -176,7 +177,7 @@ template <class T> Status choose_rows(const SmallConfig& c, const SmallParams& p
 
 }  // namespace
 
-Status lora_gemm_small(const SmallConfig& c, const SmallParams& p, const Target& target) {
+Status lora_gemm_small(const SmallConfig& c, const SmallParams& p, Target& target) {
   if (!c.valid || p.M < 1 || p.M > c.rows || p.N < 1 || p.N % 8 || p.K < 1 || p.K > INT32_MAX - 512 || p.R < 1 || p.R > kSmallRank) return Status::bad_shape;
   switch (p.dtype) {
     case Dtype::f16: return choose_rows<__half>(c, p, target);

@@ -29,6 +29,8 @@ template <class T> __device__ uint4 pack8(const float (&v)[8]) {
 }
 
 template <class T, class From> __global__ void __launch_bounds__(256) prepare_kernel(const Args p) {
+  ptx::start_next_kernel();  // this one is short: the next starts up meanwhile
+  ptx::wait_for_previous_kernel();
   int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
   float v[8];
   if (i < p.groups_B) {
@@ -60,24 +62,24 @@ template <class T, class From> __global__ void __launch_bounds__(256) prepare_ke
     if (i + j < p.control_ints) p.control[i + j] = 0;
 }
 
-template <class T, class From> Status run(const PrepareParams& p, const Target& target) {
+template <class T, class From> Status run(const PrepareParams& p, Target& target) {
   const int64_t padded = padded_rank(p.R);
   const Args args{p.A, p.B, static_cast<uint4*>(p.out_A), static_cast<uint4*>(p.out_B), reinterpret_cast<float4*>(p.dA), reinterpret_cast<float4*>(p.dB), p.control,
                   p.out_A ? p.R * p.K / 8 : 0, p.out_B ? p.N * padded / 8 : 0, p.dA ? p.R * p.K / 8 : 0, p.dB ? p.N * p.R / 8 : 0, p.control ? p.control_ints : 0, p.R, padded};
   const int64_t threads = args.groups_A + args.groups_B + args.groups_dA + args.groups_dB + ceil_div(args.control_ints, 8);
-  return launch<prepare_kernel<T, From>>(Grid{ceil_div(threads, 256), 256, 0, 1}, target.device, target.stream, args);
+  return launch<prepare_kernel<T, From>>(Grid{ceil_div(threads, 256), 256, 0, 1}, target, args);
 }
 
-template <class T> Status choose_from(const PrepareParams& p, const Target& target) {
+template <class T> Status choose_from(const PrepareParams& p, Target& target) {
   if (p.adapter_dtype == Dtype::f32) return run<T, float>(p, target);
   return p.adapter_dtype == p.dtype ? run<T, T>(p, target) : Status::bad_dtype;
 }
 
 }  // namespace
 
-Status prepare(const PrepareParams& p, const Target& target) {
+Status prepare(const PrepareParams& p, Target& target) {
   if (p.N < 1 || p.N % 8 || p.K < 1 || p.K % 8 || p.R < 1 || p.R > kMaxRank) return Status::bad_shape;
-  if (!p.out_A && !p.out_B && !p.dA && !p.dB) return p.control ? from_cuda(cudaMemsetAsync(p.control, 0, static_cast<size_t>(p.control_ints) * 4, static_cast<cudaStream_t>(target.stream)), "cudaMemsetAsync") : Status::ok;
+  if (!p.out_A && !p.out_B && !p.dA && !p.dB && !p.control) return Status::ok;
   switch (p.dtype) {
     case Dtype::f16: return choose_from<__half>(p, target);
     case Dtype::bf16: return choose_from<__nv_bfloat16>(p, target);

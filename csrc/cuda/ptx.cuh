@@ -78,6 +78,20 @@ template <class T> PTX_FN void mma(float (&d)[4], const uint32_t (&a)[4], uint32
 #undef PTX_MMA
 }
 
+// ---- sm_90: Parallel Synchronization, griddepcontrol ------------------------------------------------------------------------------------
+// Until the kernel before this one is complete and what it wrote is seen, if this one was launched to overlap with it; else nothing.
+PTX_FN void wait_for_previous_kernel() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel may start once every block has come here or ended.
+PTX_FN void start_next_kernel() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- sm_90: Parallel Synchronization, barrier.cluster and bar --------------------------------------------------------------------------
 PTX_FN uint32_t cluster_rank() {
   uint32_t rank;

@@ -36,6 +36,7 @@ template <class T, int kRank, bool kRightMN> __global__ void __launch_bounds__(k
   const int thread = threadIdx.x, lane = thread % 32, row_half = thread / 32 % 2, k_half = thread / 64;
   const int64_t chunks = (p.R + kRank - 1) / kRank, row0 = blockIdx.x / chunks * kRows, rank0 = blockIdx.x % chunks * kRank;
   const int64_t steps = (p.K + kBlockK - 1) / kBlockK, padded = (p.R + 7) / 8 * 8;
+  ptx::wait_for_previous_kernel();
   const uint64_t seed = p.threshold ? static_cast<uint64_t>(*p.seed) : 0;
 
   const auto load = [&](int64_t step) {
@@ -94,15 +95,15 @@ template <class T, int kRank, bool kRightMN> __global__ void __launch_bounds__(k
   }
 }
 
-template <class T, int kRank> Status run(const ShrinkParams& p, const Target& target) {
+template <class T, int kRank> Status run(const ShrinkParams& p, Target& target) {
   const Args<T> args{static_cast<const T*>(p.left), static_cast<const T*>(p.right), static_cast<T*>(p.out), p.dropout.seed, p.M, p.K, p.R, p.ld_left, p.ld_right,
                      padded_rank(p.R), p.dropout.threshold, p.dropout.threshold ? p.scale * p.dropout.scale() : p.scale};
   const Grid grid{ceil_div(p.M, kRows) * ceil_div(p.R, kRank), kThreads, shrink_smem_bytes(kRank), 1};
-  if (p.right_mn) return launch<shrink_kernel<T, kRank, true>>(grid, target.device, target.stream, args);
-  return launch<shrink_kernel<T, kRank, false>>(grid, target.device, target.stream, args);
+  if (p.right_mn) return launch<shrink_kernel<T, kRank, true>>(grid, target, args);
+  return launch<shrink_kernel<T, kRank, false>>(grid, target, args);
 }
 
-template <class T> Status choose_rank(const ShrinkParams& p, const Target& target) {
+template <class T> Status choose_rank(const ShrinkParams& p, Target& target) {
   switch (rank_tile_for(p.R)) {
     case 16: return run<T, 16>(p, target);
     case 32: return run<T, 32>(p, target);
@@ -113,7 +114,7 @@ template <class T> Status choose_rank(const ShrinkParams& p, const Target& targe
 
 }  // namespace
 
-Status shrink(const ShrinkParams& p, const Target& target) {
+Status shrink(const ShrinkParams& p, Target& target) {
   if (p.M < 1 || p.M > INT32_MAX || p.K < 1 || p.K % 8 || p.R < 1 || p.R > kMaxRank || (p.dropout.threshold && !p.dropout.seed)) return Status::bad_shape;
   if (p.ld_left % 8 || p.ld_right % 8 || (reinterpret_cast<uintptr_t>(p.left) | reinterpret_cast<uintptr_t>(p.right) | reinterpret_cast<uintptr_t>(p.out)) % 16)
     return Status::bad_alignment;

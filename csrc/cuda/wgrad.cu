@@ -49,6 +49,7 @@ template <class T, int kRank> __global__ void __launch_bounds__(kThreads) wgrad_
   const int64_t row_begin = split * p.rows_per_split, row_end = min(p.M, row_begin + p.rows_per_split), steps = (row_end - row_begin + kRows - 1) / kRows;
   const int thread = threadIdx.x, lane = thread % 32, warp_col = thread / 32 * 32;
   const bool sums = job.sum_slabs && rank0 == 0;
+  ptx::wait_for_previous_kernel();
   const uint64_t seed = job.threshold ? static_cast<uint64_t>(*job.seed) : 0;
 
   const auto load = [&](int64_t step) {
@@ -122,6 +123,7 @@ struct Sums {
 };
 
 __global__ void __launch_bounds__(256) add_slabs_kernel(const __grid_constant__ Sums p) {
+  ptx::wait_for_previous_kernel();
   int64_t i = (int64_t{blockIdx.x} * 256 + threadIdx.x) * 4;
   int which = 0;
   while (which < p.count && i >= p.part[which].size) i -= p.part[which++].size;
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(256) add_slabs_kernel(const __grid_constant__ 
   }
 }
 
-template <class T, int kRank> Status run(const WgradConfig& c, const WgradParams& p, const Target& target) {
+template <class T, int kRank> Status run(const WgradConfig& c, const WgradParams& p, Target& target) {
   Args<T> args{};
   int64_t blocks = 0;
   for (int i = 0; i < p.count; ++i) {
@@ -154,10 +156,10 @@ template <class T, int kRank> Status run(const WgradConfig& c, const WgradParams
   args.R = p.R;
   args.rows_per_split = c.rows_per_split;
   args.rank_chunks = c.rank_chunks;
-  return launch<wgrad_kernel<T, kRank>>(Grid{blocks, kThreads, wgrad_smem_bytes(kRank), 1}, target.device, target.stream, args);
+  return launch<wgrad_kernel<T, kRank>>(Grid{blocks, kThreads, wgrad_smem_bytes(kRank), 1}, target, args);
 }
 
-template <class T> Status choose_rank(const WgradConfig& c, const WgradParams& p, const Target& target) {
+template <class T> Status choose_rank(const WgradConfig& c, const WgradParams& p, Target& target) {
   switch (c.rank_tile) {
     case 0: return run<T, 0>(c, p, target);
     case 16: return run<T, 16>(c, p, target);
@@ -185,7 +187,7 @@ Status check(const WgradConfig& c, const WgradParams& p) {
 
 }  // namespace
 
-Status add_slabs(int splits, const WgradParams& p, const Target& target) {
+Status add_slabs(int splits, const WgradParams& p, Target& target) {
   Sums sums{};
   int64_t quads = 0;
   const auto add = [&](const float* slabs, void* out, int64_t size, float scale, Dtype dtype) {
@@ -197,10 +199,10 @@ Status add_slabs(int splits, const WgradParams& p, const Target& target) {
     if (job.out) add(job.slabs, job.out, job.C * p.R, job.dropout.threshold ? job.scale * job.dropout.scale() : job.scale, p.out_dtype);
     if (job.sum_slabs) add(job.sum_slabs, job.column_sums, job.C, 1.0f, p.dtype);
   }
-  return launch<add_slabs_kernel>(Grid{ceil_div(quads, 256), 256, 0, 1}, target.device, target.stream, sums);
+  return launch<add_slabs_kernel>(Grid{ceil_div(quads, 256), 256, 0, 1}, target, sums);
 }
 
-Status wgrad(const WgradConfig& c, const WgradParams& p, const Target& target) {
+Status wgrad(const WgradConfig& c, const WgradParams& p, Target& target) {
   Status status = check(c, p);
   if (status != Status::ok) return status;
   switch (p.dtype) {

@@ -28,6 +28,7 @@ struct Settings {
 Thread* current = nullptr;
 void* scheduler_stack = nullptr;
 const std::function<void()>* running_kernel = nullptr;
+bool overlaps = false;  // the running kernel, with the one before it
 std::vector<std::function<void()>> pending;
 std::string failure;
 
@@ -72,6 +73,7 @@ Thread* new_thread(Block* block, int index) {
   auto* t = new Thread;
   t->block = block;
   t->index = index;
+  t->may_touch_memory = !overlaps;
   t->stack = take(free_stacks, kStackBytes);
   void** top = reinterpret_cast<void**>(t->stack + kStackBytes - 64);
   *--top = nullptr;
@@ -228,6 +230,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>
     if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = static_cast<int>(config.attrs[i].val.clusterDim.x);
   const int blocks = static_cast<int>(config.gridDim.x), threads = static_cast<int>(config.blockDim.x), smem = static_cast<int>(config.dynamicSmemBytes);
   failure.clear();
+  overlaps = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) overlaps |= config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
   if (blocks < 1 || blocks % cluster || threads % 32 || threads > 1024 || smem > 232448) return cudaErrorInvalidConfiguration;
   running_kernel = &kernel;
   gridDim = config.gridDim;
@@ -257,10 +261,6 @@ cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorName(cudaError_t error) { return error == cudaErrorLaunchFailure ? "cudaErrorLaunchFailure" : "CUDA error"; }
 const char* cudaGetErrorString(cudaError_t) { return emulator::failure.c_str(); }
-cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
-  std::memset(p, value, bytes);
-  return cudaSuccess;
-}
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : attribute == cudaDevAttrComputeCapabilityMinor ? 0 : settings.sms;
   return cudaSuccess;

@@ -23,6 +23,7 @@ struct Thread {
   Block* block = nullptr;
   int index = 0;
   bool done = false;
+  bool may_touch_memory = true;  // false until a kernel that may overlap with the one before it has waited for that
   std::function<bool()> ready;  // empty: runnable
 
   struct Copy {

@@ -18,7 +18,11 @@ inline void __syncthreads() { emulator::meet(emulator::self().block->barriers[0]
 inline void __syncwarp() {}
 inline void __threadfence() {}
 template <class T> T min(T a, T b) { return a < b ? a : b; }
+inline void touch_memory() {
+  if (!emulator::self().may_touch_memory) emulator::fail("memory is touched before wait_for_previous_kernel()");
+}
 inline int atomicAdd(int* p, int v) {
+  touch_memory();
   emulator::yield();
   const int old = *p;
   *p += v;
@@ -61,6 +65,8 @@ inline uint32_t shared(const void* p) {
   if (offset < 0 || offset >= self().block->smem_bytes) fail("address %ld is not in shared memory", static_cast<long>(offset));
   return static_cast<uint32_t>(offset);
 }
+inline void wait_for_previous_kernel() { self().may_touch_memory = true; }
+inline void start_next_kernel() {}
 inline uint8_t* dynamic_smem() { return self().block->smem + 1024; }
 inline void aligned(uint32_t address, uint32_t to, const char* what) {
   if (address % to) fail("%s at %u is not aligned to %u", what, address, to);
@@ -68,6 +74,7 @@ inline void aligned(uint32_t address, uint32_t to, const char* what) {
 
 // ---- sm_80 -----------------------------------------------------------------------------------------------------------------------------
 inline void cp_async(void* dst, const void* src, bool valid) {
+  touch_memory();
   aligned(shared(dst), 16, "cp.async to");
   aligned(static_cast<uint32_t>(reinterpret_cast<uintptr_t>(src)), 16, "cp.async from");
   self().copies.push_back({dst, src, valid});
@@ -210,6 +217,7 @@ inline void load_box(uint8_t* smem, uint32_t to, const Map& m, int row, int col)
 }
 inline void prefetch(const CUtensorMap*) {}
 inline void tma_load_multicast(void* dst, const CUtensorMap* map, uint64_t* bar, int row, int col, uint16_t blocks) {
+  touch_memory();
   const Map m = map_of(map);
   const uint32_t to = shared(dst);
   aligned(to, static_cast<uint32_t>(m.box_cols * 2 * 8), "TMA load to");
@@ -228,6 +236,7 @@ inline void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, int row, 
   tma_load_multicast(dst, map, bar, row, col, static_cast<uint16_t>(1u << cluster_rank()));
 }
 inline void tma_store(const CUtensorMap* map, const void* src, int row, int col) {
+  touch_memory();
   const Map m = map_of(map);
   const uint32_t from = shared(src);
   emulator::Thread* const t = &self();
@@ -257,10 +266,14 @@ inline void fence_proxy() {}
 inline void fence_proxy_shared() {}
 
 inline int load_acquire(const int* p) {
+  touch_memory();
   emulator::yield();
   return *p;
 }
-inline void add(float* p, float v) { *p += v; }
+inline void add(float* p, float v) {
+  touch_memory();
+  *p += v;
+}
 inline void store_release(int* p, int v) { *p = v; }
 
 inline void stmatrix(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
