@@ -35,8 +35,12 @@ constexpr int gemm_smem_bytes(int block_n, int rank_tile, bool masked, bool grad
   return gemm_stages(block_n, rank_tile, masked, gradients) * gemm_stage_bytes(block_n, rank_tile) + gemm_other_bytes(block_n, rank_tile, masked, gradients);
 }
 
-// Whether dx's launch, of this tile, also makes dA and dB. With a mask, 256 columns and more than 16 ranks the accumulators don't fit.
-constexpr bool gemm_gradients(int block_n, int rank_tile, bool masked) { return rank_tile > 0 && (!masked || block_n == 128 || rank_tile == 16); }
+// dA and dB inside dx's launch save a read of dy and overlap the read of x; predicted, not yet measured against wgrad's launch (bench/NOTES.md).
+constexpr bool kGradientsInGemm = true;
+// Whether the launch of this tile of dx makes them. With a mask, 256 columns and more than 16 ranks the accumulators don't fit.
+constexpr bool gemm_gradients(int block_n, int rank_tile, bool masked) {
+  return kGradientsInGemm && rank_tile > 0 && (!masked || block_n == 128 || rank_tile == 16);
+}
 
 struct TileIndex {
   int row, col;  // in tiles of a cluster: 256 rows, block_n columns
@@ -206,9 +210,6 @@ inline ForwardPlan forward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dtyp
   return p;
 }
 
-// dA and dB inside dx's launch save a read of dy and overlap the read of x; predicted, not yet measured against wgrad's launch (bench/NOTES.md).
-constexpr bool kGradientsInGemm = true;
-
 struct BackwardPlan {
   GemmConfig gemm;    // dx
   GemmConfig h_gemm;  // dh, where `h_by` is by_gemm
@@ -237,7 +238,7 @@ inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dt
     p.h_gemm = gemm_config(M, R, 0, sms, false, false, false);
     p.valid = p.valid && p.h_gemm.valid;
   }
-  p.gradients = kGradientsInGemm && p.gemm.gradients && !deterministic && (need_A || need_B);
+  p.gradients = p.gemm.gradients && !deterministic && (need_A || need_B);
   p.bias_apart = need_bias && (p.gradients || !need_B);
   const int64_t tiles = (need_A ? ceil_div(K, kWgradCols) : 0) + (need_B ? ceil_div(N, kWgradCols) : 0);
   p.wgrad = wgrad_config(M, tiles, R, sms);

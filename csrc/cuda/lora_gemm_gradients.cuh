@@ -19,7 +19,7 @@ constexpr int kGradientBarrier = 3;  // the named barrier of this warpgroup
 // d[64, kRank] = left^T thin over the 128 rows of a staged tile.
 template <class C> PTX_FN void multiply_rows(float (&d)[C::kRank / 2], Smem<C>& s, int slot) {
   constexpr int kThinBytes = C::kRank * 2, kStep = 16;  // bytes of a row of thin; rows of a product
-  const uint64_t left = ptx::descriptor(s.left[slot], 16, 1024, 128), thin = ptx::descriptor(s.thin, 16, 8 * kThinBytes, kThinBytes);
+  const uint64_t left = ptx::descriptor(s.left[slot], 64 * 128, 1024, 128), thin = ptx::descriptor(s.thin, 16, 8 * kThinBytes, kThinBytes);
   ptx::wgmma_fence();
 #pragma unroll
   for (int q = 0; q < kBlockM / kStep; ++q)
