@@ -16,16 +16,19 @@ RANKS = [1, 8, 12, 16, 17, 32, 33, 64, 65, 100, 128, 256]
 SMS = [2, 13, 114, 132]
 
 
-@pytest.mark.parametrize("backward, masked", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("compute_h", [False, True])
-def test_gemm_configs_are_legal(compute_h, backward, masked):
+def test_gemm_configs_are_legal(compute_h, dropout, backward):
     for (K, N), M, R, sms in itertools.product(SHAPES, ROWS, RANKS, SMS):
-        c = _C.lora_gemm_config(M, N, K, R, BF16, sms, compute_h, masked, backward)
+        c = _C.lora_gemm_config(M, N, K, R, BF16, sms, compute_h, dropout, backward)
         assert c["smem_bytes"] <= _C.cuda_smem_limit == 227 * 1024
         tiles = c["stages"] * (c["block_m"] + c["block_n"] + c["rank_tile"]) * c["block_k"] * 2 + 2 * 64 * 64 * 2
-        thin = c["gradients"] * c["block_m"] * c["rank_tile"] * 2
-        assert tiles + thin + masked * c["block_m"] * c["block_n"] // 8 < c["smem_bytes"]
-        assert c["gradients"] == (backward and c["one_launch"] and (not masked or c["block_n"] == 128 or c["rank_tile"] == 16))
+        drops_left = dropout and not backward and c["one_launch"]
+        assert c["dropout"] == (dropout and (backward or c["one_launch"])) and c["threads"] == (512 if c["gradients"] or drops_left else 384)
+        side = c["block_m"] * 2 * (c["gradients"] * c["rank_tile"] + drops_left * c["block_k"]) + (dropout and backward) * c["block_m"] * c["block_n"] // 8
+        assert tiles + side < c["smem_bytes"]
+        assert c["gradients"] == (backward and c["one_launch"] and (not dropout or c["block_n"] == 128 or c["rank_tile"] == 16))
         assert c["stages"] >= 3 and c["block_n"] in (128, 256)
         assert c["row_tiles"] * c["block_m"] * c["cluster"] >= M > (c["row_tiles"] - 1) * c["block_m"] * c["cluster"]
         assert c["col_tiles"] * c["block_n"] >= N > (c["col_tiles"] - 1) * c["block_n"]
@@ -33,7 +36,7 @@ def test_gemm_configs_are_legal(compute_h, backward, masked):
         assert c["low_blocks"] == -(-R // 64)
         assert c["one_launch"] == (compute_h and R <= 64)
         assert c["rank_tile"] in ((16, 32, 64) if c["one_launch"] else (0,)) and (not c["one_launch"] or c["rank_tile"] >= R)
-        assert not masked or c["low_blocks"] <= c["stages"], "a masked tile waits for all its low-rank blocks at once"
+        assert not (dropout and backward) or c["low_blocks"] <= c["stages"], "a masked tile waits for all its low-rank blocks at once"
 
 
 def test_narrow_tiles_fill_the_card_where_wide_ones_cannot():
@@ -66,7 +69,7 @@ def test_forward_plans():
         plan = _C.cuda_forward_plan(M, N, K, R, BF16, adapter, dropout, 132)
         check_regions(plan)
         small = M <= 128 and R <= 64 and not dropout
-        assert plan["h"] == ("small" if small else "shrink" if dropout else "gemm" if R <= 64 else "h_gemm")
+        assert plan["h"] == ("small" if small else "gemm" if R <= 64 else "shrink" if dropout else "h_gemm")
         assert ("small" in plan) == small and ("gemm" in plan) != small
         size = {name: size for name, (_, size) in plan["regions"].items()}
         assert size["A"] == (2 * R * K if adapter == F32 else 0)
@@ -99,7 +102,7 @@ def test_backward_plans_ask_only_for_what_is_needed():
         plan = _C.cuda_backward_plan(M, N, K, R, F16, adapter, dropout, *needs, deterministic, 132)
         check_regions(plan)
         size = {name: size for name, (_, size) in plan["regions"].items()}
-        assert ("gemm" in plan) == need_x and plan.get("gemm", {}).get("masked", dropout) == dropout
+        assert ("gemm" in plan) == need_x and plan.get("gemm", {}).get("dropout", dropout) == dropout
         assert plan["dh"] == ("" if not (need_x or need_A) else "h_gemm" if R > 64 else "gemm" if need_x else "shrink")
         assert size["dh"] == (2 * M * (-(-R // 8) * 8) if need_x or need_A else 0)
         inside = plan["gradients_in_gemm"]

@@ -22,19 +22,20 @@ Dtype half_dtype(int dtype) {
 py::dict describe(const GemmConfig& c) {
   py::dict d;
   d["block_m"] = kGemmBlockM;
-  d["block_n"] = c.block_n;
+  d["block_n"] = c.kind.block_n;
   d["block_k"] = kGemmBlockK;
   d["cluster"] = kGemmCluster;
-  d["stages"] = c.stages;
-  d["smem_bytes"] = c.smem;
+  d["stages"] = c.kind.stages();
+  d["smem_bytes"] = c.kind.smem_bytes();
   d["grid"] = c.grid;
   d["row_tiles"] = c.row_tiles;
   d["col_tiles"] = c.col_tiles;
   d["low_blocks"] = c.low_blocks;
-  d["rank_tile"] = c.rank_tile;
-  d["one_launch"] = c.rank_tile > 0;
-  d["masked"] = c.masked;
-  d["gradients"] = c.gradients;
+  d["rank_tile"] = c.kind.rank_tile;
+  d["one_launch"] = c.kind.rank_tile > 0;
+  d["dropout"] = c.kind.dropout;
+  d["gradients"] = c.kind.gradients();
+  d["threads"] = 128 * c.kind.warpgroups();
   return d;
 }
 
@@ -61,10 +62,10 @@ py::dict describe(const SmallConfig& c) {
 
 py::tuple describe(const Region& r) { return py::make_tuple(r.offset, r.bytes); }
 
-py::dict lora_gemm_config(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int sms, bool compute_h, bool masked, bool backward) {
+py::dict lora_gemm_config(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int sms, bool compute_h, bool dropout, bool backward) {
   half_dtype(dtype);
   require(K >= 1, "K must be at least 1");
-  const GemmConfig c = gemm_config(M, N, R, sms, compute_h, masked, backward);
+  const GemmConfig c = gemm_config(M, N, R, sms, compute_h, dropout, backward);
   require(c.valid, "sizes must be 1 <= M, N < 2**31 - 512 and 0 <= R <= 256, with at least 2 SMs and fewer than 2**31 tiles");
   return describe(c);
 }
@@ -122,7 +123,7 @@ py::dict plan_backward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, in
 
 void bind_heuristics(py::module_& m) {
   using namespace py::literals;
-  m.def("lora_gemm_config", &lora_gemm_config, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "sms"_a, "compute_h"_a = true, "masked"_a = false, "backward"_a = false,
+  m.def("lora_gemm_config", &lora_gemm_config, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "sms"_a, "compute_h"_a = true, "dropout"_a = false, "backward"_a = false,
         "The tile, stages, shared memory and grid of out[M, N] = left[M, K] right + low[M, R] low_right.");
   m.def("lora_gemm_tile", &lora_gemm_tile, "t"_a, "row_tiles"_a, "col_tiles"_a, "column_first"_a, "(row, column) of tile number t.");
   m.def("cuda_forward_plan", &plan_forward, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a, "dropout"_a, "sms"_a,

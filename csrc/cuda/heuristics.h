@@ -22,25 +22,32 @@ constexpr int rank_tile_for(int64_t R) { return R <= 16 ? 16 : R <= 32 ? 32 : 64
 // ---- lora_gemm_sm90: out[M, N] = left[M, K] right + low[M, R] low_right ------------------------------------------------------------------
 constexpr int kGemmBlockM = 128, kGemmBlockK = 64, kGemmCluster = 2;
 
-constexpr int gemm_stage_bytes(int block_n, int rank_tile) { return (kGemmBlockM + block_n + rank_tile) * kGemmBlockK * 2; }
-// Two 64 x 64 tiles on their way out, 128 rows of h or dh for the gradients, the mask bits of a tile, barriers, and the way to the first
-// multiple of 1024.
-constexpr int gemm_other_bytes(int block_n, int rank_tile, bool masked, bool gradients) {
-  return 2 * 64 * 64 * 2 + (gradients ? kGemmBlockM * rank_tile * 2 : 0) + (masked ? kGemmBlockM * block_n / 8 : 0) + 1024 + 1024;
-}
-constexpr int gemm_stages(int block_n, int rank_tile, bool masked, bool gradients) {
-  return (kSmemLimit - gemm_other_bytes(block_n, rank_tile, masked, gradients)) / gemm_stage_bytes(block_n, rank_tile);
-}
-constexpr int gemm_smem_bytes(int block_n, int rank_tile, bool masked, bool gradients) {
-  return gemm_stages(block_n, rank_tile, masked, gradients) * gemm_stage_bytes(block_n, rank_tile) + gemm_other_bytes(block_n, rank_tile, masked, gradients);
-}
-
 // dA and dB inside dx's launch save a read of dy and overlap the read of x; predicted, not yet measured against wgrad's launch (bench/NOTES.md).
 constexpr bool kGradientsInGemm = true;
-// Whether the launch of this tile of dx makes them. With a mask, 256 columns and more than 16 ranks the accumulators don't fit.
-constexpr bool gemm_gradients(int block_n, int rank_tile, bool masked) {
-  return kGradientsInGemm && rank_tile > 0 && (!masked || block_n == 128 || rank_tile == 16);
-}
+
+// An instance of the kernel, and the shared memory that it takes.
+struct GemmKind {
+  int block_n;    // columns of a tile, 128 or 256; a cluster's two tiles of 128 rows lie above each other
+  int rank_tile;  // columns of low that column 0 computes in the same launch: 16, 32 or 64; 0: low is given
+  bool backward;  // dx: the right operands lie with their reduction dimension in rows
+  bool dropout;   // backward: the low-rank term and x go through the mask; forward: low is that of the masked left
+
+  constexpr bool operator==(const GemmKind& o) const { return block_n == o.block_n && rank_tile == o.rank_tile && backward == o.backward && dropout == o.dropout; }
+  // Whether a warpgroup of its own makes dA and dB, too. With a mask, 256 columns and more than 16 ranks the accumulators don't fit.
+  constexpr bool gradients() const { return kGradientsInGemm && backward && rank_tile > 0 && (!dropout || block_n == 128 || rank_tile == 16); }
+  // Whether a warpgroup of its own makes low.
+  constexpr bool drops_left() const { return !backward && dropout; }
+  constexpr int warpgroups() const { return gradients() || drops_left() ? 4 : 3; }
+  constexpr int stage_bytes() const { return (kGemmBlockM + block_n + rank_tile) * kGemmBlockK * 2; }
+  // Two 64 x 64 tiles on their way out, 128 rows of h or dh for the gradients, a masked left tile, the mask bits of a tile, barriers, and the
+  // way to the first multiple of 1024.
+  constexpr int other_bytes() const {
+    return 2 * 64 * 64 * 2 + (gradients() ? kGemmBlockM * rank_tile * 2 : 0) + (drops_left() ? kGemmBlockM * kGemmBlockK * 2 : 0) +
+           (backward && dropout ? kGemmBlockM * block_n / 8 : 0) + 1024 + 1024;
+  }
+  constexpr int stages() const { return (kSmemLimit - other_bytes()) / stage_bytes(); }
+  constexpr int smem_bytes() const { return stages() * stage_bytes() + other_bytes(); }
+};
 
 struct TileIndex {
   int row, col;  // in tiles of a cluster: 256 rows, block_n columns
@@ -62,31 +69,25 @@ constexpr TileIndex gemm_tile(int t, int row_tiles, int col_tiles, bool column_f
 }
 
 struct GemmConfig {
-  int block_n;     // columns of a tile, 128 or 256; a cluster's two tiles of 128 rows lie above each other
-  int rank_tile;   // columns of h that column 0 computes in the same launch: 16, 32 or 64; 0: h is given
-  bool masked;     // the low-rank term goes through the dropout mask
-  bool gradients;  // a warpgroup of its own computes dA and dB in the same launch; with rank_tile only
-  int stages, smem;
+  GemmKind kind;
   int row_tiles, col_tiles, grid;  // grid in blocks, a multiple of the cluster
-  int low_blocks;  // k-blocks of the low-rank update
-  bool valid;      // false: too many tiles for 32-bit numbers, or too few SMs
+  int low_blocks;                  // k-blocks of the low-rank update
+  bool valid;                      // false: too many tiles for 32-bit numbers, or too few SMs
 };
 
 // K does not enter: both tile widths walk the whole of it.
-inline GemmConfig gemm_config(int64_t M, int64_t N, int64_t R, int sms, bool compute_h, bool masked, bool backward) {
+inline GemmConfig gemm_config(int64_t M, int64_t N, int64_t R, int sms, bool compute_h, bool dropout, bool backward) {
   GemmConfig c{};
   const int64_t rows = ceil_div(M, kGemmBlockM * kGemmCluster), clusters = sms / kGemmCluster;
   if (M < 1 || N < 1 || R < 0 || R > kMaxRank || clusters < 1) return c;
   const auto cost = [&](int64_t block_n, int64_t percent) { return ceil_div(rows * ceil_div(N, block_n), clusters) * percent; };
   // A 128-wide tile takes 59 % of a 256-wide one: Triton, 8192 x 4096 x 4096, 415-420 us against 352-360, H100, 2026-11-23.
-  c.block_n = cost(128, 59) < cost(256, 100) ? 128 : 256;
+  c.kind.block_n = cost(128, 59) < cost(256, 100) ? 128 : 256;
   // One launch costs 3-5 % of the GEMM, a pass over x of its own 13 % (same shape, R = 16, H100, 2026-11-23). Above 64 ranks the accumulators don't fit.
-  c.rank_tile = compute_h && R >= 1 && R <= 64 ? rank_tile_for(R) : 0;
-  c.masked = masked;
-  c.gradients = backward && gemm_gradients(c.block_n, c.rank_tile, masked);
-  c.stages = gemm_stages(c.block_n, c.rank_tile, masked, c.gradients);
-  c.smem = gemm_smem_bytes(c.block_n, c.rank_tile, masked, c.gradients);
-  const int64_t cols = ceil_div(N, c.block_n);
+  c.kind.rank_tile = compute_h && R >= 1 && R <= 64 ? rank_tile_for(R) : 0;
+  c.kind.backward = backward;
+  c.kind.dropout = dropout && (backward || c.kind.rank_tile);  // the forward's mask matters to h alone
+  const int64_t cols = ceil_div(N, c.kind.block_n);
   c.low_blocks = static_cast<int>(ceil_div(R, kGemmBlockK));
   if (M > INT32_MAX - 512 || N > INT32_MAX - 512 || rows * cols > INT32_MAX - 2 * clusters) return c;
   c.row_tiles = static_cast<int>(rows);
@@ -178,7 +179,7 @@ class Layout {
 
 // What one launch needs zeroed: the tile counter, then (from 32 ints on) one flag for every 64 rows.
 constexpr int kControlFlags = 32;
-inline int64_t control_bytes(const GemmConfig& c) { return c.rank_tile ? 4 * (kControlFlags + int64_t{4} * c.row_tiles) : 0; }
+inline int64_t control_bytes(const GemmConfig& c) { return c.kind.rank_tile ? 4 * (kControlFlags + int64_t{4} * c.row_tiles) : 0; }
 
 struct ForwardPlan {
   SmallConfig small;  // y and h, where `h_by` is in_small
@@ -198,8 +199,8 @@ inline ForwardPlan forward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dtyp
   ForwardPlan p{};
   if (!fused_dtype(dtype) || R < 1 || K < 1 || K > INT32_MAX - 512) return p;
   if (!dropout) p.small = small_config(M, N, K, R, sms);
-  if (!p.small.valid) p.gemm = gemm_config(M, N, R, sms, !dropout, false, false);
-  p.h_by = p.small.valid ? ForwardPlan::in_small : p.gemm.rank_tile ? ForwardPlan::in_gemm : dropout ? ForwardPlan::shrink : ForwardPlan::by_gemm;
+  if (!p.small.valid) p.gemm = gemm_config(M, N, R, sms, true, dropout, false);
+  p.h_by = p.small.valid ? ForwardPlan::in_small : p.gemm.kind.rank_tile ? ForwardPlan::in_gemm : dropout ? ForwardPlan::shrink : ForwardPlan::by_gemm;
   if (p.h_by == ForwardPlan::by_gemm) p.h_gemm = gemm_config(M, R, 0, sms, false, false, false);
   Layout layout;
   p.control = layout.take(control_bytes(p.gemm));
@@ -233,12 +234,12 @@ inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dt
     p.gemm = gemm_config(M, K, R, sms, true, dropout, true);
     p.valid = p.valid && p.gemm.valid;
   }
-  if (need_x || need_A) p.h_by = p.gemm.rank_tile ? BackwardPlan::in_gemm : R > 64 ? BackwardPlan::by_gemm : BackwardPlan::shrink;
+  if (need_x || need_A) p.h_by = p.gemm.kind.rank_tile ? BackwardPlan::in_gemm : R > 64 ? BackwardPlan::by_gemm : BackwardPlan::shrink;
   if (p.h_by == BackwardPlan::by_gemm) {
-    p.h_gemm = gemm_config(M, R, 0, sms, false, false, false);
+    p.h_gemm = gemm_config(M, R, 0, sms, false, false, true);
     p.valid = p.valid && p.h_gemm.valid;
   }
-  p.gradients = p.gemm.gradients && !deterministic && (need_A || need_B);
+  p.gradients = p.gemm.kind.gradients() && !deterministic && (need_A || need_B);
   p.bias_apart = need_bias && (p.gradients || !need_B);
   const int64_t tiles = (need_A ? ceil_div(K, kWgradCols) : 0) + (need_B ? ceil_div(N, kWgradCols) : 0);
   p.wgrad = wgrad_config(M, tiles, R, sms);

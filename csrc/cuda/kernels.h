@@ -24,27 +24,26 @@ struct PrepareParams {
 };
 Status prepare(const PrepareParams& p, Target& target);
 
-// lora_gemm_sm90.cuh    out = alpha * left right + low low_right (+ bias), the low-rank term through the dropout mask if config.masked;
-//                       with config.rank_tile also low = scale * left rank, in the same launch; with config.gradients there also
-//                       dB += left^T h and dA += drop(x)^T low, each unless null.
+// lora_gemm_sm90.cuh    out = alpha * left right + low low_right (+ bias), in the backward the low-rank term through the dropout mask;
+//                       with kind.rank_tile also low = scale * left rank, in the same launch, in the forward of the masked left; with kind.gradients()
+//                       also dB += left^T h and dA += drop(x)^T low, each unless null.
 struct GemmParams {
   const void* left;       // [M, K], row stride ld_left
-  const void* right;      // [N, K], or [K, N] if right_mn: row stride ld_right
-  const void* low_right;  // [N, R], or [R, N] if right_mn: row stride ld_low_right; null if R is 0
-  const void* rank;       // [R, K], or [K, R] if right_mn: row stride ld_rank; read if config.rank_tile
+  const void* right;      // [N, K], or [K, N] in the backward: row stride ld_right
+  const void* low_right;  // [N, R], or [R, N] in the backward: row stride ld_low_right; null if R is 0
+  const void* rank;       // [R, K], or [K, R] in the backward: row stride ld_rank; read if kind.rank_tile
   const void* bias;       // [N], or null
-  void* low;              // [M, R], row stride ld_low; written if config.rank_tile, else read
+  void* low;              // [M, R], row stride ld_low; written if kind.rank_tile, else read
   void* out;              // [M, N], row stride ld_out
   const void* h;          // [M, R], row stride ld_h; read if dB
   const void* x;          // [M, N], row stride ld_x; read if dA
-  float* dB;              // [K, R], sums in no fixed order; only if config.gradients
+  float* dB;              // [K, R], sums in no fixed order; only if kind.gradients()
   float* dA;              // [R, N], the same, dropout's factor included
-  int* control;           // zeros, control_bytes(config); used if config.rank_tile
+  int* control;           // zeros, control_bytes(config); used if kind.rank_tile
   int64_t ld_left, ld_right, ld_low_right, ld_rank, ld_low, ld_out, ld_h, ld_x;
   int64_t M, N, K, R;
-  bool right_mn;          // the right operands lie with their reduction dimension in rows: dx = dy W + dh A
   float alpha, scale;
-  Dropout dropout;        // over [M, N]: of the low-rank term and x; threshold 0 unless config.masked
+  Dropout dropout;        // backward: over [M, N], of the low-rank term and x; forward: over [M, K], of left for low, its factor in scale
   Dtype dtype;
 };
 Status lora_gemm(const GemmConfig& config, const GemmParams& p, Target& target);

@@ -45,8 +45,8 @@ Status use_device(int device, int* sms) {
   return Status::ok;
 }
 
-// h = scale * left rank^T (right_mn: scale * left rank) as a GEMM of its own, for ranks above 64 without dropout.
-Status h_by_gemm(const GemmConfig& config, const void* left, int64_t ld_left, const void* rank, int64_t ld_rank, void* h, int64_t M, int64_t K, int64_t R, bool right_mn,
+// h = scale * left rank^T (in the backward: scale * left rank) as a GEMM of its own, for ranks above 64 without dropout.
+Status h_by_gemm(const GemmConfig& config, const void* left, int64_t ld_left, const void* rank, int64_t ld_rank, void* h, int64_t M, int64_t K, int64_t R,
                  float scale, Dtype dtype, Target& target) {
   GemmParams g{};
   g.left = left;
@@ -58,7 +58,6 @@ Status h_by_gemm(const GemmConfig& config, const void* left, int64_t ld_left, co
   g.M = M;
   g.N = R;
   g.K = K;
-  g.right_mn = right_mn;
   g.alpha = scale;
   g.dtype = dtype;
   return lora_gemm(config, g, target);
@@ -85,6 +84,10 @@ GemmParams forward_gemm(const CudaForwardParams& p, const ForwardPlan& plan, con
   g.R = p.R;
   g.alpha = 1.0f;
   g.scale = p.scaling;
+  if (plan.gemm.kind.dropout) {
+    g.scale *= p.dropout.scale();
+    g.dropout = p.dropout;
+  }
   g.dtype = p.dtype;
   return g;
 }
@@ -118,7 +121,6 @@ GemmParams backward_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, 
   g.N = p.K;  // of the product: dy [M, N] W [N, K] sums over the layer's N
   g.K = p.N;
   g.R = p.R;
-  g.right_mn = true;
   g.alpha = 1.0f;
   g.scale = p.scaling;
   g.dropout = p.dropout;
@@ -200,7 +202,7 @@ Status cuda_forward(const CudaForwardParams& p) {
   if (status == Status::ok && plan.h_by == ForwardPlan::shrink)
     status = shrink({p.x, A, p.h, p.M, p.K, p.R, p.ldx, p.K, false, p.scaling, p.dropout, p.dtype}, target);
   if (status == Status::ok && plan.h_by == ForwardPlan::by_gemm)
-    status = h_by_gemm(plan.h_gemm, p.x, p.ldx, A, p.K, p.h, p.M, p.K, p.R, false, p.scaling, p.dtype, target);
+    status = h_by_gemm(plan.h_gemm, p.x, p.ldx, A, p.K, p.h, p.M, p.K, p.R, p.scaling, p.dtype, target);
   if (status == Status::ok) status = lora_gemm(plan.gemm, forward_gemm(p, plan, A, B), target);
   return status;
 }
@@ -227,7 +229,7 @@ Status cuda_backward(const CudaBackwardParams& p) {
   if (status == Status::ok && plan.h_by == BackwardPlan::shrink)
     status = shrink({p.dy, B, dh, p.M, p.N, p.R, p.lddy, ldb, true, p.scaling, {}, p.dtype}, target);
   if (status == Status::ok && plan.h_by == BackwardPlan::by_gemm)
-    status = h_by_gemm(plan.h_gemm, p.dy, p.lddy, B, ldb, dh, p.M, p.N, p.R, true, p.scaling, p.dtype, target);
+    status = h_by_gemm(plan.h_gemm, p.dy, p.lddy, B, ldb, dh, p.M, p.N, p.R, p.scaling, p.dtype, target);
   if (status == Status::ok && p.dx) status = lora_gemm(plan.gemm, backward_gemm(p, plan, A, B, dh), target);
   return status == Status::ok ? weight_gradients(p, plan, dh, target) : status;
 }

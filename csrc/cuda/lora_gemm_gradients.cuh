@@ -14,12 +14,10 @@
 
 namespace fused_lora::gemm {
 
-constexpr int kGradientBarrier = 3;  // the named barrier of this warpgroup
-
 // d[64, kRank] = left^T thin over the 128 rows of a staged tile.
 template <class C> PTX_FN void multiply_rows(float (&d)[C::kRank / 2], Smem<C>& s, int slot) {
   constexpr int kThinBytes = C::kRank * 2, kStep = 16;  // bytes of a row of thin; rows of a product
-  const uint64_t left = ptx::descriptor(s.left[slot], 64 * 128, 1024, 128), thin = ptx::descriptor(s.thin, 16, 8 * kThinBytes, kThinBytes);
+  const uint64_t left = ptx::descriptor(s.left[slot], 64 * 128, 1024, 128), thin = ptx::descriptor(s.side, 16, 8 * kThinBytes, kThinBytes);
   ptx::wgmma_fence();
 #pragma unroll
   for (int q = 0; q < kBlockM / kStep; ++q)
@@ -52,7 +50,7 @@ template <class C> PTX_FN void mask_rows(Smem<C>& s, int slot, int chunk, int th
     v = uint4{words[0], words[1], words[2], words[3]};
   }
   ptx::fence_proxy_shared();
-  ptx::named_barrier(kGradientBarrier, 128);
+  ptx::named_barrier(kFourthBarrier, 128);
 }
 
 // Warpgroup 3.
@@ -76,13 +74,13 @@ template <class C> PTX_FN void add_gradients(Smem<C>& s, const Args<typename C::
         add_to<C>(args.dB, args.R, 1, k * kBlockK, rows ? args.K : 0, args.R, 1.0f, d, thread);
         mine += tiles.col_tiles;
       } else {
-        ptx::named_barrier(kGradientBarrier, 128);
+        ptx::named_barrier(kFourthBarrier, 128);
         free_slot<C>(s, ring.slot, thread);
       }
     }
     if (args.dB) {
       ptx::wait(&s.thin_full, thin_phase);  // a tile without a step of its own
-      ptx::named_barrier(kGradientBarrier, 128);
+      ptx::named_barrier(kFourthBarrier, 128);
       if (thread == 0) ptx::arrive(&s.thin_empty);
       thin_phase ^= 1;
     }
@@ -96,11 +94,11 @@ template <class C> PTX_FN void add_gradients(Smem<C>& s, const Args<typename C::
         free_slot<C>(s, ring.slot, thread);
         add_to<C>(args.dA, 1, args.N, col + chunk * 64, rows ? args.N : 0, args.R, C::kMasked ? args.drop_scale : 1.0f, d, thread);
       }
-      ptx::named_barrier(kGradientBarrier, 128);
+      ptx::named_barrier(kFourthBarrier, 128);
       if (thread == 0) ptx::arrive(&s.thin_empty);
       thin_phase ^= 1;
     }
-    ptx::named_barrier(kGradientBarrier, 128);  // the whole warpgroup has read the mask and the tile's number
+    ptx::named_barrier(kFourthBarrier, 128);  // the whole warpgroup has read the mask and the tile's number
     if (C::kMasked && thread == 0) ptx::arrive(&s.mask_empty);
     mask_phase ^= 1;
     tiles.release(thread == 0);

@@ -5,134 +5,26 @@
 // Types       fp16 or bf16, fp32 accumulators, one rounding at each store
 // Tile        a block 128 x kBlockN, two warpgroups of 64 rows, k-steps of 64 through a ring of kStages; a cluster of two blocks above each
 //             other shares the right operand by multicast: 256 x kBlockN. wgmma m64 n256 (n128) k16, both operands in shared memory
-// Warps       one thread of warpgroup 0 loads (TMA); warps 1-3 of it draw the dropout mask (kMasked); warpgroups 1 and 2 multiply and store;
-//             in dx's one launch a third makes dA and dB of what comes by: lora_gemm_gradients.cuh
+// Warps       one thread of warpgroup 0 loads (TMA), and its warps 1-3 draw dx's dropout mask (lora_gemm_load.cuh); warpgroups 1 and 2 multiply and
+//             store; a fourth, where there is one, makes dA and dB in dx's launch (lora_gemm_gradients.cuh), or low of the masked left in the
+//             forward's (lora_gemm_dropout.cuh)
 // Low rank    ceil(R / 64) more k-blocks from (low, low_right) through the same ring; columns past R are TMA's zeros. kMasked: their product goes
 //             through an accumulator of its own, 64 columns at a time, and the mask
-// One launch  kRank > 0: the tiles of column 0 also multiply the staged left tile by `rank`, publish low and raise a flag for each 64 rows; the
-//             loader of any tile waits for its rows' flags before the low-rank block. A block takes its next tile from a counter, and a
+// One launch  kRank > 0: in the tiles of column 0 the staged left tile is also multiplied by `rank`, low published and a flag raised for each 64 rows;
+//             the loader of any tile waits for its rows' flags before the low-rank block. A block takes its next tile from a counter, and a
 //             tile depends on lower numbers only, so whoever is resident makes progress, however many blocks are. Flags and counter
 //             are zeroed in the launch sequence: nothing survives a launch, so graphs and streams don't meet
-// Shared      stages * (128 + kBlockN + kRank) * 128 bytes + 16 KiB on the way out + mask bits: heuristics.h
+// Shared      stages * (128 + kBlockN + kRank) * 128 bytes + 16 KiB on the way out + mask bits + the fourth warpgroup's: GemmKind, heuristics.h
 // Numerics    low is rounded to dtype before it is multiplied, as the reference does
 // Source      PTX ISA 9.0 (wgmma, TMA, mbarrier); Hu et al., arXiv 2106.09685
 #pragma once
 
-#include "../philox.h"
+#include "lora_gemm_dropout.cuh"
 #include "lora_gemm_gradients.cuh"
+#include "lora_gemm_load.cuh"
 #include "lora_gemm_tiles.cuh"
 
 namespace fused_lora::gemm {
-
-struct Maps {
-  const CUtensorMap *left, *right, *low, *low_right, *rank, *h, *dh, *x;
-};
-
-// 128 rows of h or dh for the gradients.
-template <class C> PTX_FN void load_thin(Smem<C>& s, const CUtensorMap* map, int row, uint32_t& phase) {
-  ptx::wait(&s.thin_empty, phase ^ 1);
-  ptx::arrive_expect(&s.thin_full, sizeof s.thin);
-  ptx::tma_load(s.thin, map, &s.thin_full, row, 0);
-  phase ^= 1;
-}
-
-// One k-block of a left and a right operand; this block's half of the right one goes to both blocks.
-template <class C>
-PTX_FN void load_block(Smem<C>& s, int slot, const CUtensorMap* left, const CUtensorMap* right, int row, int col, int k, uint32_t rank) {
-  constexpr uint16_t kBoth = (1 << kCluster) - 1;
-  ptx::tma_load(s.left[slot], left, &s.full[slot], row, k);
-  if constexpr (C::kRightMN) {
-    for (int i = 0; i < C::kLoadRows / 64; ++i) {  // 64 columns, 64 k
-      const int chunk = rank * (C::kLoadRows / 64) + i;
-      ptx::tma_load_multicast(&s.right[slot][chunk * 64 * kBlockK], right, &s.full[slot], k, col + chunk * 64, kBoth);
-    }
-  } else {
-    const int first = rank * C::kLoadRows;
-    ptx::tma_load_multicast(&s.right[slot][first * kBlockK], right, &s.full[slot], col + first, k, kBoth);
-  }
-}
-
-// Warpgroup 0, thread 0: keeps the ring full.
-template <class C> PTX_FN void load_tiles(Smem<C>& s, const Maps& maps, const Args<typename C::T>& args, uint32_t rank, int drawn) {
-  constexpr uint32_t kBytes = (kBlockM + C::kBlockN) * kBlockK * 2;
-  const int k_blocks = (args.K + kBlockK - 1) / kBlockK, low_blocks = (args.R + kBlockK - 1) / kBlockK;
-  Ring<C::kStages> ring;
-  Tiles<C> tiles(s, args.M, args.N);
-  uint32_t thin_phase = 0;
-  ptx::prefetch(maps.left);
-  ptx::prefetch(maps.right);
-  if constexpr (C::kOneLaunch) tiles.hand_out(rank, drawn);
-  while (tiles.number < tiles.count()) {
-    const TileIndex tile = tiles.index();
-    const int row = (tile.row * kCluster + rank) * kBlockM, col = tile.col * C::kBlockN;
-    const bool first = C::kOneLaunch && tile.col == 0;
-    for (int k = 0; k < k_blocks; ++k) {
-      ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);
-      ptx::arrive_expect(&s.full[ring.slot], kBytes + (first ? C::kRank * kBlockK * 2 : 0));
-      load_block<C>(s, ring.slot, maps.left, maps.right, row, col, k * kBlockK, rank);
-      if (first) ptx::tma_load(s.rank[ring.slot], maps.rank, &s.full[ring.slot], C::kRightMN ? k * kBlockK : 0, C::kRightMN ? 0 : k * kBlockK);
-      ring.next();
-      if (C::kGradients && args.dB && k == min(C::kStages, k_blocks) - 1) load_thin<C>(s, maps.h, row, thin_phase);  // may wait: the ring is full first
-    }
-    if constexpr (C::kOneLaunch) {
-      if (rank == 0) drawn = atomicAdd(args.control, 1);
-      for (int r = row; r < min(row + kBlockM, args.M); r += 64) {
-        while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {
-        }
-      }
-      ptx::fence_proxy();  // low was written by ordinary stores, TMA reads it
-    }
-    for (int b = 0; b < low_blocks; ++b) {
-      ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);
-      ptx::arrive_expect(&s.full[ring.slot], kBytes);
-      load_block<C>(s, ring.slot, maps.low, maps.low_right, row, col, b * kBlockK, rank);
-      ring.next();
-    }
-    if (C::kGradients && args.dA) {
-      load_thin<C>(s, maps.dh, row, thin_phase);
-      for (int c = 0; c < C::kBlockN; c += 64, ring.next()) {
-        ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);
-        ptx::arrive_expect(&s.full[ring.slot], kBlockM * kBlockK * 2);
-        ptx::tma_load(s.left[ring.slot], maps.x, &s.full[ring.slot], row, col + c);
-      }
-    }
-    if constexpr (C::kOneLaunch) tiles.hand_out(rank, drawn);
-    else tiles.step();
-  }
-}
-
-// Warpgroup 0, warps 1-3: the mask bits of each tile, one Philox call for 8 columns, while the consumers multiply.
-template <class C> PTX_FN void draw_masks(Smem<C>& s, const Args<typename C::T>& args, uint32_t rank) {
-  const int thread = threadIdx.x - 32;
-  const uint64_t seed = static_cast<uint64_t>(*args.seed);
-  Tiles<C> tiles(s, args.M, args.N);
-  if constexpr (C::kOneLaunch) tiles.read();
-  uint32_t phase = 0;
-  while (tiles.number < tiles.count()) {
-    const TileIndex tile = tiles.index();
-    const int row = (tile.row * kCluster + rank) * kBlockM, col = tile.col * C::kBlockN;
-    ptx::wait(&s.mask_empty, phase ^ 1);
-    for (int w = thread; w < kBlockM * C::kMaskWords; w += kMaskThreads) {
-      uint32_t bits = 0;
-#pragma unroll 1
-      for (int group = 3; group >= 0; --group) {
-        const Philox draws(seed, row + w / C::kMaskWords, (col + w % C::kMaskWords * 32) / 8 + group);
-#pragma unroll
-        for (int j = 7; j >= 0; --j) bits = bits << 1 | (draws.draw(j) >= args.threshold);
-      }
-      s.mask[w] = bits;
-    }
-    ptx::arrive(&s.mask_full);
-    phase ^= 1;
-    if constexpr (C::kOneLaunch) {
-      __syncwarp();
-      tiles.release(threadIdx.x % 32 == 0);
-      tiles.read();
-    } else {
-      tiles.step();
-    }
-  }
-}
 
 // Descriptors of a staged tile's operands. Left and K-major right: rows of 128 bytes, 8 of them 1024 bytes; k16 is 32 bytes further.
 // MN-major right: chunks of 64 columns, 64 k-rows of 128 bytes each; k16 is 16 rows further.
@@ -149,7 +41,7 @@ template <class C> struct Operands {
 
 // d (+)= left right, 16 deep. ptxas refuses 256 columns at once to kernels of 512 threads, whose registers at entry are 128 a thread (its C7602).
 template <class C, int kN> PTX_FN void product(float (&d)[kN / 2], uint64_t left, uint64_t right, int accumulate) {
-  if constexpr (kN == 256 && C::kGradients) {
+  if constexpr (kN == 256 && C::kThreads == 512) {
     ptx::wgmma<typename C::T, 128, C::kRightMN>(reinterpret_cast<float(&)[64]>(d), left, right, accumulate);
     ptx::wgmma<typename C::T, 128, C::kRightMN>(reinterpret_cast<float(&)[64]>(d[64]), left, right + 128 * kBlockK * 2 / 16, accumulate);
   } else {
@@ -175,24 +67,6 @@ PTX_FN void multiply(float (&acc)[C::kBlockN / 2], float (&low_acc)[kLow], Smem<
     free_slot<C>(s, ring.slot, thread);
     ring.next();
   }
-}
-
-// low = scale * low_acc in dtype, for the 64 rows of a warpgroup, and their flag.
-template <class C, int kLow> PTX_FN void publish(const float (&low_acc)[kLow], const Args<typename C::T>& args, int row, int group, int thread) {
-  const int r0 = row + thread / 32 * 16 + thread % 32 / 4, c0 = thread % 4 * 2;
-#pragma unroll
-  for (int j = 0; j < C::kRank / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int r = r0 + 8 * i, c = c0 + 8 * j;
-      if (r < args.M && c < args.ld_low)
-        *reinterpret_cast<uint32_t*>(args.low + r * args.ld_low + c) = ptx::pack<typename C::T>(low_acc[4 * j + 2 * i] * args.scale, low_acc[4 * j + 2 * i + 1] * args.scale);
-    }
-  }
-  __threadfence();
-  ptx::fence_proxy();
-  ptx::named_barrier(1 + group, 128);
-  if (thread == 0) ptx::store_release(args.control + kControlFlags + row / 64, 1);
 }
 
 // d (+)= left right over the first kSteps times 16 of a staged k-block. From fence to wait without a branch: else ptxas serialises every wgmma
@@ -294,10 +168,11 @@ template <class C> PTX_FN void pass(Smem<C>& s, Ring<C::kStages>& ring, int bloc
 // One tile from its first k-block to its stores.
 template <class C>
 PTX_FN void compute_tile(Smem<C>& s, Ring<C::kStages>& ring, const CUtensorMap* out, const Args<typename C::T>& args, uint32_t mask_phase, int k_blocks, int row, int col, int group, int thread) {
-  float acc[C::kBlockN / 2], low_acc[C::kOneLaunch ? C::kRank / 2 : 1];
-  if (C::kOneLaunch && col == 0) {
-    multiply<C, C::kOneLaunch>(acc, low_acc, s, ring, k_blocks, group, thread);
-    if constexpr (C::kOneLaunch) publish<C>(low_acc, args, row, group, thread);
+  constexpr bool kMakesLow = C::kOneLaunch && !C::kDropsLeft;
+  float acc[C::kBlockN / 2], low_acc[kMakesLow ? C::kRank / 2 : 1];
+  if (kMakesLow && col == 0) {
+    multiply<C, kMakesLow>(acc, low_acc, s, ring, k_blocks, group, thread);
+    if constexpr (kMakesLow) publish<C>(low_acc, args, row, group, thread);
   } else {
     multiply<C, false>(acc, low_acc, s, ring, k_blocks, group, thread);
   }
@@ -355,7 +230,7 @@ lora_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant
                  const __grid_constant__ CUtensorMap h, const __grid_constant__ CUtensorMap dh, const __grid_constant__ CUtensorMap x,
                  const __grid_constant__ Args<typename C::T> args) {
 #ifdef FUSED_LORA_SM90A
-  static_assert(sizeof(Smem<C>) + 1024 <= gemm_smem_bytes(C::kBlockN, C::kRank, C::kMasked, C::kGradients));
+  static_assert(sizeof(Smem<C>) + 1024 <= C::kKind.smem_bytes());
   Smem<C>& s = *reinterpret_cast<Smem<C>*>(ptx::dynamic_smem());
   const uint32_t rank = ptx::cluster_rank();
   const int group = threadIdx.x / 128;
@@ -383,11 +258,10 @@ lora_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant
     if (threadIdx.x == 0) load_tiles<C>(s, Maps{&left, &right, &low, &low_right, &rank_map, &h, &dh, &x}, args, rank, drawn);
     else if (C::kMasked && threadIdx.x >= 32) draw_masks<C>(s, args, rank);
     __syncwarp();
-  } else if (C::kGradients && group == 3) {
-    if constexpr (C::kGradients) {
-      ptx::registers_down<C::kGradientRegisters>();
-      add_gradients<C>(s, args, rank, threadIdx.x % 128);
-    }
+  } else if (C::kConsumers == 3 && group == 3) {
+    if constexpr (C::kConsumers == 3) ptx::registers_down<C::kFourthRegisters>();
+    if constexpr (C::kGradients) add_gradients<C>(s, args, rank, threadIdx.x % 128);
+    if constexpr (C::kDropsLeft) make_dropped_low<C>(s, args, rank, threadIdx.x % 128);
   } else {
     ptx::registers_up<C::kConsumerRegisters>();
     consume_tiles<C>(s, &out, args, rank, group - 1, threadIdx.x % 128);

@@ -8,20 +8,23 @@ namespace fused_lora::gemm {
 
 constexpr int kMaskThreads = 96, kBlockM = kGemmBlockM, kBlockK = kGemmBlockK, kCluster = kGemmCluster;
 
-template <class T_, int kBlockN_, int kRank_, bool kRightMN_, bool kMasked_> struct Traits {
+template <class T_, int kBlockN_, int kRank_, bool kBackward, bool kDropout> struct Traits {
   using T = T_;
-  static constexpr int kBlockN = kBlockN_, kRank = kRank_, kMaskWords = kBlockN / 32;  // of one row
-  static constexpr bool kRightMN = kRightMN_, kMasked = kMasked_, kOneLaunch = kRank > 0, kGradients = kRightMN && gemm_gradients(kBlockN, kRank, kMasked);
-  static constexpr int kStages = gemm_stages(kBlockN, kRank, kMasked, kGradients);
-  static constexpr int kConsumers = kGradients ? 3 : 2, kThreads = 128 * (1 + kConsumers);  // warpgroups that read a staged tile
+  static constexpr GemmKind kKind{kBlockN_, kRank_, kBackward, kDropout};
+  static constexpr int kBlockN = kBlockN_, kRank = kRank_, kStages = kKind.stages(), kMaskWords = kBlockN / 32;  // of one row
+  static constexpr bool kRightMN = kBackward, kMasked = kBackward && kDropout, kOneLaunch = kRank > 0, kGradients = kKind.gradients(), kDropsLeft = kKind.drops_left();
+  static constexpr int kThreads = 128 * kKind.warpgroups(), kConsumers = kKind.warpgroups() - 1;  // warpgroups that read a staged tile
   // Registers of a thread in each role: an SM has 512 for four of them.
-  static constexpr int kLoaderRegisters = kMasked ? 56 : 40, kGradientRegisters = !kGradients ? 0 : !kMasked ? 88 : kBlockN == 128 ? 104 : 56;
-  static constexpr int kConsumerRegisters = (512 - kLoaderRegisters - kGradientRegisters) / 16 * 8;
+  static constexpr int kLoaderRegisters = kMasked ? 56 : 40, kFourthRegisters = kConsumers < 3 ? 0 : kDropsLeft ? 104 : !kMasked ? 88 : kBlockN == 128 ? 104 : 56;
+  static constexpr int kConsumerRegisters = (512 - kLoaderRegisters - kFourthRegisters) / 16 * 8;
   static constexpr int kLoadRows = kBlockN / kCluster;  // rows or columns of the right operand that each block loads for both
   static_assert(kBlockN == 128 || kBlockN == 256);
   static_assert(kRank == 0 || kRank == 16 || kRank == 32 || kRank == 64);
+  static_assert(!kDropsLeft || kOneLaunch);
   static_assert(kStages >= 3 && (!kMasked || kRank || kStages >= kMaxRank / kBlockK), "all low-rank blocks of a masked tile must fit into the ring");
 };
+
+constexpr int kFourthBarrier = 3;  // the named barrier of the fourth warpgroup; 1 and 2 are the consumers'
 
 // Every tile starts on 1024 bytes, where the swizzle's pattern starts.
 template <class C> struct __align__(1024) Smem {
@@ -29,7 +32,7 @@ template <class C> struct __align__(1024) Smem {
   typename C::T right[C::kStages][C::kBlockN * kBlockK];
   typename C::T out[2][64 * 64];  // one for each warpgroup
   typename C::T rank[C::kOneLaunch ? C::kStages : 1][C::kOneLaunch ? C::kRank * kBlockK : 8];
-  typename C::T thin[C::kGradients ? kBlockM * C::kRank : 8];  // of h, then of dh
+  typename C::T side[C::kDropsLeft ? kBlockM * kBlockK : C::kGradients ? kBlockM * C::kRank : 8];  // the fourth warpgroup's: the masked left tile; or rows of h, then dh
   uint32_t mask[C::kMasked ? kBlockM * C::kMaskWords : 1];
   uint64_t full[C::kStages], empty[C::kStages];
   uint64_t tile_full[2], tile_empty[2], mask_full, mask_empty, thin_full, thin_empty;
@@ -104,6 +107,24 @@ template <class C> struct Tiles {
 // barrier: one that looks when the slot is full again sees the other parity, and waits for ever.
 template <class C> PTX_FN void free_slot(Smem<C>& s, int slot, int thread) {
   if (thread < kCluster) ptx::arrive_remote(&s.empty[slot], thread);
+}
+
+// low = scale * low_acc in dtype for 64 rows, and their flag. One warpgroup, its named barrier 1 + group.
+template <class C, int kLow> PTX_FN void publish(const float (&low_acc)[kLow], const Args<typename C::T>& args, int row, int group, int thread) {
+  const int r0 = row + thread / 32 * 16 + thread % 32 / 4, c0 = thread % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < C::kRank / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int r = r0 + 8 * i, c = c0 + 8 * j;
+      if (r < args.M && c < args.ld_low)
+        *reinterpret_cast<uint32_t*>(args.low + r * args.ld_low + c) = ptx::pack<typename C::T>(low_acc[4 * j + 2 * i] * args.scale, low_acc[4 * j + 2 * i + 1] * args.scale);
+    }
+  }
+  __threadfence();
+  ptx::fence_proxy();
+  ptx::named_barrier(1 + group, 128);
+  if (thread == 0) ptx::store_release(args.control + kControlFlags + row / 64, 1);
 }
 
 }  // namespace fused_lora::gemm

@@ -1,7 +1,7 @@
 // shrink:     out[M, R] = scale * drop(left[M, K]) right
 //
 // Used for    h = s * drop(x) A^T (right = A [R, K]: reduction along its rows) and dh = s * dy B (right = B [N, R]: reduction down its rows),
-//             where lora_gemm does not compute them on the way: with dropout, for dA without dx
+//             where lora_gemm does not compute them on the way: with dropout above 64 ranks, for dA without dx
 // Types       fp16 or bf16, fp32 accumulators, rounded once; scale holds the dropout's 1 / (1 - p)
 // Tile        a block takes 32 rows and up to 64 ranks over the whole of K, in steps of 128 through 4 stages of cp.async; 4 warps: 2 row
 //             halves x 2 halves of each step, summed at the end in a fixed order. mma.sync m16n8k16
