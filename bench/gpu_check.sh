@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one run of under nine minutes: build, tests, sanitizer, benches; a short table last, JSON in OUT.
 #
 #   OUT=results bash bench/gpu_check.sh              all of it
-#   PARTS="build tests" bash bench/gpu_check.sh      some of it: build tests sanitizer bench profile sweep full llama
+#   PARTS="build tests" bash bench/gpu_check.sh      some of it: build tests sanitizer bench profile sweep readme full llama
 #
 # For the image's own PyTorch, without a network: nothing is downloaded. A part that fails is reported in the table and the rest goes on.
 set -uo pipefail
@@ -18,7 +18,8 @@ part() { # part NAME SECONDS COMMAND...: runs it under a limit, log in OUT/NAME.
   local name=$1 limit=$2 start=$SECONDS rc=0
   shift 2
   echo "== $name"
-  timeout -k 10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log" | tail -n 25 || rc=$?
+  timeout -k 10 "$limit" bash -c '"$@"' part "$@" 2>&1 |  # a shell of its own, since a command may be a function of this file
+    tee "$OUT/$name.log" | tail -n 25 || rc=$?
   TABLE+=("$(printf '%-10s %-6s %4d s   %s' "$name" "$([ $rc = 0 ] && echo ok || echo "rc $rc")" $((SECONDS - start)) "$(tail -n 1 "$OUT/$name.log" | cut -c1-90)")")
 }
 
@@ -44,17 +45,21 @@ sanitize() { # the exact tests of both GPU back ends under two tools; xdist and 
   done
 }
 
+export -f run_tests sanitize
+export PYTHON
+
 for name in $PARTS; do
   case $name in
-    build) part build 240 "$PYTHON" -m pip install -q --no-build-isolation --no-deps . ;;
-    tests) part tests 300 run_tests ;;
-    sanitizer) part sanitizer 180 sanitize ;;
-    bench) part bench 240 fused-lora bench --device cuda --preset readme --budget 2 --output "$OUT" --plot "$OUT" ;;
+    build) part build 120 "$PYTHON" -m pip install -q --no-build-isolation --no-deps . ;;
+    tests) part tests 200 run_tests ;;
+    sanitizer) part sanitizer 110 sanitize ;;
+    bench) part bench 100 "$PYTHON" -m fused_lora bench --device cuda --preset quick --budget 2 --output "$OUT" ;;
+    readme) part readme 540 "$PYTHON" -m fused_lora bench --device cuda --preset readme --budget 2 --output "$OUT" --plot "$OUT" --resume ;;
     profile) part profile 120 "$PYTHON" bench/profile_kernels.py "$OUT/profile.json" ;;
     sweep) part sweep 300 "$PYTHON" bench/sweep_triton.py "$OUT/sweep.json" ;;
-    full) part full 540 fused-lora bench --device cuda --preset full --budget 1 --output "$OUT" --resume ;;  # again until all rows are there
+    full) part full 540 "$PYTHON" -m fused_lora bench --device cuda --preset full --budget 1 --output "$OUT" --resume ;;  # again until all rows are there
     llama) part llama 400 "$PYTHON" bench/bench_llama.py "$OUT/llama.json" ;;
-    *) echo "PARTS must be among build tests sanitizer bench profile sweep full llama; got $name" >&2 && exit 2 ;;
+    *) echo "PARTS must be among build tests sanitizer bench profile sweep readme full llama; got $name" >&2 && exit 2 ;;
   esac
 done
 
