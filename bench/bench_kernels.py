@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from fused_lora.backends import pick
+from fused_lora.bench.candidates import candidates_on
 from fused_lora.testing import assert_close, random_problem, run, truth
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-BACKENDS = ["triton", "reference"] if GPU else ["cpu", "reference"]
-SHAPES = [(8192, 4096, 4096, 16), (2048, 1024, 4096, 64)] if GPU else [(512, 1024, 1024, 16), (512, 1024, 1024, 64)]
+BACKENDS = [*(name for name in candidates_on("cuda") if name in ("triton", "cuda")), "reference"] if GPU else ["cpu", "reference"]
+SHAPES = [(8192, 4096, 4096, 16), (2048, 1024, 4096, 64), (16, 4096, 4096, 16)] if GPU else [(512, 1024, 1024, 16), (512, 1024, 1024, 64)]
 PRODUCTS = {"forward": None, "dx": (True, False, False, False), "dA": (False, True, False, False), "dB": (False, False, True, False)}
 
 
