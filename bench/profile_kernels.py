@@ -2,8 +2,9 @@
 
     python bench/profile_kernels.py OUT.json [--case M,K,N,R,p]...
 
-Through torch.profiler, on inputs that rotate through more than the L2. "gaps" is what the pass takes beyond the sum of its kernels:
-launches that wait, and in eager mode the host. Kernels run a few per cent slower here than in `fused-lora bench`; shares are what to read.
+Through torch.profiler, on inputs that rotate through more than the L2. A kernel counts from the end of the one before it, since ours may start
+early and wait for it. "gaps" is when no kernel runs: launches that wait, and in eager mode the host. Kernels run a few per cent slower here
+than in `fused-lora bench`; shares are what to read.
 """
 
 import argparse
@@ -49,14 +50,14 @@ def kernels_of(step, passes: int) -> list[tuple[str, float, float]]:
 
 def summary(events: list[tuple[str, float, float]], passes: int) -> list[dict]:
     """One row per kernel in the order of first appearance: calls and microseconds a pass; then the gaps."""
-    calls, spent = defaultdict(int), defaultdict(float)
-    events = sorted(events, key=lambda e: e[1])
-    for name, start, end in events:
+    calls, spent, gaps, busy_until = defaultdict(int), defaultdict(float), 0.0, None
+    for name, start, end in sorted(events, key=lambda e: e[1]):
+        gaps += 0.0 if busy_until is None else max(0.0, start - busy_until)
         calls[name] += 1
-        spent[name] += end - start
+        spent[name] += max(0.0, end - (start if busy_until is None else max(start, busy_until)))
+        busy_until = end if busy_until is None else max(end, busy_until)
     rows = [dict(kernel=name, calls=calls[name] / passes, us=spent[name] / passes) for name in calls]
-    span = (max(e[2] for e in events) - events[0][1]) / passes if events else 0.0
-    return [*rows, dict(kernel="gaps", calls=0.0, us=max(0.0, span - sum(spent.values()) / passes))]
+    return [*rows, dict(kernel="gaps", calls=0.0, us=gaps / passes)]
 
 
 def profile(case: Case, names: list[str]) -> dict[str, list[dict]]:

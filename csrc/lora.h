@@ -85,7 +85,7 @@ struct CudaForwardParams {
   const void* bias;   // [N], dtype, or null
   void* h;            // [M, R], row stride R rounded up to 8, dtype
   void* y;            // [M, N], contiguous, dtype
-  void* workspace;    // forward_plan(...).bytes of heuristics.h, aligned to 256 bytes, any contents, nobody else's until the stream is through
+  void* workspace;    // forward_plan(...).bytes of heuristics.h, aligned to 16 bytes, any contents, nobody else's until the stream is through
   int64_t workspace_bytes;
   int64_t M, N, K, R, ldx, ldw;
   Dtype dtype, adapter_dtype;

@@ -1,12 +1,13 @@
 """What only a GPU can show of its back ends: streams, graphs, other work on the card, synchronisation, memory."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 
-from fused_lora import lora_linear
-from fused_lora.testing import assert_exact, exact_problem, random_problem, run, truth
+from fused_lora import _C, lora_linear
+from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # One launch with flags, ranks above its limit, few rows, dropout: each way through the kernels.
@@ -20,6 +21,9 @@ def name(request):
     return request.param
 
 
+exact_problem = functools.lru_cache(16)(exact_problem)  # the large ones take seconds to draw
+
+
 def problems(case, count=3, dtype=torch.bfloat16):
     """`count` exact problems over the same weights with other x and dy, and what each gives."""
     M, N, K, R, dropout_p = case
@@ -30,6 +34,26 @@ def problems(case, count=3, dtype=torch.bfloat16):
     if dropout_p:  # a factor of 4/3 makes no integers: 1/(1 - 1/2) does
         settings["dropout_p"] = 0.5
     return made, settings, [truth(p, **settings) for p in made]
+
+
+# Several tiles for every cluster, the last of them past the end in both directions: 256 and 128 columns wide.
+LARGE = [(8232, 2120, 2120, 256), (20008, 136, 264, 128)]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("R", [16, 32, 64, 100])
+@pytest.mark.parametrize("M, N, K, width", LARGE, ids=["wide", "narrow"])
+def test_several_tiles_a_program(name, M, N, K, width, R, dropout_p):
+    """The sizes that are timed: exact integers, and the error of dense inputs."""
+    if name == "cuda":
+        sms = torch.cuda.get_device_properties(0).multi_processor_count
+        both = [_C.cuda_forward_plan(M, N, K, R, 2, 2, False, sms), _C.cuda_backward_plan(M, N, K, R, 2, 2, False, True, True, True, True, False, sms)]
+        for gemm in (plan["gemm"] for plan in both):
+            assert gemm["block_n"] == width and 2 * gemm["row_tiles"] * gemm["col_tiles"] > gemm["grid"], "the case no longer tests what it is for"
+    (p,), settings, (exact,) = problems((M, N, K, R, dropout_p), 1)
+    assert_exact(run(p, backend=name, **settings), exact)
+    p = random_problem(M, N, K, R, torch.bfloat16, torch.float32, device="cuda")
+    assert_close(run(p, backend=name, **settings), run(p, backend="reference", **settings), truth(p, **settings))
 
 
 @pytest.mark.parametrize("case", CASES)

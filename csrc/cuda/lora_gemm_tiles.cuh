@@ -82,7 +82,7 @@ template <class C> struct Tiles {
 
   // Readers: read() the number of the next tile; release() when the role is through with it, in all its threads, one of which speaks.
   PTX_FN void read() {
-    ptx::wait(&s.tile_full[ring.slot], ring.phase);
+    ptx::wait_cluster(&s.tile_full[ring.slot], ring.phase);
     number = *const_cast<volatile int*>(&s.tile[ring.slot]);
   }
   PTX_FN void release(bool speaks) {

@@ -117,6 +117,12 @@ PTX_FN void wait(uint64_t* bar, uint32_t parity) {
   asm volatile("{\n.reg .pred done;\nAGAIN_%=:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE_%=;\nbra AGAIN_%=;\nDONE_%=:\n}" ::"r"(shared(bar)), "r"(parity)
                : "memory");
 }
+// The same where another block of the cluster wrote what the barrier guards (store_remote).
+PTX_FN void wait_cluster(uint64_t* bar, uint32_t parity) {
+  asm volatile("{\n.reg .pred done;\nAGAIN_%=:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@done bra DONE_%=;\nbra AGAIN_%=;\nDONE_%=:\n}" ::"r"(shared(bar)),
+               "r"(parity)
+               : "memory");
+}
 // *p in block `rank` of the cluster.
 PTX_FN float4 load_remote(const float4* p, uint32_t rank) {
   float4 v;

@@ -178,6 +178,7 @@ inline void wait(uint64_t* bar, uint32_t parity) {
   const Mbarrier* b = &mbarrier(in_block(bar, cluster_rank()));
   if (b->phase == parity) emulator::wait_until([b, parity] { return b->phase != parity; });
 }
+inline void wait_cluster(uint64_t* bar, uint32_t parity) { wait(bar, parity); }
 inline float4 load_remote(const float4* p, uint32_t rank) {
   aligned(shared(p), 16, "ld.shared::cluster.v4 from");
   float4 v;
