@@ -1,7 +1,10 @@
 """The bench refuses wrong results, interleaves fairly, writes whole files, and README's table comes from the JSON alone."""
 
+import importlib.util
 import itertools
 import json
+from argparse import ArgumentTypeError
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,3 +191,15 @@ def test_presets_cover_what_they_promise():
         cases = preset("readme", device)
         assert len(set(cases)) == len(cases) and {c.dropout for c in cases} == {0.0, 0.1}
     assert {c.dtype for c in preset("readme", "cpu")} == {torch.float32, torch.bfloat16}
+
+
+def test_a_profile_counts_overlapping_kernels_once():
+    """A kernel that starts early and waits for the one before it counts from that one's end; only idle time is a gap."""
+    path = Path(__file__).resolve().parent.parent / "bench" / "profile_kernels.py"
+    spec = importlib.util.spec_from_file_location("profile_kernels", path)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    rows = module.summary([("b", 5.0, 20.0), ("a", 0.0, 10.0), ("a", 25.0, 31.0), ("b", 31.0, 41.0)], passes=2)
+    assert rows == [dict(kernel="a", calls=1.0, us=8.0), dict(kernel="b", calls=1.0, us=10.0), dict(kernel="gaps", calls=0.0, us=2.5)]
+    assert module.parse("16,4096,1024,8,0.1") == Case(16, 4096, 1024, 8, 0.1, torch.bfloat16)
+    with pytest.raises(ArgumentTypeError, match="M,K,N,R,p; got '16,4096'"):
+        module.parse("16,4096")

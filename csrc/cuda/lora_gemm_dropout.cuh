@@ -8,8 +8,8 @@
 // Source      Salmon et al., SC 2011 (philox.h); PTX ISA 9.0
 #pragma once
 
-#include "../philox.h"
 #include "lora_gemm_tiles.cuh"
+#include "tile.cuh"
 
 namespace fused_lora::gemm {
 
@@ -19,13 +19,8 @@ template <class C> PTX_FN void drop_tile(Smem<C>& s, int slot, uint64_t seed, ui
   uint8_t* const to = reinterpret_cast<uint8_t*>(s.side) + thread * 128;
 #pragma unroll 2
   for (int i = 0; i < 8; ++i) {
-    const Philox draws(seed, row + thread, first / 8 + i);
     const int at = (i ^ (thread & 7)) * 16;
-    uint4 v = *reinterpret_cast<const uint4*>(from + at);
-    uint32_t keep[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) keep[w] = (draws.draw(2 * w) >= threshold ? 0xffffu : 0u) | (draws.draw(2 * w + 1) >= threshold ? 0xffff0000u : 0u);
-    *reinterpret_cast<uint4*>(to + at) = uint4{v.x & keep[0], v.y & keep[1], v.z & keep[2], v.w & keep[3]};
+    *reinterpret_cast<uint4*>(to + at) = drop(*reinterpret_cast<const uint4*>(from + at), Philox(seed, row + thread, first / 8 + i), threshold);
   }
   ptx::fence_proxy_shared();
   ptx::named_barrier(kFourthBarrier, 128);

@@ -12,10 +12,12 @@ template <class T_, int kBlockN_, int kRank_, bool kBackward, bool kDropout> str
   using T = T_;
   static constexpr GemmKind kKind{kBlockN_, kRank_, kBackward, kDropout};
   static constexpr int kBlockN = kBlockN_, kRank = kRank_, kStages = kKind.stages(), kMaskWords = kBlockN / 32;  // of one row
-  static constexpr bool kRightMN = kBackward, kMasked = kBackward && kDropout, kOneLaunch = kRank > 0, kGradients = kKind.gradients(), kDropsLeft = kKind.drops_left();
+  static constexpr bool kRightMN = kBackward, kMasked = kBackward && kDropout, kOneLaunch = kRank > 0;
+  static constexpr bool kGradients = kKind.gradients(), kDropsLeft = kKind.drops_left();
   static constexpr int kThreads = 128 * kKind.warpgroups(), kConsumers = kKind.warpgroups() - 1;  // warpgroups that read a staged tile
   // Registers of a thread in each role: an SM has 512 for four of them.
-  static constexpr int kLoaderRegisters = kMasked ? 56 : 40, kFourthRegisters = kConsumers < 3 ? 0 : kDropsLeft ? 104 : !kMasked ? 88 : kBlockN == 128 ? 104 : 56;
+  static constexpr int kLoaderRegisters = kMasked ? 56 : 40;
+  static constexpr int kFourthRegisters = kConsumers < 3 ? 0 : kDropsLeft ? 104 : !kMasked ? 88 : kBlockN == 128 ? 104 : 56;
   static constexpr int kConsumerRegisters = (512 - kLoaderRegisters - kFourthRegisters) / 16 * 8;
   static constexpr int kLoadRows = kBlockN / kCluster;  // rows or columns of the right operand that each block loads for both
   static_assert(kBlockN == 128 || kBlockN == 256);
@@ -32,7 +34,8 @@ template <class C> struct __align__(1024) Smem {
   typename C::T right[C::kStages][C::kBlockN * kBlockK];
   typename C::T out[2][64 * 64];  // one for each warpgroup
   typename C::T rank[C::kOneLaunch ? C::kStages : 1][C::kOneLaunch ? C::kRank * kBlockK : 8];
-  typename C::T side[C::kDropsLeft ? kBlockM * kBlockK : C::kGradients ? kBlockM * C::kRank : 8];  // the fourth warpgroup's: the masked left tile; or rows of h, then dh
+  // The fourth warpgroup's: the masked left tile; or 128 rows of h, then of dh.
+  typename C::T side[C::kDropsLeft ? kBlockM * kBlockK : C::kGradients ? kBlockM * C::kRank : 8];
   uint32_t mask[C::kMasked ? kBlockM * C::kMaskWords : 1];
   uint64_t full[C::kStages], empty[C::kStages];
   uint64_t tile_full[2], tile_empty[2], mask_full, mask_empty, thin_full, thin_empty;

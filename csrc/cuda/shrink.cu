@@ -95,19 +95,19 @@ template <class T, int kRank, bool kRightMN> __global__ void __launch_bounds__(k
   }
 }
 
-template <class T, int kRank> Status run(const ShrinkParams& p, Target& target) {
+template <class T, int kRank, bool kRightMN> Status run(const ShrinkParams& p, Target& target) {
   const Args<T> args{static_cast<const T*>(p.left), static_cast<const T*>(p.right), static_cast<T*>(p.out), p.dropout.seed, p.M, p.K, p.R, p.ld_left, p.ld_right,
                      padded_rank(p.R), p.dropout.threshold, p.dropout.threshold ? p.scale * p.dropout.scale() : p.scale};
   const Grid grid{ceil_div(p.M, kRows) * ceil_div(p.R, kRank), kThreads, shrink_smem_bytes(kRank), 1};
-  if (p.right_mn) return launch<shrink_kernel<T, kRank, true>>(grid, target, args);
-  return launch<shrink_kernel<T, kRank, false>>(grid, target, args);
+  return launch<shrink_kernel<T, kRank, kRightMN>>(grid, target, args);
 }
 
 template <class T> Status choose_rank(const ShrinkParams& p, Target& target) {
+  if (!p.right_mn) return run<T, 64, false>(p, target);  // h of more than 64 ranks: lora_gemm makes the others itself
   switch (rank_tile_for(p.R)) {
-    case 16: return run<T, 16>(p, target);
-    case 32: return run<T, 32>(p, target);
-    case 64: return run<T, 64>(p, target);
+    case 16: return run<T, 16, true>(p, target);
+    case 32: return run<T, 32, true>(p, target);
+    case 64: return run<T, 64, true>(p, target);
   }
   return Status::bad_shape;
 }

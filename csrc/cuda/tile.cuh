@@ -1,4 +1,5 @@
-// What the mma.sync kernels (shrink.cu, wgrad.cu) share: tiles of 2-byte elements in shared memory, filled by cp.async, masked in place.
+// What the mma.sync kernels (shrink.cu, wgrad.cu) share: tiles of 2-byte elements in shared memory, filled by cp.async, masked in place; and
+// the masking itself, which lora_gemm's forward with dropout does, too.
 //
 // A tile is kRows rows of kCols elements; its 16-byte chunks are swizzled so that the 8 rows that one ldmatrix phase reads lie in
 // different banks. Thread t of kThreads moves the chunks t, t + kThreads, ...: it may mask what it moved itself before the block syncs.
@@ -8,6 +9,14 @@
 #include "ptx.cuh"
 
 namespace fused_lora {
+
+// The eight elements of v, of the columns that `draws` is for, with those that the dropout mask drops zeroed.
+PTX_FN uint4 drop(const uint4& v, const Philox& draws, uint32_t threshold) {
+  uint32_t keep[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) keep[w] = (draws.draw(2 * w) >= threshold ? 0xffffu : 0u) | (draws.draw(2 * w + 1) >= threshold ? 0xffff0000u : 0u);
+  return uint4{v.x & keep[0], v.y & keep[1], v.z & keep[2], v.w & keep[3]};
+}
 
 template <int kRows_, int kCols_> struct Tile {
   static constexpr int kRows = kRows_, kCols = kCols_, kChunks = kCols / 8, kBytes = kRows * kCols * 2;
@@ -35,12 +44,8 @@ template <int kRows_, int kCols_> struct Tile {
 #pragma unroll 1
     for (int i = thread; i < kRows * kChunks; i += kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
-      const Philox draws(seed, static_cast<uint32_t>(row0 + row), static_cast<uint32_t>(col0 / 8 + chunk));
       uint4& v = *reinterpret_cast<uint4*>(tile + offset(row, chunk));
-      uint32_t keep[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) keep[w] = (draws.draw(2 * w) >= threshold ? 0xffffu : 0u) | (draws.draw(2 * w + 1) >= threshold ? 0xffff0000u : 0u);
-      v = uint4{v.x & keep[0], v.y & keep[1], v.z & keep[2], v.w & keep[3]};
+      v = fused_lora::drop(v, Philox(seed, static_cast<uint32_t>(row0 + row), static_cast<uint32_t>(col0 / 8 + chunk)), threshold);
     }
   }
 };
