@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fused_lora import reference
+from fused_lora import lora_linear, reference
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
 
 # One odd size in each place, both sides of a 16/32/64/128 tile, ranks below, at and above the padding of 8 and 16.
@@ -91,6 +91,19 @@ def test_every_pruning(backend, poison):
         out = run(p, backend=backend.name, needs=needs)
         assert [out[name] is not None for name in ("dx", "dA", "dB", "dbias")] == list(needs)
         assert_exact(out, everything)
+
+
+def test_what_is_not_needed_is_not_there(fused):
+    """Through autograd x is saved only for dA and h only for dB: the other gradients come without them."""
+    p = exact_problem(17, 24, 40, 8, fused.dtypes[0], device=fused.device)
+    exact = truth(p)
+    for needs in itertools.product((False, True), repeat=3):
+        tensors = [t.detach().clone().requires_grad_(need) for t, need in zip((p.x, p.lora_A, p.lora_B), needs)]
+        y = lora_linear(tensors[0], p.weight, *tensors[1:], p.scaling, bias=p.bias, backend=fused.name)
+        if any(needs):
+            y.backward(p.dy)
+        assert_exact(dict(zip(("dx", "dA", "dB"), (t.grad for t in tensors))), exact)
+        assert [t.grad is not None for t in tensors] == list(needs)
 
 
 def test_bitwise_determinism(fused):

@@ -159,6 +159,16 @@ def test_every_pruning(schedule, poison, deterministic):
         torch.use_deterministic_algorithms(False)
 
 
+def test_what_is_not_needed_is_not_there(schedule, poison):
+    """x is given for dA only and h for dB only, as autograd saves them."""
+    p = exact_problem(70, 40, 136, 16, torch.bfloat16)
+    exact, h = truth(p), run(p, backend="cuda", needs=(False,) * 4)["h"]
+    for need_x, need_A, need_B in itertools.product((False, True), repeat=3):
+        needs = (need_x, need_A, need_B, False)
+        got = cuda.backward(p.dy, p.x if need_A else None, p.weight, p.lora_A, p.lora_B, h if need_B else None, p.scaling, 0.0, None, needs)
+        assert_exact(dict(zip(("dx", "dA", "dB"), got)), exact)
+
+
 def test_strided_and_misaligned_inputs(schedule, poison):
     p = exact_problem(150, 40, 136, 12, torch.bfloat16)
     want = truth(p)

@@ -193,8 +193,9 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
 
 
 def _dh_dB(dy, lora_B, h, scaling, need_dh, need_B):
-    """dh and dB as needed, from one read of dy where that pays."""
-    (M, N), R = dy.shape, h.shape[1]
+    """dh and dB as needed, from one read of dy where that pays; h is read for dB only, else None."""
+    (M, N), R = dy.shape, lora_B.shape[1]
+    h = h.contiguous() if need_B else None
     c = configs.dy_pass_config(M, N, R, dy.element_size(), _device(dy.device)) if need_dh and need_B else None
     if c is not None:
         return _dy_pass(dy, lora_B, h, scaling, c)
@@ -217,7 +218,7 @@ def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
         if one_launch is not None:
             dx, dh = _lora_gemm_shrink(dy, weight, False, lora_A, 1, lora_A.stride(0), None, scaling, *one_launch)
         else:
-            dh, dB = _dh_dB(dy, lora_B, h.contiguous(), scaling, need_x or need_A, need_B)
+            dh, dB = _dh_dB(dy, lora_B, h, scaling, need_x or need_A, need_B)
         if need_x and dx is None:
             dx = _lora_gemm(dy, weight, False, dh, lora_A, 1, lora_A.stride(0), None, dropout_p, seed)
         if need_A:
