@@ -1,8 +1,10 @@
-"""pytest-benchmark over the kernels: each product of the op alone, by back end, beside the frozen layer's GEMM of the same shape.
+"""pytest-benchmark over the kernels: each product of the op alone, by back end, beside the frozen layer's GEMM of the
+same shape.
 
     pytest bench/bench_kernels.py --benchmark-group-by=group
 
-shrink + lora_gemm is the forward; the backward is pruned to one gradient at a time (each but dB needs dh, one shrink, too).
+shrink + lora_gemm is the forward; the backward is pruned to one gradient at a time (each but dB needs dh, one shrink,
+too).
 """
 
 import pytest
@@ -14,9 +16,22 @@ from fused_lora.testing import assert_close, random_problem, run, truth
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-BACKENDS = [*(name for name in candidates_on("cuda") if name in ("triton", "cuda")), "reference"] if GPU else ["cpu", "reference"]
-SHAPES = [(8192, 4096, 4096, 16), (2048, 1024, 4096, 64), (16, 4096, 4096, 16)] if GPU else [(512, 1024, 1024, 16), (512, 1024, 1024, 64)]
-PRODUCTS = {"forward": None, "dx": (True, False, False, False), "dA": (False, True, False, False), "dB": (False, False, True, False)}
+BACKENDS = (
+    [*(name for name in candidates_on("cuda") if name in ("triton", "cuda")), "reference"]
+    if GPU
+    else ["cpu", "reference"]
+)
+SHAPES = (
+    [(8192, 4096, 4096, 16), (2048, 1024, 4096, 64), (16, 4096, 4096, 16)]
+    if GPU
+    else [(512, 1024, 1024, 16), (512, 1024, 1024, 64)]
+)
+PRODUCTS = {
+    "forward": None,
+    "dx": (True, False, False, False),
+    "dA": (False, True, False, False),
+    "dB": (False, False, True, False),
+}
 
 
 def _timed(benchmark, group, step):

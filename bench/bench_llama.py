@@ -1,10 +1,12 @@
-"""End to end: one training step, forward + backward, of a Llama-3.1-8B-shaped model with random bf16 weights on one GPU.
+"""End to end: one training step, forward + backward, of a Llama-3.1-8B-shaped model with random bf16 weights on one
+GPU.
 
     python bench/bench_llama.py OUT.json [--layers 32]
 
-Frozen, PEFT and ours in one interleaved run, R=16 on all seven linears of every layer, A and B in fp32 as PEFT keeps them, with and
-without dropout; batches 1 x 512, 1 x 2048, 2 x 2048, and 4 x 2048 with gradient checkpointing. Time is a median over rounds of steps,
-memory the allocator's peak. Needs about 70 GiB; a candidate that does not fit is reported so.
+Frozen, PEFT and ours in one interleaved run, R=16 on all seven linears of every layer, A and B in fp32 as PEFT keeps
+them, with and without dropout; batches 1 x 512, 1 x 2048, 2 x 2048, and 4 x 2048 with gradient checkpointing. Time is a
+median over rounds of steps, memory the allocator's peak. Needs about 70 GiB; a candidate that does not fit is reported
+so.
 """
 
 import argparse
@@ -27,9 +29,16 @@ from fused_lora.files import write_whole
 RANK, ALPHA, DROPOUT = 16, 32, 0.05
 BATCHES = [(1, 512, False), (1, 2048, False), (2, 2048, False), (4, 2048, True)]
 LLAMA = dict(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
-    rope_theta=500000.0, attn_implementation="sdpa", use_cache=False,
-)  # fmt: skip
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=8192,
+    rope_theta=500000.0,
+    attn_implementation="sdpa",
+    use_cache=False,
+)
 
 
 def base_model(layers: int) -> nn.Module:
@@ -56,10 +65,12 @@ def candidates(base: nn.Module) -> dict[str, nn.Module]:
 
     made = {"frozen": base}
     for name, dropout in (("", 0.0), (f" p={DROPOUT}", DROPOUT)):
-        made[f"peft{name}"] = get_peft_model(shared(base), LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear"))
+        made[f"peft{name}"] = get_peft_model(
+            shared(base), LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear")
+        )
         made[f"fused{name}"] = apply_lora(shared(base), r=RANK, lora_alpha=ALPHA, lora_dropout=dropout)
     addmm = shared(base)
-    for parent in [m for m in addmm.model.layers.modules()]:
+    for parent in list(addmm.model.layers.modules()):
         for key, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, key, AddmmLinear(child, RANK, ALPHA).to("cuda"))
@@ -67,7 +78,8 @@ def candidates(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def step(model: nn.Module, tokens: torch.Tensor, checkpointing: bool) -> Callable[[], tuple[float]]:
-    """A timed forward + backward; a frozen model gets inputs that need a gradient, so that its backward runs as deep."""
+    """A timed forward + backward; a frozen model gets inputs that need a gradient, so that its backward runs as
+    deep."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def run() -> tuple[float]:
@@ -112,7 +124,13 @@ def batch_rows(models: dict[str, nn.Module], batch: int, length: int, checkpoint
         row = dict(candidate=name, batch=batch, length=length, checkpointing=checkpointing, fits=name in runs)
         if name in runs:
             s, frozen = spread[name], spread["frozen"]
-            row |= dict(ms=s.median * 1e3, p20_ms=s.p20 * 1e3, p80_ms=s.p80 * 1e3, ratio=s.median / frozen.median, rounds=s.count)
+            row |= dict(
+                ms=s.median * 1e3,
+                p20_ms=s.p20 * 1e3,
+                p80_ms=s.p80 * 1e3,
+                ratio=s.median / frozen.median,
+                rounds=s.count,
+            )
             row |= dict(gib=peaks[name], memory_ratio=peaks[name] / peaks["frozen"])
         rows.append(row)
     return rows
@@ -130,9 +148,21 @@ def main() -> None:
         rows += batch_rows(models, batch, length, checkpointing, given.rounds)
         document = dict(environment=environment("cuda"), layers=given.layers, rank=RANK, rows=rows)
         write_whole({given.output: (json.dumps(document, indent=1) + "\n").encode()})
-    table = Table("batch", "candidate", "ms", "x frozen", "GiB", "x frozen", title=f"Llama-3.1-8B shape, {given.layers} layers, bf16, R={RANK} on all linears")
+    table = Table(
+        "batch",
+        "candidate",
+        "ms",
+        "x frozen",
+        "GiB",
+        "x frozen",
+        title=f"Llama-3.1-8B shape, {given.layers} layers, bf16, R={RANK} on all linears",
+    )
     for r in rows:
-        cells = (f"{r['ms']:.1f}", f"{r['ratio']:.3f}", f"{r['gib']:.1f}", f"{r['memory_ratio']:.3f}") if r["fits"] else ("does not fit", "", "", "")
+        cells = (
+            (f"{r['ms']:.1f}", f"{r['ratio']:.3f}", f"{r['gib']:.1f}", f"{r['memory_ratio']:.3f}")
+            if r["fits"]
+            else ("does not fit", "", "", "")
+        )
         table.add_row(f"{r['batch']} x {r['length']}{' ckpt' if r['checkpointing'] else ''}", r["candidate"], *cells)
     console.print(table)
 

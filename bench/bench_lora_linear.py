@@ -1,10 +1,11 @@
 """pytest-benchmark over the layer: forward + backward of every candidate, grouped by case.
 
     pytest bench/bench_lora_linear.py --benchmark-group-by=group            times
-    pytest bench --benchmark-disable                                        as a test: every candidate is checked, none timed
+    pytest bench --benchmark-disable                                        as a test: every candidate is checked, none
+                                                                            timed
 
-`fused-lora bench` interleaves its candidates, which is what published ratios come from; this suite is for comparing commits
-(--benchmark-save, --benchmark-compare).
+`fused-lora bench` interleaves its candidates, which is what published ratios come from; this suite is for comparing
+commits (--benchmark-save, --benchmark-compare).
 """
 
 import pytest
@@ -28,7 +29,13 @@ def test_forward_backward(benchmark, case, name):
         p.lora_B.zero_()
     error = check(name, outcome(made, p), truth(p), case.dtype)
     benchmark.group = case.name
-    benchmark.extra_info.update(device=DEVICE, torch=torch.__version__, max_error=error, held_bytes=held_bytes(made, p), gflop=case.flops() / 1e9)
+    benchmark.extra_info.update(
+        device=DEVICE,
+        torch=torch.__version__,
+        max_error=error,
+        held_bytes=held_bytes(made, p),
+        gflop=case.flops() / 1e9,
+    )
     x = p.x.clone().requires_grad_()
 
     def step():

@@ -2,9 +2,9 @@
 
     python bench/profile_kernels.py OUT.json [--case M,K,N,R,p]...
 
-Through torch.profiler, on inputs that rotate through more than the L2. A kernel counts from the end of the one before it, since ours may start
-early and wait for it. "gaps" is when no kernel runs: launches that wait, and in eager mode the host. Kernels run a few per cent slower here
-than in `fused-lora bench`; shares are what to read.
+Through torch.profiler, on inputs that rotate through more than the L2. A kernel counts from the end of the one before
+it, since ours may start early and wait for it. "gaps" is when no kernel runs: launches that wait, and in eager mode the
+host. Kernels run a few per cent slower here than in `fused-lora bench`; shares are what to read.
 """
 
 import argparse
@@ -23,7 +23,14 @@ from fused_lora.bench.timing import copies
 from fused_lora.files import write_whole
 from fused_lora.testing import random_problem
 
-CASES = ["8192,4096,4096,16,0", "8192,4096,4096,16,0.1", "8192,4096,14336,16,0", "8192,4096,1024,16,0", "2048,4096,4096,16,0", "16,4096,4096,16,0"]
+CASES = [
+    "8192,4096,4096,16,0",
+    "8192,4096,4096,16,0.1",
+    "8192,4096,14336,16,0",
+    "8192,4096,1024,16,0",
+    "2048,4096,4096,16,0",
+    "16,4096,4096,16,0",
+]
 PASSES = 20
 
 
@@ -40,11 +47,17 @@ def kernels_of(step, passes: int) -> list[tuple[str, float, float]]:
     for _ in range(5):
         step()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
         for _ in range(passes):
             step()
         torch.cuda.synchronize()
-    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
+    events = [
+        e
+        for e in profile.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
+    ]
     return [(e.name, e.time_range.start, e.time_range.end) for e in events]
 
 

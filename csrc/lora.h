@@ -6,7 +6,8 @@
 //              dx = dy W + mask * (dh A) / (1 - p)     [M, K]
 //              dA = dh^T drop(x)   dB = dy^T h   dbias = sum_M dy
 //
-// Native code knows no framework: raw pointers, sizes, strides (in elements), a dtype code. It never allocates outputs and never prints.
+// Native code knows no framework: raw pointers, sizes, strides (in elements), a dtype code. It never allocates outputs
+// and never prints.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +37,8 @@ struct Dropout {
   float scale() const { return 65536.0f / (65536.0f - static_cast<float>(threshold)); }
 };
 
-// CPU, the forward: writes h, and y with the base product of its own (fp32 only) or, without W, by adding h B^T to the caller's x W^T + bias.
+// CPU, the forward: writes h, and y with the base product of its own (fp32 only) or, without W, by adding h B^T to the
+// caller's x W^T + bias.
 struct CpuForwardParams {
   const void* x;     // [M, K], row stride ldx, dtype
   const void* W;     // [N, K], row stride ldw, fp32; or null
@@ -52,7 +54,8 @@ struct CpuForwardParams {
   int threads;
 };
 
-// CPU, the backward: dx with the base product of its own (fp32 only) or, without W, added to the caller's dy W. A null output is not computed.
+// CPU, the backward: dx with the base product of its own (fp32 only) or, without W, added to the caller's dy W. A null
+// output is not computed.
 struct CpuBackwardParams {
   const void* dy;  // [M, N], row stride lddy, dtype
   const void* x;   // [M, K], row stride ldx, dtype; read for dA only
@@ -76,46 +79,49 @@ bool cpu_prefers_lora_gemm();
 Status cpu_forward(const CpuForwardParams& p);
 Status cpu_backward(const CpuBackwardParams& p);
 
-// CUDA, the whole forward on one stream: y = x W^T + h B^T + bias and h. Pointers and row strides aligned to 16 bytes unless said otherwise.
+// CUDA, the whole forward on one stream: y = x W^T + h B^T + bias and h. Pointers and row strides aligned to 16 bytes
+// unless said otherwise.
 struct CudaForwardParams {
-  const void* x;      // [M, K], row stride ldx, dtype
-  const void* W;      // [N, K], row stride ldw, dtype
-  const void* A;      // [R, K], contiguous, adapter_dtype
-  const void* B;      // [N, R], contiguous, adapter_dtype
-  const void* bias;   // [N], dtype, or null
-  void* h;            // [M, R], row stride R rounded up to 8, dtype
-  void* y;            // [M, N], contiguous, dtype
-  void* workspace;    // forward_plan(...).bytes of heuristics.h, aligned to 16 bytes, any contents, nobody else's until the stream is through
+  const void* x;     // [M, K], row stride ldx, dtype
+  const void* W;     // [N, K], row stride ldw, dtype
+  const void* A;     // [R, K], contiguous, adapter_dtype
+  const void* B;     // [N, R], contiguous, adapter_dtype
+  const void* bias;  // [N], dtype, or null
+  void* h;           // [M, R], row stride R rounded up to 8, dtype
+  void* y;           // [M, N], contiguous, dtype
+  void* workspace;   // forward_plan(...).bytes of heuristics.h, aligned to 16 bytes, any contents; nobody else's until
+                     // the stream is through
   int64_t workspace_bytes;
   int64_t M, N, K, R, ldx, ldw;
   Dtype dtype, adapter_dtype;
   float scaling;
-  Dropout dropout;    // seed on the device
-  int device;         // the caller's current device
-  void* stream;       // cudaStream_t
+  Dropout dropout;  // seed on the device
+  int device;       // the caller's current device
+  void* stream;     // cudaStream_t
 };
 
-// CUDA, the whole backward on one stream. A null output is not computed. Each sum over K or N has a fixed order, and so has dbias.
+// CUDA, the whole backward on one stream. A null output is not computed. Each sum over K or N has a fixed order, and so
+// has dbias.
 struct CudaBackwardParams {
-  const void* dy;     // [M, N], row stride lddy, dtype
-  const void* x;      // [M, K], row stride ldx, dtype; read for dA only
-  const void* W;      // [N, K], row stride ldw, dtype; read for dx only
-  const void* A;      // [R, K], contiguous, adapter_dtype; read for dx only
-  const void* B;      // [N, R], contiguous, adapter_dtype
-  const void* h;      // [M, R], row stride ldh, dtype; read for dB only
-  void* dx;           // [M, K], contiguous, dtype
-  void* dA;           // [R, K], contiguous, adapter_dtype
-  void* dB;           // [N, R], contiguous, adapter_dtype
-  void* dbias;        // [N], contiguous, dtype
-  void* workspace;    // backward_plan(...).bytes of heuristics.h, as above
+  const void* dy;   // [M, N], row stride lddy, dtype
+  const void* x;    // [M, K], row stride ldx, dtype; read for dA only
+  const void* W;    // [N, K], row stride ldw, dtype; read for dx only
+  const void* A;    // [R, K], contiguous, adapter_dtype; read for dx only
+  const void* B;    // [N, R], contiguous, adapter_dtype
+  const void* h;    // [M, R], row stride ldh, dtype; read for dB only
+  void* dx;         // [M, K], contiguous, dtype
+  void* dA;         // [R, K], contiguous, adapter_dtype
+  void* dB;         // [N, R], contiguous, adapter_dtype
+  void* dbias;      // [N], contiguous, dtype
+  void* workspace;  // backward_plan(...).bytes of heuristics.h, as above
   int64_t workspace_bytes;
   int64_t M, N, K, R, lddy, ldx, ldw, ldh;
   Dtype dtype, adapter_dtype;
   float scaling;
-  Dropout dropout;    // seed on the device
-  bool deterministic; // dA and dB in a fixed order of summation, too, by a pass over x and dy of their own
-  int device;         // the caller's current device
-  void* stream;       // cudaStream_t
+  Dropout dropout;     // seed on the device
+  bool deterministic;  // dA and dB in a fixed order of summation, too, by a pass over x and dy of their own
+  int device;          // the caller's current device
+  void* stream;        // cudaStream_t
 };
 
 Status cuda_forward(const CudaForwardParams& p);

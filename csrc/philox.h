@@ -1,8 +1,9 @@
-// Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) and the LoRA dropout mask drawn from it.
+// Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) and the LoRA dropout mask drawn
+// from it.
 //
 // Element (row, col) of the [M, K] input belongs to the group of eight columns col / 8. One call with
-// key = seed and counter = (col / 8, row, 0, 0) yields 4 words = eight 16-bit draws; draw (col % 8) decides: keep iff draw >= threshold.
-// The mask depends on nothing else, so every kernel, tile shape and back end draws the same one.
+// key = seed and counter = (col / 8, row, 0, 0) yields 4 words = eight 16-bit draws; draw (col % 8) decides: keep iff
+// draw >= threshold. The mask depends on nothing else, so every kernel, tile shape and back end draws the same one.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-"""Fixtures of all tests. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
+"""Fixtures of all tests. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before
+Triton is imported."""
 
 import os
 
@@ -83,8 +84,17 @@ def tiny_model(tmp_path_factory) -> str:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)
     torch.manual_seed(0)
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=257)
-    LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=64, bos_token_id=256, eos_token_id=256)).save_pretrained(directory)
+    shape = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=257,
+    )
+    LlamaForCausalLM(
+        LlamaConfig(**shape, max_position_embeddings=64, bos_token_id=256, eos_token_id=256)
+    ).save_pretrained(directory)
     return str(directory)
 
 

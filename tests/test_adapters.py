@@ -1,4 +1,5 @@
-"""Adapters of whole models against Hugging Face PEFT on a small Llama, both ways through its files; switching and merging models."""
+"""Adapters of whole models against Hugging Face PEFT on a small Llama, both ways through its files; switching and
+merging models."""
 
 import copy
 import io
@@ -26,9 +27,15 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def llama(dtype=torch.float32, tie=False, hidden=64) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=128, hidden_size=hidden, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, tie_word_embeddings=tie,
-    )  # fmt: skip
+        vocab_size=128,
+        hidden_size=hidden,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tie,
+    )
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -43,14 +50,18 @@ def randomise(model: nn.Module, seed=1) -> nn.Module:
 
 
 def peft_llama(dtype=torch.float32, tie=False, **config) -> PeftModel:
-    return randomise(get_peft_model(llama(dtype, tie), LoraConfig(**{"target_modules": "all-linear", "r": 4, **config}))).eval()
+    return randomise(
+        get_peft_model(llama(dtype, tie), LoraConfig(**{"target_modules": "all-linear", "r": 4, **config}))
+    ).eval()
 
 
 def outcome(model: nn.Module) -> dict[str, torch.Tensor]:
     """Logits and every gradient of one step, by PEFT's file keys."""
     model.zero_grad()
     logits = model(IDS).logits
-    nn.functional.cross_entropy(logits.float().flatten(0, 1) if logits.dtype != torch.float64 else logits.flatten(0, 1), IDS.flatten()).backward()
+    nn.functional.cross_entropy(
+        logits.float().flatten(0, 1) if logits.dtype != torch.float64 else logits.flatten(0, 1), IDS.flatten()
+    ).backward()
     out = {"logits": logits.detach()}
     for name, p in model.named_parameters():
         if p.grad is not None:
@@ -61,9 +72,16 @@ def outcome(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def state(model: nn.Module) -> dict:
     """Everything that a refused call may not change."""
-    tensors = {name: (t.data_ptr(), t.detach().clone().view(torch.uint8).numpy().tobytes()) for name, t in model.state_dict().items()}
+    tensors = {
+        name: (t.data_ptr(), t.detach().clone().view(torch.uint8).numpy().tobytes())
+        for name, t in model.state_dict().items()
+    }
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    return {"tensors": tensors, "flags": flags, "modules": [(name, id(m), repr(m)) for name, m in model.named_modules()]}
+    return {
+        "tensors": tensors,
+        "flags": flags,
+        "modules": [(name, id(m), repr(m)) for name, m in model.named_modules()],
+    }
 
 
 class refuses:
@@ -87,8 +105,15 @@ CASES = {
     "regex": {"target_modules": r".*layers\.1\..*(gate|up|down)_proj"},
     "whole name": {"target_modules": ["model.layers.0.mlp.up_proj"]},
     "rslora": {"use_rslora": True, "r": 16},
-    "patterns": {"rank_pattern": {"q_proj": 6, r"layers\.1\.mlp\..*": 3}, "alpha_pattern": {"layers.0.self_attn.k_proj": 3}},
-    "patterns, rslora": {"use_rslora": True, "rank_pattern": {"^model.layers.0.mlp.up_proj": 9}, "alpha_pattern": {"mlp.up_proj": 5}},
+    "patterns": {
+        "rank_pattern": {"q_proj": 6, r"layers\.1\.mlp\..*": 3},
+        "alpha_pattern": {"layers.0.self_attn.k_proj": 3},
+    },
+    "patterns, rslora": {
+        "use_rslora": True,
+        "rank_pattern": {"^model.layers.0.mlp.up_proj": 9},
+        "alpha_pattern": {"mlp.up_proj": 5},
+    },
     "exclude": {"exclude_modules": ["k_proj", "model.layers.0.mlp.up_proj"]},
     "modules_to_save": {"modules_to_save": ["lm_head", "model.norm"]},
 }
@@ -96,7 +121,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_are_peft_s(case, tmp_path):
-    # Relative to each tensor's largest element, and over three random adapters: the worst of a few thousand roundings is then a steady figure.
+    # Relative to each tensor's largest element, and over three random adapters: the worst of a few thousand roundings
+    # is then a steady figure.
     theirs, errors = peft_llama(**CASES[case]), []
     for seed in range(3):
         randomise(theirs, seed).save_pretrained(tmp_path)
@@ -104,7 +130,9 @@ def test_logits_and_gradients_are_peft_s(case, tmp_path):
         got, peer, exact = outcome(ours), outcome(theirs), outcome(copy.deepcopy(theirs).double())
         assert got.keys() == peer.keys() == exact.keys() and len(got) >= 3
         largest = {name: t.abs().max().item() for name, t in exact.items()}
-        errors.append([torch.cat([(out[name] / largest[name]).flatten() for name in largest]) for out in (got, peer, exact)])
+        errors.append(
+            [torch.cat([(out[name] / largest[name]).flatten() for name in largest]) for out in (got, peer, exact)]
+        )
     got, peer, exact = (torch.cat(parts) for parts in zip(*errors, strict=True))
     assert_close({"all": got}, {"all": peer}, {"all": exact})
 
@@ -129,8 +157,12 @@ def test_apply_chooses_what_peft_chooses(case, capsys):
     theirs, ours = peft_llama(**CASES[case]), apply_lora(llama(), **{"r": 4, **CASES[case]})
     want = {name.removeprefix("base_model.model."): p.shape for name, p in theirs.named_parameters() if p.requires_grad}
     got = {name: p.shape for name, p in ours.named_parameters() if p.requires_grad}
-    assert {name.removesuffix(".weight"): shape for name, shape in want.items()} == {name.removesuffix(".weight"): s for name, s in got.items()}
-    layers = {name.removeprefix("base_model.model."): m for name, m in theirs.named_modules() if isinstance(m, LoraLayer)}
+    assert {name.removesuffix(".weight"): shape for name, shape in want.items()} == {
+        name.removesuffix(".weight"): s for name, s in got.items()
+    }
+    layers = {
+        name.removeprefix("base_model.model."): m for name, m in theirs.named_modules() if isinstance(m, LoraLayer)
+    }
     scaling = {name: m.scaling["default"] for name, m in layers.items()}
     assert scaling == {name: m.scaling["default"] for name, m in ours.named_modules() if isinstance(m, LoRALinear)}
     theirs.print_trainable_parameters()
@@ -174,7 +206,9 @@ def test_config_is_peft_s(tmp_path):
     model = apply_lora(llama(), r=4, target_modules=["q_proj", "v_proj"], lora_alpha=32, use_rslora=True)
     model.name_or_path = "some/base"
     save_adapter(model, tmp_path / "ours")
-    get_peft_model(llama(), LoraConfig(r=4, lora_alpha=32, use_rslora=True, target_modules=["q_proj", "v_proj"])).save_pretrained(tmp_path / "theirs")
+    get_peft_model(
+        llama(), LoraConfig(r=4, lora_alpha=32, use_rslora=True, target_modules=["q_proj", "v_proj"])
+    ).save_pretrained(tmp_path / "theirs")
     ours, theirs = (json.loads((tmp_path / who / CONFIG).read_text()) for who in ("ours", "theirs"))
     assert ours.pop("base_model_name_or_path") == "some/base" and theirs.pop("base_model_name_or_path") is None
     assert sorted(theirs.pop("target_modules")) == ours.pop("target_modules") == ["q_proj", "v_proj"]
@@ -202,7 +236,9 @@ def test_several_adapters(tmp_path):
     assert torch.equal(both(x).logits, b)
     set_adapter(both, "first")
     assert torch.equal(both(x).logits, a)
-    load_adapter(both, tmp_path / "a", "first")  # an existing name with the same shapes: new values in the same Parameters
+    load_adapter(
+        both, tmp_path / "a", "first"
+    )  # an existing name with the same shapes: new values in the same Parameters
     assert torch.equal(both(x).logits, a)
 
 
@@ -250,7 +286,10 @@ def test_merged_undoes_all_layers_if_one_cannot_be_merged():
     model = randomise(apply_lora(llama()))
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.lora_B["default"][0, 0] = torch.inf
-    with refuses(model, r"model\.layers\.1\.mlp\.down_proj: the weight merged with adapter 'default' must be finite"), merged(model):
+    with (
+        refuses(model, r"model\.layers\.1\.mlp\.down_proj: the weight merged with adapter 'default' must be finite"),
+        merged(model),
+    ):
         pass
 
 
@@ -271,7 +310,9 @@ def test_modules_to_save_leaves_the_tied_twin_alone(tmp_path):
     before = model.model.embed_tokens.weight.detach().clone()
     randomise(model)
     assert isinstance(model.lm_head, ModuleToSave) and model.lm_head.in_features == 64
-    assert torch.equal(model.model.embed_tokens.weight, before) and torch.equal(model.lm_head.original_module.weight, before)
+    assert torch.equal(model.model.embed_tokens.weight, before) and torch.equal(
+        model.lm_head.original_module.weight, before
+    )
     assert not torch.equal(model.lm_head.weight, before) and not model.model.embed_tokens.weight.requires_grad
     twin = copy.deepcopy(model)
     assert torch.equal(twin(IDS).logits, model(IDS).logits)

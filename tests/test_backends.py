@@ -1,4 +1,5 @@
-"""Every back end against the fp64 truth: exact integers, computed tolerances, tails, strides, pruning, dropout, determinism."""
+"""Every back end against the fp64 truth: exact integers, computed tolerances, tails, strides, pruning, dropout,
+determinism."""
 
 import itertools
 
@@ -41,7 +42,11 @@ def test_error_against_fp64(fused, poison, dropout_p):
     for shape, (dtype, adapter) in itertools.product(sizes(fused, SHAPES[1:] + LARGE_RANKS[:1]), cases(fused)):
         p = random_problem(*shape, dtype, adapter, device=fused.device)
         same_dtype = run(p, backend="reference", dropout_p=dropout_p, seed=seed)
-        assert_close(run(p, backend=fused.name, dropout_p=dropout_p, seed=seed), same_dtype, truth(p, dropout_p=dropout_p, seed=seed))
+        assert_close(
+            run(p, backend=fused.name, dropout_p=dropout_p, seed=seed),
+            same_dtype,
+            truth(p, dropout_p=dropout_p, seed=seed),
+        )
 
 
 def test_dropout_mask_is_the_reference_mask(fused):

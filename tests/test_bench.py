@@ -1,4 +1,5 @@
-"""The bench refuses wrong results, interleaves fairly, writes whole files, and README's table comes from the JSON alone."""
+"""The bench refuses wrong results, interleaves fairly, writes whole files, and README's table comes from the JSON
+alone."""
 
 import importlib.util
 import itertools
@@ -62,7 +63,11 @@ def test_dropout_is_checked_under_its_own_mask(monkeypatch):
     case = Case(24, 32, 40, 4, 0.5, torch.float32)
     assert len(runner.run_case(case, "cpu", ["frozen", "fused"], 0.01)) == 2
     real = runner.truth
-    monkeypatch.setattr(runner, "truth", lambda p, dropout_p=0.0, seed=None: real(p, dropout_p=dropout_p, seed=None if seed is None else seed + 1))
+    monkeypatch.setattr(
+        runner,
+        "truth",
+        lambda p, dropout_p=0.0, seed=None: real(p, dropout_p=dropout_p, seed=None if seed is None else seed + 1),
+    )
     with pytest.raises(runner.WrongResult, match="fused"):
         runner.run_case(case, "cpu", ["frozen", "fused"], 0.01)
 
@@ -102,7 +107,9 @@ def test_copies_exceed_the_cache():
 
 
 def test_run_writes_json_and_plot(tiny, tmp_path, capsys):
-    rows = bench.run(output=tmp_path / "new" / "b.json", plot=tmp_path / "b.png", candidates=["naive", "peft", "fused"], budget_s=0.1)
+    rows = bench.run(
+        output=tmp_path / "new" / "b.json", plot=tmp_path / "b.png", candidates=["naive", "peft", "fused"], budget_s=0.1
+    )
     document = json.loads((tmp_path / "new" / "b.json").read_text())
     assert document["rows"] == rows and document["environment"]["torch"] == torch.__version__
     assert {r["candidate"] for r in rows} == {"frozen", "naive", "peft", "fused"}
@@ -129,8 +136,14 @@ def test_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         bench.run(output=path, candidates=["fused"], budget_s=0.1)
     first = json.loads(path.read_text())["rows"]
-    assert len(first) == 2 and {report.key(r) for r in first} == {report.key(vars(cases[0]) | {"dtype": str(cases[0].dtype)[6:]})}
-    monkeypatch.setattr(runner, "run_case", lambda case, *rest, **more: pytest.fail("timed again") if case == cases[0] else real(case, *rest, **more))
+    assert len(first) == 2 and {report.key(r) for r in first} == {
+        report.key(vars(cases[0]) | {"dtype": str(cases[0].dtype)[6:]})
+    }
+    monkeypatch.setattr(
+        runner,
+        "run_case",
+        lambda case, *rest, **more: pytest.fail("timed again") if case == cases[0] else real(case, *rest, **more),
+    )
     rows = bench.run(output=path, candidates=["fused"], budget_s=0.1, resume=True)
     assert rows[:2] == first and len(rows) == 2 * len(cases) and json.loads(path.read_text())["rows"] == rows
     with pytest.raises(ValueError, match="cannot be resumed: candidates must be .*'naive'.*; got"):
@@ -194,12 +207,17 @@ def test_presets_cover_what_they_promise():
 
 
 def test_a_profile_counts_overlapping_kernels_once():
-    """A kernel that starts early and waits for the one before it counts from that one's end; only idle time is a gap."""
+    """A kernel that starts early and waits for the one before it counts from that one's end; only idle time is a
+    gap."""
     path = Path(__file__).resolve().parent.parent / "bench" / "profile_kernels.py"
     spec = importlib.util.spec_from_file_location("profile_kernels", path)
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     rows = module.summary([("b", 5.0, 20.0), ("a", 0.0, 10.0), ("a", 25.0, 31.0), ("b", 31.0, 41.0)], passes=2)
-    assert rows == [dict(kernel="a", calls=1.0, us=8.0), dict(kernel="b", calls=1.0, us=10.0), dict(kernel="gaps", calls=0.0, us=2.5)]
+    assert rows == [
+        dict(kernel="a", calls=1.0, us=8.0),
+        dict(kernel="b", calls=1.0, us=10.0),
+        dict(kernel="gaps", calls=0.0, us=2.5),
+    ]
     assert module.parse("16,4096,1024,8,0.1") == Case(16, 4096, 1024, 8, 0.1, torch.bfloat16)
     with pytest.raises(ArgumentTypeError, match="M,K,N,R,p; got '16,4096'"):
         module.parse("16,4096")

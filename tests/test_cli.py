@@ -27,12 +27,29 @@ def tiny(tiny_model, one_thread, tmp_path_factory):
 
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # typer colours its help wherever it believes to be in a CI service
-QUICK = ["--steps", "12", "--warmup", "2", "--seq-len", "24", "--rank", "4", "--eval-tokens", "200", "--dropout", "0.1", "--grad-accum", "2"]
+QUICK = [
+    "--steps",
+    "12",
+    "--warmup",
+    "2",
+    "--seq-len",
+    "24",
+    "--rank",
+    "4",
+    "--eval-tokens",
+    "200",
+    "--dropout",
+    "0.1",
+    "--grad-accum",
+    "2",
+]
 
 
 def call(*arguments, code=0):
     """Run in this process; returns (stdout, stderr)."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="fused-lora", terminal_width=200)
+    result = CliRunner().invoke(
+        app, [str(argument) for argument in arguments], prog_name="fused-lora", terminal_width=200
+    )
     assert result.exit_code == code, f"exit {result.exit_code}\n{result.stdout}\n{result.stderr}\n{result.exception!r}"
     return _COLOUR.sub("", result.stdout), _COLOUR.sub("", result.stderr)
 
@@ -45,7 +62,9 @@ def refused(code, *arguments):
     return lines[0]
 
 
-@pytest.mark.parametrize("command, says", [("info", "back end"), ("finetune", "--resume"), ("merge", "adapter"), ("bench", "--preset")])
+@pytest.mark.parametrize(
+    "command, says", [("info", "back end"), ("finetune", "--resume"), ("merge", "adapter"), ("bench", "--preset")]
+)
 def test_help(command, says):
     assert says in call(command, "--help")[0]
     assert command in call("--help")[0]
@@ -53,10 +72,35 @@ def test_help(command, says):
 
 def test_help_of_finetune_shows_every_setting():
     text = call("finetune", "--help")[0]
-    for option in (
-        "model data eval-data text-field output rank alpha dropout target-modules rslora lr steps batch-size grad-accum seq-len warmup "
-        "max-grad-norm weight-decay seed dtype device save-every eval-every eval-tokens resume overwrite prompt"
-    ).split():
+    for option in [
+        "model",
+        "data",
+        "eval-data",
+        "text-field",
+        "output",
+        "rank",
+        "alpha",
+        "dropout",
+        "target-modules",
+        "rslora",
+        "lr",
+        "steps",
+        "batch-size",
+        "grad-accum",
+        "seq-len",
+        "warmup",
+        "max-grad-norm",
+        "weight-decay",
+        "seed",
+        "dtype",
+        "device",
+        "save-every",
+        "eval-every",
+        "eval-tokens",
+        "resume",
+        "overwrite",
+        "prompt",
+    ]:
         assert f"--{option}" in text
 
 
@@ -67,7 +111,9 @@ def test_as_a_program_help_imports_neither_transformers_nor_peft():
         "runpy.run_module('fused_lora', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "finetune" in done.stdout and done.stdout.strip().endswith("[]"), done.stdout + done.stderr
+    assert done.returncode == 0 and "finetune" in done.stdout and done.stdout.strip().endswith("[]"), (
+        done.stdout + done.stderr
+    )
 
 
 def test_info():
@@ -75,11 +121,24 @@ def test_info():
     assert "CPU kernels and " in out and "does not load" not in out and torch.__version__ in out
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
     served = {(device, dtype): back_end for device, dtype, back_end, _ in rows if device}
-    assert served[("cpu", "float32")] == served[("cpu", "bfloat16")] == "cpu" and served[("cpu", "float64")] == "reference"
+    assert (
+        served[("cpu", "float32")] == served[("cpu", "bfloat16")] == "cpu" and served[("cpu", "float64")] == "reference"
+    )
 
 
 def test_finetune_then_merge(tiny, tmp_path):
-    out, _ = call("finetune", *tiny, *QUICK, "--output", tmp_path / "out", "--target-modules", "q_proj,down_proj", "--rslora", "--prompt", "the")
+    out, _ = call(
+        "finetune",
+        *tiny,
+        *QUICK,
+        "--output",
+        tmp_path / "out",
+        "--target-modules",
+        "q_proj,down_proj",
+        "--rslora",
+        "--prompt",
+        "the",
+    )
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     before, after = summary["perplexity_before"], summary["perplexity_after"]
     assert after < before and f"held-out perplexity {before:.3f} -> {after:.3f}" in out
@@ -100,7 +159,8 @@ def program(*arguments):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
-    """SIGKILL in the middle of a run with dropout and accumulation, then --resume: the adapter of an uninterrupted run, bit for bit."""
+    """SIGKILL in the middle of a run with dropout and accumulation, then --resume: the adapter of an uninterrupted run,
+    bit for bit."""
     arguments = ["finetune", *tiny, *QUICK, "--steps", "40", "--save-every", "1"]
     whole = program(*arguments, "--output", tmp_path / "whole")
     assert whole.wait() == 0, whole.stdout.read()
@@ -124,17 +184,28 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
 
 def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"body": "x"}\n')
-    assert "rank must be an int >= 1; got 0" in refused(2, "finetune", *tiny, "--rank", "0", "--output", tmp_path / "out")
-    assert "bad.jsonl, line 1" in refused(2, "finetune", *tiny[:2], "--data", tmp_path / "bad.jsonl", "--output", tmp_path / "out")
+    assert "rank must be an int >= 1; got 0" in refused(
+        2, "finetune", *tiny, "--rank", "0", "--output", tmp_path / "out"
+    )
+    assert "bad.jsonl, line 1" in refused(
+        2, "finetune", *tiny[:2], "--data", tmp_path / "bad.jsonl", "--output", tmp_path / "out"
+    )
     assert "'q_proj'" in refused(2, "finetune", *tiny, "--target-modules", "q_porj", "--output", tmp_path / "out")
-    assert "dtype must be one of fp32, bf16, fp16; got 'int4'" in refused(2, "merge", tmp_path, "--dtype", "int4", "--output", tmp_path / "out")
+    assert "dtype must be one of fp32, bf16, fp16; got 'int4'" in refused(
+        2, "merge", tmp_path, "--dtype", "int4", "--output", tmp_path / "out"
+    )
     assert "preset must be one of quick, readme, full; got 'slow'" in refused(2, "bench", "--preset", "slow")
     assert "candidates must be among" in refused(2, "bench", "--candidates", "fused,fast", "--device", "cpu")
 
 
 def test_what_the_machine_refuses_is_one_line_and_exit_code_1(tiny, tmp_path):
-    assert refused(1, "finetune", *tiny[:2], "--data", tmp_path / "nowhere") == f"error: {tmp_path / 'nowhere'}: No such file or directory"
-    assert "nowhere/model" in refused(1, "finetune", "--model", tmp_path / "nowhere/model", "--output", tmp_path / "out")
+    assert (
+        refused(1, "finetune", *tiny[:2], "--data", tmp_path / "nowhere")
+        == f"error: {tmp_path / 'nowhere'}: No such file or directory"
+    )
+    assert "nowhere/model" in refused(
+        1, "finetune", "--model", tmp_path / "nowhere/model", "--output", tmp_path / "out"
+    )
     (tmp_path / "file").write_text("")
     assert "Not a directory" in refused(1, "finetune", *tiny, *QUICK, "--output", tmp_path / "file/out")
     assert "adapter_config.json: No such file" in refused(1, "merge", tmp_path, *tiny[:2], "--output", tmp_path / "out")
@@ -168,9 +239,22 @@ def test_bench_writes_rows_and_a_plot(monkeypatch, tmp_path):
     """The whole way through the options, over one small case."""
     monkeypatch.setattr(bench, "cases_of", lambda preset, device: [bench.Case(16, 64, 32, 4, 0.0, torch.float32)])
     out, _ = call(
-        "bench", "--device", "cpu", "--candidates", "naive,fused", "--budget", "0.05", "--threads", torch.get_num_threads(),
-        "--output", tmp_path / "bench.json", "--plot", tmp_path / "bench.png",
-    )  # fmt: skip
+        "bench",
+        "--device",
+        "cpu",
+        "--candidates",
+        "naive,fused",
+        "--budget",
+        "0.05",
+        "--threads",
+        torch.get_num_threads(),
+        "--output",
+        tmp_path / "bench.json",
+        "--plot",
+        tmp_path / "bench.png",
+    )
     document = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["candidate"] for row in document["rows"]] == ["frozen", "naive", "fused"] and document["preset"] == "quick"
+    assert [row["candidate"] for row in document["rows"]] == ["frozen", "naive", "fused"] and document[
+        "preset"
+    ] == "quick"
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG") and "fused" in out

@@ -1,4 +1,5 @@
-"""The CPU back end's own corners: both base products, PyTorch's and lora_gemm, around their panels, blocks and threads."""
+"""The CPU back end's own corners: both base products, PyTorch's and lora_gemm, around their panels, blocks and
+threads."""
 
 import pytest
 import torch
@@ -28,7 +29,12 @@ def threads():
 @pytest.mark.parametrize("shape", [(96, 384, 768, 16), (100, 385, 770, 12), (391, 800, 416, 33), (25, 1153, 383, 1)])
 def test_panels_and_blocks(poison, product, shape, dropout_p):
     seed = torch.tensor([5]) if dropout_p else None
-    for dtype, adapter in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)):
+    for dtype, adapter in (
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ):
         if dropout_p == 0.0:
             p = exact_problem(*shape, dtype, adapter)
             assert_exact(run(p, backend="cpu"), truth(p))
@@ -37,7 +43,8 @@ def test_panels_and_blocks(poison, product, shape, dropout_p):
         assert_close(run(p, backend="cpu", **masked), run(p, backend="reference", **masked), truth(p, **masked))
 
 
-# lora_gemm: register tiles of 12, 8 and 4 rows, panels of 32 columns, blocks of 320 columns and 384 steps, each with a neighbour above and below.
+# lora_gemm: register tiles of 12, 8 and 4 rows, panels of 32 columns, blocks of 320 columns and 384 steps, each with a
+# neighbour above and below.
 @pytest.mark.parametrize("M", [4, 5, 8, 12, 13, 21, 37])
 @pytest.mark.parametrize("N, K", [(1, 1), (31, 33), (64, 7), (321, 385), (352, 1160)])
 def test_lora_gemm_tails(poison, product, M, N, K):
@@ -81,7 +88,8 @@ def test_a_row_of_y_does_not_depend_on_the_others(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_y_is_the_base_layer_where_B_is_zero(monkeypatch, dtype):
-    """Bit for bit with PyTorch's product; with lora_gemm y does not depend on A, and is F.linear's up to the order of its sums."""
+    """Bit for bit with PyTorch's product; with lora_gemm y does not depend on A, and is F.linear's up to the order of
+    its sums."""
     p, other = random_problem(33, 400, 800, 8, dtype), random_problem(33, 400, 800, 8, dtype, seed=1)
     zero = torch.zeros_like(p.lora_B)
     y = lora_linear(p.x, p.weight, p.lora_A, zero, p.scaling, bias=p.bias)

@@ -1,4 +1,5 @@
-"""The CUDA sources through nvcc, and what the machine code must and must not hold; needs the CUDA toolkit but no GPU."""
+"""The CUDA sources through nvcc, and what the machine code must and must not hold; needs the CUDA toolkit but no
+GPU."""
 
 import importlib.util
 import os
@@ -14,7 +15,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 GEMMS = ("lora_gemm_sm90_bf16", "lora_gemm_sm90_f16")
-NVCC = os.environ.get("CUDA_HOME") and shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"], "bin"))) or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+NVCC = (
+    (os.environ.get("CUDA_HOME") and shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"], "bin"))))
+    or shutil.which("nvcc")
+    or shutil.which("/usr/local/cuda/bin/nvcc")
+)
 
 
 def _cuobjdump() -> str | None:
@@ -27,13 +32,28 @@ def _cuobjdump() -> str | None:
 
 CUOBJDUMP = _cuobjdump()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc (the CUDA toolkit)")
-needs_disassembler = pytest.mark.skipif(NVCC is None or CUOBJDUMP is None, reason="needs nvcc and cuobjdump (the CUDA toolkit, or Triton's copy)")
+needs_disassembler = pytest.mark.skipif(
+    NVCC is None or CUOBJDUMP is None, reason="needs nvcc and cuobjdump (the CUDA toolkit, or Triton's copy)"
+)
 
 
 def compile_for(arch: str, source: Path, out: Path) -> SimpleNamespace:
     """One source as machine code for one target, with ptxas's notes."""
     cubin = out / f"{source.stem}.{arch}.cubin"
-    command = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-arch={arch}", "-cubin", str(source), "-o", str(cubin)]
+    command = [
+        NVCC,
+        "-std=c++17",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "-Xptxas",
+        "-v",
+        f"-I{ROOT / 'csrc'}",
+        f"-arch={arch}",
+        "-cubin",
+        str(source),
+        "-o",
+        str(cubin),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     return SimpleNamespace(returncode=done.returncode, notes=done.stdout + done.stderr, cubin=cubin)
 
@@ -42,7 +62,9 @@ def compile_for(arch: str, source: Path, out: Path) -> SimpleNamespace:
 def built(tmp_path_factory):
     """{(arch, source name): result} of every source for both targets."""
     out = tmp_path_factory.mktemp("cubin")
-    jobs = [(arch, source) for source in sorted(SOURCES, key=lambda s: s.stem not in GEMMS) for arch in ("sm_90a", "sm_80")]
+    jobs = [
+        (arch, source) for source in sorted(SOURCES, key=lambda s: s.stem not in GEMMS) for arch in ("sm_90a", "sm_80")
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda job: compile_for(*job, out), jobs)
         return {(arch, source.stem): result for (arch, source), result in zip(jobs, results)}
@@ -50,8 +72,12 @@ def built(tmp_path_factory):
 
 def kernels(cubin: Path) -> dict[str, list[tuple[int, str]]]:
     """{mangled name: [(address, instruction)]} of a cubin."""
-    path = os.pathsep.join((str(Path(CUOBJDUMP).parent), os.environ.get("PATH", "")))  # cuobjdump calls nvdisasm beside it
-    text = subprocess.run([CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}).stdout
+    path = os.pathsep.join(
+        (str(Path(CUOBJDUMP).parent), os.environ.get("PATH", ""))
+    )  # cuobjdump calls nvdisasm beside it
+    text = subprocess.run(
+        [CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
+    ).stdout
     found = {}
     for function in re.split(r"\n\s*Function : ", text)[1:]:
         lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", function)
@@ -60,7 +86,8 @@ def kernels(cubin: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 def innermost_loops(code: list[tuple[int, str]], holding: str) -> list[list[str]]:
-    """The instructions of every loop that holds `holding` and no smaller such loop: from a conditional backward branch's target to the branch.
+    """The instructions of every loop that holds `holding` and no smaller such loop: from a conditional backward
+    branch's target to the branch.
 
     Unconditional backward branches lead back from spin loops, which ptxas moves to the end of a kernel.
     """
@@ -86,14 +113,17 @@ def test_no_kernel_spills_and_no_wgmma_is_serialised(built):
     for (arch, name), result in built.items():
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.notes)
         assert spills and all(s == ("0", "0") for s in spills), f"{name} for {arch} spills: {spills}"
-        assert "wgmma" not in result.notes and "warpgroup.arrive is injected" not in result.notes, f"{name} for {arch}:\n{result.notes}"
+        assert "wgmma" not in result.notes and "warpgroup.arrive is injected" not in result.notes, (
+            f"{name} for {arch}:\n{result.notes}"
+        )
         assert "setmaxnreg" not in result.notes, f"{name} for {arch}: setmaxnreg was ignored\n{result.notes}"
 
 
 @needs_disassembler
 @pytest.mark.parametrize("name", GEMMS)
 def test_gemm_machine_code(built, name):
-    """Each instance: wgmma over the whole tile in its main loops, no local memory, no memory barrier in the loops, TMA in and out."""
+    """Each instance: wgmma over the whole tile in its main loops, no local memory, no memory barrier in the loops, TMA
+    in and out."""
     found = {k: code for k, code in kernels(built["sm_90a", name].cubin).items() if "lora_gemm_kernel" in k}
     assert len(found) == 30  # 2 widths x (4 ranks x (forward, dx, dx through the mask) + 3 x forward of the masked x)
     for kernel, code in found.items():
@@ -101,7 +131,9 @@ def test_gemm_machine_code(built, name):
         assert not [i for i in instructions if re.search(r"\b(LDL|STL)\b", i)], f"{kernel} uses local memory"
         for needed in ("UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UTMASTG.2D", "STSM", "USETMAXREG"):
             assert any(needed in i for i in instructions), f"{kernel} has no {needed}"
-        width, rank, backward, dropout = (int(n) for n in re.search(r"TraitsI\w+?Li(128|256)ELi(\d+)ELb(\d)ELb(\d)E", kernel).groups())
+        width, rank, backward, dropout = (
+            int(n) for n in re.search(r"TraitsI\w+?Li(128|256)ELi(\d+)ELb(\d)ELb(\d)E", kernel).groups()
+        )
         gradients = backward and rank and (not dropout or width == 128 or rank == 16)
         four = gradients or (dropout and not backward)  # warpgroups, for which ptxas refuses products of 256 columns
         width = 128 if four else width
@@ -109,7 +141,9 @@ def test_gemm_machine_code(built, name):
         loops = [loop for loop in innermost_loops(code, f"HGMMA.64x{width}x16") if sum("HGMMA" in i for i in loop) >= 4]
         assert loops, f"{kernel} has no main loop"
         low = loops if backward or not dropout else [instructions]
-        assert not rank or any(f"HGMMA.64x{rank}x16" in i for loop in low for i in loop), f"{kernel} has no main loop that computes h"
+        assert not rank or any(f"HGMMA.64x{rank}x16" in i for loop in low for i in loop), (
+            f"{kernel} has no main loop that computes h"
+        )
         for loop in loops:
             assert not [i for i in loop if "MEMBAR" in i or "FENCE" in i], f"{kernel} has a fence in a main loop"
             assert any("SYNCS" in i for i in loop)
@@ -117,12 +151,15 @@ def test_gemm_machine_code(built, name):
 
 @needs_disassembler
 def test_small_m_machine_code(built):
-    """Each number of rows: four wgmma in the loop over K, a TMA load, reads from the cluster's other blocks, no local memory."""
+    """Each number of rows: four wgmma in the loop over K, a TMA load, reads from the cluster's other blocks, no local
+    memory."""
     found = {k: [i for _, i in code] for k, code in kernels(built["sm_90a", "lora_gemm_small"].cubin).items()}
     assert len(found) == 8
     for kernel, instructions in found.items():
         rows = re.search(r"Li(\d+)E", kernel)[1]
-        assert sum(f"HGMMA.64x{rows}x16" in i for i in instructions) >= 4 and any("UTMALDG.2D" in i for i in instructions), kernel
+        assert sum(f"HGMMA.64x{rows}x16" in i for i in instructions) >= 4 and any(
+            "UTMALDG.2D" in i for i in instructions
+        ), kernel
         assert any("LD.E.128" in i for i in instructions), f"{kernel} reads no sums of other blocks"
         assert not [i for i in instructions if re.search(r"\b(LDL|STL)\b", i)], f"{kernel} uses local memory"
 
@@ -145,13 +182,25 @@ def test_no_kernel_touches_memory_before_it_has_waited_for_the_one_before(built)
     for source in SOURCES:
         for kernel, code in kernels(built["sm_90a", source.stem].cubin).items():
             order = [re.sub(r"^@!?U?P\d\s+", "", i).split()[0].split(".")[0] for _, i in code]
-            memory = [i for i, name in enumerate(order) if name in ("LD", "LDG", "LDGSTS", "UTMALDG", "ATOMG", "REDG", "RED", "ST", "STG", "UTMASTG")]
+            memory = [
+                i
+                for i, name in enumerate(order)
+                if name in ("LD", "LDG", "LDGSTS", "UTMALDG", "ATOMG", "REDG", "RED", "ST", "STG", "UTMASTG")
+            ]
             assert "ACQBULK" in order and order.index("ACQBULK") < memory[0], kernel
 
 
 @needs_disassembler
 def test_the_loop_finder_finds_nested_loops():
-    code = [(0, "MOV"), (16, "MEMBAR"), (32, "HGMMA a"), (48, "@P0 BRA 0x20"), (64, "HGMMA b"), (80, "@!P1 BRA 0x0"), (96, "EXIT")]
+    code = [
+        (0, "MOV"),
+        (16, "MEMBAR"),
+        (32, "HGMMA a"),
+        (48, "@P0 BRA 0x20"),
+        (64, "HGMMA b"),
+        (80, "@!P1 BRA 0x0"),
+        (96, "EXIT"),
+    ]
     assert innermost_loops(code, "HGMMA") == [["HGMMA a", "@P0 BRA 0x20"]]
     assert innermost_loops(code, "MEMBAR") == [["MOV", "MEMBAR", "HGMMA a", "@P0 BRA 0x20", "HGMMA b", "@!P1 BRA 0x0"]]
 

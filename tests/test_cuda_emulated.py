@@ -1,7 +1,8 @@
 """The CUDA kernels on an emulated GPU (cuda_emulator/): every product, tail, mask and schedule, without a GPU.
 
-The library's own sources are compiled as C++, with ptx.cuh replaced by the emulator's. Threads run in a random order, warpgroups are held back
-and asynchronous copies land late, so a missing wait or a wrong phase shows. What only a GPU can show (fences, time) stays for a GPU.
+The library's own sources are compiled as C++, with ptx.cuh replaced by the emulator's. Threads run in a random order,
+warpgroups are held back and asynchronous copies land late, so a missing wait or a wrong phase shows. What only a GPU
+can show (fences, time) stays for a GPU.
 """
 
 import ctypes
@@ -27,15 +28,31 @@ from fused_lora.testing import assert_close, assert_exact, exact_problem, random
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent / "cuda_emulator"
 TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-pytestmark = pytest.mark.skipif(not (TOOLKIT / "cuda.h").exists() or os.uname().machine != "x86_64", reason="needs the CUDA toolkit's headers, on x86-64")
+pytestmark = pytest.mark.skipif(
+    not (TOOLKIT / "cuda.h").exists() or os.uname().machine != "x86_64",
+    reason="needs the CUDA toolkit's headers, on x86-64",
+)
 SMS = 8
 
 
 def compile_file(source: Path, file: Path) -> Path:
     """One C++ or CUDA source as an object beside it; `source` is the csrc folder that it includes from."""
     includes = [HERE / "include", HERE, source, TOOLKIT, pybind11.get_include(), sysconfig.get_paths()["include"]]
-    flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-w", "-DFUSED_LORA_CUDA", '-DFUSED_LORA_CUDA_ARCHS="emulated"', "-D__launch_bounds__(...)="]
-    done = subprocess.run(["c++", *flags, *(f"-I{i}" for i in includes), "-x", "c++", "-c", str(file), "-o", f"{file}.o"], capture_output=True, text=True)
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-w",
+        "-DFUSED_LORA_CUDA",
+        '-DFUSED_LORA_CUDA_ARCHS="emulated"',
+        "-D__launch_bounds__(...)=",
+    ]
+    done = subprocess.run(
+        ["c++", *flags, *(f"-I{i}" for i in includes), "-x", "c++", "-c", str(file), "-o", f"{file}.o"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, f"{file}\n{done.stderr[-4000:]}"
     return Path(f"{file}.o")
 
@@ -54,7 +71,10 @@ def build(folder: Path) -> Path:
 
 def link(folder: Path) -> Path:
     library = folder / "_C.so"
-    subprocess.run(["c++", "-shared", *map(str, sorted((folder / "csrc").rglob("*.o"))), "-o", str(library), "-lpthread"], check=True)
+    subprocess.run(
+        ["c++", "-shared", *map(str, sorted((folder / "csrc").rglob("*.o"))), "-o", str(library), "-lpthread"],
+        check=True,
+    )
     return library
 
 
@@ -64,7 +84,8 @@ def library(tmp_path_factory):
 
 
 def install(library, monkeypatch):
-    """Puts the CUDA back end on CPU tensors and the emulated device; returns what sets how blocks, copies and warpgroups are scheduled."""
+    """Puts the CUDA back end on CPU tensors and the emulated device; returns what sets how blocks, copies and
+    warpgroups are scheduled."""
     name = f"{library.parent.name}._C"  # pybind11 hands out one module a name
     loader = importlib.machinery.ExtensionFileLoader(name, str(library))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
@@ -99,10 +120,13 @@ def check(shape, dtype, adapter=None, dropout_p=0.0, needs=(True,) * 4, seed=0):
     else:
         p = random_problem(*shape, dtype, adapter, seed=seed)
         masked = dict(dropout_p=dropout_p, seed=dropout_seed())
-        assert_close(run(p, backend="cuda", needs=needs, **masked), run(p, backend="reference", **masked), truth(p, **masked))
+        assert_close(
+            run(p, backend="cuda", needs=needs, **masked), run(p, backend="reference", **masked), truth(p, **masked)
+        )
 
 
-# Both tile widths, one tile and several waves of them, rows and columns past the end, every rank tile and number of low-rank blocks.
+# Both tile widths, one tile and several waves of them, rows and columns past the end, every rank tile and number of
+# low-rank blocks.
 @pytest.mark.parametrize("R", [1, 12, 16, 32, 33, 64, 100, 256])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (17, 32, 248), (129, 264, 136), (300, 520, 328), (600, 640, 72)])
 def test_exact_integers(schedule, poison, shape, R):
@@ -112,7 +136,8 @@ def test_exact_integers(schedule, poison, shape, R):
 
 @pytest.mark.parametrize("M, rows", [(1, 16), (16, 16), (17, 32), (50, 64), (65, 128), (128, 128)])
 def test_small_m(schedule, poison, M, rows):
-    """Every row tile, 1 to 8 parts of K, a strip past the end, ranks below and at the tile; late copies and few resident blocks."""
+    """Every row tile, 1 to 8 parts of K, a strip past the end, ranks below and at the tile; late copies and few
+    resident blocks."""
     seen = set()
     for i, (N, K, R) in enumerate([(8, 64, 1), (136, 1000, 16), (264, 136, 12), (392, 1160, 64), (2056, 512, 40)]):
         plan = cuda._C.cuda_forward_plan(M, N, K, R, 2, 2, False, SMS)
@@ -165,7 +190,18 @@ def test_what_is_not_needed_is_not_there(schedule, poison):
     exact, h = truth(p), run(p, backend="cuda", needs=(False,) * 4)["h"]
     for need_x, need_A, need_B in itertools.product((False, True), repeat=3):
         needs = (need_x, need_A, need_B, False)
-        got = cuda.backward(p.dy, p.x if need_A else None, p.weight, p.lora_A, p.lora_B, h if need_B else None, p.scaling, 0.0, None, needs)
+        got = cuda.backward(
+            p.dy,
+            p.x if need_A else None,
+            p.weight,
+            p.lora_A,
+            p.lora_B,
+            h if need_B else None,
+            p.scaling,
+            0.0,
+            None,
+            needs,
+        )
         assert_exact(dict(zip(("dx", "dA", "dB"), got)), exact)
 
 
@@ -191,11 +227,17 @@ def test_hostile_schedules(schedule, poison, resident_blocks, delay, freeze):
         schedule(resident_blocks, delay, freeze, i + 1)
         M, R = choose.choice([64, 129, 257, 600, 900]), choose.choice([1, 9, 16, 32, 64, 72, 256])
         shape = (M, 8 * choose.randint(1, 80), 8 * choose.randint(1, 80), R)
-        check(shape, choose.choice([torch.bfloat16, torch.float16]), choose.choice([None, torch.float32]), choose.choice([0.0, 0.0, 0.25]))
+        check(
+            shape,
+            choose.choice([torch.bfloat16, torch.float16]),
+            choose.choice([None, torch.float32]),
+            choose.choice([0.0, 0.0, 0.25]),
+        )
 
 
 def test_bitwise_determinism(schedule):
-    """The schedule does not show in the results of deterministic mode, and in no other way than in the sums of dA and dB without it."""
+    """The schedule does not show in the results of deterministic mode, and in no other way than in the sums of dA and
+    dB without it."""
     p = random_problem(900, 264, 328, 16, torch.bfloat16, torch.float32)
     runs = {True: [], False: []}
     for s in range(6):
@@ -208,21 +250,38 @@ def test_bitwise_determinism(schedule):
     for name in ("y", "h", "dx", "dA", "dB", "dbias"):
         first, *others = runs[True] + (runs[False] if name not in ("dA", "dB") else [])
         assert all(torch.equal(first[name], other[name]) for other in others), name
-        assert name not in ("dA", "dB") or not all(torch.equal(first[name], other[name]) for other in runs[False]), f"{name} has an order of summation to fix"
+        assert name not in ("dA", "dB") or not all(torch.equal(first[name], other[name]) for other in runs[False]), (
+            f"{name} has an order of summation to fix"
+        )
 
 
 @pytest.mark.parametrize(
     "kernel, line, instead, shape",
     [
         # the loader's wait for h; the wait before the staging tile is written again
-        ("lora_gemm_load.cuh", "while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {", "while (false) {", (600, 520, 328, 16)),
+        (
+            "lora_gemm_load.cuh",
+            "while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {",
+            "while (false) {",
+            (600, 520, 328, 16),
+        ),
         ("lora_gemm_sm90.cuh", "if (thread == 0) ptx::tma_store_wait_read();", "", (600, 520, 328, 16)),
         # the gradients' wait for h
-        ("lora_gemm_gradients.cuh", "ptx::wait(&s.thin_full, thin_phase);\n        multiply_rows", "multiply_rows", (600, 520, 328, 16)),
+        (
+            "lora_gemm_gradients.cuh",
+            "ptx::wait(&s.thin_full, thin_phase);\n        multiply_rows",
+            "multiply_rows",
+            (600, 520, 328, 16),
+        ),
         # the loader's wait before dh takes the place of h
         ("lora_gemm_load.cuh", "ptx::wait(&s.thin_empty, phase ^ 1);", "", (600, 520, 328, 16)),
         # the sums' waits for the ring to be through and for the other blocks' sums
-        ("lora_gemm_small.cu", "__syncthreads();  // the ring is through: the sums take its place", "", (65, 136, 1000, 16)),
+        (
+            "lora_gemm_small.cu",
+            "__syncthreads();  // the ring is through: the sums take its place",
+            "",
+            (65, 136, 1000, 16),
+        ),
         ("lora_gemm_small.cu", "ptx::cluster_sync();\n  const int share", "const int share", (65, 136, 1000, 16)),
     ],
 )
@@ -237,4 +296,6 @@ def test_a_missing_wait_shows(library, tmp_path, monkeypatch, poison, kernel, li
     with pytest.raises((AssertionError, RuntimeError), match="elements differ|deadlock|an mbarrier has more arrivals"):
         for seed in range(1, 11):
             schedule(resident_blocks=8, delay=400, freeze=3000, seed=seed)
-            check(shape, torch.bfloat16, seed=seed)  # other values each time: memory used again must not hold the right ones
+            check(
+                shape, torch.bfloat16, seed=seed
+            )  # other values each time: memory used again must not hold the right ones

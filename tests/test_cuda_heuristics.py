@@ -1,4 +1,5 @@
-"""The CUDA back end's choices without a GPU: legal tiles, an order of tiles that cannot deadlock, workspaces, and why a request is refused."""
+"""The CUDA back end's choices without a GPU: legal tiles, an order of tiles that cannot deadlock, workspaces, and why a
+request is refused."""
 
 import itertools
 from types import SimpleNamespace
@@ -25,18 +26,29 @@ def test_gemm_configs_are_legal(compute_h, dropout, backward):
         assert c["smem_bytes"] <= _C.cuda_smem_limit == 227 * 1024
         tiles = c["stages"] * (c["block_m"] + c["block_n"] + c["rank_tile"]) * c["block_k"] * 2 + 2 * 64 * 64 * 2
         drops_left = dropout and not backward and c["one_launch"]
-        assert c["dropout"] == (dropout and (backward or c["one_launch"])) and c["threads"] == (512 if c["gradients"] or drops_left else 384)
-        side = c["block_m"] * 2 * (c["gradients"] * c["rank_tile"] + drops_left * c["block_k"]) + (dropout and backward) * c["block_m"] * c["block_n"] // 8
+        assert c["dropout"] == (dropout and (backward or c["one_launch"])) and c["threads"] == (
+            512 if c["gradients"] or drops_left else 384
+        )
+        side = (
+            c["block_m"] * 2 * (c["gradients"] * c["rank_tile"] + drops_left * c["block_k"])
+            + (dropout and backward) * c["block_m"] * c["block_n"] // 8
+        )
         assert tiles + side < c["smem_bytes"]
-        assert c["gradients"] == (backward and c["one_launch"] and (not dropout or c["block_n"] == 128 or c["rank_tile"] == 16))
+        assert c["gradients"] == (
+            backward and c["one_launch"] and (not dropout or c["block_n"] == 128 or c["rank_tile"] == 16)
+        )
         assert c["stages"] >= 3 and c["block_n"] in (128, 256)
         assert c["row_tiles"] * c["block_m"] * c["cluster"] >= M > (c["row_tiles"] - 1) * c["block_m"] * c["cluster"]
         assert c["col_tiles"] * c["block_n"] >= N > (c["col_tiles"] - 1) * c["block_n"]
         assert c["grid"] % c["cluster"] == 0 and 0 < c["grid"] <= sms
         assert c["low_blocks"] == -(-R // 64)
         assert c["one_launch"] == (compute_h and R <= 64)
-        assert c["rank_tile"] in ((16, 32, 64) if c["one_launch"] else (0,)) and (not c["one_launch"] or c["rank_tile"] >= R)
-        assert not (dropout and backward) or c["low_blocks"] <= c["stages"], "a masked tile waits for all its low-rank blocks at once"
+        assert c["rank_tile"] in ((16, 32, 64) if c["one_launch"] else (0,)) and (
+            not c["one_launch"] or c["rank_tile"] >= R
+        )
+        assert not (dropout and backward) or c["low_blocks"] <= c["stages"], (
+            "a masked tile waits for all its low-rank blocks at once"
+        )
 
 
 def test_narrow_tiles_fill_the_card_where_wide_ones_cannot():
@@ -52,7 +64,9 @@ def test_every_tile_comes_once_and_after_what_it_waits_for(column_first):
     for row_tiles, col_tiles in itertools.product((1, 2, 7, 8, 9, 32, 67), (1, 2, 5, 16)):
         order = [_C.lora_gemm_tile(t, row_tiles, col_tiles, column_first) for t in range(row_tiles * col_tiles)]
         assert sorted(order) == sorted(itertools.product(range(row_tiles), range(col_tiles)))
-        if column_first:  # the tile that publishes a row block's h has a lower number than all that read it, and waits for nobody
+        if (
+            column_first
+        ):  # the tile that publishes a row block's h has a lower number than all that read it, and waits for nobody
             assert order[:row_tiles] == [(row, 0) for row in range(row_tiles)]
             assert all(order.index((row, 0)) <= t for t, (row, _) in enumerate(order))
 
@@ -89,13 +103,22 @@ def test_small_m_runs_in_one_wave_over_the_whole_card():
         resident = sms * (228 * 1024 // (c["smem_bytes"] + 1024))
         assert resident >= sms * (2 if M <= 64 else 1)
         assert c["splits"] == 1 or c["strips"] * c["splits"] <= resident, "more than one wave"
-    for M, (K, N) in itertools.product((16, 128), SHAPES[:4]):  # W's rows lie with at least half of the SMs, except where 8 parts are not enough
+    for M, (K, N) in itertools.product(
+        (16, 128), SHAPES[:4]
+    ):  # W's rows lie with at least half of the SMs, except where 8 parts are not enough
         c = _C.cuda_forward_plan(M, N, K, 16, BF16, BF16, False, 132)["small"]
         assert c["strips"] * c["splits"] >= 66 or c["splits"] == 8
 
 
 def test_backward_plans_ask_only_for_what_is_needed():
-    every = itertools.product((1, 300, 8192), (8, 12, 64, 256), (False, True), (F16, F32), (False, True), itertools.product((False, True), repeat=4))
+    every = itertools.product(
+        (1, 300, 8192),
+        (8, 12, 64, 256),
+        (False, True),
+        (F16, F32),
+        (False, True),
+        itertools.product((False, True), repeat=4),
+    )
     for M, R, dropout, adapter, deterministic, needs in every:
         N, K = 1024, 4096
         need_x, need_A, need_B, need_bias = needs
@@ -108,7 +131,9 @@ def test_backward_plans_ask_only_for_what_is_needed():
         inside = plan["gradients_in_gemm"]
         assert inside == ((need_A or need_B) and not deterministic and need_x and plan["gemm"]["gradients"])
         assert ("wgrad" in plan) == ((need_A or need_B) and not inside)
-        sums = plan["wgrad"]["splits"] if "wgrad" in plan else int(inside and adapter != F32)  # fp32 outputs are summed up in place
+        sums = (
+            plan["wgrad"]["splits"] if "wgrad" in plan else int(inside and adapter != F32)
+        )  # fp32 outputs are summed up in place
         assert (size["dA"], size["dB"]) == (4 * sums * R * K * need_A, 4 * sums * R * N * need_B)
         assert ("bias_wgrad" in plan) == (need_bias and (inside or not need_B))
         assert size["dbias"] == 4 * N * need_bias * (plan["bias_wgrad"]["splits"] if "bias_wgrad" in plan else sums)
@@ -135,7 +160,10 @@ def test_what_has_no_plan_is_an_error():
         (lambda: _C.lora_gemm_config(128, 128, 128, 16, BF16, 1), "2 SMs"),
         (lambda: _C.lora_gemm_tile(4, 2, 2, True), "one of row_tiles"),
         (lambda: _C.cuda_forward_plan(128, 128, 128, 300, BF16, BF16, False, 132), "no plan"),
-        (lambda: _C.cuda_backward_plan(0, 128, 128, 16, BF16, BF16, False, True, True, True, True, False, 132), "no plan"),
+        (
+            lambda: _C.cuda_backward_plan(0, 128, 128, 16, BF16, BF16, False, True, True, True, True, False, 132),
+            "no plan",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             call()
@@ -144,7 +172,11 @@ def test_what_has_no_plan_is_an_error():
 def request_of(M=4, N=16, K=32, R=8, dtype=torch.bfloat16, device="cuda", stride=None, address=0):
     """What `refusal` looks at, for tensors that this machine need not have."""
     on = SimpleNamespace(type=device, index=0)
-    weight = SimpleNamespace(shape=(N, K), stride=lambda d=None: (stride or (K, 1)) if d is None else (stride or (K, 1))[d], data_ptr=lambda: address)
+    weight = SimpleNamespace(
+        shape=(N, K),
+        stride=lambda d=None: (stride or (K, 1)) if d is None else (stride or (K, 1))[d],
+        data_ptr=lambda: address,
+    )
     return SimpleNamespace(device=on, dtype=dtype, shape=(M, K)), weight, SimpleNamespace(shape=(R, K))
 
 
@@ -186,7 +218,18 @@ def test_operands_that_tma_cannot_read_are_copied():
     wide = torch.randn(16, 24).bfloat16()
     assert cuda._rows(wide) is wide and cuda._rows(wide[:, 8:]).data_ptr() == wide[:, 8:].data_ptr()
     one = torch.ones((), dtype=torch.bfloat16)
-    for bad in (wide[:, 1:17], wide.t(), wide[:, ::3], one.expand(4, 16), torch.randn(3, 36).bfloat16()[1:2, 3:19], torch.randn(4, 20).bfloat16()[:, :16]):
+    for bad in (
+        wide[:, 1:17],
+        wide.t(),
+        wide[:, ::3],
+        one.expand(4, 16),
+        torch.randn(3, 36).bfloat16()[1:2, 3:19],
+        torch.randn(4, 20).bfloat16()[:, :16],
+    ):
         good = cuda._rows(bad)
         assert torch.equal(good, bad) and good.stride(1) == 1 and good.stride(0) % 8 == 0 and good.data_ptr() % 16 == 0
-    assert cuda._flat(wide) is wide and cuda._flat(wide[:, 8:]).is_contiguous() and cuda._flat(torch.zeros(17)[1:]).data_ptr() % 16 == 0
+    assert (
+        cuda._flat(wide) is wide
+        and cuda._flat(wide[:, 8:]).is_contiguous()
+        and cuda._flat(torch.zeros(17)[1:]).data_ptr() % 16 == 0
+    )

@@ -26,13 +26,24 @@ def named(n):
 def test_a_directory_is_read_in_one_order_without_hidden_and_binary_files(tmp_path):
     root = tmp_path / "data"
     for name, content in {
-        "b.txt": b"two\r\nlines", "a/z.md": "\ufeffzé".encode(), ".git/config": b"hidden", "a/.hidden.txt": b"hidden", "latin.txt": b"caf\xe9",
-        "zero.bin": b"a\0b", "empty.txt": b" \n", "rows.jsonl": b'{"text": "r1"}\n\n{"text": "r2", "id": 7}\n',
-    }.items():  # fmt: skip
+        "b.txt": b"two\r\nlines",
+        "a/z.md": "\ufeffzé".encode(),
+        ".git/config": b"hidden",
+        "a/.hidden.txt": b"hidden",
+        "latin.txt": b"caf\xe9",
+        "zero.bin": b"a\0b",
+        "empty.txt": b" \n",
+        "rows.jsonl": b'{"text": "r1"}\n\n{"text": "r2", "id": 7}\n',
+    }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
     found = data.read_documents((str(root),), "text")
-    assert found == [Document("a/z.md", "zé"), Document("b.txt", "two\nlines"), Document("rows.jsonl:1", "r1"), Document("rows.jsonl:3", "r2")]
+    assert found == [
+        Document("a/z.md", "zé"),
+        Document("b.txt", "two\nlines"),
+        Document("rows.jsonl:1", "r1"),
+        Document("rows.jsonl:3", "r2"),
+    ]
     assert data.read_documents((str(root / "b.txt"), str(root / "rows.jsonl")), "text") == found[1:]
 
 
@@ -40,7 +51,11 @@ def test_a_directory_is_read_in_one_order_without_hidden_and_binary_files(tmp_pa
     "name, content, message",
     [
         ("rows.jsonl", b'{"text": "good"}\n{"text": \n', r"rows.jsonl, line 2: must be JSON; got Expecting value"),
-        ("rows.jsonl", b'{"body": "a", "id": 1}\n', r"rows.jsonl, line 1: .* 'text' is a string \(--text-field\); got the fields \['body', 'id'\]"),
+        (
+            "rows.jsonl",
+            b'{"body": "a", "id": 1}\n',
+            r"rows.jsonl, line 1: .* 'text' is a string \(--text-field\); got the fields \['body', 'id'\]",
+        ),
         ("rows.jsonl", b'{"text": 5}\n', r"rows.jsonl, line 1: .* 'text' is a string .*; got 5"),
         ("rows.jsonl", b"[1]\n", r"rows.jsonl, line 1: must be an object .*; got \[1\]"),
         ("rows.jsonl", b'{"text": "\xff"}\n', r"rows.jsonl, line 1: must be JSON"),
@@ -84,7 +99,9 @@ def test_split_of_twins_and_of_one_document():
     text = "".join(f"line {i}\n" for i in range(20))
     (train,), (held_out,) = data.split([Document("one.txt", text)])
     assert train.text + held_out.text == text and held_out.text == "line 18\nline 19\n"
-    with pytest.raises(ValueError, match="second document or line to hold out, or give --eval-data; got one line in one.txt"):
+    with pytest.raises(
+        ValueError, match="second document or line to hold out, or give --eval-data; got one line in one.txt"
+    ):
         data.split([Document("one.txt", "just this")])
 
 
@@ -98,7 +115,9 @@ def test_eval_data_holds_nothing_out(tmp_path):
 def test_blocks_hold_every_token_once():
     blocks = data.to_blocks([Document("a", "abc"), Document("b", "de")], Letters(), 4)
     assert blocks.tolist() == [[97, 98, 99, 0], [100, 101, 0, IGNORED]]
-    assert data.to_blocks([Document("a", "abcd")], Letters(), 4).tolist() == [[97, 98, 99, 100]], "a block of one token predicts nothing"
+    assert data.to_blocks([Document("a", "abcd")], Letters(), 4).tolist() == [[97, 98, 99, 100]], (
+        "a block of one token predicts nothing"
+    )
     with pytest.raises(ValueError, match="at least 2 tokens; got 1 in 1 documents"):
         data.to_blocks([Document("a", "")], Letters(), 4)
 
@@ -125,7 +144,10 @@ def test_fingerprint_sees_every_token_and_the_block_length():
     blocks = torch.arange(12).view(3, 4)
     changed = blocks.clone()
     changed[2, 3] = 0
-    marks = [data.fingerprint(*each) for each in ((blocks, blocks), (blocks, changed), (blocks.view(4, 3), blocks), (changed, blocks))]
+    marks = [
+        data.fingerprint(*each)
+        for each in ((blocks, blocks), (blocks, changed), (blocks.view(4, 3), blocks), (changed, blocks))
+    ]
     assert len(set(marks)) == 4 and marks[0] == data.fingerprint(blocks.clone(), blocks)
 
 
@@ -134,4 +156,8 @@ def test_the_standard_library_is_code_and_splits():
     names = {document.name for document in train + held_out}
     assert {"json/decoder.py", "argparse.py", "collections/__init__.py"} <= names
     assert not [name for name in names if {"test", "tests", "site-packages", "encodings"} & set(name.split("/"))]
-    assert len(held_out) >= 5 and len(train) > 10 * len(held_out) and not {d.name for d in train} & {d.name for d in held_out}
+    assert (
+        len(held_out) >= 5
+        and len(train) > 10 * len(held_out)
+        and not {d.name for d in train} & {d.name for d in held_out}
+    )

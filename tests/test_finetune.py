@@ -17,7 +17,14 @@ from fused_lora import apply_lora, checkpoint, files, finetune, load_adapter, se
 from fused_lora.data import IGNORED
 from fused_lora.training import Settings
 
-FILES = ["adapter_config.json", "adapter_model.safetensors", "checkpoint.safetensors", "loss.png", "metrics.jsonl", "summary.json"]
+FILES = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "checkpoint.safetensors",
+    "loss.png",
+    "metrics.jsonl",
+    "summary.json",
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +74,16 @@ def test_a_run_writes_what_it_says(tiny, tmp_path):
     rows = rows_of(tmp_path / "out")
     assert [row["step"] for row in rows] == list(range(7)) and seen == rows[1:]
     assert [row["step"] for row in rows if "held_out_loss" in row] == [0, 3, 6]
-    assert all(set(row) - {"held_out_loss"} == {"step", "loss", "lr", "grad_norm", "tokens", "seconds"} for row in rows[1:])
+    assert all(
+        set(row) - {"held_out_loss"} == {"step", "loss", "lr", "grad_norm", "tokens", "seconds"} for row in rows[1:]
+    )
     assert summary == json.loads((tmp_path / "out/summary.json").read_text())
-    assert summary["perplexity_before"] == math.exp(rows[0]["held_out_loss"]) > summary["perplexity_after"] == math.exp(rows[-1]["held_out_loss"])
+    assert (
+        summary["perplexity_before"]
+        == math.exp(rows[0]["held_out_loss"])
+        > summary["perplexity_after"]
+        == math.exp(rows[-1]["held_out_loss"])
+    )
     assert summary["settings"]["rank"] == 4 and summary["train_tokens"] == sum(row["tokens"] for row in rows[1:])
     assert (tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     model, tokenizer = finetune.load_model(tiny[0], torch.float32, "cpu")
@@ -86,12 +100,16 @@ def test_a_step_weighs_every_token_alike(tiny):
     apply_lora(model, 4, 8)
     for parameter in checkpoint.trained(model).values():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-    total = sum(F.cross_entropy(model(row[row >= 0][None]).logits[0, :-1], row[row >= 0][1:], reduction="sum") for row in blocks)
+    total = sum(
+        F.cross_entropy(model(row[row >= 0][None]).logits[0, :-1], row[row >= 0][1:], reduction="sum") for row in blocks
+    )
     exact = torch.autograd.grad(total / 39, list(checkpoint.trained(model).values()))
     start = {name: parameter.detach().clone() for name, parameter in checkpoint.trained(model).items()}
     for passes in ([blocks], list(blocks.split(1)), [blocks[1:], blocks[:1]]):
         optimizer = torch.optim.SGD(checkpoint.trained(model).values(), lr=1.0)
-        loss, norm = training.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), passes, max_grad_norm=0)
+        loss, norm = training.train_step(
+            model, optimizer, torch.amp.GradScaler("cpu", enabled=False), passes, max_grad_norm=0
+        )
         assert loss == pytest.approx(total.item() / 39, rel=1e-5)  # logits go to fp32 in the loss
         assert norm == pytest.approx(torch.stack([g.norm() for g in exact]).norm().item(), rel=1e-5)
         for (name, parameter), gradient in zip(checkpoint.trained(model).items(), exact, strict=True):
@@ -108,10 +126,15 @@ def test_held_out_loss_is_the_mean_over_all_predicted_tokens(tiny):
     blocks = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
     blocks[2, 10:] = IGNORED
     with torch.no_grad():
-        parts = [model(row[row >= 0][None], labels=row[row >= 0][None]).loss.item() * (len(row[row >= 0]) - 1) for row in blocks]
+        parts = [
+            model(row[row >= 0][None], labels=row[row >= 0][None]).loss.item() * (len(row[row >= 0]) - 1)
+            for row in blocks
+        ]
     model.train()
     for batch_size in (1, 2, 3):
-        assert training.held_out_loss(model, blocks, batch_size, "cpu") == pytest.approx(sum(parts) / (23 + 23 + 9), rel=1e-5)
+        assert training.held_out_loss(model, blocks, batch_size, "cpu") == pytest.approx(
+            sum(parts) / (23 + 23 + 9), rel=1e-5
+        )
     assert model.training
 
 
@@ -134,10 +157,14 @@ def test_half_precision_base(tiny, tmp_path, dtype):
     run(settings, tmp_path / "killed", resume=True)
     for name in FILES[1:3]:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
-    assert {tensor.dtype for tensor in load_file(tmp_path / "whole/adapter_model.safetensors").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "whole/adapter_model.safetensors").values()} == {
+        torch.float32
+    }
     assert ("scale" in checkpoint.read_state(tmp_path / "whole/checkpoint.safetensors")["scaler"]) == (dtype == "fp16")
     run(dataclasses.replace(settings, dtype="fp32"), tmp_path / "fp32")
-    assert rows_of(tmp_path / "whole")[1]["grad_norm"] == pytest.approx(rows_of(tmp_path / "fp32")[1]["grad_norm"], rel=0.05)
+    assert rows_of(tmp_path / "whole")[1]["grad_norm"] == pytest.approx(
+        rows_of(tmp_path / "fp32")[1]["grad_norm"], rel=0.05
+    )
 
 
 def test_a_gradient_that_overflows_in_fp16_skips_its_step(tiny, tmp_path, monkeypatch):
@@ -149,7 +176,11 @@ def test_a_gradient_that_overflows_in_fp16_skips_its_step(tiny, tmp_path, monkey
 
 def test_a_run_visits_every_block_once_an_epoch(tiny, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(training, "train_step", lambda model, optimizer, scaler, passes, norm: seen.append(torch.cat(passes)) or (1.0, 1.0))
+    monkeypatch.setattr(
+        training,
+        "train_step",
+        lambda model, optimizer, scaler, passes, norm: seen.append(torch.cat(passes)) or (1.0, 1.0),
+    )
     run(settings_of(tiny, steps=30, seq_len=17), tmp_path / "out")
     assert all(step.shape == (4, 17) for step in seen)
     blocks = [tuple(block.tolist()) for block in torch.cat(seen)]
@@ -159,7 +190,8 @@ def test_a_run_visits_every_block_once_an_epoch(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6])
 def test_a_run_stopped_anywhere_resumes_to_the_same_bits(tiny, tmp_path, step):
-    """Before the first, at, after and beyond checkpoints at 0, 3 and 6; with dropout, accumulation and held-out losses in between."""
+    """Before the first, at, after and beyond checkpoints at 0, 3 and 6; with dropout, accumulation and held-out losses
+    in between."""
     settings = settings_of(tiny, dropout=0.2, weight_decay=0.01)
     run(settings, tmp_path / "whole")
     with pytest.raises(Killed):
@@ -171,7 +203,9 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_bits(tiny, tmp_path, step):
     for name in FILES[:3]:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
     whole, killed = rows_of(tmp_path / "whole"), rows_of(tmp_path / "killed")
-    assert [(row["step"], row.get("loss"), row.get("lr")) for row in whole] == [(row["step"], row.get("loss"), row.get("lr")) for row in killed]
+    assert [(row["step"], row.get("loss"), row.get("lr")) for row in whole] == [
+        (row["step"], row.get("loss"), row.get("lr")) for row in killed
+    ]
 
 
 def test_resuming_nothing_starts_and_resuming_a_finished_run_repeats_its_end(tiny, tmp_path):
@@ -200,7 +234,10 @@ def stopped(tiny_files, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("change", [dict(lr=2e-2), dict(steps=7), dict(target_modules="q_proj"), dict(dropout=0.1), dict(seed=1), dict(dtype="bf16")])
+@pytest.mark.parametrize(
+    "change",
+    [dict(lr=2e-2), dict(steps=7), dict(target_modules="q_proj"), dict(dropout=0.1), dict(seed=1), dict(dtype="bf16")],
+)
 def test_resuming_with_other_settings_names_the_setting(tiny, stopped, change):
     (name, got), before = next(iter(change.items())), (stopped / "checkpoint.safetensors").read_bytes()
     want = getattr(settings_of(tiny), name)
@@ -232,7 +269,13 @@ def test_damaged_files_of_a_run_are_named(tiny, stopped, tmp_path):
     output = copy_of(stopped, tmp_path)
     path = output / "checkpoint.safetensors"
     whole, metrics = path.read_bytes(), (output / "metrics.jsonl").read_text()
-    for content in (whole[: len(whole) // 2], whole[:20], b"", b"\x80\x04pickle", whole.replace(b"fused_lora", b"other_tool")):
+    for content in (
+        whole[: len(whole) // 2],
+        whole[:20],
+        b"",
+        b"\x80\x04pickle",
+        whole.replace(b"fused_lora", b"other_tool"),
+    ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="checkpoint.safetensors must be a whole checkpoint of fused-lora; got"):
             run(settings_of(tiny), output, resume=True)
@@ -262,11 +305,16 @@ def test_another_run_is_not_overwritten_unasked(tiny, stopped, tmp_path):
     output = copy_of(stopped, tmp_path)
     (output / "notes.txt").write_text("mine")
     before = {name: (output / name).read_bytes() for name in os.listdir(output)}
-    with pytest.raises(ValueError, match="--output must hold no other run, or give --resume or --overwrite; got .* with checkpoint.*, metrics"):
+    with pytest.raises(
+        ValueError,
+        match="--output must hold no other run, or give --resume or --overwrite; got .* with checkpoint.*, metrics",
+    ):
         run(settings_of(tiny), output)
     with pytest.raises(ValueError, match="exclude each other"):
         run(settings_of(tiny), output, resume=True, overwrite=True)
-    with pytest.raises(ValueError, match="target_modules"):  # found out after loading the model: the old run must outlive it
+    with pytest.raises(
+        ValueError, match="target_modules"
+    ):  # found out after loading the model: the old run must outlive it
         run(settings_of(tiny, target_modules="q_porj"), output, overwrite=True)
     assert before == {name: (output / name).read_bytes() for name in os.listdir(output)}
     run(settings_of(tiny, steps=3), output, overwrite=True)
@@ -294,7 +342,9 @@ def test_no_space_leaves_the_old_checkpoint_whole(tiny, tmp_path, monkeypatch, c
     assert checkpoint.read_state(output / "checkpoint.safetensors")["step"] == 1
     run(settings, output, resume=True)
     run(settings, tmp_path / "whole")
-    assert (output / "adapter_model.safetensors").read_bytes() == (tmp_path / "whole/adapter_model.safetensors").read_bytes()
+    assert (output / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "whole/adapter_model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -359,7 +409,8 @@ def test_a_truncated_model_is_named(tiny, tmp_path):
 
 
 def test_smollm2_learns_python_and_peft_reads_it(tmp_path, monkeypatch):
-    """The default model and data, shorter: held-out perplexity falls by 2 % at least, and PEFT computes the trained model's logits."""
+    """The default model and data, shorter: held-out perplexity falls by 2 % at least, and PEFT computes the trained
+    model's logits."""
     from peft import PeftModel
 
     loaded, load = [], finetune.load_model

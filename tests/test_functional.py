@@ -54,11 +54,16 @@ def test_saves_only_what_a_needed_gradient_uses(trained):
     for name, t in tensors.items():
         t.requires_grad_(name == trained)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.data_ptr(), tuple(t.shape))) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append((t.data_ptr(), tuple(t.shape))) or t, lambda t: t
+    ):
         lora_linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling, bias=p.bias, dropout_p=0.5)
     own = {t.data_ptr() for t in (p.weight, p.lora_A, p.lora_B)}
     extra = {shape for ptr, shape in kept if ptr not in own}
-    assert extra == {"x": {(1,)}, "lora_A": {(64, 48), (1,)}, "lora_B": {(64, 8), (1,)}, "bias": {(1,)}, "none": set()}[trained]
+    assert (
+        extra
+        == {"x": {(1,)}, "lora_A": {(64, 48), (1,)}, "lora_B": {(64, 8), (1,)}, "bias": {(1,)}, "none": set()}[trained]
+    )
 
 
 def test_saves_no_copy_of_x():
@@ -68,7 +73,11 @@ def test_saves_no_copy_of_x():
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             lora_linear(x, W, A, B, 1.0)
-        assert [t for t in kept if t.numel() == x.numel() and t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()]
+        assert [
+            t
+            for t in kept
+            if t.numel() == x.numel() and t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        ]
         assert sum(t.numel() for t in kept) == x.numel() + W.numel() + A.numel() + B.numel() + x.numel() // 8 * 4
 
 
@@ -171,7 +180,7 @@ def test_differentiating_twice_is_refused(trained):
     x, A, B, bias = leaves(p)
     gate = torch.rand(6, 1, requires_grad=True) if trained == "with a gate" else None
     bias.requires_grad_(trained == "bias too")
-    y = lambda: call(p, x, A, B, bias, gate=gate)  # noqa: E731
+    y = lambda: call(p, x, A, B, bias, gate=gate)
     (dx,) = torch.autograd.grad(y().pow(2).sum(), x, create_graph=True)
     torch.testing.assert_close(dx, torch.autograd.grad(y().pow(2).sum(), x)[0])
     with pytest.raises(RuntimeError, match="differentiate twice"):
@@ -199,7 +208,10 @@ BAD = [
     (dict(dropout_p=1.0), r"dropout_p must be in \[0, 1\); got 1.0"),
     (dict(dropout_p=-0.1), r"dropout_p must be in \[0, 1\); got -0.1"),
     (dict(dropout_p=float("nan")), r"dropout_p must be in \[0, 1\); got nan"),
-    (dict(backend="trition"), r"backend must be one of auto, cuda, triton, cpu, reference; got 'trition' \(did you mean 'triton'\?\)"),
+    (
+        dict(backend="trition"),
+        r"backend must be one of auto, cuda, triton, cpu, reference; got 'trition' \(did you mean 'triton'\?\)",
+    ),
     (dict(dtype_weight=torch.float16), r"weight must have x's dtype torch.float32; got torch.float16"),
     (dict(dtype_x=torch.int64), r"x must be bfloat16, float16, float32 or float64; got torch.int64"),
     (dict(dtype_lora_A=torch.float16), r"lora_A must have x's dtype torch.float32 or float32; got torch.float16"),

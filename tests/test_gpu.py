@@ -11,7 +11,13 @@ from fused_lora.testing import assert_close, assert_exact, exact_problem, random
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # One launch with flags, ranks above its limit, few rows, dropout: each way through the kernels.
-CASES = [(1000, 512, 256, 16, 0.0), (1000, 256, 512, 64, 0.0), (300, 512, 256, 100, 0.0), (16, 512, 1024, 16, 0.0), (600, 256, 512, 16, 0.25)]
+CASES = [
+    (1000, 512, 256, 16, 0.0),
+    (1000, 256, 512, 64, 0.0),
+    (300, 512, 256, 100, 0.0),
+    (16, 512, 1024, 16, 0.0),
+    (600, 256, 512, 16, 0.25),
+]
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -47,9 +53,14 @@ def test_several_tiles_a_program(name, M, N, K, width, R, dropout_p):
     """The sizes that are timed: exact integers, and the error of dense inputs."""
     if name == "cuda":
         sms = torch.cuda.get_device_properties(0).multi_processor_count
-        both = [_C.cuda_forward_plan(M, N, K, R, 2, 2, False, sms), _C.cuda_backward_plan(M, N, K, R, 2, 2, False, True, True, True, True, False, sms)]
+        both = [
+            _C.cuda_forward_plan(M, N, K, R, 2, 2, False, sms),
+            _C.cuda_backward_plan(M, N, K, R, 2, 2, False, True, True, True, True, False, sms),
+        ]
         for gemm in (plan["gemm"] for plan in both):
-            assert gemm["block_n"] == width and 2 * gemm["row_tiles"] * gemm["col_tiles"] > gemm["grid"], "the case no longer tests what it is for"
+            assert gemm["block_n"] == width and 2 * gemm["row_tiles"] * gemm["col_tiles"] > gemm["grid"], (
+                "the case no longer tests what it is for"
+            )
     (p,), settings, (exact,) = problems((M, N, K, R, dropout_p), 1)
     assert_exact(run(p, backend=name, **settings), exact)
     p = random_problem(M, N, K, R, torch.bfloat16, torch.float32, device="cuda")
@@ -89,7 +100,8 @@ def test_two_streams_at_once(name, case):
 
 @pytest.mark.parametrize("case", CASES[:2])
 def test_beside_a_kernel_that_holds_the_card(name, case):
-    """Blocks that come late, because another stream's kernels hold SMs, are waited for and do not hang those that wait."""
+    """Blocks that come late, because another stream's kernels hold SMs, are waited for and do not hang those that
+    wait."""
     made, settings, exact = problems(case, 1)
     run(made[0], backend=name, **settings)
     big = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -122,7 +134,8 @@ def test_nothing_synchronises(name):
 
 
 def test_no_temporary_of_the_size_of_y_or_x(name):
-    """Forward and backward together allocate the outputs, M x R elements twice, and what sums of the thin gradients take; with dropout, too."""
+    """Forward and backward together allocate the outputs, M x R elements twice, and what sums of the thin gradients
+    take; with dropout, too."""
     M, N, K, R = 8192, 2048, 1024, 16
     p = random_problem(M, N, K, R, torch.bfloat16, bias=False, device="cuda")
     for settings in (dict(), dict(dropout_p=0.1, seed=torch.tensor([1], device="cuda"))):

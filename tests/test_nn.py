@@ -126,7 +126,9 @@ def test_adapters_by_name():
         assert torch.allclose(layer(x).double(), formula(layer, x, name), atol=1e-5)
         assert {n for n, p in layer.named_parameters() if p.requires_grad} == {f"lora_A.{name}", f"lora_B.{name}"}
     layer.set_adapter(None)
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias)) and not any(p.requires_grad for p in layer.parameters())
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias)) and not any(
+        p.requires_grad for p in layer.parameters()
+    )
     layer.delete_adapter("other")
     assert list(layer.lora_A) == list(layer.r) == list(layer.scaling) == ["default"]
     layer.set_adapter("default")
@@ -161,7 +163,14 @@ def test_state_dict_round_trip():
     layer.add_adapter("other")
     other = LoRALinear(16, 8, r=2)
     other.add_adapter("other")
-    assert set(layer.state_dict()) == {"weight", "bias", "lora_A.default", "lora_A.other", "lora_B.default", "lora_B.other"}
+    assert set(layer.state_dict()) == {
+        "weight",
+        "bias",
+        "lora_A.default",
+        "lora_A.other",
+        "lora_B.default",
+        "lora_B.other",
+    }
     other.load_state_dict(layer.state_dict())
     x = torch.randn(4, 16)
     assert torch.equal(layer(x), other(x))
@@ -183,7 +192,9 @@ def test_compiles_as_one_graph():
     with torch.no_grad():
         layer.lora_B["default"].zero_()
     layer.merge()
-    torch.testing.assert_close(compiled(x), F.linear(x, layer.weight, layer.bias))  # the guard on the merged state recompiles
+    torch.testing.assert_close(
+        compiled(x), F.linear(x, layer.weight, layer.bias)
+    )  # the guard on the merged state recompiles
     torch.compiler.reset()
 
 
@@ -197,8 +208,15 @@ def test_repr_tells_the_state():
     layer = LoRALinear(16, 8, r=2, use_rslora=True)
     layer.add_adapter("other", r=3, lora_alpha=6, lora_dropout=0.1)
     text = layer.extra_repr()
-    for part in ("in_features=16", "out_features=8", "default(r=2", "use_rslora=True", "other(r=3, lora_alpha=6, lora_dropout=0.1)",
-                 "active_adapter='default'", "merged=False"):  # fmt: skip
+    for part in (
+        "in_features=16",
+        "out_features=8",
+        "default(r=2",
+        "use_rslora=True",
+        "other(r=3, lora_alpha=6, lora_dropout=0.1)",
+        "active_adapter='default'",
+        "merged=False",
+    ):
         assert part in text
 
 
@@ -230,7 +248,9 @@ def test_unknown_adapter_names_the_nearest():
     layer = LoRALinear(4, 4, adapter_name="german")
     layer.add_adapter("french")
     for call in (layer.set_adapter, layer.delete_adapter, layer.reset_lora_parameters):
-        with pytest.raises(ValueError, match=r"must be one of \['french', 'german'\]; got 'germn' \(did you mean 'german'\?\)"):
+        with pytest.raises(
+            ValueError, match=r"must be one of \['french', 'german'\]; got 'germn' \(did you mean 'german'\?\)"
+        ):
             call("germn")
     with pytest.raises(ValueError, match=r"must be new to the layer.*got 'german'"):
         layer.add_adapter("german")
@@ -244,7 +264,12 @@ def test_only_plain_linears_are_taken_over():
     hooked.register_forward_hook(lambda *_: None)
     patched = nn.Linear(4, 4)
     patched.forward = lambda x: x
-    cases = ((Special(4, 4), "Special"), (nn.Bilinear(4, 4, 4), "Bilinear"), (hooked, "_forward_hooks"), (patched, "forward of its own"))
+    cases = (
+        (Special(4, 4), "Special"),
+        (nn.Bilinear(4, 4, 4), "Bilinear"),
+        (hooked, "_forward_hooks"),
+        (patched, "forward of its own"),
+    )
     for linear, message in cases:
         with pytest.raises(ValueError, match=message):
             LoRALinear.from_linear(linear)

@@ -15,7 +15,18 @@ SEED = torch.tensor([5], dtype=torch.int64)
 
 
 def forward_args(p, *, dropout=False, variant=(None,) * 4):
-    return (p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, 0.5 if dropout else 0.0, SEED if dropout else None, *variant, "auto")
+    return (
+        p.x,
+        p.weight,
+        p.lora_A,
+        p.lora_B,
+        p.bias,
+        p.scaling,
+        0.5 if dropout else 0.0,
+        SEED if dropout else None,
+        *variant,
+        "auto",
+    )
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -31,7 +42,22 @@ def test_opcheck_variants():
     variant = (torch.randn(6, 12), torch.randn(6, 4), torch.randn(6, 2), torch.rand(10))
     torch.library.opcheck(FORWARD, forward_args(p, variant=variant))
     h = torch.randn(6, 4)
-    args = (p.dy, torch.randn(6, 4), p.x, p.weight, p.lora_A, p.lora_B, h, 1.5, 0.0, None, *variant, torch.rand(10), [True] * 9, "auto")
+    args = (
+        p.dy,
+        torch.randn(6, 4),
+        p.x,
+        p.weight,
+        p.lora_A,
+        p.lora_B,
+        h,
+        1.5,
+        0.0,
+        None,
+        *variant,
+        torch.rand(10),
+        [True] * 9,
+        "auto",
+    )
     torch.library.opcheck(BACKWARD, args)
 
 
@@ -39,7 +65,25 @@ def test_opcheck_variants():
 def test_opcheck_backward(needs):
     p = random_problem(6, 10, 12, 3)
     mask = [bool(n) for n in needs] + [False] * 4
-    args = (p.dy, None, p.x, p.weight, p.lora_A, p.lora_B, torch.randn(6, 3), 1.5, 0.5, SEED, None, None, None, None, None, mask, "auto")
+    args = (
+        p.dy,
+        None,
+        p.x,
+        p.weight,
+        p.lora_A,
+        p.lora_B,
+        torch.randn(6, 3),
+        1.5,
+        0.5,
+        SEED,
+        None,
+        None,
+        None,
+        None,
+        None,
+        mask,
+        "auto",
+    )
     torch.library.opcheck(BACKWARD, args)
 
 
@@ -59,13 +103,19 @@ def test_compiles_into_one_graph(compiler):
         loss.backward()
         return [loss.detach()] + [t.grad for t in ts]
 
-    torch.testing.assert_close(grads(torch.compile(step, fullgraph=True, backend=compiler)), grads(step), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        grads(torch.compile(step, fullgraph=True, backend=compiler)), grads(step), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_compiled_dropout_is_the_same_in_forward_and_backward():
     """y is linear in x with the mask fixed, so <y, dy> = <x, dx> iff both draw one mask."""
     p = random_problem(24, 16, 32, 4, bias=False)
-    f = torch.compile(lambda x: lora_linear(x, torch.zeros_like(p.weight), p.lora_A, p.lora_B, 1.0, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    f = torch.compile(
+        lambda x: lora_linear(x, torch.zeros_like(p.weight), p.lora_A, p.lora_B, 1.0, dropout_p=0.5),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     x = p.x.clone().requires_grad_()
     y = f(x)
     y.backward(p.dy)
@@ -122,7 +172,9 @@ def test_selective_checkpointing_sees_the_operator():
         x = p.x.clone().requires_grad_()
         with Count():
             contexts = partial(create_selective_checkpoint_contexts, partial(policy, save))
-            checkpoint(step, x, p.weight, p.lora_A, p.lora_B, p.bias, use_reentrant=False, context_fn=contexts).backward()
+            checkpoint(
+                step, x, p.weight, p.lora_A, p.lora_B, p.bias, use_reentrant=False, context_fn=contexts
+            ).backward()
         assert len(runs) == expected
 
 

@@ -1,4 +1,5 @@
-"""The build as users meet it: sdist, wheel, switches, what the extension links to, and an import without torch's headers or Triton."""
+"""The build as users meet it: sdist, wheel, switches, what the extension links to, and an import without torch's
+headers or Triton."""
 
 import os
 import shutil
@@ -26,7 +27,11 @@ def build(hook, source, out, **env):
 def sdist(tmp_path_factory):
     out = tmp_path_factory.mktemp("sdist")
     clean = out / "source"
-    shutil.copytree(ROOT, clean, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info", "demo", "__pycache__"))
+    shutil.copytree(
+        ROOT,
+        clean,
+        ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info", "demo", "__pycache__"),
+    )
     done = build("build_sdist", clean, out)
     assert done.returncode == 0, done.stderr
     with tarfile.open(next(out.glob("*.tar.gz"))) as tar:
@@ -43,7 +48,12 @@ def wheel(sdist, tmp_path_factory):
 
 
 def test_sdist_holds_every_source(sdist):
-    expected = {p.relative_to(ROOT) for folder in ("csrc", "triton_kernels", "src") for p in (ROOT / folder).rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu", ".py")}
+    expected = {
+        p.relative_to(ROOT)
+        for folder in ("csrc", "triton_kernels", "src")
+        for p in (ROOT / folder).rglob("*")
+        if p.suffix in (".h", ".cuh", ".cpp", ".cu", ".py")
+    }
     missing = {p for p in expected if not (sdist / p).exists()}
     assert not missing
     assert (sdist / "LICENSE").exists() and (sdist / "README.md").exists() and (sdist / "tests").is_dir()
@@ -60,10 +70,18 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 def test_wheel_works_where_it_is_unpacked(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        "import sys; sys.modules['triton'] = None; import torch, fused_lora; assert fused_lora.__file__.startswith(sys.argv[1]);"
-        "x = torch.ones(2, 8); print(fused_lora.lora_linear(x, torch.ones(4, 8), torch.ones(2, 8), torch.ones(4, 2), 0.5, backend='cpu').sum().item())"
+        "import sys; sys.modules['triton'] = None; import torch, fused_lora; assert "
+        "fused_lora.__file__.startswith(sys.argv[1]);"
+        "x = torch.ones(2, 8); print(fused_lora.lora_linear(x, torch.ones(4, 8), torch.ones(2, 8), torch.ones(4, 2), "
+        "0.5, backend='cpu').sum().item())"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == "128.0", done.stderr
 
 
@@ -85,9 +103,20 @@ def test_failed_compilation_is_an_error(sdist, tmp_path):
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_extension_links_to_no_framework():
-    lines = subprocess.run(["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     needed = {line.split("[")[1].rstrip("]") for line in lines if "(NEEDED)" in line}
-    assert needed <= {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libdl.so.2", "librt.so.1", "libpthread.so.0", "ld-linux-x86-64.so.2"}
+    assert needed <= {
+        "libstdc++.so.6",
+        "libm.so.6",
+        "libgcc_s.so.1",
+        "libc.so.6",
+        "libdl.so.2",
+        "librt.so.1",
+        "libpthread.so.0",
+        "ld-linux-x86-64.so.2",
+    }
 
 
 def test_build_info():

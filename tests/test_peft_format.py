@@ -20,9 +20,15 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def llama(dtype=torch.float32, tie=False, hidden=64) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=128, hidden_size=hidden, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, tie_word_embeddings=tie,
-    )  # fmt: skip
+        vocab_size=128,
+        hidden_size=hidden,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tie,
+    )
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -38,9 +44,16 @@ def randomise(model: nn.Module, seed=1) -> nn.Module:
 
 def state(model: nn.Module) -> dict:
     """Everything that a refused call may not change."""
-    tensors = {name: (t.data_ptr(), t.detach().clone().view(torch.uint8).numpy().tobytes()) for name, t in model.state_dict().items()}
+    tensors = {
+        name: (t.data_ptr(), t.detach().clone().view(torch.uint8).numpy().tobytes())
+        for name, t in model.state_dict().items()
+    }
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    return {"tensors": tensors, "flags": flags, "modules": [(name, id(m), repr(m)) for name, m in model.named_modules()]}
+    return {
+        "tensors": tensors,
+        "flags": flags,
+        "modules": [(name, id(m), repr(m)) for name, m in model.named_modules()],
+    }
 
 
 class refuses:
@@ -84,17 +97,27 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-100]), rf"{WEIGHTS} must be a whole safetensors file"),
-        (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:20]), rf"{WEIGHTS} must be a whole safetensors file"),
+        (
+            lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-100]),
+            rf"{WEIGHTS} must be a whole safetensors file",
+        ),
+        (
+            lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:20]),
+            rf"{WEIGHTS} must be a whole safetensors file",
+        ),
         (lambda d: (d / WEIGHTS).write_bytes(b""), rf"{WEIGHTS} must be a whole safetensors file"),
         (lambda d: (d / WEIGHTS).write_bytes(bytes(range(256)) * 8), rf"{WEIGHTS} must be a whole safetensors file"),
-        (lambda d: edit_tensors(d, lambda t: t.pop(Q0 + "lora_A.weight")), rf"{WEIGHTS} must hold the 8 tensors .* 1 missing: {Q0}lora_A"),
+        (
+            lambda d: edit_tensors(d, lambda t: t.pop(Q0 + "lora_A.weight")),
+            rf"{WEIGHTS} must hold the 8 tensors .* 1 missing: {Q0}lora_A",
+        ),
         (lambda d: edit_tensors(d, lambda t: t.update(extra=torch.ones(2))), r"got 9, 1 unexpected: extra"),
         (lambda d: edit_tensors(d, dict.clear), r"got 0, 8 missing"),
         (lambda d: save_file({"model.weight": torch.ones(2)}, d / WEIGHTS), r"got 1, 8 missing"),
         (
             lambda d: edit_tensors(d, lambda t: t.update({Q0 + "lora_A.weight": torch.ones(4, 48)})),
-            r"another base model: model\.layers\.0\.self_attn\.q_proj\.lora_A\.weight must have shape \[4, 64\]; got \[4, 48\]",
+            r"another base model: model\.layers\.0\.self_attn\.q_proj\.lora_A\.weight must have shape \[4, 64\]; got "
+            r"\[4, 48\]",
         ),
         (
             lambda d: edit_tensors(d, lambda t: t.update({Q0 + "lora_B.weight": torch.ones(64, 4, dtype=torch.int32)})),
@@ -106,19 +129,37 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
         (lambda d: edit_config(d, peft_type="IA3"), r"peft_type must be 'LORA'; got 'IA3'"),
         (lambda d: edit_config(d, r=0), rf"{CONFIG}: r must be an int >= 1; got 0"),
         (lambda d: edit_config(d, lora_alpha="x"), rf"{CONFIG}: lora_alpha must be a finite number"),
-        (lambda d: edit_config(d, target_modules=None), rf"{CONFIG}: target_modules must be a list or a regular expression; got None"),
-        (lambda d: edit_config(d, target_modules=["qkv"]), rf"{CONFIG} does not fit the model: target_modules must be one of .*; got 'qkv'"),
-        (lambda d: edit_config(d, rank_pattern={"q_proj": 2}), r"must have shape \[2, 64\]; got \[4, 64\]|exists with r=4"),
+        (
+            lambda d: edit_config(d, target_modules=None),
+            rf"{CONFIG}: target_modules must be a list or a regular expression; got None",
+        ),
+        (
+            lambda d: edit_config(d, target_modules=["qkv"]),
+            rf"{CONFIG} does not fit the model: target_modules must be one of .*; got 'qkv'",
+        ),
+        (
+            lambda d: edit_config(d, rank_pattern={"q_proj": 2}),
+            r"must have shape \[2, 64\]; got \[4, 64\]|exists with r=4",
+        ),
         (lambda d: edit_config(d, use_dora=True), r"use_dora is not supported and must be off; got True"),
         (lambda d: edit_config(d, lora_bias=True), r"lora_bias is not supported"),
         (lambda d: edit_config(d, bias="all"), r"bias is not supported and must be off; got 'all'"),
         (lambda d: edit_config(d, fan_in_fan_out=True), r"fan_in_fan_out is not supported"),
-        (lambda d: edit_config(d, layers_to_transform=[0]), r"layers_to_transform is not supported and must be off; got \[0\]"),
+        (
+            lambda d: edit_config(d, layers_to_transform=[0]),
+            r"layers_to_transform is not supported and must be off; got \[0\]",
+        ),
         (lambda d: edit_config(d, layer_replication=[[0, 1]]), r"layer_replication is not supported"),
         (lambda d: edit_config(d, target_parameters=["experts"]), r"target_parameters is not supported"),
         (lambda d: edit_config(d, trainable_token_indices=[1]), r"trainable_token_indices is not supported"),
-        (lambda d: edit_config(d, a_field_of_the_future=1), r"a_field_of_the_future is not supported and must be off; got 1"),
-        (lambda d: edit_config(d, init_lora_weights="pissa"), r"init_lora_weights must be one of .* rewrite the base weights .*; got 'pissa'"),
+        (
+            lambda d: edit_config(d, a_field_of_the_future=1),
+            r"a_field_of_the_future is not supported and must be off; got 1",
+        ),
+        (
+            lambda d: edit_config(d, init_lora_weights="pissa"),
+            r"init_lora_weights must be one of .* rewrite the base weights .*; got 'pissa'",
+        ),
         (lambda d: edit_config(d, init_lora_weights="mica"), r"init_lora_weights must be one of .*; got 'mica'"),
     ],
 )
@@ -133,7 +174,11 @@ def test_bad_files_are_refused_and_change_nothing(damage, message, into, adapter
 
 def test_another_base_is_named(adapter):
     model = llama(hidden=32)
-    with refuses(model, r"for another base model: model\.layers\.0\.self_attn\.q_proj\.lora_A\.weight must have shape \[4, 32\]; got \[4, 64\]"):
+    with refuses(
+        model,
+        r"for another base model: model\.layers\.0\.self_attn\.q_proj\.lora_A\.weight must have shape \[4, 32\]; got "
+        r"\[4, 64\]",
+    ):
         load_adapter(model, adapter)
 
 
@@ -142,7 +187,10 @@ def test_an_existing_name_of_other_shape_is_refused(adapter):
     with refuses(model, r"'default' exists with r=8 in model\.layers\.0\.self_attn\.q_proj; got r=4"):
         load_adapter(model, adapter)
     model = apply_lora(llama(), r=4, target_modules=["q_proj", "k_proj"])
-    with refuses(model, r"'default' exists on other layers than the file's, which differ in \['model\.layers\.0\.self_attn\.k_proj'"):
+    with refuses(
+        model,
+        r"'default' exists on other layers than the file's, which differ in \['model\.layers\.0\.self_attn\.k_proj'",
+    ):
         load_adapter(model, adapter)
 
 
@@ -231,7 +279,10 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 def test_what_peft_cannot_express_is_not_saved(tmp_path):
     model = apply_lora(llama(), target_modules=["q_proj"])
     model.model.layers[1].self_attn.q_proj.set_hyperparameters("default", 8, 0.5, False)
-    with pytest.raises(ValueError, match=r"lora_dropout must be the same in all layers.* 0.0 and, in model\.layers\.1\.self_attn\.q_proj, 0.5"):
+    with pytest.raises(
+        ValueError,
+        match=r"lora_dropout must be the same in all layers.* 0.0 and, in model\.layers\.1\.self_attn\.q_proj, 0.5",
+    ):
         save_adapter(model, tmp_path)
     model.model.layers[1].self_attn.q_proj.set_hyperparameters("default", 8, 0.0, False)
     model.model.layers[1].self_attn.q_proj.scaling["default"] = 3.0

@@ -1,4 +1,5 @@
-"""The reference against autograd in fp64: every optional argument alone and all at once, and the dropout mask's statistics."""
+"""The reference against autograd in fp64: every optional argument alone and all at once, and the dropout mask's
+statistics."""
 
 import itertools
 
@@ -14,9 +15,24 @@ OPTIONS = ("x_lora", "h_in", "gate", "out_scale", "grad_row_scale")
 
 def tensors(options, gate_blocks=2):
     g = torch.Generator().manual_seed(0)
-    shapes = dict(x=(M, K), weight=(N, K), lora_A=(R, K), lora_B=(N, R), bias=(N,), x_lora=(M, K), h_in=(M, R), gate=(M, gate_blocks), out_scale=(N,), grad_row_scale=(N,))
+    shapes = dict(
+        x=(M, K),
+        weight=(N, K),
+        lora_A=(R, K),
+        lora_B=(N, R),
+        bias=(N,),
+        x_lora=(M, K),
+        h_in=(M, R),
+        gate=(M, gate_blocks),
+        out_scale=(N,),
+        grad_row_scale=(N,),
+    )
     made = {name: torch.randn(*shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
-    return {name: t.requires_grad_(name != "grad_row_scale") for name, t in made.items() if name not in OPTIONS or name in options}
+    return {
+        name: t.requires_grad_(name != "grad_row_scale")
+        for name, t in made.items()
+        if name not in OPTIONS or name in options
+    }
 
 
 class ScaleRows(torch.autograd.Function):
@@ -32,7 +48,9 @@ class ScaleRows(torch.autograd.Function):
         return grad * ctx.saved_tensors[0][:, None], None
 
 
-def formula(x, weight, lora_A, lora_B, bias, x_lora=None, h_in=None, gate=None, out_scale=None, grad_row_scale=None, mask=None):
+def formula(
+    x, weight, lora_A, lora_B, bias, x_lora=None, h_in=None, gate=None, out_scale=None, grad_row_scale=None, mask=None
+):
     """The op in one line of autograd; the product BA carries the row scaling of its gradient."""
     x_lora = x if x_lora is None else x_lora
     x_lora = x_lora if mask is None else x_lora * mask
@@ -49,13 +67,23 @@ def formula(x, weight, lora_A, lora_B, bias, x_lora=None, h_in=None, gate=None, 
     return (y if out_scale is None else y * out_scale) + bias
 
 
-SUBSETS = [s for n in range(5) for s in itertools.combinations(OPTIONS[:4], n)] + [("grad_row_scale",), ("grad_row_scale", "out_scale"), ("grad_row_scale", "x_lora")]
+SUBSETS = [s for n in range(5) for s in itertools.combinations(OPTIONS[:4], n)] + [
+    ("grad_row_scale",),
+    ("grad_row_scale", "out_scale"),
+    ("grad_row_scale", "x_lora"),
+]
 
 
 @pytest.mark.parametrize("options", SUBSETS, ids=lambda s: "+".join(s) or "plain")
 def test_forward_and_backward_match_autograd(options):
     ours, theirs = tensors(options), tensors(options)
-    y = lora_linear(*(ours[n] for n in ("x", "weight", "lora_A", "lora_B")), S, backend="reference", bias=ours["bias"], **{n: ours[n] for n in options})
+    y = lora_linear(
+        *(ours[n] for n in ("x", "weight", "lora_A", "lora_B")),
+        S,
+        backend="reference",
+        bias=ours["bias"],
+        **{n: ours[n] for n in options},
+    )
     want = formula(**theirs)
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
     dy = torch.randn(M, N, dtype=torch.float64)
@@ -63,7 +91,9 @@ def test_forward_and_backward_match_autograd(options):
     want.backward(dy)
     for name in ours:
         if name != "grad_row_scale":
-            torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                ours[name].grad, theirs[name].grad, rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 @pytest.mark.parametrize("options", [(), OPTIONS[:4]], ids=["plain", "all"])
@@ -75,7 +105,16 @@ def test_gradcheck(options, return_h):
 
     def call(*values):
         a = dict(zip(names, values))
-        return lora_linear(a.pop("x"), a.pop("weight"), a.pop("lora_A"), a.pop("lora_B"), S, backend="reference", return_h=return_h, **a)
+        return lora_linear(
+            a.pop("x"),
+            a.pop("weight"),
+            a.pop("lora_A"),
+            a.pop("lora_B"),
+            S,
+            backend="reference",
+            return_h=return_h,
+            **a,
+        )
 
     torch.autograd.gradcheck(call, tuple(made.values()))
 

@@ -19,9 +19,15 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def llama(dtype=torch.float32, tie=False, hidden=64) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=128, hidden_size=hidden, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, tie_word_embeddings=tie,
-    )  # fmt: skip
+        vocab_size=128,
+        hidden_size=hidden,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tie,
+    )
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -37,9 +43,16 @@ def randomise(model: nn.Module, seed=1) -> nn.Module:
 
 def state(model: nn.Module) -> dict:
     """Everything that a refused call may not change."""
-    tensors = {name: (t.data_ptr(), t.detach().clone().view(torch.uint8).numpy().tobytes()) for name, t in model.state_dict().items()}
+    tensors = {
+        name: (t.data_ptr(), t.detach().clone().view(torch.uint8).numpy().tobytes())
+        for name, t in model.state_dict().items()
+    }
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    return {"tensors": tensors, "flags": flags, "modules": [(name, id(m), repr(m)) for name, m in model.named_modules()]}
+    return {
+        "tensors": tensors,
+        "flags": flags,
+        "modules": [(name, id(m), repr(m)) for name, m in model.named_modules()],
+    }
 
 
 class refuses:
@@ -71,7 +84,10 @@ def test_saved_targets_select_no_other_module(tmp_path):
     plain.load_state_dict(model.state_dict())
     randomise(apply_lora(model, r=2, target_modules=r"q"))  # 'q' as a list would take inner.q too
     save_adapter(model, tmp_path)
-    assert set(load_file(tmp_path / WEIGHTS)) == {"base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"}
+    assert set(load_file(tmp_path / WEIGHTS)) == {
+        "base_model.model.q.lora_A.weight",
+        "base_model.model.q.lora_B.weight",
+    }
     x = torch.randn(3, 8)
     theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     torch.testing.assert_close(theirs(x), model(x))
@@ -93,7 +109,10 @@ def test_shared_module_is_replaced_once_in_both_places(targets, tmp_path):
     model = randomise(apply_lora(Twins(), r=2, target_modules=targets))
     assert isinstance(model.first, LoRALinear) and model.second[0] is model.first
     save_adapter(model, tmp_path)
-    assert set(load_file(tmp_path / WEIGHTS)) == {"base_model.model.first.lora_A.weight", "base_model.model.first.lora_B.weight"}
+    assert set(load_file(tmp_path / WEIGHTS)) == {
+        "base_model.model.first.lora_A.weight",
+        "base_model.model.first.lora_B.weight",
+    }
     x, config = torch.randn(3, 8), json.loads((tmp_path / CONFIG).read_text())
     for names in (config["target_modules"], ["second.0"], ["first", "second.0"]):
         (tmp_path / CONFIG).write_text(json.dumps({**config, "target_modules": names}))
@@ -110,19 +129,34 @@ def test_compiled_model_saves_without_the_wrapper_s_names(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"target_modules": ["q_prj"]}, r"target_modules must be one of \[.*'q_proj'.*\]; got 'q_prj' \(did you mean 'q_proj'\?\)"),
+        (
+            {"target_modules": ["q_prj"]},
+            r"target_modules must be one of \[.*'q_proj'.*\]; got 'q_prj' \(did you mean 'q_proj'\?\)",
+        ),
         ({"target_modules": ["q_proj", "vproj"]}, r"got 'vproj' \(did you mean 'v_proj'\?\)"),
         ({"target_modules": "q_proj"}, r"regular expression for the whole name .*; got 'q_proj', which finds none"),
         ({"target_modules": "(q_proj"}, r"target_modules must be a regular expression; got '\(q_proj'"),
         ({"target_modules": []}, r"got \[\], which finds none"),
         ({"target_modules": None}, r"target_modules must be a list"),
-        ({"target_modules": ["mlp"]}, r"target model\.layers\.0\.mlp: linear must be exactly torch\.nn\.Linear; got .*LlamaMLP"),
+        (
+            {"target_modules": ["mlp"]},
+            r"target model\.layers\.0\.mlp: linear must be exactly torch\.nn\.Linear; got .*LlamaMLP",
+        ),
         ({"target_modules": ["embed_tokens"]}, r"target model\.embed_tokens: .* got .*Embedding"),
-        ({"modules_to_save": ["lm_heads"]}, r"modules_to_save must be one of .* got 'lm_heads' \(did you mean 'lm_head'\?\)"),
+        (
+            {"modules_to_save": ["lm_heads"]},
+            r"modules_to_save must be one of .* got 'lm_heads' \(did you mean 'lm_head'\?\)",
+        ),
         ({"target_modules": ["proj"]}, r"target_modules must be one of .*; got 'proj'"),
-        ({"target_modules": ["lm_head"], "modules_to_save": ["layers"]}, r"must name modules with a forward; got model\.layers, a ModuleList"),
+        (
+            {"target_modules": ["lm_head"], "modules_to_save": ["layers"]},
+            r"must name modules with a forward; got model\.layers, a ModuleList",
+        ),
         ({"modules_to_save": "lm_head"}, r"modules_to_save must be a list of non-empty str; got 'lm_head'"),
-        ({"target_modules": ["lm_head"], "modules_to_save": ["m_head"]}, r"must not overlap; got lm_head in the first and lm_head in the second"),
+        (
+            {"target_modules": ["lm_head"], "modules_to_save": ["m_head"]},
+            r"must not overlap; got lm_head in the first and lm_head in the second",
+        ),
         ({"rank_pattern": {"q_prj": 2}}, r"a key of rank_pattern must be one of .* got 'q_prj'"),
         ({"rank_pattern": {"q_proj": 0}}, r"r must be an int >= 1; got 0"),
         ({"alpha_pattern": {"q_proj": "x"}}, r"lora_alpha must be a finite number; got 'x'"),
@@ -132,7 +166,10 @@ def test_compiled_model_saves_without_the_wrapper_s_names(tmp_path):
         ({"use_rslora": "yes"}, r"use_rslora must be a bool; got 'yes'"),
         ({"adapter_name": "a.b"}, r"adapter_name must be .* without dots"),
         ({"adapter_name": "taken"}, r"adapter_name must be new to the model, which has \['taken'\]; got 'taken'"),
-        ({"adapter_name": "new", "modules_to_save": ["mlp"], "target_modules": ["k_proj"]}, r"without adapters in them; got model\.layers\.0\.mlp"),
+        (
+            {"adapter_name": "new", "modules_to_save": ["mlp"], "target_modules": ["k_proj"]},
+            r"without adapters in them; got model\.layers\.0\.mlp",
+        ),
     ],
 )
 def test_apply_refuses_and_changes_nothing(arguments, message):

@@ -1,4 +1,5 @@
-"""What the shared back-end tests do not reach of the Triton back end: descriptors, splits over the rows, several tiles a program."""
+"""What the shared back-end tests do not reach of the Triton back end: descriptors, splits over the rows, several tiles
+a program."""
 
 import dataclasses
 import importlib.util
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fused_lora.triton_kernels import configs
 
 from fused_lora.backends import triton as backend
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
-from fused_lora.triton_kernels import configs
 
 
 @pytest.fixture
@@ -25,7 +26,9 @@ def device_with(monkeypatch):
     return replace
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the device decides, and every other test covers its way")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU the device decides, and every other test covers its way"
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_descriptors_where_the_rows_are_aligned(poison, device_with, monkeypatch, bias):
     """Tails come from the descriptors' bounds; sizes that no descriptor takes go through pointers."""
@@ -53,7 +56,10 @@ def test_splits_over_the_rows(on_triton, poison):
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_programs_that_walk_over_several_tiles(on_triton, poison, monkeypatch, prefetch, dropout_p):
     """Fewer programs than tiles, groups of rows of which the last is not full, ranks of one block and of several."""
-    real, small = configs.gemm_config, dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=32, BLOCK_R=16, GROUP_M=4, programs=3, PREFETCH=prefetch)
+    real, small = (
+        configs.gemm_config,
+        dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=32, BLOCK_R=16, GROUP_M=4, programs=3, PREFETCH=prefetch),
+    )
     monkeypatch.setattr(configs, "gemm_config", lambda *a: dataclasses.replace(real(*a), **small))
     seed = torch.tensor([7], device=on_triton.device) if dropout_p else None
     for R in (1, 16, 40):
@@ -63,15 +69,20 @@ def test_programs_that_walk_over_several_tiles(on_triton, poison, monkeypatch, p
 
 @pytest.fixture
 def one_launch(device_with, monkeypatch):
-    """lora_gemm_shrink with small tiles wherever the operands allow it; the list grows by one at each of its launches."""
+    """lora_gemm_shrink with small tiles wherever the operands allow it; the list grows by one at each of its
+    launches."""
     calls, real = [], backend._lora_gemm_shrink
     if not torch.cuda.is_available():
         device_with(tma=True)
 
     def small(M, N, K, R, itemsize, device):
-        BLOCK_M, BLOCK_N, BLOCK_K, warps, most = (128, 64, 64, 8, 32) if torch.cuda.is_available() else (32, 32, 32, 4, 3)
+        BLOCK_M, BLOCK_N, BLOCK_K, warps, most = (
+            (128, 64, 64, 8, 32) if torch.cuda.is_available() else (32, 32, 32, 4, 3)
+        )
         programs = min(most, -(-M // BLOCK_M) * -(-N // BLOCK_N))
-        return configs.GemmConfig(BLOCK_M, BLOCK_N, BLOCK_K, max(16, 1 << (R - 1).bit_length()), 2, 3, warps, programs, PREFETCH=R % 16 == 0)
+        return configs.GemmConfig(
+            BLOCK_M, BLOCK_N, BLOCK_K, max(16, 1 << (R - 1).bit_length()), 2, 3, warps, programs, PREFETCH=R % 16 == 0
+        )
 
     monkeypatch.setattr(configs, "gemm_shrink_config", small)
     monkeypatch.setattr(backend, "_lora_gemm_shrink", lambda *a: calls.append(a) or real(*a))
@@ -101,13 +112,18 @@ def test_low_in_the_same_launch_gives_the_same_bits(on_triton, one_launch):
     assert_close(runs[0], same_dtype, truth(p))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a GPU with TMA")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a GPU with TMA"
+)
 def test_flags_belong_to_one_launch(one_launch):
-    """A graph replayed with other inputs finds no flag raised before, and launches on two streams at once share none."""
+    """A graph replayed with other inputs finds no flag raised before, and launches on two streams at once share
+    none."""
     p = exact_problem(1000, 512, 256, 16, torch.float16, device="cuda")
     inputs = [p.x, exact_problem(1000, 512, 256, 16, torch.float16, device="cuda", seed=1).x]
     exact = [truth(dataclasses.replace(p, x=x)) for x in inputs]
-    forward = lambda x: dict(zip(("y", "h"), backend.forward(x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, 0.0, None)))  # noqa: E731
+    forward = lambda x: dict(
+        zip(("y", "h"), backend.forward(x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, 0.0, None))
+    )
     x = p.x.clone()
     assert_exact(forward(x), exact[0])
     graph = torch.cuda.CUDAGraph()
@@ -129,7 +145,10 @@ def test_flags_belong_to_one_launch(one_launch):
 
 
 def test_dropout_takes_two_launches(on_triton, one_launch):
-    p, seed = exact_problem(40, 48, 64, 16, torch.float16, device=on_triton.device), torch.tensor([5], device=on_triton.device)
+    p, seed = (
+        exact_problem(40, 48, 64, 16, torch.float16, device=on_triton.device),
+        torch.tensor([5], device=on_triton.device),
+    )
     assert_exact(run(p, backend="triton", dropout_p=0.5, seed=seed), truth(p, dropout_p=0.5, seed=seed))
     assert not one_launch
 
@@ -143,9 +162,12 @@ def small_dy_pass(M, R, splits):
     return configs.ThinConfig(16, 32, max(16, 1 << (R - 1).bit_length()), 2, 4, -(-M // rows), rows)
 
 
-@pytest.mark.parametrize("M, N, splits", [(1, 5, 1), (50, 32, 3), (83, 77, 1), (83, 77, 3)], ids=["one", "splits", "blocks", "both"])
+@pytest.mark.parametrize(
+    "M, N, splits", [(1, 5, 1), (50, 32, 3), (83, 77, 1), (83, 77, 3)], ids=["one", "splits", "blocks", "both"]
+)
 def test_dy_pass(on_triton, poison, M, N, splits):
-    """dh and dB, stored directly or through slabs, with tails in every direction, rows of a wider dy, B transposed in memory."""
+    """dh and dB, stored directly or through slabs, with tails in every direction, rows of a wider dy, B transposed in
+    memory."""
     for R, (dtype, adapter) in itertools.product(RANKS, [(d, a) for d in on_triton.dtypes for a in {d, torch.float32}]):
         p = exact_problem(M, N, 24, R, dtype, adapter, device=on_triton.device)
         want, h = truth(p), run(p, backend="reference")["h"]
@@ -183,7 +205,9 @@ def test_large_ranks_read_dy_twice(on_triton, poison, monkeypatch):
 
 def test_slabs_are_added_in_groups(on_triton):
     """More slabs than are read at once, of two results of different size."""
-    slabs = [torch.randint(-9, 9, (count, size), device=on_triton.device).float() for count, size in ((19, 700), (5, 1300))]
+    slabs = [
+        torch.randint(-9, 9, (count, size), device=on_triton.device).float() for count, size in ((19, 700), (5, 1300))
+    ]
     outs = [torch.full((s.shape[1],), float("nan"), device=on_triton.device) for s in slabs]
     backend._sum_slabs([(slabs[0], outs[0], 0.5), (slabs[1], outs[1], 1.0)])
     assert torch.equal(outs[0], slabs[0].sum(0) * 0.5) and torch.equal(outs[1], slabs[1].sum(0))

@@ -3,9 +3,15 @@
 import itertools
 
 import pytest
-
 from fused_lora.triton_kernels import configs
-from fused_lora.triton_kernels.configs import Device, dy_pass_config, gemm_config, gemm_shrink_config, shrink_config, wgrad_config
+from fused_lora.triton_kernels.configs import (
+    Device,
+    dy_pass_config,
+    gemm_config,
+    gemm_shrink_config,
+    shrink_config,
+    wgrad_config,
+)
 
 DEVICES = {
     "T4-like": Device(tma=False, sms=40, shared_bytes=64 * 1024),
@@ -25,7 +31,13 @@ def test_choices_are_legal(name):
     for M, C, R, itemsize, dropout in itertools.product(SIZES, WIDTHS, RANKS, (2, 4), (False, True)):
         g = gemm_config(M, C, 4096, R, itemsize, dropout, device)
         s, w = shrink_config(M, C, R, itemsize, device), wgrad_config(M, C, R, itemsize, device)
-        blocks = (g.BLOCK_M, g.BLOCK_N, g.BLOCK_K, g.BLOCK_R, *(b for c in (s, w) for b in (c.BLOCK_M, c.BLOCK_WIDE, c.BLOCK_R)))
+        blocks = (
+            g.BLOCK_M,
+            g.BLOCK_N,
+            g.BLOCK_K,
+            g.BLOCK_R,
+            *(b for c in (s, w) for b in (c.BLOCK_M, c.BLOCK_WIDE, c.BLOCK_R)),
+        )
         assert all(b >= 16 and b & (b - 1) == 0 for b in blocks), "tl.dot takes powers of two from 16"
         assert g.BLOCK_M <= 256 and g.BLOCK_N <= 256, "a side of a TMA box is at most 256"
         assert (g.BLOCK_M + g.BLOCK_N) * g.BLOCK_K * itemsize * g.num_stages <= device.shared_bytes
@@ -34,7 +46,9 @@ def test_choices_are_legal(name):
         tiles = -(-M // g.BLOCK_M) * -(-C // g.BLOCK_N)
         assert 1 <= g.programs <= tiles
         assert s.BLOCK_M < 64, "the masked left operand must not go to wgmma"
-        assert w.splits * w.rows_per_split >= M > (w.splits - 1) * w.rows_per_split, "the splits cover the rows, none is empty"
+        assert w.splits * w.rows_per_split >= M > (w.splits - 1) * w.rows_per_split, (
+            "the splits cover the rows, none is empty"
+        )
         assert w.splits == 1 or w.rows_per_split % w.BLOCK_M == 0
 
 
@@ -63,9 +77,11 @@ def test_what_has_not_run_on_a_gpu_is_not_chosen():
 
 
 def test_prefetch_only_where_one_rank_block_is_all(untried):
-    for device, M, N, R, itemsize, dropout in itertools.product(DEVICES.values(), SIZES, WIDTHS, RANKS, (2, 4), (False, True)):
+    for device, M, N, R, itemsize, dropout in itertools.product(
+        DEVICES.values(), SIZES, WIDTHS, RANKS, (2, 4), (False, True)
+    ):
         c = gemm_config(M, N, 4096, R, itemsize, dropout, device)
-        assert c.PREFETCH == (device.tma and itemsize == 2 and R <= c.BLOCK_R)
+        assert (device.tma and itemsize == 2 and R <= c.BLOCK_R) == c.PREFETCH
 
 
 def test_one_launch_choices(untried):
@@ -99,13 +115,19 @@ def test_dy_pass_choices_are_legal(name):
         if c is None:
             continue
         assert c.BLOCK_R >= R and all(b >= 16 and b & (b - 1) == 0 for b in (c.BLOCK_M, c.BLOCK_WIDE, c.BLOCK_R))
-        assert (c.num_stages - 1) * c.BLOCK_M * c.BLOCK_WIDE * itemsize + c.BLOCK_WIDE * c.BLOCK_R * itemsize <= device.shared_bytes
-        assert c.splits * c.rows_per_split >= M > (c.splits - 1) * c.rows_per_split, "the splits cover the rows, none is empty"
+        assert (
+            c.num_stages - 1
+        ) * c.BLOCK_M * c.BLOCK_WIDE * itemsize + c.BLOCK_WIDE * c.BLOCK_R * itemsize <= device.shared_bytes
+        assert c.splits * c.rows_per_split >= M > (c.splits - 1) * c.rows_per_split, (
+            "the splits cover the rows, none is empty"
+        )
         assert c.splits == 1 or c.rows_per_split % c.BLOCK_M == 0
         blocks = -(-N // c.BLOCK_WIDE)
         assert c.splits * blocks <= max(2 * device.sms, blocks)
         slabs = 8 * R * (M * blocks * (blocks > 1) + N * c.splits * (c.splits > 1))
-        assert slabs <= 0.45 * M * N * itemsize or M < 64 or N < 512, "the slabs cost less than the second read; tails of tiny sizes aside"
+        assert slabs <= 0.45 * M * N * itemsize or M < 64 or N < 512, (
+            "the slabs cost less than the second read; tails of tiny sizes aside"
+        )
 
 
 def test_dy_pass_where_it_pays():

@@ -1,7 +1,9 @@
 """launch reaches Triton's launcher with what kernel[grid](...) reaches it with.
 
-A fake driver stands in for a GPU: kernels are compiled for one, and the launcher writes down its arguments. Run as a script, this file makes
-these checks and prints what failed: in a process of its own, since the tests' own may have chosen the interpreter or have a real GPU.
+A fake driver stands in for a GPU: kernels are compiled for one, and the launcher writes down its arguments. Run as a
+    script, this file makes
+these checks and prints what failed: in a process of its own, since the tests' own may have chosen the interpreter or
+    have a real GPU.
 """
 
 import functools
@@ -17,18 +19,18 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.tools.tensor_descriptor import TensorDescriptor
-
 from fused_lora.triton_kernels import launch as module
 from fused_lora.triton_kernels.launch import launch
+from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 GLOBAL = tl.constexpr(1)
 
 
 @triton.jit
 def scale_kernel(x, tiles, bias, n, factor, seed, flag, out, SIZE: tl.constexpr, NAME: tl.constexpr):
-    """out [SIZE] = x * factor + bias + seed + flag * n + the sum of a tile: every kind of argument that our kernels have, and a bool."""
+    """out [SIZE] = x * factor + bias + seed + flag * n + the sum of a tile: every kind of argument that our kernels
+    have, and a bool."""
     offs = tl.arange(0, SIZE)
     value = tl.load(x + offs) * factor + tl.load(seed)
     if bias is not None:
@@ -84,7 +86,16 @@ class FakeDriver:
 def arguments(**changes) -> tuple[list, dict]:
     """Positional and keyword arguments of scale_kernel, with fresh tensors."""
     x, out = torch.empty(2, 64, dtype=torch.float16)
-    names = {"x": x, "tiles": None, "bias": None, "n": 17, "factor": 0.5, "seed": torch.tensor(3), "flag": True, "out": out}
+    names = {
+        "x": x,
+        "tiles": None,
+        "bias": None,
+        "n": 17,
+        "factor": 0.5,
+        "seed": torch.tensor(3),
+        "flag": True,
+        "out": out,
+    }
     keywords = {"SIZE": 64, "NAME": "a", "num_stages": 3, "num_warps": 4} | changes
     return [keywords.pop(name, value) for name, value in names.items()], keywords
 
@@ -135,7 +146,9 @@ def assert_as_triton(driver, names, rounds=3):
         for name in names:
             for grid in ((5,), (5, 6), (5, 6, 7)):
                 args, keywords = arguments(**VARIANTS[name]())
-                (head, expected), (our_head, ours) = (recorded(driver, f, grid, args, keywords) for f in (run_plain, run_launch))
+                (head, expected), (our_head, ours) = (
+                    recorded(driver, f, grid, args, keywords) for f in (run_plain, run_launch)
+                )
                 assert our_head == head, f"{name}: grid, stream, function or metadata {our_head}, not {head}"
                 assert len(ours) == len(expected) and all(map(same, ours, expected)), f"{name}: {ours}, not {expected}"
 
@@ -161,7 +174,7 @@ def check_same_as_triton(driver):
 def check_later_launches_are_direct(driver):
     for change in VARIANTS.values():
         run_launch((1,), *arguments(**change()))
-        without_triton(lambda: run_launch((2, 3), *arguments(**change())))  # noqa: B023
+        without_triton(lambda: run_launch((2, 3), *arguments(**change())))
 
 
 def check_device_and_stream(driver):
@@ -177,7 +190,9 @@ def check_storage_of_2_gib_on_amd(driver):
     VARIANTS["huge"] = lambda: {"x": huge[:64]}
     try:
         assert_as_triton(driver, ["n = 17", "huge"])
-        functions = {recorded(driver, run_launch, (1,), *arguments(**VARIANTS[name]()))[0][4] for name in ("n = 17", "huge")}
+        functions = {
+            recorded(driver, run_launch, (1,), *arguments(**VARIANTS[name]()))[0][4] for name in ("n = 17", "huge")
+        }
         assert len(functions) == 2
     finally:
         del VARIANTS["huge"]
@@ -275,7 +290,9 @@ CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory) -> dict[str, str | None]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))
+    }
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -287,7 +304,8 @@ def test_fake_driver(name, failures):
 
 
 def test_result(on_triton):
-    """On a GPU the direct launch, in the interpreter Triton's own, which takes no bool in release 3.6: hence flag = 1."""
+    """On a GPU the direct launch, in the interpreter Triton's own, which takes no bool in release 3.6: hence flag =
+    1."""
     for factor in (0.5, 2.0, 3.0):
         x, seed = torch.randn(64, device=on_triton.device), torch.tensor(3, device=on_triton.device)
         ours = torch.empty_like(x)

@@ -5,10 +5,11 @@ No table by GPU name and no tuning at call time. A figure behind a choice names 
 
 from dataclasses import dataclass, replace
 
-# Written, compiled for every target and right in the interpreter, but never run on a GPU: chosen nowhere until bench/sweep_triton.py has timed
-# them there. A fault in the first's flags would hang.
+# Written, compiled for every target and right in the interpreter, but never run on a GPU: chosen nowhere until
+# bench/sweep_triton.py has timed them there. A fault in the first's flags would hang.
 ONE_LAUNCH = False  # lora_gemm_shrink
 PREFETCH = False  # lora_gemm's first low-rank tiles are loaded before the loop over K
+
 
 @dataclass(frozen=True)
 class Device:
@@ -63,8 +64,8 @@ def _stages(shared_bytes: int, bytes_per_stage: int, most: int) -> int:
 def gemm_config(M: int, N: int, K: int, R: int, itemsize: int, dropout: bool, device: Device) -> GemmConfig:
     """Tiles of lora_gemm for out [M, N] = left [M, K] @ right + low [M, R] @ thin.
 
-    128 x 256 x 64 with eight warps reaches cuBLAS on an H100, 128 x 128 x 64 is 1.17 times as slow (Triton 3.6, 8192 x 4096 x 4096, bf16,
-    2026-11-23). Dropout needs a second accumulator, for which 256 columns have no registers left.
+    128 x 256 x 64 with eight warps reaches cuBLAS on an H100, 128 x 128 x 64 is 1.17 times as slow (Triton 3.6, 8192 x
+    4096 x 4096, bf16, 2026-11-23). Dropout needs a second accumulator, for which 256 columns have no registers left.
     """
     BLOCK_R = _power_of_two(R, 16, 32)
     if itemsize == 4:
@@ -74,30 +75,47 @@ def gemm_config(M: int, N: int, K: int, R: int, itemsize: int, dropout: bool, de
     elif device.tma and not dropout and _cdiv(M, 128) * _cdiv(N, 256) * 2 > device.sms:
         BLOCK_M, BLOCK_N, BLOCK_K, warps, most = 128, 256, 64, 8, 3
     elif _cdiv(M, 128) * _cdiv(N, 128) * 2 > device.sms:
-        BLOCK_M, BLOCK_N, BLOCK_K, warps, most = 128, 128, 64 if device.tma else 32, 8 if device.tma or dropout else 4, 4
+        BLOCK_M, BLOCK_N, BLOCK_K, warps, most = (
+            128,
+            128,
+            64 if device.tma else 32,
+            8 if device.tma or dropout else 4,
+            4,
+        )
     else:
         BLOCK_M, BLOCK_N, BLOCK_K, warps, most = 64, 128, 64 if device.tma else 32, 4, 4
     out_tile = BLOCK_M * BLOCK_N * itemsize if device.tma else 0  # staged for the TMA store
     low_rank = (BLOCK_M + BLOCK_N) * BLOCK_R * itemsize
     stages = _stages(device.shared_bytes - max(out_tile, low_rank), (BLOCK_M + BLOCK_N) * BLOCK_K * itemsize, most)
     tiles = _cdiv(M, BLOCK_M) * _cdiv(N, BLOCK_N)
-    # With TMA one program a multiprocessor walks over the tiles; without it the hardware's own scheduler overlaps tiles better.
+    # With TMA one program a multiprocessor walks over the tiles; without it the hardware's own scheduler overlaps tiles
+    # better.
     programs = min(tiles, device.sms) if device.tma and warps == 8 else tiles
-    # Prefetched tiles wait in registers: at 128 x 256 a rank block of 32 takes 225 of the 255 (compiled for sm_90). Several blocks come in a
-    # loop of their own; with the first apart from it, Triton 3.6 wants more tensor memory than sm_100 has.
+    # Prefetched tiles wait in registers: at 128 x 256 a rank block of 32 takes 225 of the 255 (compiled for sm_90).
+    # Several blocks come in a loop of their own; with the first apart from it, Triton 3.6 wants more tensor memory than
+    # sm_100 has.
     prefetch = PREFETCH and device.tma and itemsize < 4 and R <= BLOCK_R
     return GemmConfig(BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, 8, stages, warps, programs, prefetch)
 
 
 def gemm_shrink_config(M: int, N: int, K: int, R: int, itemsize: int, device: Device) -> GemmConfig | None:
-    """Tiles of lora_gemm_shrink, the one launch that makes low too; None where shrink and lora_gemm are the better choice.
+    """Tiles of lora_gemm_shrink, the one launch that makes low too; None where shrink and lora_gemm are the better
+    choice.
 
-    It takes TMA, the large tile, tiles for every multiprocessor, so that few wait for the first column, and a rank block that leaves three
-    stages of shared memory. On an H100 a probe of this form took 396 us, shrink and lora_gemm 35 + 383 us (8192 x 4096 x 4096,
-    bf16, R = 16, Triton 3.6, 2026-11-23); this kernel's own measurement, and that of other sizes, is pending.
+    It takes TMA, the large tile, tiles for every multiprocessor, so that few wait for the first column, and a rank
+    block that leaves three stages of shared memory. On an H100 a probe of this form took 396 us, shrink and lora_gemm
+    35 + 383 us (8192 x 4096 x 4096, bf16, R = 16, Triton 3.6, 2026-11-23); this kernel's own measurement, and that of
+    other sizes, is pending.
     """
     c = gemm_config(M, N, K, R, itemsize, False, device)
-    if not ONE_LAUNCH or not device.tma or itemsize == 4 or R > c.BLOCK_R or c.BLOCK_N < 256 or _cdiv(M, c.BLOCK_M) * _cdiv(N, c.BLOCK_N) < device.sms:
+    if (
+        not ONE_LAUNCH
+        or not device.tma
+        or itemsize == 4
+        or R > c.BLOCK_R
+        or c.BLOCK_N < 256
+        or _cdiv(M, c.BLOCK_M) * _cdiv(N, c.BLOCK_N) < device.sms
+    ):
         return None
     stages = _stages(device.shared_bytes - 1024, (c.BLOCK_M + c.BLOCK_N + c.BLOCK_R) * c.BLOCK_K * itemsize, 3)
     return replace(c, num_stages=stages, PREFETCH=True) if stages == 3 else None
@@ -113,7 +131,8 @@ def shrink_config(M: int, K: int, R: int, itemsize: int, device: Device) -> Thin
 
 
 def wgrad_config(M: int, C: int, R: int, itemsize: int, device: Device) -> ThinConfig:
-    """Tiles and splits of wgrad for out [R, C] from wide [M, C]: two programs a multiprocessor, at least 256 rows for each."""
+    """Tiles and splits of wgrad for out [R, C] from wide [M, C]: two programs a multiprocessor, at least 256 rows for
+    each."""
     BLOCK_R = _power_of_two(R, 16, 64)
     BLOCK_M, BLOCK_C = (64, 128) if itemsize < 4 else (32, 64)
     stages = _stages(device.shared_bytes // 2, (BLOCK_C + BLOCK_R) * BLOCK_M * itemsize, 4)
@@ -124,11 +143,14 @@ def wgrad_config(M: int, C: int, R: int, itemsize: int, device: Device) -> ThinC
 
 
 def dy_pass_config(M: int, N: int, R: int, itemsize: int, device: Device) -> ThinConfig | None:
-    """Tiles and splits of dy_pass, two programs a multiprocessor; None where shrink and wgrad, which read dy twice, are the better choice.
+    """Tiles and splits of dy_pass, two programs a multiprocessor; None where shrink and wgrad, which read dy twice, are
+    the better choice.
 
-    That is where the fp32 slabs, 8 R (1 / BLOCK_C + 1 / rows of a split) bytes for an element of dy written and read, pass two fifths of
-    dy's own bytes: in bf16 from about R = 20 on, and for narrow N (8192 x 1024 at R = 16 takes a half). Larger ranks want larger tiles than
-    there are registers for. Evidence: on an H100 an untuned pass with fp32 atomics took 44 us against 38 for dB's part alone and 35 for dh's
+    That is where the fp32 slabs, 8 R (1 / BLOCK_C + 1 / rows of a split) bytes for an element of dy written and read,
+    pass two fifths of dy's own bytes: in bf16 from about R = 20 on, and for narrow N (8192 x 1024 at R = 16 takes a
+    half). Larger ranks want larger tiles than
+    there are registers for. Evidence: on an H100 an untuned pass with fp32 atomics took 44 us against 38 for dB's part
+        alone and 35 for dh's
     (8192 x 4096, R = 16, Triton 3.6, 2026-11-23); this kernel's own measurement is pending.
     """
     BLOCK_R = _power_of_two(R, 16, 32)

@@ -1,12 +1,13 @@
 """Launches that skip what Triton does anew at every launch.
 
-Triton binds, specialises and hashes all arguments each time. Here the first launch of a kind goes through Triton, which returns the
-compiled kernel; later ones call its launcher, with the pointers, floats and stream of the moment: 6.0 us of Python's time for lora_gemm's
-arguments, where Triton takes 13.0 (an AMD EPYC, Triton 3.9, a launcher that does nothing, 2026-11-24).
-Two launches are of one kind if they agree in kernel, device, constexprs, options, the value of every int, the type of every float and
-bool, and of every tensor the dtype and what Triton specialises on (16-byte alignment; on AMD also whether its storage is below 2 GiB): at
-least as much as Triton's own key. Its compile settings (TRITON_DEBUG and the like) are those of the first launch of a kind.
-Triton itself launches in its interpreter, under a profiler's hooks, on releases not listed here and for arguments of other types.
+Triton binds, specialises and hashes all arguments each time. Here the first launch of a kind goes through Triton, which
+returns the compiled kernel; later ones call its launcher, with the pointers, floats and stream of the moment: 6.0 us of
+Python's time for lora_gemm's arguments, where Triton takes 13.0 (an AMD EPYC, Triton 3.9, a launcher that does nothing,
+2026-11-24). Two launches are of one kind if they agree in kernel, device, constexprs, options, the value of every int,
+the type of every float and bool, and of every tensor the dtype and what Triton specialises on (16-byte alignment; on
+AMD also whether its storage is below 2 GiB): at least as much as Triton's own key. Its compile settings (TRITON_DEBUG
+and the like) are those of the first launch of a kind. Triton itself launches in its interpreter, under a profiler's
+hooks, on releases not listed here and for arguments of other types.
 """
 
 import itertools
@@ -17,7 +18,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# From 3.6 to 3.9 JITFunction.run ends in the call that _Prepared makes, constexprs among the arguments. Read a release before adding it.
+# From 3.6 to 3.9 JITFunction.run ends in the call that _Prepared makes, constexprs among the arguments. Read a release
+# before adding it.
 _KNOWN = (3, 6) <= tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2]) <= (3, 9)
 _HIP = torch.version.hip is not None
 _MOST = 4096  # kinds, after which all are forgotten: ever new sizes must not fill the memory
@@ -60,7 +62,8 @@ class _Prepared:
         self._kernel, self._fixed, self._serial = kernel, fixed, next(_serials)
         self._values = tuple(fixed[name] for name in kernel.arg_names if name in fixed)
         self._count = len(kernel.arg_names) - len(self._values)
-        # Constexprs come last and all are given; one among the rest would have to be in the kind with its value, whatever its type.
+        # Constexprs come last and all are given; one among the rest would have to be in the kind with its value,
+        # whatever its type.
         self._direct = _KNOWN and {*kernel.constexprs} == {*range(self._count, len(kernel.arg_names))}
 
     def __call__(self, grid, *rest):
@@ -87,7 +90,8 @@ class _Prepared:
     def _first(self, kind, grid, rest):
         compiled = self._kernel[grid](*rest, **self._fixed)
         loaded = isinstance(compiled, triton.compiler.CompiledKernel) and compiled.module is not None
-        # Triton checks at each launch that the globals a kernel reads have not changed, so it must see the launches of such a kernel.
+        # Triton checks at each launch that the globals a kernel reads have not changed, so it must see the launches of
+        # such a kernel.
         if kind is None or not loaded or self._kernel.used_global_vals or len(rest) != self._count:
             return
         if compiled.metadata.target.backend == ("hip" if _HIP else "cuda"):  # others may specialise on more
@@ -107,12 +111,15 @@ def launch(kernel, grid, *args, **constexprs):
     if type(kernel) is not triton.JITFunction:
         kernel[grid](*args, **constexprs)
         return
-    # An entry keeps its kernel, so that no other has the same address. 1, 1.0 and True are equal but make different kernels.
+    # An entry keeps its kernel, so that no other has the same address. 1, 1.0 and True are equal but make different
+    # kernels.
     values = constexprs.values()
     key = (id(kernel), *constexprs, *values, *map(type, values))
     prepared = _prepared.get(key)
     if prepared is None:
-        if any(p.name in constexprs and not p.is_constexpr for p in kernel.params):  # a tensor or float, which no entry may keep
+        if any(
+            p.name in constexprs and not p.is_constexpr for p in kernel.params
+        ):  # a tensor or float, which no entry may keep
             kernel[grid](*args, **constexprs)
             return
         prepared = _Prepared(kernel, **constexprs)

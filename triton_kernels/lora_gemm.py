@@ -1,22 +1,23 @@
 """lora_gemm: the base product with the low-rank update before its one store.
 
     y  [M, N] = x  [M, K] @ W [N, K]t + h  [M, R] @ B [N, R]t + bias       forward
-    dx [M, K] = dy [M, N] @ W [N, K]  + keep * (dh [M, R] @ A [R, K])      backward: the same kernel, W and A as they are stored
+    dx [M, K] = dy [M, N] @ W [N, K]  + keep * (dh [M, R] @ A [R, K])      backward: the same kernel, W and A as they
+                                      are stored
 
-In the kernel's words: out [M, N] = left [M, K] @ right + low [M, R] @ thin (+ bias), right stored [N, K] (RIGHT_NK) or [K, N].
-Tile BLOCK_M x BLOCK_N, programs walk over tiles in groups of GROUP_M rows, so that a group's part of `left` stays in L2. TMA: left, right
-and out are descriptors, whose bounds fill the tails with zeros; otherwise pointers with masks. Shared memory: num_stages tiles of left and
-right, and with TMA the out tile. bf16, fp16, fp32; thin in the same dtype or fp32; fp32 accumulation, one rounding at the store. Any M, N,
-K, R. The low-rank product comes after the loop over K: before it, it breaks the software pipeline (2.3 times the time on an H100,
-2026-11-23). After it, nothing hides the latency of its loads, 25 us of 383 there. PREFETCH issues those of the first rank block before the
-loop and keeps them in registers, which in the compiled code leaves the loop as it is; its time is not yet measured. Its left operand
-reaches wgmma through registers, outside of any pipelined loop (shrink.py says why that matters).
-lora_gemm_shrink.py has the form that makes `low` in the same launch.
+In the kernel's words: out [M, N] = left [M, K] @ right + low [M, R] @ thin (+ bias), right stored [N, K] (RIGHT_NK) or
+[K, N]. Tile BLOCK_M x BLOCK_N, programs walk over tiles in groups of GROUP_M rows, so that a group's part of `left`
+stays in L2. TMA: left, right and out are descriptors, whose bounds fill the tails with zeros; otherwise pointers with
+    masks. Shared memory: num_stages tiles of left and
+right, and with TMA the out tile. bf16, fp16, fp32; thin in the same dtype or fp32; fp32 accumulation, one rounding at
+the store. Any M, N, K, R. The low-rank product comes after the loop over K: before it, it breaks the software pipeline
+(2.3 times the time on an H100, 2026-11-23). After it, nothing hides the latency of its loads, 25 us of 383 there.
+PREFETCH issues those of the first rank block before the loop and keeps them in registers, which in the compiled code
+leaves the loop as it is; its time is not yet measured. Its left operand reaches wgmma through registers, outside of any
+pipelined loop (shrink.py says why that matters). lora_gemm_shrink.py has the form that makes `low` in the same launch.
 """
 
 import triton
 import triton.language as tl
-
 from fused_lora.triton_kernels.dropout import keep_tile
 
 
@@ -33,7 +34,9 @@ def tile_at(src, row, col, rows, cols, stride, BLOCK_ROW: tl.constexpr, BLOCK_CO
 
 
 @triton.jit
-def right_at(right, n, k, N, K, stride, RIGHT_NK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+def right_at(
+    right, n, k, N, K, stride, RIGHT_NK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr
+):
     """The tile [BLOCK_K, BLOCK_N] of a right operand stored [N, K] or [K, N]."""
     if RIGHT_NK:
         tile = tile_at(right, n, k, N, K, stride, BLOCK_N, BLOCK_K, TMA).T
@@ -55,7 +58,11 @@ def position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 def low_at(low, offs_m, r, M, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """The tile [BLOCK_M, BLOCK_R] of low [M, R]."""
     offs_r = r + tl.arange(0, BLOCK_R)
-    return tl.load(low + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], mask=(offs_m < M)[:, None] & (offs_r < R)[None, :], other=0.0)
+    return tl.load(
+        low + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :],
+        mask=(offs_m < M)[:, None] & (offs_r < R)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -68,16 +75,28 @@ def thin_at(thin, r, offs_n, N, stride_tn, stride_tr, R: tl.constexpr, BLOCK_R: 
 
 @triton.jit
 def arrived(tile, offs_row, offs_col, rows, cols, dtype: tl.constexpr):
-    """The tile, in dtype, as an operand from here on: the compiler copies an operand to shared memory where its value is made, and for one
-    that was loaded before the loop it would wait there. The select, which changes nothing, is made here."""
+    """The tile, in dtype, as an operand from here on: the compiler copies an operand to shared memory where its value
+    is made, and for one that was loaded before the loop it would wait there. The select, which changes nothing, is made
+    here."""
     return tl.where((offs_row < rows)[:, None] & (offs_col < cols)[None, :], tile.to(dtype), 0.0)
 
 
 @triton.jit
 def low_rank(
-    acc, low, thin, first, offs_m, offs_n, M, N, stride_tn, stride_tr,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    acc,
+    low,
+    thin,
+    first,
+    offs_m,
+    offs_n,
+    M,
+    N,
+    stride_tn,
+    stride_tr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """acc + low [M, R] @ thin, from rank `first` on."""
     for r in range(first, R, BLOCK_R):
         low_tile = low_at(low, offs_m, r, M, R, BLOCK_R)
@@ -100,12 +119,35 @@ def store_at(out, acc, bias, m, n, offs_m, offs_n, M, N, BIAS: tl.constexpr, TMA
 
 @triton.jit
 def lora_gemm_kernel(
-    left, right, low, thin, bias, out, seed_ptr,
-    M, N, K, stride_lm, stride_right, stride_tn, stride_tr, keep_factor, threshold,
-    R: tl.constexpr, RIGHT_NK: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    left,
+    right,
+    low,
+    thin,
+    bias,
+    out,
+    seed_ptr,
+    M,
+    N,
+    K,
+    stride_lm,
+    stride_right,
+    stride_tn,
+    stride_tr,
+    keep_factor,
+    threshold,
+    R: tl.constexpr,
+    RIGHT_NK: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
     PREFETCH: tl.constexpr,
-):  # fmt: skip
+):
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     dtype: tl.constexpr = low.dtype.element_ty
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -113,23 +155,49 @@ def lora_gemm_kernel(
         m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
         if PREFETCH:
             offs_m, offs_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
-            low_tile, thin_tile = low_at(low, offs_m, 0, M, R, BLOCK_R), thin_at(thin, 0, offs_n, N, stride_tn, stride_tr, R, BLOCK_R)
+            low_tile, thin_tile = (
+                low_at(low, offs_m, 0, M, R, BLOCK_R),
+                thin_at(thin, 0, offs_n, N, stride_tn, stride_tr, R, BLOCK_R),
+            )
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
             left_tile = tile_at(left, m, k, M, K, stride_lm, BLOCK_M, BLOCK_K, TMA)
-            acc = tl.dot(left_tile, right_at(right, n, k, N, K, stride_right, RIGHT_NK, BLOCK_N, BLOCK_K, TMA), acc, input_precision=PRECISION)
-        offs_m, offs_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)  # anew: kept through the loop they cost registers
+            acc = tl.dot(
+                left_tile,
+                right_at(right, n, k, N, K, stride_right, RIGHT_NK, BLOCK_N, BLOCK_K, TMA),
+                acc,
+                input_precision=PRECISION,
+            )
+        offs_m, offs_n = (
+            m + tl.arange(0, BLOCK_M),
+            n + tl.arange(0, BLOCK_N),
+        )  # anew: kept through the loop they cost registers
         if DROPOUT:
             update = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         else:
             update = acc
         if PREFETCH:
             offs_r = tl.arange(0, BLOCK_R)
-            low_tile, thin_tile = arrived(low_tile, offs_m, offs_r, M, R, dtype), arrived(thin_tile, offs_r, offs_n, R, N, dtype)
+            low_tile, thin_tile = (
+                arrived(low_tile, offs_m, offs_r, M, R, dtype),
+                arrived(thin_tile, offs_r, offs_n, R, N, dtype),
+            )
             update = tl.dot(low_tile, thin_tile, update, input_precision=PRECISION)
         update = low_rank(
-            update, low, thin, BLOCK_R if PREFETCH else 0, offs_m, offs_n, M, N, stride_tn, stride_tr, R, BLOCK_R, PRECISION
-        )  # fmt: skip
+            update,
+            low,
+            thin,
+            BLOCK_R if PREFETCH else 0,
+            offs_m,
+            offs_n,
+            M,
+            N,
+            stride_tn,
+            stride_tr,
+            R,
+            BLOCK_R,
+            PRECISION,
+        )
         if DROPOUT:
             keep = keep_tile(tl.load(seed_ptr), m, n, threshold, BLOCK_M, BLOCK_N)
             acc += tl.where(keep, update * keep_factor, 0.0)

@@ -3,31 +3,57 @@
     h  = scaling * x  @ A [R, K]t,   y  = x  @ W [N, K]t + h  @ B [N, R]t + bias       forward
     dh = scaling * dy @ B [N, R],    dx = dy @ W [N, K]  + dh @ A [R, K]               backward
 
-In the kernel's words, beside lora_gemm's: low [M, R] = factor * left @ rank, rank stored as right is, [R, K] (RIGHT_NK) or [K, R]. The tiles
-of out's first column also accumulate low from the left tiles they stage anyway, store it and raise a flag for their rows; the other tiles
-wait for it before the update. `state` is int32 [1 + row blocks], zeroed before each launch in stream order: the next tile's number, flags.
-Progress, with any number of programs resident: numbers are drawn from the counter, the first column's first, and a tile waits only for a
-lower number of the first column, which a running program drew and which itself never waits. Numbers are drawn a tile ahead, to hide the
-latency of it; that changes nothing, since a program that holds a first-column number in reserve is itself at work on one.
-low is stored and loaded by ordinary instructions, ordered by barrier, release and acquire; TMA would need a proxy fence.
-Tile, dtypes, numerics as lora_gemm, R up to BLOCK_R, rank in left's dtype. No dropout: a masked left operand would pass through registers
-into a pipelined wgmma (shrink.py). On an H100, Triton 3.6, 8192 x 4096 x 4096, bf16, R = 16, a probe of this form took 396 us, shrink and
-lora_gemm 35 + 383 us (2026-11-23); this kernel's own measurement is pending.
+In the kernel's words, beside lora_gemm's: low [M, R] = factor * left @ rank, rank stored as right is, [R, K] (RIGHT_NK)
+or [K, R]. The tiles of out's first column also accumulate low from the left tiles they stage anyway, store it and raise
+a flag for their rows; the other tiles wait for it before the update. `state` is int32 [1 + row blocks], zeroed before
+each launch in stream order: the next tile's number, flags.
+Progress, with any number of programs resident: numbers are drawn from the counter, the first column's first, and a tile
+    waits only for a
+lower number of the first column, which a running program drew and which itself never waits. Numbers are drawn a tile
+ahead, to hide the latency of it; that changes nothing, since a program that holds a first-column number in reserve is
+itself at work on one. low is stored and loaded by ordinary instructions, ordered by barrier, release and acquire; TMA
+would need a proxy fence. Tile, dtypes, numerics as lora_gemm, R up to BLOCK_R, rank in left's dtype. No dropout: a
+masked left operand would pass through registers into a pipelined wgmma (shrink.py). On an H100, Triton 3.6, 8192 x 4096
+x 4096, bf16, R = 16, a probe of this form took 396 us, shrink and lora_gemm 35 + 383 us (2026-11-23); this kernel's own
+measurement is pending.
 """
 
 import triton
 import triton.language as tl
-
 from fused_lora.triton_kernels.lora_gemm import arrived, low_at, position, right_at, store_at, thin_at, tile_at
 
 
 @triton.jit
 def lora_gemm_shrink_kernel(
-    left, right, rank, thin, bias, out, low, state,
-    M, N, K, stride_lm, stride_right, stride_rank, stride_tn, stride_tr, factor,
-    R: tl.constexpr, RIGHT_NK: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, PREFETCH: tl.constexpr,
-):  # fmt: skip
+    left,
+    right,
+    rank,
+    thin,
+    bias,
+    out,
+    low,
+    state,
+    M,
+    N,
+    K,
+    stride_lm,
+    stride_right,
+    stride_rank,
+    stride_tn,
+    stride_tr,
+    factor,
+    R: tl.constexpr,
+    RIGHT_NK: tl.constexpr,
+    BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     dtype: tl.constexpr = low.dtype.element_ty
     tile = tl.atomic_add(state, 1, sem="relaxed")
@@ -59,7 +85,12 @@ def lora_gemm_shrink_kernel(
         else:
             for k in range(0, K, BLOCK_K):
                 left_tile = tile_at(left, m, k, M, K, stride_lm, BLOCK_M, BLOCK_K, TMA)
-                acc = tl.dot(left_tile, right_at(right, n, k, N, K, stride_right, RIGHT_NK, BLOCK_N, BLOCK_K, TMA), acc, input_precision=PRECISION)
+                acc = tl.dot(
+                    left_tile,
+                    right_at(right, n, k, N, K, stride_right, RIGHT_NK, BLOCK_N, BLOCK_K, TMA),
+                    acc,
+                    input_precision=PRECISION,
+                )
             while tl.atomic_add(flag, 0, sem="acquire") == 0:
                 pass
         if not PREFETCH:

@@ -1,6 +1,7 @@
 // Copies between tensors in fp32, fp16 or bf16 and fp32 panels; every store rounds to nearest even, once.
 //
-// Conversions are integer arithmetic on whole loops, so that they vectorise on every instruction set (no F16C or AVX512-BF16 needed).
+// Conversions are integer arithmetic on whole loops, so that they vectorise on every instruction set (no F16C or
+// AVX512-BF16 needed).
 #include <cstring>
 
 #include "kernels.h"
@@ -47,8 +48,8 @@ struct F16 {
   static INLINE uint16_t store(float v) {
     const uint32_t u = as_bits(v), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;
     const uint32_t subnormal = as_bits(as_float(a) + 0.5f) - as_bits(0.5f);  // the ulp at 0.5 is fp16's smallest step
-    const uint32_t normal = (a + 0xc8000fffu + (a >> 13 & 1u)) >> 13;        // exponent re-biased, round to nearest even
-    const uint32_t special = a > 0x7f800000u ? 0x7e00u : 0x7c00u;            // NaN, or overflow to infinity
+    const uint32_t normal = (a + 0xc8000fffu + (a >> 13 & 1u)) >> 13;  // exponent re-biased, round to nearest even
+    const uint32_t special = a > 0x7f800000u ? 0x7e00u : 0x7c00u;      // NaN, or overflow to infinity
     return static_cast<uint16_t>(sign | (a >= 0x47800000u ? special : a < 0x38800000u ? subnormal : normal));
   }
 };
@@ -67,14 +68,12 @@ INLINE void load_panel_as(const void* src, int64_t ld, const float* mask, float*
   for (int64_t i = rows * kPanel; i < round_up(rows, kStrip) * kPanel; ++i) out[i] = 0.0f;
 }
 
-template <class T>
-INLINE void store_row_as(const float* src, void* dst, int64_t n) {
+template <class T> INLINE void store_row_as(const float* src, void* dst, int64_t n) {
   auto* d = static_cast<typename T::type*>(dst);
   for (int64_t i = 0; i < n; ++i) d[i] = T::store(src[i]);
 }
 
-template <class T>
-INLINE void add_row_as(const float* src, const float* mask, void* dst, int64_t n) {
+template <class T> INLINE void add_row_as(const float* src, const float* mask, void* dst, int64_t n) {
   auto* d = static_cast<typename T::type*>(dst);
   if (mask)
     for (int64_t i = 0; i < n; ++i) d[i] = T::store(T::load(d[i]) + src[i] * mask[i]);
@@ -82,8 +81,7 @@ INLINE void add_row_as(const float* src, const float* mask, void* dst, int64_t n
     for (int64_t i = 0; i < n; ++i) d[i] = T::store(T::load(d[i]) + src[i]);
 }
 
-template <class T>
-INLINE void load_matrix_as(const void* src, float* out, int64_t rows, int64_t cols, int64_t ldo) {
+template <class T> INLINE void load_matrix_as(const void* src, float* out, int64_t rows, int64_t cols, int64_t ldo) {
   const auto* s = static_cast<const typename T::type*>(src);
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t n = 0; n < cols; ++n) out[m * ldo + n] = T::load(s[m * cols + n]);
@@ -97,7 +95,8 @@ INLINE void load_transposed_as(const void* src, float* out, int64_t rows, int64_
   const auto* s = static_cast<const typename T::type*>(src);
   for (int64_t m0 = 0; m0 < ldo; m0 += 8)
     for (int64_t n0 = 0; n0 < cols; n0 += 8) {
-      const int64_t filled = rows - m0 < 8 ? (rows > m0 ? rows - m0 : 0) : 8, width = ldo - m0 < 8 ? ldo - m0 : 8, height = cols - n0 < 8 ? cols - n0 : 8;
+      const int64_t filled = rows - m0 < 8 ? (rows > m0 ? rows - m0 : 0) : 8, width = ldo - m0 < 8 ? ldo - m0 : 8,
+                    height = cols - n0 < 8 ? cols - n0 : 8;
       float tile[8][8] = {};
       if (filled == 8 && height == 8) {
         for (int m = 0; m < 8; ++m)
@@ -118,7 +117,8 @@ INLINE void load_transposed_as(const void* src, float* out, int64_t rows, int64_
 
 }  // namespace
 
-CLONES void load_panel(const void* src, Dtype dtype, int64_t ld, const float* mask, float* out, int64_t rows, int64_t cols) {
+CLONES void load_panel(const void* src, Dtype dtype, int64_t ld, const float* mask, float* out, int64_t rows,
+                       int64_t cols) {
   switch (dtype) {
     case Dtype::f32: return load_panel_as<F32>(src, ld, mask, out, rows, cols);
     case Dtype::f16: return load_panel_as<F16>(src, ld, mask, out, rows, cols);

@@ -1,4 +1,5 @@
-// What the CPU drivers (lora.cpp, lora_bf16.cpp) share: scratch memory, the split over threads and row blocks, the slabs that gradients gather in.
+// What the CPU drivers (lora.cpp, lora_bf16.cpp) share: scratch memory, the split over threads and row blocks, the
+// slabs that gradients gather in.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,9 @@ namespace fused_lora::cpu {
 // The buffers of one call, freed together. A small call fits the calling thread's own 48 KiB and never meets malloc.
 class Buffers {
  public:
-  template <class T = float> T* take(int64_t n) { return static_cast<T*>(pool_.allocate(static_cast<size_t>(n) * sizeof(T), 64)); }
+  template <class T = float> T* take(int64_t n) {
+    return static_cast<T*>(pool_.allocate(static_cast<size_t>(n) * sizeof(T), 64));
+  }
 
  private:
   alignas(64) inline static thread_local std::byte small_[48 << 10];
@@ -22,11 +25,17 @@ class Buffers {
 };
 
 inline int64_t item_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-inline const char* at(const void* base, int64_t elements, Dtype dtype) { return static_cast<const char*>(base) + elements * item_size(dtype); }
-inline char* at(void* base, int64_t elements, Dtype dtype) { return static_cast<char*>(base) + elements * item_size(dtype); }
+inline const char* at(const void* base, int64_t elements, Dtype dtype) {
+  return static_cast<const char*>(base) + elements * item_size(dtype);
+}
+inline char* at(void* base, int64_t elements, Dtype dtype) {
+  return static_cast<char*>(base) + elements * item_size(dtype);
+}
 
 // Threads worth waking (about 5 us) for so many multiplications.
-inline int threads_worth(int64_t multiplications, int threads) { return static_cast<int>(std::min<int64_t>(threads, 1 + multiplications / (1 << 18))); }
+inline int threads_worth(int64_t multiplications, int threads) {
+  return static_cast<int>(std::min<int64_t>(threads, 1 + multiplications / (1 << 18)));
+}
 
 // The same for M rows of the low-rank products, at least one strip for each thread.
 inline int threads_for(int64_t M, int64_t width, int64_t R, int threads) {
@@ -34,7 +43,9 @@ inline int threads_for(int64_t M, int64_t width, int64_t R, int threads) {
 }
 
 // Rows of the largest block that a thread will see.
-inline int64_t block_rows(int64_t M, int threads) { return std::min(kRows, round_up((M + threads - 1) / threads, kStrip) + kStrip); }
+inline int64_t block_rows(int64_t M, int threads) {
+  return std::min(kRows, round_up((M + threads - 1) / threads, kStrip) + kStrip);
+}
 
 // Calls body(0) and body(1), side by side where there are threads.
 template <class Body> void each_of_two(int threads, const Body& body) {
@@ -43,7 +54,8 @@ template <class Body> void each_of_two(int threads, const Body& body) {
   body(1);
 }
 
-// Calls start(thread) once and then body(thread, first row, rows) with rows <= kRows for every block of the thread's run of strips.
+// Calls start(thread) once and then body(thread, first row, rows) with rows <= kRows for every block of the thread's
+// run of strips.
 template <class Start, class Body> void for_row_blocks(int64_t M, int threads, const Start& start, const Body& body) {
   const int64_t strips = (M + kStrip - 1) / kStrip;
   parallel(threads, [&](int t) {

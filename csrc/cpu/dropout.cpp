@@ -1,4 +1,5 @@
-// dropout: the LoRA dropout mask of one panel, 0 or the scale factor per element, regenerated from (seed, row, column) (philox.h).
+// dropout: the LoRA dropout mask of one panel, 0 or the scale factor per element, regenerated from (seed, row, column)
+// (philox.h).
 //
 // The draws of a row's groups are independent, so the compiler runs 4 to 16 Philox calls side by side.
 #include "kernels.h"
@@ -9,7 +10,8 @@ namespace fused_lora::cpu {
 
 CLONES void dropout_mask(const Dropout& dropout, float* mask, int64_t row0, int64_t col0, int64_t rows, int64_t cols) {
   const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
-  const uint32_t threshold = dropout.threshold, groups = static_cast<uint32_t>((cols + 7) / 8), group0 = static_cast<uint32_t>(col0 / 8);
+  const uint32_t threshold = dropout.threshold, groups = static_cast<uint32_t>((cols + 7) / 8),
+                 group0 = static_cast<uint32_t>(col0 / 8);
   const float scale = dropout.scale();
   uint32_t words[4][kPanel / 8];
   for (int64_t m = 0; m < rows; ++m) {
@@ -20,7 +22,8 @@ CLONES void dropout_mask(const Dropout& dropout, float* mask, int64_t row0, int6
     }
     float* out = mask + m * kPanel;
     for (uint32_t g = 0; g < groups; ++g)
-      for (int j = 0; j < 8; ++j) out[8 * g + j] = (words[j / 2][g] >> (16 * (j % 2)) & 0xffffu) >= threshold ? scale : 0.0f;
+      for (int j = 0; j < 8; ++j)
+        out[8 * g + j] = (words[j / 2][g] >> (16 * (j % 2)) & 0xffffu) >= threshold ? scale : 0.0f;
   }
 }
 

@@ -1,7 +1,8 @@
 // The two drivers of lora.cpp for bf16 x on CPUs that multiply bf16 directly (bf16.cpp).
 //
-// What differs: a panel of x or dy is read where it lies; A, B, h and dh are rounded to bf16 for the products that follow (as every other back
-// end does), dropout masks x to 0 or itself and its factor joins the fp32 sums, and the slabs of dA and dB lie as [R, width].
+// What differs: a panel of x or dy is read where it lies; A, B, h and dh are rounded to bf16 for the products that
+// follow (as every other back end does), dropout masks x to 0 or itself and its factor joins the fp32 sums, and the
+// slabs of dA and dB lie as [R, width].
 #include "driver.h"
 
 #ifdef FUSED_LORA_BF16_DOT
@@ -15,7 +16,8 @@ const uint16_t* bf16(const void* p) { return static_cast<const uint16_t*>(p); }
 uint16_t* bf16(void* p) { return static_cast<uint16_t*>(p); }
 
 // A or B as the kernels read it: src[rows, cols] itself, or a bf16 copy [to_rows, to_cols] padded with zeros.
-const uint16_t* adapter(uint16_t* out, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t to_rows, int64_t to_cols) {
+const uint16_t* adapter(uint16_t* out, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t to_rows,
+                        int64_t to_cols) {
   if (dtype == Dtype::bf16 && rows == to_rows && cols == to_cols) return bf16(src);
   std::fill_n(out + rows * to_cols, (to_rows - rows) * to_cols, uint16_t{0});
   if (cols == to_cols && dtype == Dtype::f32) {
@@ -37,10 +39,19 @@ struct Pairs {
   int64_t rows, cols, ld;
   bool of_rows;
   uint16_t* rounded;
-  uint32_t* data;  // of_rows: [(rows + 1) / 2, ld] = (src[2p, n], src[2p + 1, n]); else [(cols + 1) / 2, ld] = (src[n, 2q], src[n, 2q + 1]); zero elsewhere
+  // of_rows: [(rows + 1) / 2, ld] of (src[2p, n], src[2p + 1, n]); else [(cols + 1) / 2, ld] of (src[n, 2q],
+  // src[n, 2q + 1]); zero elsewhere
+  uint32_t* data;
 
   Pairs(Buffers& b, bool wanted, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t ld, bool of_rows)
-      : src(wanted ? src : nullptr), dtype(dtype), rows(rows), cols(cols), ld(ld), of_rows(of_rows), rounded(nullptr), data(nullptr) {
+      : src(wanted ? src : nullptr),
+        dtype(dtype),
+        rows(rows),
+        cols(cols),
+        ld(ld),
+        of_rows(of_rows),
+        rounded(nullptr),
+        data(nullptr) {
     if (!wanted) return;
     rounded = b.take<uint16_t>(of_rows ? round_up(rows, 2) * ld : rows * round_up(cols, 2));
     data = b.take<uint32_t>((of_rows ? (rows + 1) / 2 : (cols + 1) / 2) * ld);
@@ -52,7 +63,8 @@ struct Pairs {
       pair_rows(adapter(rounded, src, dtype, rows, cols, 2 * pairs, ld), ld, data, ld, pairs, ld);
     } else {
       const int64_t pairs = (cols + 1) / 2;
-      load_transposed(adapter(rounded, src, dtype, rows, cols, rows, 2 * pairs), Dtype::f32, reinterpret_cast<float*>(data), rows, pairs, ld);
+      load_transposed(adapter(rounded, src, dtype, rows, cols, rows, 2 * pairs), Dtype::f32,
+                      reinterpret_cast<float*>(data), rows, pairs, ld);
     }
   }
 };
@@ -64,8 +76,12 @@ struct Scratch {
   uint16_t *panel, *rounded;  // [rows, kPanel]; [rows, Rp] low in bf16
   uint32_t* low_pairs;        // [rows / 2, Rp] rounded, rows in pairs
   Scratch(Buffers& b, int64_t rows, bool dropout, int64_t Rp)
-      : rows(rows), mask(dropout ? b.take(rows * kPanel) : nullptr), low(b.take(rows * Rp)), panel(b.take<uint16_t>(rows * kPanel)),
-        rounded(b.take<uint16_t>(rows * Rp)), low_pairs(b.take<uint32_t>(rows / 2 * Rp)) {}
+      : rows(rows),
+        mask(dropout ? b.take(rows * kPanel) : nullptr),
+        low(b.take(rows * Rp)),
+        panel(b.take<uint16_t>(rows * kPanel)),
+        rounded(b.take<uint16_t>(rows * Rp)),
+        low_pairs(b.take<uint32_t>(rows / 2 * Rp)) {}
 
   // rounded = low * factor.
   void round_low(int64_t Rp, float factor) {
@@ -79,8 +95,10 @@ struct Panel {
   int64_t ld;
 };
 
-// Columns [n, n + cols) of a block of rows, as they lie or, masked or ragged, in a copy padded with zeros to whole tiles.
-Panel panel_of(Scratch& s, const void* src, int64_t ld, int64_t m, int64_t n, int64_t rows, int64_t cols, const float* mask) {
+// Columns [n, n + cols) of a block of rows, as they lie or, masked or ragged, in a copy padded with zeros to whole
+// tiles.
+Panel panel_of(Scratch& s, const void* src, int64_t ld, int64_t m, int64_t n, int64_t rows, int64_t cols,
+               const float* mask) {
   const uint16_t* from = bf16(src) + m * ld + n;
   if (!mask && rows % kStrip == 0 && cols % kTile == 0) return {from, ld};
   copy_panel(from, ld, mask, s.panel, rows, cols);
@@ -111,26 +129,30 @@ Status forward_bf16(const CpuForwardParams& p) {
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
   const bool dropout = p.dropout.threshold > 0;
   Buffers buffers;
-  const Pairs A(buffers, true, p.A, p.adapter_dtype, p.R, p.K, Rp, false), B(buffers, true, p.B, p.adapter_dtype, p.N, p.R, ldq, false);
+  const Pairs A(buffers, true, p.A, p.adapter_dtype, p.R, p.K, Rp, false),
+      B(buffers, true, p.B, p.adapter_dtype, p.N, p.R, ldq, false);
   each_of_two(threads, [&](int i) { i == 0 ? A.fill() : B.fill(); });
   const uint32_t *P = A.data, *Q = B.data;
   std::vector<Scratch> scratch;
   for (int t = 0; t < threads; ++t) scratch.emplace_back(buffers, block_rows(p.M, threads), dropout, Rp);
 
-  for_row_blocks(p.M, threads, [](int) {}, [&](int t, int64_t m, int64_t rows) {
-    Scratch& s = scratch[static_cast<size_t>(t)];
-    std::fill_n(s.low, s.rows * Rp, 0.0f);
-    for (int64_t k = 0; k < p.K; k += kPanel) {
-      const int64_t cols = std::min(kPanel, p.K - k);
-      if (dropout) dropout_mask(p.dropout, s.mask, m, k, rows, cols);
-      const Panel x = panel_of(s, p.x, p.ldx, m, k, rows, cols, s.mask);
-      shrink_bf16(x.data, x.ld, P + k / 2 * Rp, s.low, round_up(rows, kStrip), (cols + 1) / 2, Rp);
-    }
-    s.round_low(Rp, dropout ? p.scaling * p.dropout.scale() : p.scaling);
-    for (int64_t i = 0; i < rows; ++i) std::copy_n(s.rounded + i * Rp, p.R, bf16(p.h) + (m + i) * p.R);
-    for (int64_t n = 0; n < p.N; n += kPanel)
-      expand_bf16(s.rounded, Rp, Q + n, ldq, nullptr, bf16(p.y) + m * p.N + n, p.N, rows, std::min(kPanel, p.N - n), (p.R + 1) / 2);
-  });
+  for_row_blocks(
+      p.M, threads, [](int) {},
+      [&](int t, int64_t m, int64_t rows) {
+        Scratch& s = scratch[static_cast<size_t>(t)];
+        std::fill_n(s.low, s.rows * Rp, 0.0f);
+        for (int64_t k = 0; k < p.K; k += kPanel) {
+          const int64_t cols = std::min(kPanel, p.K - k);
+          if (dropout) dropout_mask(p.dropout, s.mask, m, k, rows, cols);
+          const Panel x = panel_of(s, p.x, p.ldx, m, k, rows, cols, s.mask);
+          shrink_bf16(x.data, x.ld, P + k / 2 * Rp, s.low, round_up(rows, kStrip), (cols + 1) / 2, Rp);
+        }
+        s.round_low(Rp, dropout ? p.scaling * p.dropout.scale() : p.scaling);
+        for (int64_t i = 0; i < rows; ++i) std::copy_n(s.rounded + i * Rp, p.R, bf16(p.h) + (m + i) * p.R);
+        for (int64_t n = 0; n < p.N; n += kPanel)
+          expand_bf16(s.rounded, Rp, Q + n, ldq, nullptr, bf16(p.y) + m * p.N + n, p.N, rows, std::min(kPanel, p.N - n),
+                      (p.R + 1) / 2);
+      });
   return Status::ok;
 }
 
@@ -139,7 +161,8 @@ Status backward_bf16(const CpuBackwardParams& p) {
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
   const bool dropout = p.dropout.threshold > 0, need_dh = p.dx || p.dA;
   Buffers buffers;
-  const Pairs B(buffers, need_dh, p.B, p.adapter_dtype, p.N, p.R, Rp, true), A(buffers, p.dx, p.A, p.adapter_dtype, p.R, p.K, Kp, true);
+  const Pairs B(buffers, need_dh, p.B, p.adapter_dtype, p.N, p.R, Rp, true),
+      A(buffers, p.dx, p.A, p.adapter_dtype, p.R, p.K, Kp, true);
   each_of_two(threads, [&](int i) { i == 0 ? B.fill() : A.fill(); });
   const uint32_t *P = B.data, *Q = A.data;
   std::vector<Scratch> scratch;

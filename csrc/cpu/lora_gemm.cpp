@@ -3,11 +3,13 @@
 //   forward   y [M, N]  = x [M, K] W^T + h [M, R] B^T + bias      W, B [columns, depth]: by_rows = false
 //   backward  dx [M, K] = dy [M, N] W  + dh [M, R] A              W, A [depth, columns]: by_rows = true
 //
-// The update is R more steps of the summed dimension: S is packed below the last block of Q, low beside the last block of L. A task owns a range
-// of rows and columns and walks it in blocks of kWidth columns and kDepth steps. A block of Q is packed once into panels of 32 columns (480 KiB
-// in L2) and meets strips of 12 rows of L (18 KiB in L1) in register tiles of 12 x 32 (AVX-512) or 6 x 16. Sums start afresh in every block,
-// so that rounding errors grow with kDepth and not with all of K.
-// Source of the loop order: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008.
+// The update is R more steps of the summed dimension: S is packed below the last block of Q, low beside the last block
+// of L. A task owns a range of rows and columns and walks it in blocks of kWidth columns and kDepth steps. A block of Q
+// is packed once into panels of 32 columns (480 KiB in L2) and meets strips of 12 rows of L (18 KiB in L1) in register
+// tiles of 12 x 32 (AVX-512) or 6 x 16. Sums start afresh in every block, so that rounding errors grow with kDepth and
+// not with all of K.
+// Source of the loop order: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3),
+// 2008.
 #include "driver.h"
 #include "simd.h"
 
@@ -84,7 +86,8 @@ INLINE void pack_rows(const float* q, int64_t ldq, float* panel, int64_t depth, 
   }
 }
 
-INLINE void pack(bool by_rows, const float* q, int64_t ldq, int64_t k, int64_t n, float* panel, int64_t depth, int64_t cols) {
+INLINE void pack(bool by_rows, const float* q, int64_t ldq, int64_t k, int64_t n, float* panel, int64_t depth,
+                 int64_t cols) {
   if (by_rows) pack_rows(q + k * ldq + n, ldq, panel, depth, cols);
   else pack_columns(q + n * ldq + k, ldq, panel, depth, cols);
 }
@@ -98,11 +101,13 @@ INLINE void tiles(const float* strip, const float* panel, int64_t depth, float* 
     return;
   }
   for (int64_t m = 0; m < height; m += 6)
-    for (int64_t n = 0; n < kColumns; n += 16) tile<6, Vec8, 2>(strip + m * depth, depth, 1, panel + n, kColumns, depth, out + m * ldo + n, ldo);
+    for (int64_t n = 0; n < kColumns; n += 16)
+      tile<6, Vec8, 2>(strip + m * depth, depth, 1, panel + n, kColumns, depth, out + m * ldo + n, ldo);
 }
 
 // out[height <= 12, cols] += strip panels: one strip of L against every panel of a block of Q.
-INLINE void multiply_strip(const float* strip, const float* panels, int64_t depth, float* out, int64_t ldo, int64_t height, int64_t cols) {
+INLINE void multiply_strip(const float* strip, const float* panels, int64_t depth, float* out, int64_t ldo,
+                           int64_t height, int64_t cols) {
   for (int64_t n = 0; n < cols; n += kColumns) {
     const float* panel = panels + n * depth;
     const int64_t width = std::min(kColumns, cols - n);
@@ -120,7 +125,9 @@ INLINE void multiply_strip(const float* strip, const float* panels, int64_t dept
 
 // Floats of one task's strip, and of its packed block below it.
 int64_t strip_size(const LoraGemm& g) { return round_up(kStrip * (std::min(kDepth, g.P) + g.R), 16); }
-int64_t buffer_size(const LoraGemm& g) { return strip_size(g) + std::min(kWidth, round_up(g.J, kColumns)) * (std::min(kDepth, g.P) + g.R); }
+int64_t buffer_size(const LoraGemm& g) {
+  return strip_size(g) + std::min(kWidth, round_up(g.J, kColumns)) * (std::min(kDepth, g.P) + g.R);
+}
 
 struct Range {
   int64_t begin, end;
@@ -165,7 +172,8 @@ CLONES void lora_gemm_task(const LoraGemm& g, int64_t row0, int64_t row1, int64_
 
 void lora_gemm(const LoraGemm& g, Buffers& buffers, int threads) {
   // Columns first: a task packs only its own part of Q. Rows, too, where there are more threads than pairs of panels.
-  const int64_t pairs = (g.J + 2 * kColumns - 1) / (2 * kColumns), by_cols = std::min<int64_t>(threads, pairs), by_rows = threads / by_cols;
+  const int64_t pairs = (g.J + 2 * kColumns - 1) / (2 * kColumns), by_cols = std::min<int64_t>(threads, pairs),
+                by_rows = threads / by_cols;
   std::vector<float*> buffer;
   for (int64_t t = 0; t < by_cols * by_rows; ++t) buffer.push_back(buffers.take(buffer_size(g)));
   parallel(static_cast<int>(by_cols * by_rows), [&](int t) {

@@ -1,8 +1,9 @@
 // Threads for the CPU kernels: torch's own OpenMP pool, found at run time.
 //
-// A second OpenMP runtime beside torch's would fight it for the cores: its idle workers spin for milliseconds after each region. So nothing
-// here links OpenMP. GOMP_parallel, the entry point that gcc's `#pragma omp parallel` calls, is looked up among the libraries already
-// loaded (torch brings libgomp or libiomp5, both export it); where there is none, the work runs on the calling thread.
+// A second OpenMP runtime beside torch's would fight it for the cores: its idle workers spin for milliseconds after
+// each region. So nothing here links OpenMP. GOMP_parallel, the entry point that gcc's `#pragma omp parallel` calls, is
+// looked up among the libraries already loaded (torch brings libgomp or libiomp5, both export it); where there is none,
+// the work runs on the calling thread.
 #pragma once
 
 #include <dlfcn.h>
@@ -11,8 +12,8 @@ namespace fused_lora::cpu {
 
 // Calls body(i) for i = 0 .. n - 1, each once, on up to n threads. body must not throw.
 //
-// Thread t takes i = t: the one whose GEMM has just written (about) the same rows of y and so has them in its cache. Indices drawn at random
-// cost the update a quarter more time (512 x 1024 x 1024 on 2 cores, EPYC 9005, 2026-11-24).
+// Thread t takes i = t: the one whose GEMM has just written (about) the same rows of y and so has them in its cache.
+// Indices drawn at random cost the update a quarter more time (512 x 1024 x 1024 on 2 cores, EPYC 9005, 2026-11-24).
 template <class Body> void parallel(int n, const Body& body) {
   using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
   using Number = int (*)();

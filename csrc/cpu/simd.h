@@ -1,9 +1,9 @@
 // Vectors for the CPU kernels and the run-time choice of instruction set.
 //
-// CLONES compiles a function for AVX-512, AVX2 and the baseline and picks at load time; what it inlines is compiled with it. The register
-// tile depends on the registers there are, so each kernel asks avx512() once and takes 12 x 16 (12 zmm) or 6 x 16 (12 ymm) accumulators.
-// GCC's vector types rather than plain inner loops: GCC 12 keeps a tile in registers only with them (94 against 2.5 GFLOP/s on one
-// EPYC 7003 core, M=48, K=256, 2026-11-23).
+// CLONES compiles a function for AVX-512, AVX2 and the baseline and picks at load time; what it inlines is compiled
+// with it. The register tile depends on the registers there are, so each kernel asks avx512() once and takes 12 x 16
+// (12 zmm) or 6 x 16 (12 ymm) accumulators. GCC's vector types rather than plain inner loops: GCC 12 keeps a tile in
+// registers only with them (94 against 2.5 GFLOP/s on one EPYC 7003 core, M=48, K=256, 2026-11-23).
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,9 @@
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define INLINE inline __attribute__((always_inline))
 namespace fused_lora::cpu {
-INLINE bool avx512() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"); }
+INLINE bool avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
 }  // namespace fused_lora::cpu
 #else
 #define CLONES
@@ -35,10 +37,11 @@ template <class V> INLINE V load(const float* p) {  // unaligned
 template <class V> INLINE void store(float* p, const V& v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // out[MR, NV vectors] += x[i * rs + q * cs] * p[q, :], q = 0 .. k - 1: the register tile of every product.
-// shrink: rs = row stride, cs = 1. wgrad: rs = 1, cs = row stride. expand: x = H. Sums start at zero and join `out` at the end: rounding
-// errors grow with one panel or block, not with the whole of K or M.
+// shrink: rs = row stride, cs = 1. wgrad: rs = 1, cs = row stride. expand: x = H. Sums start at zero and join `out` at
+// the end: rounding errors grow with one panel or block, not with the whole of K or M.
 template <int MR, class V, int NV>
-INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out, int64_t ldo) {
+INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out,
+                 int64_t ldo) {
   constexpr int W = sizeof(V) / sizeof(float);
   V acc[MR][NV] = {};
   for (int64_t q = 0; q < k; ++q) {
@@ -59,11 +62,13 @@ INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t
 }
 
 // out[rows, cols] += X P for X given by its strides: tiles of 16 columns, the last perhaps of 8. rows a multiple of 12.
-INLINE void product(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out, int64_t ldo, int64_t rows, int64_t cols) {
+INLINE void product(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out,
+                    int64_t ldo, int64_t rows, int64_t cols) {
   int64_t n = 0;
   for (; n + 16 <= cols; n += 16) {
     if (avx512())
-      for (int64_t m = 0; m < rows; m += 12) tile<12, Vec16, 1>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
+      for (int64_t m = 0; m < rows; m += 12)
+        tile<12, Vec16, 1>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
     else
       for (int64_t m = 0; m < rows; m += 6) tile<6, Vec8, 2>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
   }

@@ -1,7 +1,8 @@
 // Which kernel, tile, grid and workspace a request gets: pure host functions of sizes, dtypes and the number of SMs.
 //
-// Compiled in every build, exported by bindings_heuristics.cpp and tested without a GPU. The kernels take their constants from here, so a
-// plan and the kernel it names cannot disagree about shared memory or the order of tiles. Sizes of regions are bytes.
+// Compiled in every build, exported by bindings_heuristics.cpp and tested without a GPU. The kernels take their
+// constants from here, so a plan and the kernel it names cannot disagree about shared memory or the order of tiles.
+// Sizes of regions are bytes.
 #pragma once
 
 #include <algorithm>
@@ -16,13 +17,17 @@ constexpr int kSmemLimit = 232448;  // dynamic shared memory of one block, compu
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
-constexpr int64_t padded_rank(int64_t R) { return round_up(R, 8); }  // TMA wants rows of 16 bytes: row length of h, dh and the kernels' B
+constexpr int64_t padded_rank(int64_t R) {
+  return round_up(R, 8);
+}  // TMA wants rows of 16 bytes: row length of h, dh and the kernels' B
 constexpr int rank_tile_for(int64_t R) { return R <= 16 ? 16 : R <= 32 ? 32 : 64; }
 
-// ---- lora_gemm_sm90: out[M, N] = left[M, K] right + low[M, R] low_right ------------------------------------------------------------------
+// ---- lora_gemm_sm90: out[M, N] = left[M, K] right + low[M, R] low_right
+// ------------------------------------------------------------------
 constexpr int kGemmBlockM = 128, kGemmBlockK = 64, kGemmCluster = 2;
 
-// dA and dB inside dx's launch save a read of dy and overlap the read of x; predicted, not yet measured against wgrad's launch (bench/NOTES.md).
+// dA and dB inside dx's launch save a read of dy and overlap the read of x; predicted, not yet measured against wgrad's
+// launch (bench/NOTES.md).
 constexpr bool kGradientsInGemm = true;
 
 // An instance of the kernel, and the shared memory that it takes.
@@ -32,18 +37,24 @@ struct GemmKind {
   bool backward;  // dx: the right operands lie with their reduction dimension in rows
   bool dropout;   // backward: the low-rank term and x go through the mask; forward: low is that of the masked left
 
-  constexpr bool operator==(const GemmKind& o) const { return block_n == o.block_n && rank_tile == o.rank_tile && backward == o.backward && dropout == o.dropout; }
-  // Whether a warpgroup of its own makes dA and dB, too. With a mask, 256 columns and more than 16 ranks the accumulators don't fit.
-  constexpr bool gradients() const { return kGradientsInGemm && backward && rank_tile > 0 && (!dropout || block_n == 128 || rank_tile == 16); }
+  constexpr bool operator==(const GemmKind& o) const {
+    return block_n == o.block_n && rank_tile == o.rank_tile && backward == o.backward && dropout == o.dropout;
+  }
+  // Whether a warpgroup of its own makes dA and dB, too. With a mask, 256 columns and more than 16 ranks the
+  // accumulators don't fit.
+  constexpr bool gradients() const {
+    return kGradientsInGemm && backward && rank_tile > 0 && (!dropout || block_n == 128 || rank_tile == 16);
+  }
   // Whether a warpgroup of its own makes low.
   constexpr bool drops_left() const { return !backward && dropout; }
   constexpr int warpgroups() const { return gradients() || drops_left() ? 4 : 3; }
   constexpr int stage_bytes() const { return (kGemmBlockM + block_n + rank_tile) * kGemmBlockK * 2; }
-  // Two 64 x 64 tiles on their way out, 128 rows of h or dh for the gradients, a masked left tile, the mask bits of a tile, barriers, and the
-  // way to the first multiple of 1024.
+  // Two 64 x 64 tiles on their way out, 128 rows of h or dh for the gradients, a masked left tile, the mask bits of a
+  // tile, barriers, and the way to the first multiple of 1024.
   constexpr int other_bytes() const {
-    return 2 * 64 * 64 * 2 + (gradients() ? kGemmBlockM * rank_tile * 2 : 0) + (drops_left() ? kGemmBlockM * kGemmBlockK * 2 : 0) +
-           (backward && dropout ? kGemmBlockM * block_n / 8 : 0) + 1024 + 1024;
+    return 2 * 64 * 64 * 2 + (gradients() ? kGemmBlockM * rank_tile * 2 : 0) +
+           (drops_left() ? kGemmBlockM * kGemmBlockK * 2 : 0) + (backward && dropout ? kGemmBlockM * block_n / 8 : 0) +
+           1024 + 1024;
   }
   constexpr int stages() const { return (kSmemLimit - other_bytes()) / stage_bytes(); }
   constexpr int smem_bytes() const { return stages() * stage_bytes() + other_bytes(); }
@@ -53,7 +64,8 @@ struct TileIndex {
   int row, col;  // in tiles of a cluster: 256 rows, block_n columns
 };
 
-// Tile number t of a launch. Groups of 8 tile rows share their columns of the right operand in L2. With column_first the tiles of column 0
+// Tile number t of a launch. Groups of 8 tile rows share their columns of the right operand in L2. With column_first
+// the tiles of column 0
 // lead: they publish h, so every tile depends on lower numbers only.
 constexpr TileIndex gemm_tile(int t, int row_tiles, int col_tiles, bool column_first) {
   int first_col = 0;
@@ -80,10 +92,14 @@ inline GemmConfig gemm_config(int64_t M, int64_t N, int64_t R, int sms, bool com
   GemmConfig c{};
   const int64_t rows = ceil_div(M, kGemmBlockM * kGemmCluster), clusters = sms / kGemmCluster;
   if (M < 1 || N < 1 || R < 0 || R > kMaxRank || clusters < 1) return c;
-  const auto cost = [&](int64_t block_n, int64_t percent) { return ceil_div(rows * ceil_div(N, block_n), clusters) * percent; };
-  // A 128-wide tile takes 59 % of a 256-wide one: Triton, 8192 x 4096 x 4096, 415-420 us against 352-360, H100, 2026-11-23.
+  const auto cost = [&](int64_t block_n, int64_t percent) {
+    return ceil_div(rows * ceil_div(N, block_n), clusters) * percent;
+  };
+  // A 128-wide tile takes 59 % of a 256-wide one: Triton, 8192 x 4096 x 4096, 415-420 us against 352-360, H100,
+  // 2026-11-23.
   c.kind.block_n = cost(128, 59) < cost(256, 100) ? 128 : 256;
-  // One launch costs 3-5 % of the GEMM, a pass over x of its own 13 % (same shape, R = 16, H100, 2026-11-23). Above 64 ranks the accumulators don't fit.
+  // One launch costs 3-5 % of the GEMM, a pass over x of its own 13 % (same shape, R = 16, H100, 2026-11-23). Above 64
+  // ranks the accumulators don't fit.
   c.kind.rank_tile = compute_h && R >= 1 && R <= 64 ? rank_tile_for(R) : 0;
   c.kind.backward = backward;
   c.kind.dropout = dropout && (backward || c.kind.rank_tile);  // the forward's mask matters to h alone
@@ -97,9 +113,11 @@ inline GemmConfig gemm_config(int64_t M, int64_t N, int64_t R, int sms, bool com
   return c;
 }
 
-// ---- lora_gemm_small: y[M, N] and h for M <= 128, R <= 64 ---------------------------------------------------------------------------------
-constexpr int kSmallRows = 128, kSmallCols = 128, kSmallRank = 64, kSmallSplits = 8;  // 8: the largest cluster that every device takes
-constexpr int kSmemPerSm = 228 * 1024;                                                // of which every block takes 1 KiB for the system
+// ---- lora_gemm_small: y[M, N] and h for M <= 128, R <= 64
+// ---------------------------------------------------------------------------------
+constexpr int kSmallRows = 128, kSmallCols = 128, kSmallRank = 64,
+              kSmallSplits = 8;         // 8: the largest cluster that every device takes
+constexpr int kSmemPerSm = 228 * 1024;  // of which every block takes 1 KiB for the system
 
 constexpr int small_stage_bytes(int rows) { return (kSmallCols + kSmallRank + rows) * kGemmBlockK * 2; }
 constexpr int small_blocks_per_sm(int rows) { return rows > 64 ? 1 : 2; }
@@ -120,25 +138,34 @@ struct SmallConfig {
 // Splits K so far that every SM takes part and all blocks are resident at once.
 inline SmallConfig small_config(int64_t M, int64_t N, int64_t K, int64_t R, int sms) {
   SmallConfig c{};
-  if (M < 1 || M > kSmallRows || N < 1 || N > INT32_MAX - 512 || K < 1 || K > INT32_MAX - 512 || R < 1 || R > kSmallRank) return c;
+  if (M < 1 || M > kSmallRows || N < 1 || N > INT32_MAX - 512 || K < 1 || K > INT32_MAX - 512 || R < 1 ||
+      R > kSmallRank)
+    return c;
   c.rows = M <= 16 ? 16 : M <= 32 ? 32 : M <= 64 ? 64 : 128;
   c.strips = static_cast<int>(ceil_div(N, kSmallCols));
   c.splits = 1;
   const int64_t resident = int64_t{sms} * small_blocks_per_sm(c.rows), steps = ceil_div(K, kGemmBlockK);
-  while (c.splits < kSmallSplits && 2 * c.splits * int64_t{c.strips} <= resident && 2 * c.splits <= steps) c.splits *= 2;
+  while (c.splits < kSmallSplits && 2 * c.splits * int64_t{c.strips} <= resident && 2 * c.splits <= steps)
+    c.splits *= 2;
   c.smem = small_smem_bytes(c.rows);
   c.valid = true;
   return c;
 }
 
-// ---- shrink: out[M, R] = scale * drop(left[M, K]) right ----------------------------------------------------------------------------------
+// ---- shrink: out[M, R] = scale * drop(left[M, K]) right
+// ----------------------------------------------------------------------------------
 constexpr int kShrinkRows = 32, kShrinkBlockK = 128, kShrinkStages = 4;
-constexpr int shrink_smem_bytes(int rank_tile) { return kShrinkStages * (kShrinkRows + rank_tile) * kShrinkBlockK * 2 + 1024; }
+constexpr int shrink_smem_bytes(int rank_tile) {
+  return kShrinkStages * (kShrinkRows + rank_tile) * kShrinkBlockK * 2 + 1024;
+}
 
-// ---- wgrad: out[C, R] = left[M, C]^T low[M, R] -------------------------------------------------------------------------------------------
+// ---- wgrad: out[C, R] = left[M, C]^T low[M, R]
+// -------------------------------------------------------------------------------------------
 constexpr int kWgradCols = 128, kWgradRows = 64;
-constexpr int wgrad_stages(int rank_tile) { return rank_tile > 64 ? 3 : 4; }             // 3: two blocks fit an SM
-constexpr int wgrad_smem_bytes(int rank_tile) { return wgrad_stages(rank_tile) * kWgradRows * (kWgradCols + rank_tile) * 2 + 1024; }
+constexpr int wgrad_stages(int rank_tile) { return rank_tile > 64 ? 3 : 4; }  // 3: two blocks fit an SM
+constexpr int wgrad_smem_bytes(int rank_tile) {
+  return wgrad_stages(rank_tile) * kWgradRows * (kWgradCols + rank_tile) * 2 + 1024;
+}
 
 struct WgradConfig {
   int rank_tile, rank_chunks;  // 16, 32, 64 or 128 ranks a block
@@ -146,7 +173,8 @@ struct WgradConfig {
   int splits;
 };
 
-// The launch covers `tiles` column tiles of all its products together: as many splits over M as keep every block resident at once.
+// The launch covers `tiles` column tiles of all its products together: as many splits over M as keep every block
+// resident at once.
 inline WgradConfig wgrad_config(int64_t M, int64_t col_tiles, int64_t R, int sms) {
   WgradConfig c{};
   c.rank_tile = R == 0 ? 0 : R <= 64 ? rank_tile_for(R) : 128;
@@ -154,12 +182,14 @@ inline WgradConfig wgrad_config(int64_t M, int64_t col_tiles, int64_t R, int sms
   const int64_t resident = sms * std::min<int64_t>(kSmemPerSm / (wgrad_smem_bytes(c.rank_tile) + 1024), 4);
   const int64_t wanted = std::max<int64_t>(1, resident / std::max<int64_t>(1, col_tiles * c.rank_chunks));
   const int64_t steps = std::max<int64_t>(1, ceil_div(M, kWgradRows));
-  c.rows_per_split = std::max<int64_t>(ceil_div(steps, wanted), std::min<int64_t>(steps, 4)) * kWgradRows;  // at least 4 steps each
+  c.rows_per_split =
+      std::max<int64_t>(ceil_div(steps, wanted), std::min<int64_t>(steps, 4)) * kWgradRows;  // at least 4 steps each
   c.splits = static_cast<int>(ceil_div(std::max<int64_t>(1, M), c.rows_per_split));
   return c;
 }
 
-// ---- workspaces --------------------------------------------------------------------------------------------------------------------------
+// ---- workspaces
+// ---------------------------------------------------------------------------------------------------------------------
 struct Region {
   int64_t offset, bytes;  // bytes 0: not used
 };
@@ -179,7 +209,9 @@ class Layout {
 
 // What one launch needs zeroed: the tile counter, then (from 32 ints on) one flag for every 64 rows.
 constexpr int kControlFlags = 32;
-inline int64_t control_bytes(const GemmConfig& c) { return c.kind.rank_tile ? 4 * (kControlFlags + int64_t{4} * c.row_tiles) : 0; }
+inline int64_t control_bytes(const GemmConfig& c) {
+  return c.kind.rank_tile ? 4 * (kControlFlags + int64_t{4} * c.row_tiles) : 0;
+}
 
 struct ForwardPlan {
   SmallConfig small;  // y and h, where `h_by` is in_small
@@ -195,12 +227,16 @@ inline bool needs_copy_A(Dtype dtype, Dtype adapter_dtype) { return dtype != ada
 inline bool needs_copy_B(int64_t R, Dtype dtype, Dtype adapter_dtype) { return dtype != adapter_dtype || R % 8 != 0; }
 inline bool fused_dtype(Dtype dtype) { return dtype == Dtype::f16 || dtype == Dtype::bf16; }
 
-inline ForwardPlan forward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dtype dtype, Dtype adapter_dtype, bool dropout, int sms) {
+inline ForwardPlan forward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dtype dtype, Dtype adapter_dtype,
+                                bool dropout, int sms) {
   ForwardPlan p{};
   if (!fused_dtype(dtype) || R < 1 || K < 1 || K > INT32_MAX - 512) return p;
   if (!dropout) p.small = small_config(M, N, K, R, sms);
   if (!p.small.valid) p.gemm = gemm_config(M, N, R, sms, true, dropout, false);
-  p.h_by = p.small.valid ? ForwardPlan::in_small : p.gemm.kind.rank_tile ? ForwardPlan::in_gemm : dropout ? ForwardPlan::shrink : ForwardPlan::by_gemm;
+  p.h_by = p.small.valid           ? ForwardPlan::in_small
+           : p.gemm.kind.rank_tile ? ForwardPlan::in_gemm
+           : dropout               ? ForwardPlan::shrink
+                                   : ForwardPlan::by_gemm;
   if (p.h_by == ForwardPlan::by_gemm) p.h_gemm = gemm_config(M, R, 0, sms, false, false, false);
   Layout layout;
   p.control = layout.take(control_bytes(p.gemm));
@@ -219,13 +255,15 @@ struct BackwardPlan {
   bool gradients;          // dA and dB come out of dx's launch, added up by atomics
   WgradConfig wgrad;       // else both in one launch of their own, in a fixed order
   WgradConfig bias_wgrad;  // dbias where wgrad does not have it
-  Region control, A, B, dh, dA, dB, dbias;  // dA and dB: fp32 sums, one slab for every split of wgrad; dbias: one for every split
+  Region control, A, B, dh, dA, dB,
+      dbias;  // dA and dB: fp32 sums, one slab for every split of wgrad; dbias: one for every split
   int64_t bytes;
   bool valid;
 };
 
-inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dtype dtype, Dtype adapter_dtype, bool dropout, bool need_x,
-                                  bool need_A, bool need_B, bool need_bias, bool deterministic, int sms) {
+inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dtype dtype, Dtype adapter_dtype,
+                                  bool dropout, bool need_x, bool need_A, bool need_B, bool need_bias,
+                                  bool deterministic, int sms) {
   BackwardPlan p{};
   if (!fused_dtype(dtype) || M < 1 || N < 1 || K < 1 || R < 1 || R > kMaxRank || sms < kGemmCluster) return p;
   p.valid = M <= INT32_MAX - 512 && N <= INT32_MAX - 512 && K <= INT32_MAX - 512;
@@ -234,7 +272,8 @@ inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dt
     p.gemm = gemm_config(M, K, R, sms, true, dropout, true);
     p.valid = p.valid && p.gemm.valid;
   }
-  if (need_x || need_A) p.h_by = p.gemm.kind.rank_tile ? BackwardPlan::in_gemm : R > 64 ? BackwardPlan::by_gemm : BackwardPlan::shrink;
+  if (need_x || need_A)
+    p.h_by = p.gemm.kind.rank_tile ? BackwardPlan::in_gemm : R > 64 ? BackwardPlan::by_gemm : BackwardPlan::shrink;
   if (p.h_by == BackwardPlan::by_gemm) {
     p.h_gemm = gemm_config(M, R, 0, sms, false, false, true);
     p.valid = p.valid && p.h_gemm.valid;

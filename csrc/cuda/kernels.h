@@ -1,6 +1,8 @@
-// The CUDA kernels' launchers: one params struct each, every pointer with its shape. The drivers (lora.cpp) put them in order.
+// The CUDA kernels' launchers: one params struct each, every pointer with its shape. The drivers (lora.cpp) put them in
+// order.
 //
-// Matrices are row-major in `dtype` (fp16 or bf16) with 16-byte aligned rows unless said otherwise; each launcher checks what it is given.
+// Matrices are row-major in `dtype` (fp16 or bf16) with 16-byte aligned rows unless said otherwise; each launcher
+// checks what it is given.
 #pragma once
 
 #include <cstdint>
@@ -10,23 +12,25 @@
 
 namespace fused_lora {
 
-// prepare.cu     A and B in dtype with padded rows, and the zeros that a one-launch GEMM starts from; null outputs are left out.
+// prepare.cu     A and B in dtype with padded rows, and the zeros that a one-launch GEMM starts from; null outputs are
+//                left out.
 struct PrepareParams {
-  const void* A;   // [R, K], contiguous, adapter_dtype, any alignment
-  const void* B;   // [N, R], contiguous, adapter_dtype, any alignment
-  void* out_A;     // [R, K]
-  void* out_B;     // [N, padded_rank(R)], columns past R zero
-  int* control;    // [control_ints], zeroed
-  float* dA;       // [R, K], zeroed
-  float* dB;       // [N, R], zeroed
+  const void* A;  // [R, K], contiguous, adapter_dtype, any alignment
+  const void* B;  // [N, R], contiguous, adapter_dtype, any alignment
+  void* out_A;    // [R, K]
+  void* out_B;    // [N, padded_rank(R)], columns past R zero
+  int* control;   // [control_ints], zeroed
+  float* dA;      // [R, K], zeroed
+  float* dB;      // [N, R], zeroed
   int64_t control_ints, N, K, R;
   Dtype dtype, adapter_dtype;
 };
 Status prepare(const PrepareParams& p, Target& target);
 
-// lora_gemm_sm90.cuh    out = alpha * left right + low low_right (+ bias), in the backward the low-rank term through the dropout mask;
-//                       with kind.rank_tile also low = scale * left rank, in the same launch, in the forward of the masked left; with kind.gradients()
-//                       also dB += left^T h and dA += drop(x)^T low, each unless null.
+// lora_gemm_sm90.cuh    out = alpha * left right + low low_right (+ bias), in the backward the low-rank term through
+//                       the dropout mask; with kind.rank_tile also low = scale * left rank, in the same launch, in the
+//                       forward of the masked left; with kind.gradients() also dB += left^T h and dA += drop(x)^T low,
+//                       each unless null.
 struct GemmParams {
   const void* left;       // [M, K], row stride ld_left
   const void* right;      // [N, K], or [K, N] in the backward: row stride ld_right
@@ -43,7 +47,8 @@ struct GemmParams {
   int64_t ld_left, ld_right, ld_low_right, ld_rank, ld_low, ld_out, ld_h, ld_x;
   int64_t M, N, K, R;
   float alpha, scale;
-  Dropout dropout;        // backward: over [M, N], of the low-rank term and x; forward: over [M, K], of left for low, its factor in scale
+  Dropout dropout;  // backward: over [M, N], of the low-rank term and x; forward: over [M, K], of left for low, its
+                    // factor in scale
   Dtype dtype;
 };
 Status lora_gemm(const GemmConfig& config, const GemmParams& p, Target& target);
@@ -71,23 +76,24 @@ struct ShrinkParams {
   int64_t M, K, R, ld_left, ld_right;
   bool right_mn;
   float scale;
-  Dropout dropout;    // over [M, K]
+  Dropout dropout;  // over [M, K]
   Dtype dtype;
 };
 Status shrink(const ShrinkParams& p, Target& target);
 
-// wgrad.cu       out = scale * drop(left)^T low and column_sums = sum over M of left, for up to two products in one launch and one more for the sums.
+// wgrad.cu       out = scale * drop(left)^T low and column_sums = sum over M of left, for up to two products in one
+//                launch and one more for the sums.
 struct WgradJob {
-  const void* left;    // [M, C], row stride ld_left
-  const void* low;     // [M, R], row stride ld_low; not read if R is 0
-  float* slabs;        // [splits, C, R], or [splits, R, C] if transposed; workspace
-  float* sum_slabs;    // [splits, C], or null: no column sums
-  void* out;           // [C, R], or [R, C] if transposed, contiguous, out_dtype; null if R is 0
-  void* column_sums;   // [C], dtype
+  const void* left;   // [M, C], row stride ld_left
+  const void* low;    // [M, R], row stride ld_low; not read if R is 0
+  float* slabs;       // [splits, C, R], or [splits, R, C] if transposed; workspace
+  float* sum_slabs;   // [splits, C], or null: no column sums
+  void* out;          // [C, R], or [R, C] if transposed, contiguous, out_dtype; null if R is 0
+  void* column_sums;  // [C], dtype
   int64_t C, ld_left, ld_low;
   bool transposed;
   float scale;
-  Dropout dropout;     // over [M, C]
+  Dropout dropout;  // over [M, C]
 };
 struct WgradParams {
   WgradJob jobs[2];

@@ -31,12 +31,14 @@ template <auto kernel> Status allow_smem(int bytes, int device) {
   static std::atomic<uint64_t> allowed{0};
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if (bytes <= 48 * 1024 || (allowed.load(std::memory_order_relaxed) & bit)) return Status::ok;
-  const Status status = from_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+  const Status status = from_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                                  "cudaFuncSetAttribute");
   if (status == Status::ok) allowed.fetch_or(bit, std::memory_order_relaxed);
   return status;
 }
 
-// A call's second kernel and later ones may start while the one before them ends: each calls ptx::wait_for_previous_kernel() before it touches memory.
+// A call's second kernel and later ones may start while the one before them ends: each calls
+// ptx::wait_for_previous_kernel() before it touches memory.
 template <auto kernel, class... Args> Status launch(const Grid& grid, Target& target, const Args&... args) {
   if (grid.blocks < 1 || grid.blocks > INT32_MAX) return Status::bad_shape;
   const Status status = allow_smem<kernel>(grid.smem, target.device);
@@ -64,8 +66,9 @@ template <auto kernel, class... Args> Status launch(const Grid& grid, Target& ta
   return from_cuda(cudaLaunchKernelEx(&config, kernel, args...), "cudaLaunchKernelEx");
 }
 
-// A row-major [rows, cols] matrix of 2-byte elements, row stride ld, read or written in boxes of [box_rows, box_cols]. Rows of a box lie
-// 2 * box_cols bytes apart in shared memory, swizzled over as many bytes (32, 64 or 128). Outside the matrix a load gives zeros and a store does nothing.
+// A row-major [rows, cols] matrix of 2-byte elements, row stride ld, read or written in boxes of [box_rows, box_cols].
+// Rows of a box lie 2 * box_cols bytes apart in shared memory, swizzled over as many bytes (32, 64 or 128). Outside the
+// matrix a load gives zeros and a store does nothing.
 struct MatrixView {
   const void* data;
   int64_t rows, cols, ld;

@@ -3,8 +3,8 @@
 //   forward    [prepare]  [shrink: h]   lora_gemm: y (and h), or lora_gemm_small: y and h
 //   backward   [prepare]  [shrink: dh]  lora_gemm: dx (and dh, dA, dB)   [wgrad: dA, dB, dbias]
 //
-// Bracketed launches only where heuristics.h plans them. What lora_gemm wants zeroed is zeroed in stream order: a captured graph replays that too.
-// Each kernel but the first may start while the one before it ends (launch.h).
+// Bracketed launches only where heuristics.h plans them. What lora_gemm wants zeroed is zeroed in stream order: a
+// captured graph replays that too. Each kernel but the first may start while the one before it ends (launch.h).
 #include "heuristics.h"
 #include "kernels.h"
 #include "launch.h"
@@ -36,18 +36,23 @@ Status use_device(int device, int* sms) {
   *sms = known[device].sms.load(std::memory_order_relaxed);
   if (*sms) return Status::ok;
   int major = 0, minor = 0;
-  status = from_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  if (status == Status::ok) status = from_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  if (status == Status::ok) status = from_cuda(cudaDeviceGetAttribute(sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  status =
+      from_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  if (status == Status::ok)
+    status =
+        from_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  if (status == Status::ok)
+    status = from_cuda(cudaDeviceGetAttribute(sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   if (status != Status::ok) return status;
   if (major != 9 || minor != 0) return Status::unsupported_device;
   known[device].sms.store(*sms, std::memory_order_relaxed);
   return Status::ok;
 }
 
-// h = scale * left rank^T (in the backward: scale * left rank) as a GEMM of its own, for ranks above 64 without dropout.
-Status h_by_gemm(const GemmConfig& config, const void* left, int64_t ld_left, const void* rank, int64_t ld_rank, void* h, int64_t M, int64_t K, int64_t R,
-                 float scale, Dtype dtype, Target& target) {
+// h = scale * left rank^T (in the backward: scale * left rank) as a GEMM of its own, for ranks above 64 without
+// dropout.
+Status h_by_gemm(const GemmConfig& config, const void* left, int64_t ld_left, const void* rank, int64_t ld_rank,
+                 void* h, int64_t M, int64_t K, int64_t R, float scale, Dtype dtype, Target& target) {
   GemmParams g{};
   g.left = left;
   g.right = rank;
@@ -98,7 +103,8 @@ float* sums_in_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, void*
   return p.adapter_dtype == Dtype::f32 ? static_cast<float*>(out) : at<float>(p.workspace, region);
 }
 
-GemmParams backward_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, const void* A, const void* B, void* dh) {
+GemmParams backward_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, const void* A, const void* B,
+                         void* dh) {
   GemmParams g{};
   g.left = p.dy;
   g.right = p.W;
@@ -188,17 +194,33 @@ Status cuda_forward(const CudaForwardParams& p) {
   if (status != Status::ok) return status;
   if (p.N % 8 || p.K % 8 || (p.dropout.threshold && !p.dropout.seed)) return Status::bad_shape;
   const ForwardPlan plan = forward_plan(p.M, p.N, p.K, p.R, p.dtype, p.adapter_dtype, p.dropout.threshold > 0, sms);
-  if (!plan.valid || p.workspace_bytes < plan.bytes) return fused_dtype(p.dtype) ? Status::bad_shape : Status::bad_dtype;
+  if (!plan.valid || p.workspace_bytes < plan.bytes)
+    return fused_dtype(p.dtype) ? Status::bad_shape : Status::bad_dtype;
   if (!aligned({p.x, p.W, p.A, p.B, p.bias, p.h, p.y, p.workspace}, {p.ldx, p.ldw})) return Status::bad_alignment;
   Target target{p.device, p.stream};
 
-  const PrepareParams prep{p.A, p.B, at(p.workspace, plan.A), at(p.workspace, plan.B), at<int>(p.workspace, plan.control), nullptr, nullptr, plan.control.bytes / 4, p.N, p.K, p.R,
-                           p.dtype, p.adapter_dtype};
+  const PrepareParams prep{p.A,
+                           p.B,
+                           at(p.workspace, plan.A),
+                           at(p.workspace, plan.B),
+                           at<int>(p.workspace, plan.control),
+                           nullptr,
+                           nullptr,
+                           plan.control.bytes / 4,
+                           p.N,
+                           p.K,
+                           p.R,
+                           p.dtype,
+                           p.adapter_dtype};
   status = prepare(prep, target);
   const void* const A = prep.out_A ? prep.out_A : p.A;
   const void* const B = prep.out_B ? prep.out_B : p.B;
   if (plan.h_by == ForwardPlan::in_small)
-    return status == Status::ok ? lora_gemm_small(plan.small, {p.x, p.W, A, B, p.bias, p.h, p.y, p.M, p.N, p.K, p.R, p.ldx, p.ldw, p.scaling, p.dtype}, target) : status;
+    return status == Status::ok
+               ? lora_gemm_small(
+                     plan.small,
+                     {p.x, p.W, A, B, p.bias, p.h, p.y, p.M, p.N, p.K, p.R, p.ldx, p.ldw, p.scaling, p.dtype}, target)
+               : status;
   if (status == Status::ok && plan.h_by == ForwardPlan::shrink)
     status = shrink({p.x, A, p.h, p.M, p.K, p.R, p.ldx, p.K, false, p.scaling, p.dropout, p.dtype}, target);
   if (status == Status::ok && plan.h_by == ForwardPlan::by_gemm)
@@ -213,14 +235,27 @@ Status cuda_backward(const CudaBackwardParams& p) {
   Status status = use_device(p.device, &sms);
   if (status != Status::ok) return status;
   if (p.N % 8 || p.K % 8 || (p.dropout.threshold && !p.dropout.seed)) return Status::bad_shape;
-  const BackwardPlan plan = backward_plan(p.M, p.N, p.K, p.R, p.dtype, p.adapter_dtype, p.dropout.threshold > 0, p.dx, p.dA, p.dB, p.dbias,
-                                          p.deterministic, sms);
-  if (!plan.valid || p.workspace_bytes < plan.bytes) return fused_dtype(p.dtype) ? Status::bad_shape : Status::bad_dtype;
-  if (!aligned({p.dy, p.x, p.W, p.A, p.B, p.h, p.dx, p.dA, p.dB, p.dbias, p.workspace}, {p.lddy, p.ldx, p.ldw, p.ldh})) return Status::bad_alignment;
+  const BackwardPlan plan = backward_plan(p.M, p.N, p.K, p.R, p.dtype, p.adapter_dtype, p.dropout.threshold > 0, p.dx,
+                                          p.dA, p.dB, p.dbias, p.deterministic, sms);
+  if (!plan.valid || p.workspace_bytes < plan.bytes)
+    return fused_dtype(p.dtype) ? Status::bad_shape : Status::bad_dtype;
+  if (!aligned({p.dy, p.x, p.W, p.A, p.B, p.h, p.dx, p.dA, p.dB, p.dbias, p.workspace}, {p.lddy, p.ldx, p.ldw, p.ldh}))
+    return Status::bad_alignment;
   Target target{p.device, p.stream};
 
-  const PrepareParams prep{p.A, p.B, at(p.workspace, plan.A), at(p.workspace, plan.B), at<int>(p.workspace, plan.control), sums_in_gemm(p, plan, p.dA, plan.dA),
-                           sums_in_gemm(p, plan, p.dB, plan.dB), plan.control.bytes / 4, p.N, p.K, p.R, p.dtype, p.adapter_dtype};
+  const PrepareParams prep{p.A,
+                           p.B,
+                           at(p.workspace, plan.A),
+                           at(p.workspace, plan.B),
+                           at<int>(p.workspace, plan.control),
+                           sums_in_gemm(p, plan, p.dA, plan.dA),
+                           sums_in_gemm(p, plan, p.dB, plan.dB),
+                           plan.control.bytes / 4,
+                           p.N,
+                           p.K,
+                           p.R,
+                           p.dtype,
+                           p.adapter_dtype};
   status = prepare(prep, target);
   const void* const A = prep.out_A ? prep.out_A : p.A;
   const void* const B = prep.out_B ? prep.out_B : p.B;

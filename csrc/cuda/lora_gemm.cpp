@@ -7,9 +7,12 @@ Status lora_gemm_f16(const GemmConfig& config, const GemmParams& p, Target& targ
 Status lora_gemm_bf16(const GemmConfig& config, const GemmParams& p, Target& target);  // lora_gemm_sm90_bf16.cu
 
 Status lora_gemm(const GemmConfig& c, const GemmParams& p, Target& target) {
-  if (!c.valid || p.M < 1 || p.N < 1 || p.K < 1 || p.R < 0 || p.R > kMaxRank || p.K > INT32_MAX - 512) return Status::bad_shape;
+  if (!c.valid || p.M < 1 || p.N < 1 || p.K < 1 || p.R < 0 || p.R > kMaxRank || p.K > INT32_MAX - 512)
+    return Status::bad_shape;
   const GemmKind& kind = c.kind;
-  if (kind.dropout != (p.dropout.threshold > 0) || (kind.dropout && !p.dropout.seed) || (kind.rank_tile && (p.R > kind.rank_tile || !p.control))) return Status::bad_shape;
+  if (kind.dropout != (p.dropout.threshold > 0) || (kind.dropout && !p.dropout.seed) ||
+      (kind.rank_tile && (p.R > kind.rank_tile || !p.control)))
+    return Status::bad_shape;
   if ((p.dA || p.dB) && (!kind.gradients() || (p.dB && !p.h) || (p.dA && !p.x))) return Status::bad_shape;
   if (p.bias && p.N % 2) return Status::bad_shape;
   if (reinterpret_cast<uintptr_t>(p.bias) % 4 || p.ld_low % 2) return Status::bad_alignment;

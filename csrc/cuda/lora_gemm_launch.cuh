@@ -1,5 +1,5 @@
-// How lora_gemm is launched: tensor maps and the choice of an instance of lora_gemm_sm90.cuh. One dtype a translation unit: each takes half a
-// minute to compile.
+// How lora_gemm is launched: tensor maps and the choice of an instance of lora_gemm_sm90.cuh. One dtype a translation
+// unit: each takes half a minute to compile.
 #pragma once
 
 #include "lora_gemm_sm90.cuh"
@@ -18,21 +18,26 @@ inline Status make_maps(const GemmConfig& c, const GemmParams& p, AllMaps* maps)
   const bool backward = c.kind.backward;
   const int load_rows = c.kind.block_n / kGemmCluster;
   const auto right_view = [&](const void* data, int64_t k, int64_t ld) {
-    return backward ? MatrixView{data, k, p.N, ld, kGemmBlockK, 64, p.dtype} : MatrixView{data, p.N, k, ld, load_rows, kGemmBlockK, p.dtype};
+    return backward ? MatrixView{data, k, p.N, ld, kGemmBlockK, 64, p.dtype}
+                    : MatrixView{data, p.N, k, ld, load_rows, kGemmBlockK, p.dtype};
   };
   Status status = tensor_map({p.left, p.M, p.K, p.ld_left, kGemmBlockM, kGemmBlockK, p.dtype}, &maps->left);
   if (status == Status::ok) status = tensor_map(right_view(p.right, p.K, p.ld_right), &maps->right);
   if (status == Status::ok) status = tensor_map({p.out, p.M, p.N, p.ld_out, 64, 64, p.dtype}, &maps->out);
   maps->low = maps->low_right = maps->rank = maps->h = maps->dh = maps->x = maps->left;
-  if (status == Status::ok && p.R > 0) status = tensor_map({p.low, p.M, p.R, p.ld_low, kGemmBlockM, kGemmBlockK, p.dtype}, &maps->low);
-  if (status == Status::ok && p.R > 0) status = tensor_map(right_view(p.low_right, p.R, p.ld_low_right), &maps->low_right);
+  if (status == Status::ok && p.R > 0)
+    status = tensor_map({p.low, p.M, p.R, p.ld_low, kGemmBlockM, kGemmBlockK, p.dtype}, &maps->low);
+  if (status == Status::ok && p.R > 0)
+    status = tensor_map(right_view(p.low_right, p.R, p.ld_low_right), &maps->low_right);
   if (status == Status::ok && c.kind.rank_tile) {
     const MatrixView rank = backward ? MatrixView{p.rank, p.K, p.R, p.ld_rank, kGemmBlockK, c.kind.rank_tile, p.dtype}
                                      : MatrixView{p.rank, p.R, p.K, p.ld_rank, c.kind.rank_tile, kGemmBlockK, p.dtype};
     status = tensor_map(rank, &maps->rank);
   }
-  if (status == Status::ok && p.dB) status = tensor_map({p.h, p.M, p.R, p.ld_h, kGemmBlockM, c.kind.rank_tile, p.dtype}, &maps->h);
-  if (status == Status::ok && p.dA) status = tensor_map({p.low, p.M, p.R, p.ld_low, kGemmBlockM, c.kind.rank_tile, p.dtype}, &maps->dh);
+  if (status == Status::ok && p.dB)
+    status = tensor_map({p.h, p.M, p.R, p.ld_h, kGemmBlockM, c.kind.rank_tile, p.dtype}, &maps->h);
+  if (status == Status::ok && p.dA)
+    status = tensor_map({p.low, p.M, p.R, p.ld_low, kGemmBlockM, c.kind.rank_tile, p.dtype}, &maps->dh);
   if (status == Status::ok && p.dA) status = tensor_map({p.x, p.M, p.N, p.ld_x, kGemmBlockM, 64, p.dtype}, &maps->x);
   return status;
 }
@@ -43,13 +48,28 @@ template <class C> Status run(const GemmConfig& c, const GemmParams& p, Target& 
   const Status status = make_maps(c, p, &maps);
   if (status != Status::ok) return status;
   using T = typename C::T;
-  const Args<T> args{static_cast<T*>(p.low), static_cast<const T*>(p.bias), p.dB, p.dA, p.control, p.dropout.seed, p.ld_low, static_cast<int>(p.M), static_cast<int>(p.N),
-                     static_cast<int>(p.K), static_cast<int>(p.R), p.dropout.threshold, p.alpha, p.scale, p.dropout.scale()};
-  return launch<lora_gemm_kernel<C>>(Grid{c.grid, C::kThreads, C::kKind.smem_bytes(), kGemmCluster}, target, maps.left, maps.right, maps.low, maps.low_right,
-                                     maps.rank, maps.out, maps.h, maps.dh, maps.x, args);
+  const Args<T> args{static_cast<T*>(p.low),
+                     static_cast<const T*>(p.bias),
+                     p.dB,
+                     p.dA,
+                     p.control,
+                     p.dropout.seed,
+                     p.ld_low,
+                     static_cast<int>(p.M),
+                     static_cast<int>(p.N),
+                     static_cast<int>(p.K),
+                     static_cast<int>(p.R),
+                     p.dropout.threshold,
+                     p.alpha,
+                     p.scale,
+                     p.dropout.scale()};
+  return launch<lora_gemm_kernel<C>>(Grid{c.grid, C::kThreads, C::kKind.smem_bytes(), kGemmCluster}, target, maps.left,
+                                     maps.right, maps.low, maps.low_right, maps.rank, maps.out, maps.h, maps.dh, maps.x,
+                                     args);
 }
 
-template <class T, int kBlockN, bool kBackward, bool kDropout> Status choose_rank(const GemmConfig& c, const GemmParams& p, Target& target) {
+template <class T, int kBlockN, bool kBackward, bool kDropout>
+Status choose_rank(const GemmConfig& c, const GemmParams& p, Target& target) {
   switch (c.kind.rank_tile) {
     case 0:
       if constexpr (kBackward || !kDropout) return run<Traits<T, kBlockN, 0, kBackward, kDropout>>(c, p, target);
@@ -62,8 +82,11 @@ template <class T, int kBlockN, bool kBackward, bool kDropout> Status choose_ran
 }
 
 template <class T, int kBlockN> Status choose_layout(const GemmConfig& c, const GemmParams& p, Target& target) {
-  if (c.kind.dropout) return c.kind.backward ? choose_rank<T, kBlockN, true, true>(c, p, target) : choose_rank<T, kBlockN, false, true>(c, p, target);
-  return c.kind.backward ? choose_rank<T, kBlockN, true, false>(c, p, target) : choose_rank<T, kBlockN, false, false>(c, p, target);
+  if (c.kind.dropout)
+    return c.kind.backward ? choose_rank<T, kBlockN, true, true>(c, p, target)
+                           : choose_rank<T, kBlockN, false, true>(c, p, target);
+  return c.kind.backward ? choose_rank<T, kBlockN, true, false>(c, p, target)
+                         : choose_rank<T, kBlockN, false, false>(c, p, target);
 }
 
 template <class T> Status choose_width(const GemmConfig& c, const GemmParams& p, Target& target) {

@@ -1,6 +1,8 @@
-// lora_gemm's first warpgroup: one thread keeps the ring full through TMA; in the backward with dropout three warps draw the mask.
+// lora_gemm's first warpgroup: one thread keeps the ring full through TMA; in the backward with dropout three warps
+// draw the mask.
 //
-// Order of a tile's loads: its k-blocks; where low comes out of this launch the wait for its rows' flags; the low-rank blocks; for dA the tile's
+// Order of a tile's loads: its k-blocks; where low comes out of this launch the wait for its rows' flags; the low-rank
+// blocks; for dA the tile's
 // own columns of x. All roles go through the ring in this order. Source: PTX ISA 9.0 (cp.async.bulk.tensor, mbarrier)
 #pragma once
 
@@ -23,7 +25,8 @@ template <class C> PTX_FN void load_thin(Smem<C>& s, const CUtensorMap* map, int
 
 // One k-block of a left and a right operand; this block's half of the right one goes to both blocks.
 template <class C>
-PTX_FN void load_block(Smem<C>& s, int slot, const CUtensorMap* left, const CUtensorMap* right, int row, int col, int k, uint32_t rank) {
+PTX_FN void load_block(Smem<C>& s, int slot, const CUtensorMap* left, const CUtensorMap* right, int row, int col, int k,
+                       uint32_t rank) {
   constexpr uint16_t kBoth = (1 << kCluster) - 1;
   ptx::tma_load(s.left[slot], left, &s.full[slot], row, k);
   if constexpr (C::kRightMN) {
@@ -38,7 +41,8 @@ PTX_FN void load_block(Smem<C>& s, int slot, const CUtensorMap* left, const CUte
 }
 
 // Warpgroup 0, thread 0: keeps the ring full.
-template <class C> PTX_FN void load_tiles(Smem<C>& s, const Maps& maps, const Args<typename C::T>& args, uint32_t rank, int drawn) {
+template <class C>
+PTX_FN void load_tiles(Smem<C>& s, const Maps& maps, const Args<typename C::T>& args, uint32_t rank, int drawn) {
   constexpr uint32_t kBytes = (kBlockM + C::kBlockN) * kBlockK * 2;
   const int k_blocks = (args.K + kBlockK - 1) / kBlockK, low_blocks = (args.R + kBlockK - 1) / kBlockK;
   Ring<C::kStages> ring;
@@ -55,15 +59,17 @@ template <class C> PTX_FN void load_tiles(Smem<C>& s, const Maps& maps, const Ar
       ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);
       ptx::arrive_expect(&s.full[ring.slot], kBytes + (first ? C::kRank * kBlockK * 2 : 0));
       load_block<C>(s, ring.slot, maps.left, maps.right, row, col, k * kBlockK, rank);
-      if (first) ptx::tma_load(s.rank[ring.slot], maps.rank, &s.full[ring.slot], C::kRightMN ? k * kBlockK : 0, C::kRightMN ? 0 : k * kBlockK);
+      if (first)
+        ptx::tma_load(s.rank[ring.slot], maps.rank, &s.full[ring.slot], C::kRightMN ? k * kBlockK : 0,
+                      C::kRightMN ? 0 : k * kBlockK);
       ring.next();
-      if (C::kGradients && args.dB && k == min(C::kStages, k_blocks) - 1) load_thin<C>(s, maps.h, row, thin_phase);  // may wait: the ring is full first
+      if (C::kGradients && args.dB && k == min(C::kStages, k_blocks) - 1)
+        load_thin<C>(s, maps.h, row, thin_phase);  // may wait: the ring is full first
     }
     if constexpr (C::kOneLaunch) {
       if (rank == 0) drawn = atomicAdd(args.control, 1);
       for (int r = row; r < min(row + kBlockM, args.M); r += 64) {
-        while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {
-        }
+        while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {}
       }
       ptx::fence_proxy();  // low was written by ordinary stores, TMA reads it
     }

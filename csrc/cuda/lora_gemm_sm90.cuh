@@ -1,20 +1,26 @@
-// lora_gemm:  out = alpha * left right + mask * (low low_right) / (1 - p) + bias,   and in the same launch low = scale * left rank
+// lora_gemm:  out = alpha * left right + mask * (low low_right) / (1 - p) + bias,   and in the same launch low = scale
+//             * left rank
 //
 // Used for    y  = x W^T + h B^T + bias   (left x, right W, low h, low_right B, rank A; right operands K-major)
-//             dx = dy W + mask * (dh A)   (left dy, right W, low dh, low_right A, rank B; right operands MN-major, as they are stored)
+//             dx = dy W + mask * (dh A)   (left dy, right W, low dh, low_right A, rank B; right operands MN-major, as
+//                                         they are stored)
 // Types       fp16 or bf16, fp32 accumulators, one rounding at each store
-// Tile        a block 128 x kBlockN, two warpgroups of 64 rows, k-steps of 64 through a ring of kStages; a cluster of two blocks above each
-//             other shares the right operand by multicast: 256 x kBlockN. wgmma m64 n256 (n128) k16, both operands in shared memory
-// Warps       one thread of warpgroup 0 loads (TMA), and its warps 1-3 draw dx's dropout mask (lora_gemm_load.cuh); warpgroups 1 and 2 multiply and
-//             store; a fourth, where there is one, makes dA and dB in dx's launch (lora_gemm_gradients.cuh), or low of the masked left in the
-//             forward's (lora_gemm_dropout.cuh)
-// Low rank    ceil(R / 64) more k-blocks from (low, low_right) through the same ring; columns past R are TMA's zeros. kMasked: their product goes
-//             through an accumulator of its own, 64 columns at a time, and the mask
-// One launch  kRank > 0: in the tiles of column 0 the staged left tile is also multiplied by `rank`, low published and a flag raised for each 64 rows;
-//             the loader of any tile waits for its rows' flags before the low-rank block. A block takes its next tile from a counter, and a
-//             tile depends on lower numbers only, so whoever is resident makes progress, however many blocks are. Flags and counter
+// Tile        a block 128 x kBlockN, two warpgroups of 64 rows, k-steps of 64 through a ring of kStages; a cluster of
+//             two blocks above each
+//             other shares the right operand by multicast: 256 x kBlockN. wgmma m64 n256 (n128) k16, both operands in
+//             shared memory
+// Warps       one thread of warpgroup 0 loads (TMA), and its warps 1-3 draw dx's dropout mask (lora_gemm_load.cuh);
+//             warpgroups 1 and 2 multiply and store; a fourth, where there is one, makes dA and dB in dx's launch
+//             (lora_gemm_gradients.cuh), or low of the masked left in the forward's (lora_gemm_dropout.cuh)
+// Low rank    ceil(R / 64) more k-blocks from (low, low_right) through the same ring; columns past R are TMA's zeros.
+//             kMasked: their product goes through an accumulator of its own, 64 columns at a time, and the mask
+// One launch  kRank > 0: in the tiles of column 0 the staged left tile is also multiplied by `rank`, low published and
+//             a flag raised for each 64 rows; the loader of any tile waits for its rows' flags before the low-rank
+//             block. A block takes its next tile from a counter, and a tile depends on lower numbers only, so whoever
+//             is resident makes progress, however many blocks are. Flags and counter
 //             are zeroed in the launch sequence: nothing survives a launch, so graphs and streams don't meet
-// Shared      stages * (128 + kBlockN + kRank) * 128 bytes + 16 KiB on the way out + mask bits + the fourth warpgroup's: GemmKind, heuristics.h
+// Shared      stages * (128 + kBlockN + kRank) * 128 bytes + 16 KiB on the way out + mask bits + the fourth
+//             warpgroup's: GemmKind, heuristics.h
 // Numerics    low is rounded to dtype before it is multiplied, as the reference does
 // Source      PTX ISA 9.0 (wgmma, TMA, mbarrier); Hu et al., arXiv 2106.09685
 #pragma once
@@ -26,8 +32,8 @@
 
 namespace fused_lora::gemm {
 
-// Descriptors of a staged tile's operands. Left and K-major right: rows of 128 bytes, 8 of them 1024 bytes; k16 is 32 bytes further.
-// MN-major right: chunks of 64 columns, 64 k-rows of 128 bytes each; k16 is 16 rows further.
+// Descriptors of a staged tile's operands. Left and K-major right: rows of 128 bytes, 8 of them 1024 bytes; k16 is 32
+// bytes further. MN-major right: chunks of 64 columns, 64 k-rows of 128 bytes each; k16 is 16 rows further.
 template <class C> struct Operands {
   static constexpr int kLeftStep = 32 / 16, kRightStep = (C::kRightMN ? 16 * 128 : 32) / 16;
   static constexpr int kRankBytes = C::kRightMN ? C::kRank * 2 : 128;  // of a row of the rank tile, and its swizzle
@@ -35,15 +41,20 @@ template <class C> struct Operands {
   uint64_t left, right;
 
   PTX_FN Operands(Smem<C>& s, int slot, int group)
-      : left(ptx::descriptor(&s.left[slot][group * 64 * kBlockK], 16, 1024, 128)), right(ptx::descriptor(s.right[slot], C::kRightMN ? 64 * kBlockK * 2 : 16, 1024, 128)) {}
-  static PTX_FN uint64_t rank(Smem<C>& s, int slot) { return ptx::descriptor(s.rank[slot], 16, 8 * kRankBytes, kRankBytes); }
+      : left(ptx::descriptor(&s.left[slot][group * 64 * kBlockK], 16, 1024, 128)),
+        right(ptx::descriptor(s.right[slot], C::kRightMN ? 64 * kBlockK * 2 : 16, 1024, 128)) {}
+  static PTX_FN uint64_t rank(Smem<C>& s, int slot) {
+    return ptx::descriptor(s.rank[slot], 16, 8 * kRankBytes, kRankBytes);
+  }
 };
 
-// d (+)= left right, 16 deep. ptxas refuses 256 columns at once to kernels of 512 threads, whose registers at entry are 128 a thread (its C7602).
+// d (+)= left right, 16 deep. ptxas refuses 256 columns at once to kernels of 512 threads, whose registers at entry are
+// 128 a thread (its C7602).
 template <class C, int kN> PTX_FN void product(float (&d)[kN / 2], uint64_t left, uint64_t right, int accumulate) {
   if constexpr (kN == 256 && C::kThreads == 512) {
-    ptx::wgmma<typename C::T, 128, C::kRightMN>(reinterpret_cast<float(&)[64]>(d), left, right, accumulate);
-    ptx::wgmma<typename C::T, 128, C::kRightMN>(reinterpret_cast<float(&)[64]>(d[64]), left, right + 128 * kBlockK * 2 / 16, accumulate);
+    ptx::wgmma<typename C::T, 128, C::kRightMN>(reinterpret_cast<float (&)[64]>(d), left, right, accumulate);
+    ptx::wgmma<typename C::T, 128, C::kRightMN>(reinterpret_cast<float (&)[64]>(d[64]), left,
+                                                right + 128 * kBlockK * 2 / 16, accumulate);
   } else {
     ptx::wgmma<typename C::T, kN, C::kRightMN>(d, left, right, accumulate);
   }
@@ -51,7 +62,8 @@ template <class C, int kN> PTX_FN void product(float (&d)[kN / 2], uint64_t left
 
 // acc += left right over all k-blocks; with kFirst also low_acc += left rank.
 template <class C, bool kFirst, int kLow>
-PTX_FN void multiply(float (&acc)[C::kBlockN / 2], float (&low_acc)[kLow], Smem<C>& s, Ring<C::kStages>& ring, int k_blocks, int group, int thread) {
+PTX_FN void multiply(float (&acc)[C::kBlockN / 2], float (&low_acc)[kLow], Smem<C>& s, Ring<C::kStages>& ring,
+                     int k_blocks, int group, int thread) {
   using Op = Operands<C>;
   for (int k = 0; k < k_blocks; ++k) {
     ptx::wait(&s.full[ring.slot], ring.phase);
@@ -60,7 +72,9 @@ PTX_FN void multiply(float (&acc)[C::kBlockN / 2], float (&low_acc)[kLow], Smem<
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       product<C, C::kBlockN>(acc, op.left + q * Op::kLeftStep, op.right + q * Op::kRightStep, q > 0 || k > 0);
-      if constexpr (kFirst) ptx::wgmma<typename C::T, C::kRank, C::kRightMN>(low_acc, op.left + q * Op::kLeftStep, Op::rank(s, ring.slot) + q * Op::kRankStep, q > 0 || k > 0);
+      if constexpr (kFirst)
+        ptx::wgmma<typename C::T, C::kRank, C::kRightMN>(low_acc, op.left + q * Op::kLeftStep,
+                                                         Op::rank(s, ring.slot) + q * Op::kRankStep, q > 0 || k > 0);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait();
@@ -69,9 +83,10 @@ PTX_FN void multiply(float (&acc)[C::kBlockN / 2], float (&low_acc)[kLow], Smem<
   }
 }
 
-// d (+)= left right over the first kSteps times 16 of a staged k-block. From fence to wait without a branch: else ptxas serialises every wgmma
-// of the kernel (its note C7514).
-template <class C, int kN, int kSteps> PTX_FN void multiply_steps(float (&d)[kN / 2], uint64_t left, uint64_t right, bool accumulate) {
+// d (+)= left right over the first kSteps times 16 of a staged k-block. From fence to wait without a branch: else ptxas
+// serialises every wgmma of the kernel (its note C7514).
+template <class C, int kN, int kSteps>
+PTX_FN void multiply_steps(float (&d)[kN / 2], uint64_t left, uint64_t right, bool accumulate) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int q = 0; q < kSteps; ++q)
@@ -81,7 +96,8 @@ template <class C, int kN, int kSteps> PTX_FN void multiply_steps(float (&d)[kN 
 }
 
 // The same for what is left of R from column r of low on.
-template <class C, int kN> PTX_FN void multiply_low(float (&d)[kN / 2], uint64_t left, uint64_t right, int rest, bool accumulate) {
+template <class C, int kN>
+PTX_FN void multiply_low(float (&d)[kN / 2], uint64_t left, uint64_t right, int rest, bool accumulate) {
   if (rest > 48) multiply_steps<C, kN, 4>(d, left, right, accumulate);
   else if (rest > 32) multiply_steps<C, kN, 3>(d, left, right, accumulate);
   else if (rest > 16) multiply_steps<C, kN, 2>(d, left, right, accumulate);
@@ -89,7 +105,8 @@ template <class C, int kN> PTX_FN void multiply_low(float (&d)[kN / 2], uint64_t
 }
 
 // acc += low low_right, straight into the accumulators.
-template <class C> PTX_FN void add_low(float (&acc)[C::kBlockN / 2], Smem<C>& s, Ring<C::kStages>& ring, int R, int group, int thread) {
+template <class C>
+PTX_FN void add_low(float (&acc)[C::kBlockN / 2], Smem<C>& s, Ring<C::kStages>& ring, int R, int group, int thread) {
 #pragma unroll 1
   for (int r = 0; r < R; r += kBlockK) {
     ptx::wait(&s.full[ring.slot], ring.phase);
@@ -102,7 +119,8 @@ template <class C> PTX_FN void add_low(float (&acc)[C::kBlockN / 2], Smem<C>& s,
 
 // 64 columns of acc += mask * (low low_right) / (1 - p). All low-rank blocks of the tile wait in the ring together.
 template <class C>
-PTX_FN void add_masked_low(float (&acc)[C::kBlockN / 2], float (&low)[32], int chunk, Smem<C>& s, Ring<C::kStages> ring, const Args<typename C::T>& args, int group, int thread) {
+PTX_FN void add_masked_low(float (&acc)[C::kBlockN / 2], float (&low)[32], int chunk, Smem<C>& s, Ring<C::kStages> ring,
+                           const Args<typename C::T>& args, int group, int thread) {
 #pragma unroll 1
   for (int r = 0; r < args.R; r += kBlockK, ring.next()) {
     const Operands<C> op(s, ring.slot, group);
@@ -110,7 +128,8 @@ PTX_FN void add_masked_low(float (&acc)[C::kBlockN / 2], float (&low)[32], int c
   }
   const uint32_t* words = &s.mask[(group * 64 + thread / 32 * 16 + thread % 32 / 4) * C::kMaskWords + chunk * 2];
 #pragma unroll
-  for (int part = 0; part < 4; ++part) {  // rows 8 apart, then halves of 32 columns; this thread's columns are 8 j + 2 (thread % 4) + {0, 1}
+  for (int part = 0; part < 4;
+       ++part) {  // rows 8 apart, then halves of 32 columns; this thread's columns are 8 j + 2 (thread % 4) + {0, 1}
     const int lower = part % 2, right = part / 2;
     const uint32_t keep = words[lower * 8 * C::kMaskWords + right] >> (thread % 4 * 2);
 #pragma unroll
@@ -121,9 +140,11 @@ PTX_FN void add_masked_low(float (&acc)[C::kBlockN / 2], float (&low)[32], int c
   }
 }
 
-// out = alpha * acc + bias in dtype, 64 columns at a time through shared memory and TMA; `before(chunk)` has the last word on a chunk of acc.
+// out = alpha * acc + bias in dtype, 64 columns at a time through shared memory and TMA; `before(chunk)` has the last
+// word on a chunk of acc.
 template <class C, class Before>
-PTX_FN void store_tile(const float (&acc)[C::kBlockN / 2], Smem<C>& s, const CUtensorMap* out, const Args<typename C::T>& args, int row, int col, int group, int thread, const Before& before) {
+PTX_FN void store_tile(const float (&acc)[C::kBlockN / 2], Smem<C>& s, const CUtensorMap* out,
+                       const Args<typename C::T>& args, int row, int col, int group, int thread, const Before& before) {
   using T = typename C::T;
   const int lane = thread % 32, r = thread / 32 * 16 + lane % 16;  // the row whose address this lane gives to stmatrix
   uint8_t* const line = reinterpret_cast<uint8_t*>(s.out[group]) + r * 128;
@@ -139,7 +160,8 @@ PTX_FN void store_tile(const float (&acc)[C::kBlockN / 2], Smem<C>& s, const CUt
       for (int half = 0; half < 2; ++half) {
         const float* d = &acc[(chunk * 8 + j + half) * 4];
         const int c = col + chunk * 64 + (j + half) * 8 + lane % 4 * 2;
-        const float2 bias = args.bias && c < args.N ? ptx::unpack<T>(*reinterpret_cast<const uint32_t*>(args.bias + c)) : float2{0.0f, 0.0f};
+        const float2 bias = args.bias && c < args.N ? ptx::unpack<T>(*reinterpret_cast<const uint32_t*>(args.bias + c))
+                                                    : float2{0.0f, 0.0f};
         packed[2 * half] = ptx::pack<T>(fmaf(args.alpha, d[0], bias.x), fmaf(args.alpha, d[1], bias.y));
         packed[2 * half + 1] = ptx::pack<T>(fmaf(args.alpha, d[2], bias.x), fmaf(args.alpha, d[3], bias.y));
       }
@@ -167,7 +189,8 @@ template <class C> PTX_FN void pass(Smem<C>& s, Ring<C::kStages>& ring, int bloc
 
 // One tile from its first k-block to its stores.
 template <class C>
-PTX_FN void compute_tile(Smem<C>& s, Ring<C::kStages>& ring, const CUtensorMap* out, const Args<typename C::T>& args, uint32_t mask_phase, int k_blocks, int row, int col, int group, int thread) {
+PTX_FN void compute_tile(Smem<C>& s, Ring<C::kStages>& ring, const CUtensorMap* out, const Args<typename C::T>& args,
+                         uint32_t mask_phase, int k_blocks, int row, int col, int group, int thread) {
   constexpr bool kMakesLow = C::kOneLaunch && !C::kDropsLeft;
   float acc[C::kBlockN / 2], low_acc[kMakesLow ? C::kRank / 2 : 1];
   if (kMakesLow && col == 0) {
@@ -176,7 +199,8 @@ PTX_FN void compute_tile(Smem<C>& s, Ring<C::kStages>& ring, const CUtensorMap* 
   } else {
     multiply<C, false>(acc, low_acc, s, ring, k_blocks, group, thread);
   }
-  const int x_blocks = C::kGradients && args.dA ? C::kBlockN / 64 : 0;  // as many as chunks; each passes a chunk late, when it has landed
+  const int x_blocks = C::kGradients && args.dA ? C::kBlockN / 64
+                                                : 0;  // as many as chunks; each passes a chunk late, when it has landed
   if constexpr (C::kMasked) {
     Ring<C::kStages> at = ring;
     for (int r = 0; r < args.R; r += kBlockK, ring.next()) ptx::wait(&s.full[ring.slot], ring.phase);
@@ -189,13 +213,16 @@ PTX_FN void compute_tile(Smem<C>& s, Ring<C::kStages>& ring, const CUtensorMap* 
     for (int r = 0; r < args.R; r += kBlockK, at.next()) free_slot<C>(s, at.slot, thread);
   } else {
     add_low<C>(acc, s, ring, args.R, group, thread);
-    store_tile<C>(acc, s, out, args, row, col, group, thread, [&](int chunk) { pass<C>(s, ring, chunk > 0 && x_blocks, group, thread); });
+    store_tile<C>(acc, s, out, args, row, col, group, thread,
+                  [&](int chunk) { pass<C>(s, ring, chunk > 0 && x_blocks, group, thread); });
   }
   pass<C>(s, ring, x_blocks > 0, group, thread);
 }
 
 // Warpgroups 1 and 2: group 0 the upper 64 rows of a tile, group 1 the lower.
-template <class C> PTX_FN void consume_tiles(Smem<C>& s, const CUtensorMap* out, const Args<typename C::T>& args, uint32_t rank, int group, int thread) {
+template <class C>
+PTX_FN void consume_tiles(Smem<C>& s, const CUtensorMap* out, const Args<typename C::T>& args, uint32_t rank, int group,
+                          int thread) {
   const int k_blocks = (args.K + kBlockK - 1) / kBlockK, low_blocks = (args.R + kBlockK - 1) / kBlockK;
   Ring<C::kStages> ring;
   Tiles<C> tiles(s, args.M, args.N);
@@ -210,7 +237,8 @@ template <class C> PTX_FN void consume_tiles(Smem<C>& s, const CUtensorMap* out,
       pass<C>(s, ring, k_blocks + low_blocks + (C::kGradients && args.dA ? C::kBlockN / 64 : 0), group, thread);
       if (C::kMasked) ptx::wait(&s.mask_full, mask_phase);
     }
-    if (C::kMasked || C::kOneLaunch) ptx::named_barrier(1 + group, 128);  // the whole warpgroup has read the mask and the tile's number
+    if (C::kMasked || C::kOneLaunch)
+      ptx::named_barrier(1 + group, 128);  // the whole warpgroup has read the mask and the tile's number
     if (C::kMasked && thread == 0) ptx::arrive(&s.mask_empty);
     mask_phase ^= 1;
     if constexpr (C::kOneLaunch) {
@@ -225,10 +253,11 @@ template <class C> PTX_FN void consume_tiles(Smem<C>& s, const CUtensorMap* out,
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
-lora_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant__ CUtensorMap right, const __grid_constant__ CUtensorMap low,
-                 const __grid_constant__ CUtensorMap low_right, const __grid_constant__ CUtensorMap rank_map, const __grid_constant__ CUtensorMap out,
-                 const __grid_constant__ CUtensorMap h, const __grid_constant__ CUtensorMap dh, const __grid_constant__ CUtensorMap x,
-                 const __grid_constant__ Args<typename C::T> args) {
+    lora_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant__ CUtensorMap right,
+                     const __grid_constant__ CUtensorMap low, const __grid_constant__ CUtensorMap low_right,
+                     const __grid_constant__ CUtensorMap rank_map, const __grid_constant__ CUtensorMap out,
+                     const __grid_constant__ CUtensorMap h, const __grid_constant__ CUtensorMap dh,
+                     const __grid_constant__ CUtensorMap x, const __grid_constant__ Args<typename C::T> args) {
 #ifdef FUSED_LORA_SM90A
   static_assert(sizeof(Smem<C>) + 1024 <= C::kKind.smem_bytes());
   Smem<C>& s = *reinterpret_cast<Smem<C>*>(ptx::dynamic_smem());
@@ -255,7 +284,8 @@ lora_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant
   ptx::cluster_sync();
   if (group == 0) {
     ptx::registers_down<C::kLoaderRegisters>();
-    if (threadIdx.x == 0) load_tiles<C>(s, Maps{&left, &right, &low, &low_right, &rank_map, &h, &dh, &x}, args, rank, drawn);
+    if (threadIdx.x == 0)
+      load_tiles<C>(s, Maps{&left, &right, &low, &low_right, &rank_map, &h, &dh, &x}, args, rank, drawn);
     else if (C::kMasked && threadIdx.x >= 32) draw_masks<C>(s, args, rank);
     __syncwarp();
   } else if (C::kConsumers == 3 && group == 3) {

@@ -3,6 +3,8 @@
 
 namespace fused_lora {
 
-Status lora_gemm_bf16(const GemmConfig& config, const GemmParams& p, Target& target) { return gemm::choose_width<__nv_bfloat16>(config, p, target); }
+Status lora_gemm_bf16(const GemmConfig& config, const GemmParams& p, Target& target) {
+  return gemm::choose_width<__nv_bfloat16>(config, p, target);
+}
 
 }  // namespace fused_lora

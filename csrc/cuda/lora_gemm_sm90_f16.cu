@@ -3,6 +3,8 @@
 
 namespace fused_lora {
 
-Status lora_gemm_f16(const GemmConfig& config, const GemmParams& p, Target& target) { return gemm::choose_width<__half>(config, p, target); }
+Status lora_gemm_f16(const GemmConfig& config, const GemmParams& p, Target& target) {
+  return gemm::choose_width<__half>(config, p, target);
+}
 
 }  // namespace fused_lora

@@ -2,12 +2,15 @@
 //
 // Used for    the forward of decoding and other small M without dropout, where reading W once is all the time there is
 // Types       fp16 or bf16, fp32 accumulators; h is rounded to dtype before it is multiplied, as the reference does
-// Tile        a cluster of 1 to 8 blocks takes 128 rows of W, each block one part of K. The product is y^T = W x^T: a warpgroup has 64 rows of W
-//             (wgmma's m), x's rows are its n: 16, 32, 64 or 128. A third warpgroup multiplies A's rows alike: h for one more read of A from L2
+// Tile        a cluster of 1 to 8 blocks takes 128 rows of W, each block one part of K. The product is y^T = W x^T: a
+//             warpgroup has 64 rows of W (wgmma's m), x's rows are its n: 16, 32, 64 or 128. A third warpgroup
+//             multiplies A's rows alike: h for one more read of A from L2
 // Warps       warpgroups 0 and 1: W, 2: A; warp 12 loads (TMA) through a ring of k-steps of 64
-// Sum         the parts' sums lie in each block's shared memory. Each block adds up h and its share of the columns of y from the whole cluster's,
+// Sum         the parts' sums lie in each block's shared memory. Each block adds up h and its share of the columns of y
+//             from the whole cluster's,
 //             in the order of K: results repeat bit for bit, and no flag, workspace or second launch is needed
-// Shared      stages * (192 + rows) * 128 bytes, two blocks an SM up to 64 rows; sums and h lie over the stages when these are through
+// Shared      stages * (192 + rows) * 128 bytes, two blocks an SM up to 64 rows; sums and h lie over the stages when
+//             these are through
 // Bound by    one read of W: 11 us for 33.5 MB at 3.0 TB/s
 // Source      PTX ISA 9.0 (wgmma, TMA, mapa); Hu et al., arXiv 2106.09685
 #include "kernels.h"
@@ -26,7 +29,7 @@ template <class T, int kRows> struct __align__(1024) Smem {
   T x[kStages][kRows * kBlockK];
   uint64_t full[kStages], empty[kStages];
 
-  PTX_FN float* sums() { return reinterpret_cast<float*>(this); }                    // [kRows, kLd]: 128 columns of y, 64 of h
+  PTX_FN float* sums() { return reinterpret_cast<float*>(this); }       // [kRows, kLd]: 128 columns of y, 64 of h
   PTX_FN T* h() { return reinterpret_cast<T*>(sums() + kRows * kLd); }  // [kRows, 64]
   static_assert(kRows * (kLd * 4 + kSmallRank * 2) <= kStages * small_stage_bytes(kRows));
 };
@@ -41,7 +44,8 @@ template <class T> struct Args {
 };
 
 template <class T, int kRows>
-PTX_FN void load(Smem<T, kRows>& s, const CUtensorMap* x, const CUtensorMap* W, const CUtensorMap* A, int col, int begin, int end) {
+PTX_FN void load(Smem<T, kRows>& s, const CUtensorMap* x, const CUtensorMap* W, const CUtensorMap* A, int col,
+                 int begin, int end) {
   gemm::Ring<small_stages(kRows)> ring;
   for (int k = begin; k < end; ++k, ring.next()) {
     uint64_t* const full = &s.full[ring.slot];
@@ -54,12 +58,14 @@ PTX_FN void load(Smem<T, kRows>& s, const CUtensorMap* x, const CUtensorMap* W, 
 }
 
 // acc = 64 rows of [W; A] times x^T over this block's part of K.
-template <class T, int kRows> PTX_FN void multiply(float (&acc)[kRows / 2], Smem<T, kRows>& s, int group, int thread, int steps) {
+template <class T, int kRows>
+PTX_FN void multiply(float (&acc)[kRows / 2], Smem<T, kRows>& s, int group, int thread, int steps) {
   gemm::Ring<small_stages(kRows)> ring;
   for (int k = 0; k < steps; ++k, ring.next()) {
     ptx::wait(&s.full[ring.slot], ring.phase);
     ptx::wgmma_fence();
-    const uint64_t left = ptx::descriptor(&s.left[ring.slot][group * 64 * kBlockK], 16, 1024, 128), right = ptx::descriptor(s.x[ring.slot], 16, 1024, 128);
+    const uint64_t left = ptx::descriptor(&s.left[ring.slot][group * 64 * kBlockK], 16, 1024, 128),
+                   right = ptx::descriptor(s.x[ring.slot], 16, 1024, 128);
 #pragma unroll
     for (int q = 0; q < 4; ++q) ptx::wgmma<T, kRows, false>(acc, left + q * 2, right + q * 2, q > 0 || k > 0);
     ptx::wgmma_commit();
@@ -72,9 +78,11 @@ template <class T, int kRows> PTX_FN void multiply(float (&acc)[kRows / 2], Smem
 [[maybe_unused]] PTX_FN float4 cluster_sum(const float* at, int splits) {
   float4 part[8], total{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) part[i] = i < splits ? ptx::load_remote(reinterpret_cast<const float4*>(at), i) : float4{0.0f, 0.0f, 0.0f, 0.0f};
+  for (int i = 0; i < 8; ++i)
+    part[i] = i < splits ? ptx::load_remote(reinterpret_cast<const float4*>(at), i) : float4{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) total = float4{total.x + part[i].x, total.y + part[i].y, total.z + part[i].z, total.w + part[i].w};
+  for (int i = 0; i < 8; ++i)
+    total = float4{total.x + part[i].x, total.y + part[i].y, total.z + part[i].z, total.w + part[i].w};
   return total;
 }
 
@@ -91,8 +99,10 @@ template <class T> PTX_FN float dot8(const uint4& a, const uint4& b) {
   return sum;
 }
 
-// h whole, to this block's shared memory and (writes_h) to args.h; then this block's columns of y, first .. first + share of the strip at `col`.
-template <class T, int kRows> PTX_FN void finish(Smem<T, kRows>& s, const Args<T>& p, int col, int first, int share, bool writes_h) {
+// h whole, to this block's shared memory and (writes_h) to args.h; then this block's columns of y, first .. first +
+// share of the strip at `col`.
+template <class T, int kRows>
+PTX_FN void finish(Smem<T, kRows>& s, const Args<T>& p, int col, int first, int share, bool writes_h) {
   for (int i = threadIdx.x; i < p.M * (p.padded / 4); i += kThreads) {
     const int m = i / (p.padded / 4), r = i % (p.padded / 4) * 4;
     const float4 sum = cluster_sum(s.sums() + m * kLd + kCols + r, p.splits);
@@ -111,7 +121,8 @@ template <class T, int kRows> PTX_FN void finish(Smem<T, kRows>& s, const Args<T
     for (int r = 0; r < p.padded; r += 8) {
       const uint4 h = *reinterpret_cast<const uint4*>(s.h() + m * kSmallRank + r);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) y[j] += dot8<T>(h, *reinterpret_cast<const uint4*>(p.B + int64_t{col + n + j} * p.padded + r));
+      for (int j = 0; j < 4; ++j)
+        y[j] += dot8<T>(h, *reinterpret_cast<const uint4*>(p.B + int64_t{col + n + j} * p.padded + r));
     }
     *reinterpret_cast<uint2*>(p.y + int64_t{m} * p.N + col + n) = pack4<T>(float4{y[0], y[1], y[2], y[3]});
   }
@@ -119,12 +130,14 @@ template <class T, int kRows> PTX_FN void finish(Smem<T, kRows>& s, const Args<T
 
 template <class T, int kRows>
 __global__ void __launch_bounds__(kThreads, kRows > 64 ? 1 : 2)
-lora_gemm_small_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap W, const __grid_constant__ CUtensorMap A, const __grid_constant__ Args<T> p) {
+    lora_gemm_small_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap W,
+                           const __grid_constant__ CUtensorMap A, const __grid_constant__ Args<T> p) {
 #ifdef FUSED_LORA_SM90A
   static_assert(sizeof(Smem<T, kRows>) + 1024 <= small_smem_bytes(kRows));
   Smem<T, kRows>& s = *reinterpret_cast<Smem<T, kRows>*>(ptx::dynamic_smem());
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128, rank = static_cast<int>(ptx::cluster_rank());
-  const int col = blockIdx.x / p.splits * kCols, k_blocks = (p.K + kBlockK - 1) / kBlockK, begin = rank * k_blocks / p.splits, end = (rank + 1) * k_blocks / p.splits;
+  const int col = blockIdx.x / p.splits * kCols, k_blocks = (p.K + kBlockK - 1) / kBlockK,
+            begin = rank * k_blocks / p.splits, end = (rank + 1) * k_blocks / p.splits;
   if (threadIdx.x == 0) {
     for (int i = 0; i < s.kStages; ++i) {
       ptx::barrier_init(&s.full[i], 1);
@@ -160,9 +173,18 @@ template <class T, int kRows> Status run(const SmallConfig& c, const SmallParams
   if (status == Status::ok) status = tensor_map({p.W, p.N, p.K, p.ldw, kCols, kBlockK, p.dtype}, &W);
   if (status == Status::ok) status = tensor_map({p.A, p.R, p.K, p.K, kSmallRank, kBlockK, p.dtype}, &A);
   if (status != Status::ok) return status;
-  const Args<T> args{static_cast<const T*>(p.B), static_cast<const T*>(p.bias), static_cast<T*>(p.h), static_cast<T*>(p.y), static_cast<int>(p.M), static_cast<int>(p.N),
-                     static_cast<int>(p.K), static_cast<int>(padded_rank(p.R)), c.splits, p.scale};
-  return launch<lora_gemm_small_kernel<T, kRows>>(Grid{c.strips * c.splits, kThreads, c.smem, c.splits}, target, x, W, A, args);
+  const Args<T> args{static_cast<const T*>(p.B),
+                     static_cast<const T*>(p.bias),
+                     static_cast<T*>(p.h),
+                     static_cast<T*>(p.y),
+                     static_cast<int>(p.M),
+                     static_cast<int>(p.N),
+                     static_cast<int>(p.K),
+                     static_cast<int>(padded_rank(p.R)),
+                     c.splits,
+                     p.scale};
+  return launch<lora_gemm_small_kernel<T, kRows>>(Grid{c.strips * c.splits, kThreads, c.smem, c.splits}, target, x, W,
+                                                  A, args);
 }
 
 template <class T> Status choose_rows(const SmallConfig& c, const SmallParams& p, Target& target) {
@@ -178,7 +200,9 @@ template <class T> Status choose_rows(const SmallConfig& c, const SmallParams& p
 }  // namespace
 
 Status lora_gemm_small(const SmallConfig& c, const SmallParams& p, Target& target) {
-  if (!c.valid || p.M < 1 || p.M > c.rows || p.N < 1 || p.N % 8 || p.K < 1 || p.K > INT32_MAX - 512 || p.R < 1 || p.R > kSmallRank) return Status::bad_shape;
+  if (!c.valid || p.M < 1 || p.M > c.rows || p.N < 1 || p.N % 8 || p.K < 1 || p.K > INT32_MAX - 512 || p.R < 1 ||
+      p.R > kSmallRank)
+    return Status::bad_shape;
   switch (p.dtype) {
     case Dtype::f16: return choose_rows<__half>(c, p, target);
     case Dtype::bf16: return choose_rows<__nv_bfloat16>(c, p, target);

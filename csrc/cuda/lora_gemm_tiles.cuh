@@ -1,4 +1,5 @@
-// lora_gemm's shared memory, its ring of barriers, and the order in which a cluster takes tiles; lora_gemm_sm90.cuh tells the rest.
+// lora_gemm's shared memory, its ring of barriers, and the order in which a cluster takes tiles; lora_gemm_sm90.cuh
+// tells the rest.
 #pragma once
 
 #include "heuristics.h"
@@ -11,19 +12,27 @@ constexpr int kMaskThreads = 96, kBlockM = kGemmBlockM, kBlockK = kGemmBlockK, k
 template <class T_, int kBlockN_, int kRank_, bool kBackward, bool kDropout> struct Traits {
   using T = T_;
   static constexpr GemmKind kKind{kBlockN_, kRank_, kBackward, kDropout};
-  static constexpr int kBlockN = kBlockN_, kRank = kRank_, kStages = kKind.stages(), kMaskWords = kBlockN / 32;  // of one row
+  static constexpr int kBlockN = kBlockN_, kRank = kRank_, kStages = kKind.stages(),
+                       kMaskWords = kBlockN / 32;  // of one row
   static constexpr bool kRightMN = kBackward, kMasked = kBackward && kDropout, kOneLaunch = kRank > 0;
   static constexpr bool kGradients = kKind.gradients(), kDropsLeft = kKind.drops_left();
-  static constexpr int kThreads = 128 * kKind.warpgroups(), kConsumers = kKind.warpgroups() - 1;  // warpgroups that read a staged tile
+  static constexpr int kThreads = 128 * kKind.warpgroups(),
+                       kConsumers = kKind.warpgroups() - 1;  // warpgroups that read a staged tile
   // Registers of a thread in each role: an SM has 512 for four of them.
   static constexpr int kLoaderRegisters = kMasked ? 56 : 40;
-  static constexpr int kFourthRegisters = kConsumers < 3 ? 0 : kDropsLeft ? 104 : !kMasked ? 88 : kBlockN == 128 ? 104 : 56;
+  static constexpr int kFourthRegisters = kConsumers < 3   ? 0
+                                          : kDropsLeft     ? 104
+                                          : !kMasked       ? 88
+                                          : kBlockN == 128 ? 104
+                                                           : 56;
   static constexpr int kConsumerRegisters = (512 - kLoaderRegisters - kFourthRegisters) / 16 * 8;
-  static constexpr int kLoadRows = kBlockN / kCluster;  // rows or columns of the right operand that each block loads for both
+  static constexpr int kLoadRows =
+      kBlockN / kCluster;  // rows or columns of the right operand that each block loads for both
   static_assert(kBlockN == 128 || kBlockN == 256);
   static_assert(kRank == 0 || kRank == 16 || kRank == 32 || kRank == 64);
   static_assert(!kDropsLeft || kOneLaunch);
-  static_assert(kStages >= 3 && (!kMasked || kRank || kStages >= kMaxRank / kBlockK), "all low-rank blocks of a masked tile must fit into the ring");
+  static_assert(kStages >= 3 && (!kMasked || kRank || kStages >= kMaxRank / kBlockK),
+                "all low-rank blocks of a masked tile must fit into the ring");
 };
 
 constexpr int kFourthBarrier = 3;  // the named barrier of the fourth warpgroup; 1 and 2 are the consumers'
@@ -67,8 +76,9 @@ template <int kSlots> struct Ring {
   }
 };
 
-// The tiles of this cluster, one object in each role (loader, mask, consumers). Without flags to wait for every cluster takes each n-th
-// tile; with them the first block's loader draws numbers from the counter and hands them to both blocks.
+// The tiles of this cluster, one object in each role (loader, mask, consumers). Without flags to wait for every cluster
+// takes each n-th tile; with them the first block's loader draws numbers from the counter and hands them to both
+// blocks.
 template <class C> struct Tiles {
   Smem<C>& s;
   const int row_tiles, col_tiles;
@@ -76,14 +86,18 @@ template <class C> struct Tiles {
   int number;
 
   PTX_FN Tiles(Smem<C>& smem, int M, int N)
-      : s(smem), row_tiles((M + kBlockM * kCluster - 1) / (kBlockM * kCluster)), col_tiles((N + C::kBlockN - 1) / C::kBlockN), number(blockIdx.x / kCluster) {
+      : s(smem),
+        row_tiles((M + kBlockM * kCluster - 1) / (kBlockM * kCluster)),
+        col_tiles((N + C::kBlockN - 1) / C::kBlockN),
+        number(blockIdx.x / kCluster) {
     if constexpr (C::kOneLaunch) number = 0;
   }
   PTX_FN int count() const { return row_tiles * col_tiles; }
   PTX_FN TileIndex index() const { return gemm_tile(number, row_tiles, col_tiles, C::kOneLaunch); }
   PTX_FN void step() { number += gridDim.x / kCluster; }
 
-  // Readers: read() the number of the next tile; release() when the role is through with it, in all its threads, one of which speaks.
+  // Readers: read() the number of the next tile; release() when the role is through with it, in all its threads, one of
+  // which speaks.
   PTX_FN void read() {
     ptx::wait_cluster(&s.tile_full[ring.slot], ring.phase);
     number = *const_cast<volatile int*>(&s.tile[ring.slot]);
@@ -96,7 +110,8 @@ template <class C> struct Tiles {
   PTX_FN void hand_out(uint32_t rank, int drawn) {
     if (rank == 0) {
       ptx::wait(&s.tile_empty[ring.slot], ring.phase ^ 1);
-      for (int block = 0; block < kCluster; ++block) ptx::store_remote(&s.tile[ring.slot], drawn, &s.tile_full[ring.slot], block);
+      for (int block = 0; block < kCluster; ++block)
+        ptx::store_remote(&s.tile[ring.slot], drawn, &s.tile_full[ring.slot], block);
     }
     ptx::arrive_expect(&s.tile_full[ring.slot], 4);
     read();
@@ -106,14 +121,16 @@ template <class C> struct Tiles {
   static constexpr int kReaders = kCluster * (1 + C::kConsumers + (C::kMasked ? 3 : 0));
 };
 
-// A consumer warpgroup is through with a slot: both blocks' loaders write to it. All its warps must have seen the slot full, by a product or a
+// A consumer warpgroup is through with a slot: both blocks' loaders write to it. All its warps must have seen the slot
+// full, by a product or a
 // barrier: one that looks when the slot is full again sees the other parity, and waits for ever.
 template <class C> PTX_FN void free_slot(Smem<C>& s, int slot, int thread) {
   if (thread < kCluster) ptx::arrive_remote(&s.empty[slot], thread);
 }
 
 // low = scale * low_acc in dtype for 64 rows, and their flag. One warpgroup, its named barrier 1 + group.
-template <class C, int kLow> PTX_FN void publish(const float (&low_acc)[kLow], const Args<typename C::T>& args, int row, int group, int thread) {
+template <class C, int kLow>
+PTX_FN void publish(const float (&low_acc)[kLow], const Args<typename C::T>& args, int row, int group, int thread) {
   const int r0 = row + thread / 32 * 16 + thread % 32 / 4, c0 = thread % 4 * 2;
 #pragma unroll
   for (int j = 0; j < C::kRank / 8; ++j) {
@@ -121,7 +138,8 @@ template <class C, int kLow> PTX_FN void publish(const float (&low_acc)[kLow], c
     for (int i = 0; i < 2; ++i) {
       const int r = r0 + 8 * i, c = c0 + 8 * j;
       if (r < args.M && c < args.ld_low)
-        *reinterpret_cast<uint32_t*>(args.low + r * args.ld_low + c) = ptx::pack<typename C::T>(low_acc[4 * j + 2 * i] * args.scale, low_acc[4 * j + 2 * i + 1] * args.scale);
+        *reinterpret_cast<uint32_t*>(args.low + r * args.ld_low + c) =
+            ptx::pack<typename C::T>(low_acc[4 * j + 2 * i] * args.scale, low_acc[4 * j + 2 * i + 1] * args.scale);
     }
   }
   __threadfence();

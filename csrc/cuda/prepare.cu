@@ -1,6 +1,8 @@
-// prepare:    A [R, K] and B [N, padded R] in x's dtype, and zeros: a one-launch lora_gemm's control block and the sums dA and dB that it adds to
+// prepare:    A [R, K] and B [N, padded R] in x's dtype, and zeros: a one-launch lora_gemm's control block and the sums
+//             dA and dB that it adds to
 //
-// Used for    adapters in fp32 over a half-precision base (PEFT's default), and ranks that are no multiple of 8, whose rows TMA cannot read
+// Used for    adapters in fp32 over a half-precision base (PEFT's default), and ranks that are no multiple of 8, whose
+//             rows TMA cannot read
 // Types       fp32, fp16 or bf16 in, fp16 or bf16 out, rounded to nearest
 // Grid        one thread for 8 elements of an output: B's first, then A's, then dB's, dA's and the control block's
 #include "kernels.h"
@@ -11,10 +13,10 @@ namespace fused_lora {
 namespace {
 
 struct Args {
-  const void* A;  // [R, K]
-  const void* B;  // [N, R]
-  uint4* out_A;   // [R, K]
-  uint4* out_B;   // [N, padded]
+  const void* A;    // [R, K]
+  const void* B;    // [N, R]
+  uint4* out_A;     // [R, K]
+  uint4* out_B;     // [N, padded]
   float4 *dA, *dB;  // [R, K], [N, R]
   int* control;
   int64_t groups_A, groups_B, groups_dA, groups_dB, control_ints, R, padded;
@@ -36,7 +38,8 @@ template <class T, class From> __global__ void __launch_bounds__(256) prepare_ke
   if (i < p.groups_B) {
     const int64_t row = i * 8 / p.padded, col = i * 8 % p.padded;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = col + j < p.R ? to_float(static_cast<const From*>(p.B)[row * p.R + col + j]) : 0.0f;
+    for (int j = 0; j < 8; ++j)
+      v[j] = col + j < p.R ? to_float(static_cast<const From*>(p.B)[row * p.R + col + j]) : 0.0f;
     p.out_B[i] = pack8<T>(v);
     return;
   }
@@ -64,9 +67,22 @@ template <class T, class From> __global__ void __launch_bounds__(256) prepare_ke
 
 template <class T, class From> Status run(const PrepareParams& p, Target& target) {
   const int64_t padded = padded_rank(p.R);
-  const Args args{p.A, p.B, static_cast<uint4*>(p.out_A), static_cast<uint4*>(p.out_B), reinterpret_cast<float4*>(p.dA), reinterpret_cast<float4*>(p.dB), p.control,
-                  p.out_A ? p.R * p.K / 8 : 0, p.out_B ? p.N * padded / 8 : 0, p.dA ? p.R * p.K / 8 : 0, p.dB ? p.N * p.R / 8 : 0, p.control ? p.control_ints : 0, p.R, padded};
-  const int64_t threads = args.groups_A + args.groups_B + args.groups_dA + args.groups_dB + ceil_div(args.control_ints, 8);
+  const Args args{p.A,
+                  p.B,
+                  static_cast<uint4*>(p.out_A),
+                  static_cast<uint4*>(p.out_B),
+                  reinterpret_cast<float4*>(p.dA),
+                  reinterpret_cast<float4*>(p.dB),
+                  p.control,
+                  p.out_A ? p.R * p.K / 8 : 0,
+                  p.out_B ? p.N * padded / 8 : 0,
+                  p.dA ? p.R * p.K / 8 : 0,
+                  p.dB ? p.N * p.R / 8 : 0,
+                  p.control ? p.control_ints : 0,
+                  p.R,
+                  padded};
+  const int64_t threads =
+      args.groups_A + args.groups_B + args.groups_dA + args.groups_dB + ceil_div(args.control_ints, 8);
   return launch<prepare_kernel<T, From>>(Grid{ceil_div(threads, 256), 256, 0, 1}, target, args);
 }
 

@@ -1,12 +1,15 @@
 // shrink:     out[M, R] = scale * drop(left[M, K]) right
 //
-// Used for    h = s * drop(x) A^T (right = A [R, K]: reduction along its rows) and dh = s * dy B (right = B [N, R]: reduction down its rows),
+// Used for    h = s * drop(x) A^T (right = A [R, K]: reduction along its rows) and dh = s * dy B (right = B [N, R]:
+//             reduction down its rows),
 //             where lora_gemm does not compute them on the way: with dropout above 64 ranks, for dA without dx
 // Types       fp16 or bf16, fp32 accumulators, rounded once; scale holds the dropout's 1 / (1 - p)
-// Tile        a block takes 32 rows and up to 64 ranks over the whole of K, in steps of 128 through 4 stages of cp.async; 4 warps: 2 row
-//             halves x 2 halves of each step, summed at the end in a fixed order. mma.sync m16n8k16
+// Tile        a block takes 32 rows and up to 64 ranks over the whole of K, in steps of 128 through 4 stages of
+//             cp.async; 4 warps: 2 row halves x 2 halves of each step, summed at the end in a fixed order. mma.sync
+//             m16n8k16
 // Shared      4 * (32 + ranks) * 256 bytes: 48 KiB at R = 16, 96 KiB at R = 64
-// Bound by    one read of left: 22 us for 67 MB at 3.0 TB/s. Above 64 ranks the blocks of the same rows read left again, from L2
+// Bound by    one read of left: 22 us for 67 MB at 3.0 TB/s. Above 64 ranks the blocks of the same rows read left
+//             again, from L2
 // Source      Hu et al., arXiv 2106.09685
 #include "kernels.h"
 #include "launch.h"
@@ -27,14 +30,16 @@ template <class T> struct Args {
   float scale;
 };
 
-template <class T, int kRank, bool kRightMN> __global__ void __launch_bounds__(kThreads) shrink_kernel(const Args<T> p) {
+template <class T, int kRank, bool kRightMN>
+__global__ void __launch_bounds__(kThreads) shrink_kernel(const Args<T> p) {
   using Left = Tile<kRows, kBlockK>;
   using Right = std::conditional_t<kRightMN, Tile<kBlockK, kRank>, Tile<kRank, kBlockK>>;
   constexpr int kStageBytes = Left::kBytes + Right::kBytes;
   static_assert(kStages * kStageBytes + 1024 == shrink_smem_bytes(kRank) && kRows * kRank * 4 <= kStages * kStageBytes);
   uint8_t* const smem = ptx::dynamic_smem();
   const int thread = threadIdx.x, lane = thread % 32, row_half = thread / 32 % 2, k_half = thread / 64;
-  const int64_t chunks = (p.R + kRank - 1) / kRank, row0 = blockIdx.x / chunks * kRows, rank0 = blockIdx.x % chunks * kRank;
+  const int64_t chunks = (p.R + kRank - 1) / kRank, row0 = blockIdx.x / chunks * kRows,
+                rank0 = blockIdx.x % chunks * kRank;
   const int64_t steps = (p.K + kBlockK - 1) / kBlockK, padded = (p.R + 7) / 8 * 8;
   ptx::wait_for_previous_kernel();
   const uint64_t seed = p.threshold ? static_cast<uint64_t>(*p.seed) : 0;
@@ -43,8 +48,12 @@ template <class T, int kRank, bool kRightMN> __global__ void __launch_bounds__(k
     if (step < steps) {
       uint8_t* const stage = smem + step % kStages * kStageBytes;
       Left::template load<kThreads>(stage, p.left, p.ld_left, row0, step * kBlockK, p.M, p.K, thread);
-      if constexpr (kRightMN) Right::template load<kThreads>(stage + Left::kBytes, p.right, p.ld_right, step * kBlockK, rank0, p.K, padded, thread);
-      else Right::template load<kThreads>(stage + Left::kBytes, p.right, p.ld_right, rank0, step * kBlockK, p.R, p.K, thread);
+      if constexpr (kRightMN)
+        Right::template load<kThreads>(stage + Left::kBytes, p.right, p.ld_right, step * kBlockK, rank0, p.K, padded,
+                                       thread);
+      else
+        Right::template load<kThreads>(stage + Left::kBytes, p.right, p.ld_right, rank0, step * kBlockK, p.R, p.K,
+                                       thread);
     }
     ptx::cp_async_commit();
   };
@@ -66,7 +75,8 @@ template <class T, int kRank, bool kRightMN> __global__ void __launch_bounds__(k
 #pragma unroll
       for (int n = 0; n < kRank; n += 16) {
         uint32_t b[4];
-        if constexpr (kRightMN) ptx::ldmatrix<true>(b, stage + Left::kBytes + Right::offset(k + i % 2 * 8 + j, n / 8 + i / 2));
+        if constexpr (kRightMN)
+          ptx::ldmatrix<true>(b, stage + Left::kBytes + Right::offset(k + i % 2 * 8 + j, n / 8 + i / 2));
         else ptx::ldmatrix<false>(b, stage + Left::kBytes + Right::offset(n + i / 2 * 8 + j, k / 8 + i % 2));
         ptx::mma<T>(acc[n / 8], a, b[0], b[1]);
         ptx::mma<T>(acc[n / 8 + 1], a, b[2], b[3]);
@@ -76,7 +86,8 @@ template <class T, int kRank, bool kRightMN> __global__ void __launch_bounds__(k
 
   ptx::cp_async_wait<0>();
   __syncthreads();
-  float* const partial = reinterpret_cast<float*>(smem) + row_half * 16 * kRank;  // of the second half of each step, lane by lane
+  float* const partial =
+      reinterpret_cast<float*>(smem) + row_half * 16 * kRank;  // of the second half of each step, lane by lane
 #pragma unroll
   for (int n = 0; n < kRank / 8; ++n)
 #pragma unroll
@@ -89,15 +100,27 @@ template <class T, int kRank, bool kRightMN> __global__ void __launch_bounds__(k
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = row0 + row_half * 16 + half * 8 + lane / 4, col = rank0 + n * 8 + lane % 4 * 2;
-      const float lo = acc[n][2 * half] + partial[(n * 4 + 2 * half) * 32 + lane], hi = acc[n][2 * half + 1] + partial[(n * 4 + 2 * half + 1) * 32 + lane];
-      if (row < p.M && col < padded) *reinterpret_cast<uint32_t*>(p.out + row * p.ld_out + col) = ptx::pack<T>(lo * p.scale, hi * p.scale);
+      const float lo = acc[n][2 * half] + partial[(n * 4 + 2 * half) * 32 + lane],
+                  hi = acc[n][2 * half + 1] + partial[(n * 4 + 2 * half + 1) * 32 + lane];
+      if (row < p.M && col < padded)
+        *reinterpret_cast<uint32_t*>(p.out + row * p.ld_out + col) = ptx::pack<T>(lo * p.scale, hi * p.scale);
     }
   }
 }
 
 template <class T, int kRank, bool kRightMN> Status run(const ShrinkParams& p, Target& target) {
-  const Args<T> args{static_cast<const T*>(p.left), static_cast<const T*>(p.right), static_cast<T*>(p.out), p.dropout.seed, p.M, p.K, p.R, p.ld_left, p.ld_right,
-                     padded_rank(p.R), p.dropout.threshold, p.dropout.threshold ? p.scale * p.dropout.scale() : p.scale};
+  const Args<T> args{static_cast<const T*>(p.left),
+                     static_cast<const T*>(p.right),
+                     static_cast<T*>(p.out),
+                     p.dropout.seed,
+                     p.M,
+                     p.K,
+                     p.R,
+                     p.ld_left,
+                     p.ld_right,
+                     padded_rank(p.R),
+                     p.dropout.threshold,
+                     p.dropout.threshold ? p.scale * p.dropout.scale() : p.scale};
   const Grid grid{ceil_div(p.M, kRows) * ceil_div(p.R, kRank), kThreads, shrink_smem_bytes(kRank), 1};
   return launch<shrink_kernel<T, kRank, kRightMN>>(grid, target, args);
 }
@@ -115,8 +138,13 @@ template <class T> Status choose_rank(const ShrinkParams& p, Target& target) {
 }  // namespace
 
 Status shrink(const ShrinkParams& p, Target& target) {
-  if (p.M < 1 || p.M > INT32_MAX || p.K < 1 || p.K % 8 || p.R < 1 || p.R > kMaxRank || (p.dropout.threshold && !p.dropout.seed)) return Status::bad_shape;
-  if (p.ld_left % 8 || p.ld_right % 8 || (reinterpret_cast<uintptr_t>(p.left) | reinterpret_cast<uintptr_t>(p.right) | reinterpret_cast<uintptr_t>(p.out)) % 16)
+  if (p.M < 1 || p.M > INT32_MAX || p.K < 1 || p.K % 8 || p.R < 1 || p.R > kMaxRank ||
+      (p.dropout.threshold && !p.dropout.seed))
+    return Status::bad_shape;
+  if (p.ld_left % 8 || p.ld_right % 8 ||
+      (reinterpret_cast<uintptr_t>(p.left) | reinterpret_cast<uintptr_t>(p.right) |
+       reinterpret_cast<uintptr_t>(p.out)) %
+          16)
     return Status::bad_alignment;
   if (p.right_mn && p.ld_right < padded_rank(p.R)) return Status::bad_shape;
   switch (p.dtype) {

@@ -1,13 +1,16 @@
 // wgrad:      out[C, R] = scale * drop(left[M, C])^T low[M, R],   column_sums[C] = sum over M of left
 //
-// Used for    dB = dy^T h with dbias, and dA = dh^T drop(x) (stored transposed, [R, K]): both in one launch, since neither waits for the other
+// Used for    dB = dy^T h with dbias, and dA = dh^T drop(x) (stored transposed, [R, K]): both in one launch, since
+//             neither waits for the other
 // Types       fp16 or bf16, fp32 accumulators; scale is the dropout's 1 / (1 - p); fp32 slabs, one rounding at the end
-// Tile        a block takes 128 columns, up to 128 ranks and one part of M, in steps of 64 rows through 3 or 4 stages of cp.async; 4 warps of
-//             32 columns. mma.sync m16n8k16, both operands transposed by ldmatrix on their way from row-major tiles. The column sums are a
-//             product with ones
+// Tile        a block takes 128 columns, up to 128 ranks and one part of M, in steps of 64 rows through 3 or 4 stages
+//             of cp.async; 4 warps of 32 columns. mma.sync m16n8k16, both operands transposed by ldmatrix on their way
+//             from row-major tiles. The column sums are a product with ones
 // Shared      stages * 128 * (128 + ranks) bytes: 72 KiB at R = 16, 96 KiB at R = 64
-// Order       each part of M writes a slab of its own; a second kernel adds the slabs in the order of M: results repeat bit for bit
-// Bound by    one read of left: 22 us for 67 MB at 3.0 TB/s. Blocks that differ only in their ranks are neighbours and share left in L2
+// Order       each part of M writes a slab of its own; a second kernel adds the slabs in the order of M: results repeat
+//             bit for bit
+// Bound by    one read of left: 22 us for 67 MB at 3.0 TB/s. Blocks that differ only in their ranks are neighbours and
+//             share left in L2
 // Source      Hu et al., arXiv 2106.09685
 #include "kernels.h"
 #include "launch.h"
@@ -36,7 +39,8 @@ template <class T> struct Args {
   int rank_chunks;
 };
 
-template <class T, int kRank> __global__ void __launch_bounds__(kThreads) wgrad_kernel(const __grid_constant__ Args<T> p) {
+template <class T, int kRank>
+__global__ void __launch_bounds__(kThreads) wgrad_kernel(const __grid_constant__ Args<T> p) {
   using Left = Tile<kRows, kCols>;
   using Low = Tile<kRows, kRank ? kRank : 16>;
   constexpr int kStages = wgrad_stages(kRank), kStageBytes = Left::kBytes + (kRank ? Low::kBytes : 0);
@@ -45,8 +49,10 @@ template <class T, int kRank> __global__ void __launch_bounds__(kThreads) wgrad_
   const bool second = blockIdx.x >= p.first_blocks;
   const Job<T>& job = p.jobs[second];
   const int64_t block = second ? blockIdx.x - p.first_blocks : blockIdx.x, col_tiles = (job.C + kCols - 1) / kCols;
-  const int64_t rank0 = block % p.rank_chunks * kRank, col0 = block / p.rank_chunks % col_tiles * kCols, split = block / p.rank_chunks / col_tiles;
-  const int64_t row_begin = split * p.rows_per_split, row_end = min(p.M, row_begin + p.rows_per_split), steps = (row_end - row_begin + kRows - 1) / kRows;
+  const int64_t rank0 = block % p.rank_chunks * kRank, col0 = block / p.rank_chunks % col_tiles * kCols,
+                split = block / p.rank_chunks / col_tiles;
+  const int64_t row_begin = split * p.rows_per_split, row_end = min(p.M, row_begin + p.rows_per_split),
+                steps = (row_end - row_begin + kRows - 1) / kRows;
   const int thread = threadIdx.x, lane = thread % 32, warp_col = thread / 32 * 32;
   const bool sums = job.sum_slabs && rank0 == 0;
   ptx::wait_for_previous_kernel();
@@ -57,7 +63,9 @@ template <class T, int kRank> __global__ void __launch_bounds__(kThreads) wgrad_
       uint8_t* const stage = smem + step % kStages * kStageBytes;
       const int64_t row = row_begin + step * kRows;
       Left::template load<kThreads>(stage, job.left, job.ld_left, row, col0, row_end, job.C, thread);
-      if constexpr (kRank > 0) Low::template load<kThreads>(stage + Left::kBytes, job.low, job.ld_low, row, rank0, row_end, (p.R + 7) / 8 * 8, thread);
+      if constexpr (kRank > 0)
+        Low::template load<kThreads>(stage + Left::kBytes, job.low, job.ld_low, row, rank0, row_end, (p.R + 7) / 8 * 8,
+                                     thread);
     }
     ptx::cp_async_commit();
   };
@@ -67,7 +75,8 @@ template <class T, int kRank> __global__ void __launch_bounds__(kThreads) wgrad_
   for (int64_t step = 0; step < steps; ++step) {
     uint8_t* const stage = smem + step % kStages * kStageBytes;
     ptx::cp_async_wait<kStages - 2>();
-    if (job.threshold) Left::template drop<kThreads>(stage, seed, job.threshold, row_begin + step * kRows, col0, thread);
+    if (job.threshold)
+      Left::template drop<kThreads>(stage, seed, job.threshold, row_begin + step * kRows, col0, thread);
     __syncthreads();
     load(step + kStages - 1);
     const int i = lane / 8, j = lane % 8;  // this lane's matrix of four, and its row there
@@ -103,7 +112,9 @@ template <class T, int kRank> __global__ void __launch_bounds__(kThreads) wgrad_
 #pragma unroll
       for (int n = 0; n < kRank / 8; ++n) {
         const int64_t rank = rank0 + n * 8 + lane % 4 * 2 + i % 2;
-        if (rank < p.R) job.slabs[job.transposed ? (split * p.R + rank) * job.C + col : (split * job.C + col) * p.R + rank] = acc[t][n][i];
+        if (rank < p.R)
+          job.slabs[job.transposed ? (split * p.R + rank) * job.C + col : (split * job.C + col) * p.R + rank] =
+              acc[t][n][i];
       }
     }
   }
@@ -137,8 +148,14 @@ __global__ void __launch_bounds__(256) add_slabs_kernel(const __grid_constant__ 
   total = float4{total.x * sum.scale, total.y * sum.scale, total.z * sum.scale, total.w * sum.scale};
   switch (sum.dtype) {
     case Dtype::f32: static_cast<float4*>(sum.out)[i / 4] = total; break;
-    case Dtype::f16: static_cast<uint2*>(sum.out)[i / 4] = uint2{ptx::pack<__half>(total.x, total.y), ptx::pack<__half>(total.z, total.w)}; break;
-    case Dtype::bf16: static_cast<uint2*>(sum.out)[i / 4] = uint2{ptx::pack<__nv_bfloat16>(total.x, total.y), ptx::pack<__nv_bfloat16>(total.z, total.w)}; break;
+    case Dtype::f16:
+      static_cast<uint2*>(sum.out)[i / 4] =
+          uint2{ptx::pack<__half>(total.x, total.y), ptx::pack<__half>(total.z, total.w)};
+      break;
+    case Dtype::bf16:
+      static_cast<uint2*>(sum.out)[i / 4] =
+          uint2{ptx::pack<__nv_bfloat16>(total.x, total.y), ptx::pack<__nv_bfloat16>(total.z, total.w)};
+      break;
   }
 }
 
@@ -147,8 +164,16 @@ template <class T, int kRank> Status run(const WgradConfig& c, const WgradParams
   int64_t blocks = 0;
   for (int i = 0; i < p.count; ++i) {
     const WgradJob& job = p.jobs[i];
-    args.jobs[i] = {static_cast<const T*>(job.left), static_cast<const T*>(job.low), job.slabs, job.sum_slabs, job.dropout.seed, job.C, job.ld_left, job.ld_low,
-                    job.dropout.threshold, job.transposed};
+    args.jobs[i] = {static_cast<const T*>(job.left),
+                    static_cast<const T*>(job.low),
+                    job.slabs,
+                    job.sum_slabs,
+                    job.dropout.seed,
+                    job.C,
+                    job.ld_left,
+                    job.ld_low,
+                    job.dropout.threshold,
+                    job.transposed};
     blocks += ceil_div(job.C, kCols) * c.rank_chunks * c.splits;
     if (i == 0) args.first_blocks = blocks;
   }
@@ -171,15 +196,24 @@ template <class T> Status choose_rank(const WgradConfig& c, const WgradParams& p
 }
 
 Status check(const WgradConfig& c, const WgradParams& p) {
-  if (p.M < 1 || p.M > INT32_MAX || p.R < 0 || p.R > kMaxRank || p.count < 1 || p.count > 2 || c.splits < 1 || c.rows_per_split % kRows) return Status::bad_shape;
-  if ((p.R > 0) != (c.rank_tile > 0) || int64_t{c.rank_tile} * c.rank_chunks < p.R || c.rows_per_split * c.splits < p.M) return Status::bad_shape;
+  if (p.M < 1 || p.M > INT32_MAX || p.R < 0 || p.R > kMaxRank || p.count < 1 || p.count > 2 || c.splits < 1 ||
+      c.rows_per_split % kRows)
+    return Status::bad_shape;
+  if ((p.R > 0) != (c.rank_tile > 0) || int64_t{c.rank_tile} * c.rank_chunks < p.R || c.rows_per_split * c.splits < p.M)
+    return Status::bad_shape;
   for (int i = 0; i < p.count; ++i) {
     const WgradJob& job = p.jobs[i];
-    const bool product = p.R > 0 && job.out && job.slabs && job.low, sums = job.sum_slabs && job.column_sums && !job.dropout.threshold;
-    if (job.C < 8 || job.C % 8 || (p.R > 0 ? !product : !sums) || (job.sum_slabs && !sums) || (job.dropout.threshold && !job.dropout.seed)) return Status::bad_shape;
-    if (job.ld_left % 8 || reinterpret_cast<uintptr_t>(job.left) % 16 || (product && (job.ld_low % 8 || reinterpret_cast<uintptr_t>(job.low) % 16 || job.ld_low < padded_rank(p.R))))
+    const bool product = p.R > 0 && job.out && job.slabs && job.low,
+               sums = job.sum_slabs && job.column_sums && !job.dropout.threshold;
+    if (job.C < 8 || job.C % 8 || (p.R > 0 ? !product : !sums) || (job.sum_slabs && !sums) ||
+        (job.dropout.threshold && !job.dropout.seed))
+      return Status::bad_shape;
+    if (job.ld_left % 8 || reinterpret_cast<uintptr_t>(job.left) % 16 ||
+        (product && (job.ld_low % 8 || reinterpret_cast<uintptr_t>(job.low) % 16 || job.ld_low < padded_rank(p.R))))
       return Status::bad_alignment;
-    if ((reinterpret_cast<uintptr_t>(job.slabs) | reinterpret_cast<uintptr_t>(job.sum_slabs) | reinterpret_cast<uintptr_t>(job.out) | reinterpret_cast<uintptr_t>(job.column_sums)) % 16)
+    if ((reinterpret_cast<uintptr_t>(job.slabs) | reinterpret_cast<uintptr_t>(job.sum_slabs) |
+         reinterpret_cast<uintptr_t>(job.out) | reinterpret_cast<uintptr_t>(job.column_sums)) %
+        16)
       return Status::bad_alignment;
   }
   return Status::ok;
@@ -196,7 +230,9 @@ Status add_slabs(int splits, const WgradParams& p, Target& target) {
   };
   for (int i = 0; i < p.count; ++i) {
     const WgradJob& job = p.jobs[i];
-    if (job.out) add(job.slabs, job.out, job.C * p.R, job.dropout.threshold ? job.scale * job.dropout.scale() : job.scale, p.out_dtype);
+    if (job.out)
+      add(job.slabs, job.out, job.C * p.R, job.dropout.threshold ? job.scale * job.dropout.scale() : job.scale,
+          p.out_dtype);
     if (job.sum_slabs) add(job.sum_slabs, job.column_sums, job.C, 1.0f, p.dtype);
   }
   return launch<add_slabs_kernel>(Grid{ceil_div(quads, 256), 256, 0, 1}, target, sums);

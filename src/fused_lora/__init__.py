@@ -4,4 +4,13 @@ from fused_lora.adapters import apply_lora, load_adapter, merged, print_trainabl
 from fused_lora.functional import lora_linear
 from fused_lora.nn import LoRALinear
 
-__all__ = ["LoRALinear", "apply_lora", "load_adapter", "lora_linear", "merged", "print_trainable_parameters", "save_adapter", "set_adapter"]
+__all__ = [
+    "LoRALinear",
+    "apply_lora",
+    "load_adapter",
+    "lora_linear",
+    "merged",
+    "print_trainable_parameters",
+    "save_adapter",
+    "set_adapter",
+]

@@ -13,32 +13,47 @@ from fused_lora.targets import LoraSpec, ModuleToSave, Plan, make_plan, walk
 
 
 def apply_lora(
-    model: nn.Module, r: int = 8, lora_alpha: float = 8, target_modules: str | list[str] = "all-linear", lora_dropout: float = 0.0,
-    use_rslora: bool = False, rank_pattern: dict[str, int] | None = None, alpha_pattern: dict[str, float] | None = None,
-    modules_to_save: list[str] | None = None, adapter_name: str = "default",
-) -> nn.Module:  # fmt: skip
+    model: nn.Module,
+    r: int = 8,
+    lora_alpha: float = 8,
+    target_modules: str | list[str] = "all-linear",
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    modules_to_save: list[str] | None = None,
+    adapter_name: str = "default",
+) -> nn.Module:
     """Put a fresh LoRA adapter on a model's linear layers, in place, and freeze everything else.
 
-    The layers become `LoRALinear`s over the same Parameters. Called again with another adapter_name it adds that adapter and activates it.
+    The layers become `LoRALinear`s over the same Parameters. Called again with another adapter_name it adds that
+    adapter and activates it.
 
     Args:
         model: any module whose targets are exactly torch.nn.Linear.
         r, lora_alpha, lora_dropout, use_rslora: as in `LoRALinear`.
-        target_modules: "all-linear" for every nn.Linear but the output head, a list of names or their ends after a dot, or a regular
-            expression for the whole name.
-        rank_pattern, alpha_pattern: r and lora_alpha of layers whose name, or its end after a dot, a key matches as a regular expression.
+        target_modules: "all-linear" for every nn.Linear but the output head, a list of names or their ends after a dot,
+            or a regular expression for the whole name.
+        rank_pattern, alpha_pattern: r and lora_alpha of layers whose name, or its end after a dot, a key matches as a
+            regular expression.
         modules_to_save: ends of names of modules of which the adapter trains and saves a full copy.
         adapter_name: its name, without dots.
     Returns: model.
     Raises: ValueError naming the argument, what was expected and what was given; the model is unchanged then.
     Source: names and matching rules as in Hugging Face PEFT's LoraConfig.
     """
-    as_list = [list(value) if isinstance(value, tuple | set) else value for value in (target_modules, modules_to_save or [])]
-    spec = LoraSpec(r, lora_alpha, as_list[0], lora_dropout, use_rslora, rank_pattern or {}, alpha_pattern or {}, as_list[1])
+    as_list = [
+        list(value) if isinstance(value, tuple | set) else value for value in (target_modules, modules_to_save or [])
+    ]
+    spec = LoraSpec(
+        r, lora_alpha, as_list[0], lora_dropout, use_rslora, rank_pattern or {}, alpha_pattern or {}, as_list[1]
+    )
     root = _root(model)
     _check_ready(root, adapter_name)
     if adapter_name in _adapter_names(root):
-        raise ValueError(f"adapter_name must be new to the model, which has {_adapter_names(root)}; got {adapter_name!r}")
+        raise ValueError(
+            f"adapter_name must be new to the model, which has {_adapter_names(root)}; got {adapter_name!r}"
+        )
     _install(root, make_plan(root, spec, strict=True), spec, adapter_name)
     set_adapter(root, adapter_name)
     return model
@@ -63,18 +78,20 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
 
 
 def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> nn.Module:
-    """Read an adapter that PEFT or `save_adapter` wrote, and activate it, trainable. Only safetensors is read, nothing is unpickled.
+    """Read an adapter that PEFT or `save_adapter` wrote, and activate it, trainable. Only safetensors is read, nothing
+    is unpickled.
 
-    A plain model gets the layers that the configuration names; a model with adapters gets one more, or, under a name that it has, new
-    values in the same shapes. Tensors are converted to the dtype that a fresh adapter has (float32 over a bf16 or fp16 base).
+    A plain model gets the layers that the configuration names; a model with adapters gets one more, or, under a name
+    that it has, new values in the same shapes. Tensors are converted to the dtype that a fresh adapter has (float32
+    over a bf16 or fp16 base).
 
     Args:
         model: the base model, plain or with adapters of this library.
         directory: holds adapter_config.json and adapter_model.safetensors.
         adapter_name: the name to give it.
     Returns: model.
-    Raises: FileNotFoundError; ValueError for a damaged file, an adapter of another base model, and configurations beyond plain LoRA, each
-        naming file and field. The model is unchanged then.
+    Raises: FileNotFoundError; ValueError for a damaged file, an adapter of another base model, and configurations
+        beyond plain LoRA, each naming file and field. The model is unchanged then.
     """
     directory, root = Path(directory), _root(model)
     _check_ready(root, adapter_name)
@@ -114,7 +131,9 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     layers, wrappers = _all_holders(root)
     for name, layer in layers.items():
         if layer.merged and layer.active_adapter != adapter_name:
-            raise ValueError(f"{name}: adapter {layer.active_adapter!r} is merged, unmerge before switching; got {adapter_name!r}")
+            raise ValueError(
+                f"{name}: adapter {layer.active_adapter!r} is merged, unmerge before switching; got {adapter_name!r}"
+            )
     for layer in layers.values():
         layer.set_adapter(adapter_name if adapter_name in layer.lora_A else None)
     for wrapper in wrappers.values():
@@ -123,14 +142,16 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
 
 @contextmanager
 def merged(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Module]:
-    """Run with an adapter folded into the weights: every layer is one GEMM, and `model.state_dict()` is that of the plain model.
+    """Run with an adapter folded into the weights: every layer is one GEMM, and `model.state_dict()` is that of the
+    plain model.
 
     On leaving, also by an exception, every base weight and the active adapters are restored bit for bit.
 
     Args:
         model: a model with adapters, none of them merged.
         adapter_name: the adapter to merge; None takes the active one.
-    Raises: ValueError for an unknown adapter, none active, a layer that is merged already, or a merged weight that is not finite.
+    Raises: ValueError for an unknown adapter, none active, a layer that is merged already, or a merged weight that is
+        not finite.
     """
     root = _root(model)
     layers, wrappers = _all_holders(root)
@@ -144,7 +165,9 @@ def merged(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Mod
             raise ValueError(f"{name} must not be merged yet; got adapter {layer.active_adapter!r} merged")
     before = [holder.active_adapter for holder in holders]
     try:
-        for holder in holders if adapter_name is not None else []:  # without touching requires_grad, so an optimizer sees no change
+        for holder in (
+            holders if adapter_name is not None else []
+        ):  # without touching requires_grad, so an optimizer sees no change
             has = holder.lora_A if isinstance(holder, LoRALinear) else holder.modules_to_save
             holder.active_adapter = adapter_name if adapter_name in has else None
         for wrapper in wrappers.values():
@@ -170,7 +193,10 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """Print PEFT's line: trainable parameters, all parameters and the percentage, tied parameters counted once."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
-    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / max(total, 1):.4f}")
+    print(
+        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: "
+        f"{100 * trainable / max(total, 1):.4f}"
+    )
 
 
 def _root(model: nn.Module) -> nn.Module:
@@ -208,7 +234,10 @@ def _holders(root: nn.Module, adapter_name: str) -> tuple[dict[str, LoRALinear],
 
 def _adapter_names(root: nn.Module) -> list[str]:
     layers, wrappers = _all_holders(root)
-    return sorted({name for layer in layers.values() for name in layer.lora_A} | {name for w in wrappers.values() for name in w.modules_to_save})
+    return sorted(
+        {name for layer in layers.values() for name in layer.lora_A}
+        | {name for w in wrappers.values() for name in w.modules_to_save}
+    )
 
 
 def _check_ready(root: nn.Module, adapter_name: str) -> None:
@@ -218,11 +247,14 @@ def _check_ready(root: nn.Module, adapter_name: str) -> None:
         raise ValueError(f"model must be the base model; got a {type(root).__name__} with PEFT adapters")
     for name, layer in _all_holders(root)[0].items():
         if layer.merged:
-            raise ValueError(f"{name} must be unmerged before an adapter is added; got adapter {layer.active_adapter!r} merged")
+            raise ValueError(
+                f"{name} must be unmerged before an adapter is added; got adapter {layer.active_adapter!r} merged"
+            )
 
 
 def _install(root: nn.Module, plan: Plan, spec: LoraSpec, adapter_name: str) -> None:
-    """Carry out a plan: replace plain modules wherever they are reached, add the adapter to the others, freeze the rest."""
+    """Carry out a plan: replace plain modules wherever they are reached, add the adapter to the others, freeze the
+    rest."""
     replacement: dict[int, nn.Module] = {}
     for name, module in plan.linears.items():
         arguments = (spec.r_of(name), spec.alpha_of(name), spec.lora_dropout, spec.use_rslora, adapter_name)
@@ -260,18 +292,26 @@ def _expected(plan: Plan, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
         shapes[key_A], shapes[key_B] = (spec.r_of(name), module.in_features), (module.out_features, spec.r_of(name))
     for name, module in plan.saved.items():
         original = module.original_module if isinstance(module, ModuleToSave) else module
-        shapes.update({peft_format.saved_key(name, key): tuple(tensor.shape) for key, tensor in original.state_dict().items()})
+        shapes.update(
+            {peft_format.saved_key(name, key): tuple(tensor.shape) for key, tensor in original.state_dict().items()}
+        )
     return shapes
 
 
 def _check_same_places(root: nn.Module, plan: Plan, spec: LoraSpec, adapter_name: str) -> None:
-    """Raises ValueError unless the adapter that the model has under this name sits in the plan's places with the plan's ranks."""
+    """Raises ValueError unless the adapter that the model has under this name sits in the plan's places with the plan's
+    ranks."""
     layers, saved = _holders(root, adapter_name)
     for what, have, want in (("layers", layers, plan.linears), ("modules_to_save", saved, plan.saved)):
         if set(have) != set(want):
             differ = sorted(set(have) ^ set(want))
-            raise ValueError(f"adapter {adapter_name!r} exists on other {what} than the file's, which differ in {differ[:3]}; load under a new name")
+            raise ValueError(
+                f"adapter {adapter_name!r} exists on other {what} than the file's, which differ in {differ[:3]}; load "
+                "under a new name"
+            )
     for name, layer in layers.items():
         if layer.r[adapter_name] != spec.r_of(name):
             have, want = layer.r[adapter_name], spec.r_of(name)
-            raise ValueError(f"adapter {adapter_name!r} exists with r={have} in {name}; got r={want}, load under a new name")
+            raise ValueError(
+                f"adapter {adapter_name!r} exists with r={have} in {name}; got r={want}, load under a new name"
+            )

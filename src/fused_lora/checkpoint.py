@@ -1,9 +1,10 @@
-"""A training run's state in one safetensors file, written aside and renamed: whole at every moment, and nothing in it is ever unpickled.
+"""A training run's state in one safetensors file, written aside and renamed: whole at every moment, and nothing in it
+is ever unpickled.
 
-    adapter.<parameter>                trained tensors, in their own dtype
-    optimizer.<state>.<parameter>      AdamW's step, exp_avg and exp_avg_sq
-    rng.cpu, rng.cuda                  PyTorch's generators, uint8
-    metadata["fused_lora"]             JSON: format, step, settings, scaler
+adapter.<parameter>                trained tensors, in their own dtype
+optimizer.<state>.<parameter>      AdamW's step, exp_avg and exp_avg_sq
+rng.cpu, rng.cuda                  PyTorch's generators, uint8
+metadata["fused_lora"]             JSON: format, step, settings, scaler
 """
 
 import json
@@ -26,8 +27,13 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int, settings: dict
-) -> None:  # fmt: skip
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    step: int,
+    settings: dict,
+) -> None:
     """Write the run's state after `step` steps.
 
     Args:
@@ -53,11 +59,12 @@ def save_checkpoint(
 
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, settings: dict
-) -> int:  # fmt: skip
+) -> int:
     """Put the run's state back, PyTorch's generators included; returns the steps done.
 
     Args: as in `save_checkpoint`.
-    Raises: ValueError naming the file if it is damaged or of another model, and naming the setting that differs; nothing changes then.
+    Raises: ValueError naming the file if it is damaged or of another model, and naming the setting that differs;
+        nothing changes then.
     """
     state, tensors = _read(path)
     check_settings(path, state["settings"], settings)
@@ -66,7 +73,10 @@ def load_checkpoint(
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key.startswith("adapter.")}
     if wanted != found:
         differ = sorted(set(wanted.items()) ^ set(found.items()))[:3]
-        raise ValueError(f"{path} must hold the {len(wanted)} trained tensors of this model; got {len(found)}, which differ in {differ}")
+        raise ValueError(
+            f"{path} must hold the {len(wanted)} trained tensors of this model; got {len(found)}, which differ in "
+            f"{differ}"
+        )
     moments: dict[int, dict[str, Tensor]] = {}
     names = list(parameters)
     for key in [key for key in tensors if key.startswith("optimizer.")]:
@@ -86,21 +96,25 @@ def load_checkpoint(
 
 
 def check_settings(path: Path, before: dict, now: dict) -> None:
-    """Raises ValueError naming the first setting in which a resumed run differs from the one that wrote the checkpoint."""
+    """Raises ValueError naming the first setting in which a resumed run differs from the one that wrote the
+    checkpoint."""
     for name in dict.fromkeys([*before, *now]):
         if before.get(name) != now.get(name):
             raise ValueError(
-                f"--resume continues a run under the settings of its checkpoint {path}: {name} must be {before.get(name)!r}; got {now.get(name)!r}"
+                f"--resume continues a run under the settings of its checkpoint {path}: {name} must be "
+                f"{before.get(name)!r}; got {now.get(name)!r}"
             )
 
 
 def read_state(path: Path) -> dict:
-    """The checkpoint's step and settings, reading no tensor. Raises: ValueError naming the file if it is no whole checkpoint."""
+    """The checkpoint's step and settings, reading no tensor. Raises: ValueError naming the file if it is no whole
+    checkpoint."""
     return _open(path)[0]
 
 
 def cut_metrics(path: Path, step: int) -> list[dict]:
-    """The rows of metrics.jsonl up to a step; later ones, of a run that was killed after its last checkpoint, are cut off the file.
+    """The rows of metrics.jsonl up to a step; later ones, of a run that was killed after its last checkpoint, are cut
+    off the file.
 
     Raises: ValueError naming the file unless it holds the steps 0 … step, a line each.
     """
@@ -112,7 +126,10 @@ def cut_metrics(path: Path, step: int) -> list[dict]:
             break
     kept = rows[: step + 1]
     if [row.get("step") for row in kept] != list(range(step + 1)):
-        raise ValueError(f"{path} must hold the steps 0 to {step} of the checkpoint beside it, a line each; got {len(kept)} lines that do not")
+        raise ValueError(
+            f"{path} must hold the steps 0 to {step} of the checkpoint beside it, a line each; got {len(kept)} lines "
+            "that do not"
+        )
     write_whole({path: "".join(json.dumps(row) + "\n" for row in kept).encode()})
     return kept
 
@@ -130,4 +147,6 @@ def _open(path: Path):
             raise ValueError(f"format must be {_FORMAT}; got {state['format']!r}")
         return {key: state[key] for key in ("step", "settings", "scaler")}, file
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} must be a whole checkpoint of fused-lora; got {type(error).__name__}: {error}") from None
+        raise ValueError(
+            f"{path} must be a whole checkpoint of fused-lora; got {type(error).__name__}: {error}"
+        ) from None

@@ -1,4 +1,5 @@
-"""The command line: fused-lora info | finetune | merge | bench. Bad input is one red line on stderr: exit code 2 for the input, 1 for the machine."""
+"""The command line: fused-lora info | finetune | merge | bench. Bad input is one red line on stderr: exit code 2 for
+the input, 1 for the machine."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -16,10 +17,18 @@ from rich.text import Text
 
 from fused_lora.training import DTYPES, Settings
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help="LoRA at the price of the frozen layer.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="LoRA at the price of the frozen layer.",
+)
 _out, _err = Console(highlight=False), Console(stderr=True, highlight=False)
 
-_Model = Annotated[str, typer.Option(help="Model directory, GGUF file or hub id; default: the packaged SmolLM2-135M.", show_default=False)]
+_Model = Annotated[
+    str,
+    typer.Option(help="Model directory, GGUF file or hub id; default: the packaged SmolLM2-135M.", show_default=False),
+]
 _Dtype = Annotated[str, typer.Option(help="Of the base model: fp32, bf16 or fp16.")]
 _Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.", show_default=False)]
 
@@ -98,14 +107,23 @@ def _compiled_part() -> str:
 @app.command()
 def finetune(
     model: _Model = Settings.model,
-    data: Annotated[list[str] | None, typer.Option(help="Text or JSONL file or directory, may be repeated; default: Python's own sources.")] = None,
-    eval_data: Annotated[list[str] | None, typer.Option(help="The same, held out; default: a twentieth of the data's files or lines.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text or JSONL file or directory, may be repeated; default: Python's own sources."),
+    ] = None,
+    eval_data: Annotated[
+        list[str] | None, typer.Option(help="The same, held out; default: a twentieth of the data's files or lines.")
+    ] = None,
     text_field: Annotated[str, typer.Option(help="Field of a JSONL line that holds its text.")] = Settings.text_field,
-    output: Annotated[Path, typer.Option(help="Directory for the adapter, its figures and checkpoint.")] = Path("fused-lora-finetune"),
+    output: Annotated[Path, typer.Option(help="Directory for the adapter, its figures and checkpoint.")] = Path(
+        "fused-lora-finetune"
+    ),
     rank: Annotated[int, typer.Option(help="Rank of the update.")] = Settings.rank,
     alpha: Annotated[float, typer.Option(help="The update is scaled by alpha / rank.")] = Settings.alpha,
     dropout: Annotated[float, typer.Option(help="Dropout on the low-rank path, in [0, 1).")] = Settings.dropout,
-    target_modules: Annotated[str, typer.Option(help="all-linear, names with commas between, or a regular expression.")] = Settings.target_modules,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, names with commas between, or a regular expression.")
+    ] = Settings.target_modules,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = Settings.rslora,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = Settings.lr,
     warmup: Annotated[int, typer.Option(help="Steps of linear warm-up; a cosine follows.")] = Settings.warmup,
@@ -113,19 +131,30 @@ def finetune(
     batch_size: Annotated[int, typer.Option(help="Blocks in a forward and backward pass.")] = Settings.batch_size,
     grad_accum: Annotated[int, typer.Option(help="Passes in an optimizer step.")] = Settings.grad_accum,
     seq_len: Annotated[int, typer.Option(help="Tokens in a block.")] = Settings.seq_len,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm; 0 does not clip.")] = Settings.max_grad_norm,
+    max_grad_norm: Annotated[
+        float, typer.Option(help="Gradients are clipped to this norm; 0 does not clip.")
+    ] = Settings.max_grad_norm,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = Settings.weight_decay,
-    seed: Annotated[int, typer.Option(help="Of the adapter's start, dropout and the order of the data.")] = Settings.seed,
+    seed: Annotated[
+        int, typer.Option(help="Of the adapter's start, dropout and the order of the data.")
+    ] = Settings.seed,
     dtype: _Dtype = Settings.dtype,
     device: _Device = None,
-    eval_tokens: Annotated[int, typer.Option(help="Held-out tokens that the perplexity is of, at the most.")] = Settings.eval_tokens,
+    eval_tokens: Annotated[
+        int, typer.Option(help="Held-out tokens that the perplexity is of, at the most.")
+    ] = Settings.eval_tokens,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: only at the start and the end.")] = 20,
-    eval_every: Annotated[int, typer.Option(help="Steps between held-out losses; 0: only at the start and the end.")] = 20,
+    eval_every: Annotated[
+        int, typer.Option(help="Steps between held-out losses; 0: only at the start and the end.")
+    ] = 20,
     prompt: Annotated[str | None, typer.Option(help="Start of the sample completion.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the output's checkpoint, bit for bit.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the output's checkpoint, bit for bit.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that the output holds.")] = False,
-) -> None:  # fmt: skip
-    """Train a LoRA adapter on text; perplexity on held-out text before and after. The defaults take a few minutes on two CPU cores."""
+) -> None:
+    """Train a LoRA adapter on text; perplexity on held-out text before and after. The defaults take a few minutes on
+    two CPU cores."""
     given = locals()
     with _errors():
         from fused_lora import finetune as job
@@ -144,9 +173,16 @@ def _say(line: str) -> None:
 
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[dict], None]]:
-    """A bar with loss, tokens/s and time left on a terminal, a line now and then elsewhere; yields what takes each step's row."""
+    """A bar with loss, tokens/s and time left on a terminal, a line now and then elsewhere; yields what takes each
+    step's row."""
     text = "step {step}/{steps}  loss {loss:.3f}  {rate:.0f} tokens/s"
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=_out, disable=not _out.is_terminal) as bar:
         task = bar.add_task("training", total=steps, figures="", start=False)
 
@@ -200,14 +236,20 @@ def merge(
 
 @app.command()
 def bench(
-    preset: Annotated[str, typer.Option(help="quick (about a minute on a CPU), readme (the published table) or full.")] = "quick",
+    preset: Annotated[
+        str, typer.Option(help="quick (about a minute on a CPU), readme (the published table) or full.")
+    ] = "quick",
     device: _Device = None,
     output: Annotated[Path | None, typer.Option(help="JSON file, or a directory for <preset>-<device>.json.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file, or a directory.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice.")] = None,
-    candidates: Annotated[str | None, typer.Option(help="Of naive, addmm, peft, compile, fused, with commas between; default: all.")] = None,
+    candidates: Annotated[
+        str | None, typer.Option(help="Of naive, addmm, peft, compile, fused, with commas between; default: all.")
+    ] = None,
     budget: Annotated[float, typer.Option(help="Seconds of timing a case.")] = 10.0,
-    train_step: Annotated[bool | None, typer.Option(help="A SmolLM2 training step too; default: with readme and full on the CPU.")] = None,
+    train_step: Annotated[
+        bool | None, typer.Option(help="A SmolLM2 training step too; default: with readme and full on the CPU.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the output file of an interrupted run.")] = False,
 ) -> None:
     """Time the layer against the frozen one, plain PyTorch, PEFT and torch.compile; a wrong result is not timed."""

@@ -1,6 +1,8 @@
-"""Training text: files to documents, documents to train and held-out token blocks, and the endless shuffled order of the blocks.
+"""Training text: files to documents, documents to train and held-out token blocks, and the endless shuffled order of
+the blocks.
 
-Everything is a pure function of the files and the seed, so a resumed run needs only the number of blocks that it has used.
+Everything is a pure function of the files and the seed, so a resumed run needs only the number of blocks that it has
+used.
 """
 
 import hashlib
@@ -40,13 +42,14 @@ def stdlib_documents() -> list[Document]:
 def read_documents(paths: tuple[str, ...], text_field: str) -> list[Document]:
     """The documents of files and directories, in a fixed order.
 
-    A *.jsonl file is a document a line, any other file one document. In a directory hidden files and files that are not UTF-8 text are
-    passed over; a file that is named itself must be text.
+    A *.jsonl file is a document a line, any other file one document. In a directory hidden files and files that are not
+    UTF-8 text are passed over; a file that is named itself must be text.
 
     Args:
         paths: files or directories.
         text_field: the field of a JSONL line that holds its text.
-    Raises: FileNotFoundError naming the path; ValueError naming file and line for bad JSONL, text that is not UTF-8, or no text at all.
+    Raises: FileNotFoundError naming the path; ValueError naming file and line for bad JSONL, text that is not UTF-8, or
+        no text at all.
     """
     documents: list[Document] = []
     for given in map(Path, paths):
@@ -54,7 +57,9 @@ def read_documents(paths: tuple[str, ...], text_field: str) -> list[Document]:
             raise FileNotFoundError(2, "No such file or directory", str(given))
         if given.is_dir():
             inside = [(path, path.relative_to(given)) for path in sorted(given.rglob("*")) if path.is_file()]
-            files = [(path, name.as_posix()) for path, name in inside if not any(part.startswith(".") for part in name.parts)]
+            files = [
+                (path, name.as_posix()) for path, name in inside if not any(part.startswith(".") for part in name.parts)
+            ]
         else:
             files = [(given, given.name)]
         for path, name in files:
@@ -96,13 +101,16 @@ def _jsonl_documents(path: Path, name: str, text_field: str) -> list[Document]:
         text = row.get(text_field) if isinstance(row, dict) else row
         if not isinstance(row, dict) or not isinstance(text, str):
             got = f"the fields {sorted(row)}" if isinstance(row, dict) and text_field not in row else repr(text)[:80]
-            raise ValueError(f"{path}, line {number}: must be an object whose {text_field!r} is a string (--text-field); got {got}")
+            raise ValueError(
+                f"{path}, line {number}: must be an object whose {text_field!r} is a string (--text-field); got {got}"
+            )
         documents.append(Document(f"{name}:{number}", text))
     return documents
 
 
 def read(paths: tuple[str, ...], eval_paths: tuple[str, ...], text_field: str) -> tuple[list[Document], list[Document]]:
-    """(train, held out): what the paths hold; without paths the standard library, without eval_paths a part of the first.
+    """(train, held out): what the paths hold; without paths the standard library, without eval_paths a part of the
+    first.
 
     Raises: FileNotFoundError and ValueError as `read_documents`, `stdlib_documents` and `split`.
     """
@@ -111,14 +119,18 @@ def read(paths: tuple[str, ...], eval_paths: tuple[str, ...], text_field: str) -
 
 
 def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """(train, held out): a twentieth of the documents by the hash of their names, at least one; of a single document its last tenth.
+    """(train, held out): a twentieth of the documents by the hash of their names, at least one; of a single document
+    its last tenth.
 
     Raises: ValueError if a single document has no second line to hold out.
     """
     if len(documents) == 1:
         lines = documents[0].text.splitlines(keepends=True)
         if len(lines) < 2:
-            raise ValueError(f"data must hold a second document or line to hold out, or give --eval-data; got one line in {documents[0].name}")
+            raise ValueError(
+                "data must hold a second document or line to hold out, or give --eval-data; got one line in "
+                f"{documents[0].name}"
+            )
         cut = min(len(lines) - 1, len(lines) * 9 // 10 or 1)
         return [Document(documents[0].name, "".join(lines[:cut]))], [Document(documents[0].name, "".join(lines[cut:]))]
     ranks = [int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:8], "big") for document in documents]
@@ -128,7 +140,8 @@ def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
 
 
 def to_blocks(documents: list[Document], tokenizer, seq_len: int) -> Tensor:
-    """The documents' tokens in one row, each document ended by the end-of-text token, cut into blocks [n, seq_len] int64.
+    """The documents' tokens in one row, each document ended by the end-of-text token, cut into blocks [n, seq_len]
+    int64.
 
     A short last block is filled up with IGNORED; a last block of one token, which predicts nothing, is left out.
 
@@ -147,7 +160,8 @@ def to_blocks(documents: list[Document], tokenizer, seq_len: int) -> Tensor:
 
 
 def shuffled(n: int, start: int, count: int, seed: int) -> Tensor:
-    """The block numbers [count] at positions start … start + count of an endless order that visits all n blocks once an epoch."""
+    """The block numbers [count] at positions start … start + count of an endless order that visits all n blocks once an
+    epoch."""
     positions = torch.arange(start, start + count)
     numbers = torch.empty(count, dtype=torch.int64)
     for epoch in range(start // n, (start + count - 1) // n + 1):
@@ -158,7 +172,8 @@ def shuffled(n: int, start: int, count: int, seed: int) -> Tensor:
 
 
 def spread(blocks: Tensor, tokens: int) -> Tensor:
-    """At most `tokens` tokens of the blocks [n, L], at least one block, picked at even distances so that every part of the text counts."""
+    """At most `tokens` tokens of the blocks [n, L], at least one block, picked at even distances so that every part of
+    the text counts."""
     count = min(len(blocks), max(1, tokens // blocks.shape[1]))
     return blocks[torch.arange(count) * len(blocks) // count]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def write_whole(contents: dict[Path, bytes]) -> None:
-    """Write one file or several that belong together: all are on the disk under temporary names before the first replaces its predecessor.
+    """Write one file or several that belong together: all are on the disk under temporary names before the first
+    replaces its predecessor.
 
     Args:
         contents: what to write, by file; directories are made as needed.

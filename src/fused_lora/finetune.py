@@ -1,6 +1,8 @@
-"""`fused-lora finetune`: a LoRA adapter for a causal language model on text files, with checkpoints, figures and a plot.
+"""`fused-lora finetune`: a LoRA adapter for a causal language model on text files, with checkpoints, figures and a
+plot.
 
-Into the output directory: adapter_config.json and adapter_model.safetensors (PEFT's format), checkpoint.safetensors, metrics.jsonl (a line
+Into the output directory: adapter_config.json and adapter_model.safetensors (PEFT's format), checkpoint.safetensors,
+    metrics.jsonl (a line
 a step), loss.png, summary.json.
 """
 
@@ -50,7 +52,8 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str) -> tuple[nn.Mo
         dtype: of the weights.
         device: where they go.
     Returns: (model, tokenizer).
-    Raises: FileNotFoundError or ValueError naming what is missing; OSError if the hub does not have it or is out of reach.
+    Raises: FileNotFoundError or ValueError naming what is missing; OSError if the hub does not have it or is out of
+        reach.
     """
     import transformers
 
@@ -74,24 +77,40 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str) -> tuple[nn.Mo
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(source, **options, **of_model)
     except OSError as error:
-        raise OSError(f"{path}: {error}") if local.exists() else OSError(f"{path} is no directory here, and as a model id: {error}") from None
+        raise (
+            OSError(f"{path}: {error}")
+            if local.exists()
+            else OSError(f"{path} is no directory here, and as a model id: {error}")
+        ) from None
     except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} must be a causal language model that transformers loads; got {type(error).__name__}: {error}") from None
+        raise ValueError(
+            f"{path} must be a causal language model that transformers loads; got {type(error).__name__}: {error}"
+        ) from None
     return model.to(device).eval(), tokenizer
 
 
 def finetune(
-    settings: Settings, output: Path, resume: bool = False, overwrite: bool = False, save_every: int = 20, eval_every: int = 20,
-    prompt: str | None = None, say: Callable[[str], None] = print, tick: Callable[[dict], None] = lambda row: None,
-) -> dict:  # fmt: skip
+    settings: Settings,
+    output: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    save_every: int = 20,
+    eval_every: int = 20,
+    prompt: str | None = None,
+    say: Callable[[str], None] = print,
+    tick: Callable[[dict], None] = lambda row: None,
+) -> dict:
     """Train an adapter and write it, its figures and its plot.
 
     Args:
-        settings, output: what decides the numbers; directory for the files that this module's head names, other files in it stay.
+        settings, output: what decides the numbers; directory for the files that this module's head names, other files
+            in it stay.
         resume: go on from the directory's checkpoint; without one the run starts from the beginning.
         overwrite: replace another run's files, once model and data are loaded.
-        save_every, eval_every: steps between checkpoints and between held-out losses; 0 is none but at the start and the end.
-        prompt: start of the sample completion; by default Python code with the default data, else the first held-out tokens.
+        save_every, eval_every: steps between checkpoints and between held-out losses; 0 is none but at the start and
+            the end.
+        prompt: start of the sample completion; by default Python code with the default data, else the first held-out
+            tokens.
         say, tick: get lines of text, and the row of metrics.jsonl of every step, as it is made.
     Returns: what summary.json holds.
     Raises: ValueError for bad input; OSError naming the file, with the last checkpoint whole.
@@ -111,7 +130,10 @@ def finetune(
     measured = data.spread(data.to_blocks(held_out, tokenizer, settings.seq_len), settings.eval_tokens)
     torch.manual_seed(settings.seed)
     apply_lora(model, settings.rank, settings.alpha, settings.targets(), settings.dropout, settings.rslora)
-    say(f"{len(train)} documents, {predicted(blocks):,} tokens; held out {len(held_out)}, of which {predicted(measured):,} tokens are measured")
+    say(
+        f"{len(train)} documents, {predicted(blocks):,} tokens; held out {len(held_out)}, of which "
+        f"{predicted(measured):,} tokens are measured"
+    )
     run = Run(settings, output, model.train(), blocks, measured, say, tick)
     if going_on:
         run.restore()
@@ -142,7 +164,9 @@ def _check_options(output: Path, resume: bool, overwrite: bool, save_every: int,
         raise ValueError(f"--output must be a directory; got the file {output}")
     present = [name for name in _OURS if (output / name).exists()]
     if present and not (resume or overwrite):
-        raise ValueError(f"--output must hold no other run, or give --resume or --overwrite; got {output} with {', '.join(present)}")
+        raise ValueError(
+            f"--output must hold no other run, or give --resume or --overwrite; got {output} with {', '.join(present)}"
+        )
 
 
 @torch.no_grad()
@@ -167,14 +191,17 @@ def _summary(run: Run, prompt: str, seconds: float) -> dict:
         "tokens_per_second": tokens / training,
         "seconds": seconds,
         "settings": run.identity,
-        "versions": {name: metadata.version(name) for name in ("fused-lora", "torch", "transformers", "peft", "safetensors")}
+        "versions": {
+            name: metadata.version(name) for name in ("fused-lora", "torch", "transformers", "peft", "safetensors")
+        }
         | {"python": platform.python_version()},
         "prompt": prompt,
     }
 
 
 def plot(rows: list[dict]) -> bytes:
-    """A PNG of the rows of metrics.jsonl: every step's loss, its moving average over a sixth of the run, the held-out loss."""
+    """A PNG of the rows of metrics.jsonl: every step's loss, its moving average over a sixth of the run, the held-out
+    loss."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -23,17 +23,20 @@ def _matrix(t: Tensor) -> Tensor:
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """y [..., N], h [M, R] = the op on x [..., K]. Saves x and h, each only if a needed gradient uses it, never a mask or a copy of x.
+    """y [..., N], h [M, R] = the op on x [..., K]. Saves x and h, each only if a needed gradient uses it, never a mask
+    or a copy of x.
 
-    settings is (scaling, dropout_p, backend); variant is empty for plain LoRA, else (x_lora, h_in, gate, out_scale, grad_row_scale), 2-D.
-    Flattening happens in here, where it makes no autograd nodes.
+    settings is (scaling, dropout_p, backend); variant is empty for plain LoRA, else (x_lora, h_in, gate, out_scale,
+    grad_row_scale), 2-D. Flattening happens in here, where it makes no autograd nodes.
     """
 
     @staticmethod
     def forward(x, weight, lora_A, lora_B, bias, seed, settings, *variant):
         scaling, dropout_p, backend = settings
         tensors = (variant or _PLAIN)[:4]
-        y, h = torch.ops.fused_lora.forward(_matrix(x), weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *tensors, backend)
+        y, h = torch.ops.fused_lora.forward(
+            _matrix(x), weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *tensors, backend
+        )
         # _unsafe_view as in F.linear: y is nobody's view, so models may add to it in place
         return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[1])), h
 
@@ -45,7 +48,9 @@ class LoRALinearFunction(torch.autograd.Function):
         if variant:
             keep_x = need[1] or need[10] or (need[2] and variant[0] is None)
             keep_h = need[3] or need[9] or need[10]
-        ctx.save_for_backward(x if keep_x else None, weight, lora_A, lora_B, output[1] if keep_h else None, seed, *variant)
+        ctx.save_for_backward(
+            x if keep_x else None, weight, lora_A, lora_B, output[1] if keep_h else None, seed, *variant
+        )
         ctx.lead = x.shape[:-1]
         ctx.set_materialize_grads(False)
 
@@ -62,7 +67,11 @@ class LoRALinearFunction(torch.autograd.Function):
         need = ctx.needs_input_grad
         needs, tensors = [*need[:5], *(need[7:11] or _NO_VARIANT)], variant or _PLAIN
         x = x if x is None else _matrix(x)
-        found = iter(torch.ops.fused_lora.backward(_matrix(dy), dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, *tensors, needs, backend))
+        found = iter(
+            torch.ops.fused_lora.backward(
+                _matrix(dy), dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, *tensors, needs, backend
+            )
+        )
         grads = [next(found) if wanted else None for wanted in needs]
         if len(ctx.lead) != 1 and grads[0] is not None:
             grads[0] = grads[0].view(*ctx.lead, grads[0].shape[1])
@@ -70,9 +79,11 @@ class LoRALinearFunction(torch.autograd.Function):
 
 
 class _EagerFunction(torch.autograd.Function):
-    """LoRALinearFunction for plain LoRA over a frozen layer where nobody listens to the dispatcher: straight to the back end.
+    """LoRALinearFunction for plain LoRA over a frozen layer where nobody listens to the dispatcher: straight to the
+    back end.
 
-    After a GEMM has emptied the caches, each step on the way costs microseconds: the dispatcher and its Python bridge, a second output, a
+    After a GEMM has emptied the caches, each step on the way costs microseconds: the dispatcher and its Python bridge,
+        a second output, a
     context set up apart, and every argument that autograd looks at. So `plan` carries what needs no gradient.
     """
 
@@ -107,19 +118,25 @@ class _EagerFunction(torch.autograd.Function):
 
 
 # With create_graph=True: differentiating once more must raise, not give zeros.
-_op_once, _eager_once = (torch.autograd.function.once_differentiable(f.backward) for f in (LoRALinearFunction, _EagerFunction))
-# Function.apply binds its arguments through inspect.signature on every call; its own C++ base does the rest of its work.
+_op_once, _eager_once = (
+    torch.autograd.function.once_differentiable(f.backward) for f in (LoRALinearFunction, _EagerFunction)
+)
+# Function.apply binds its arguments through inspect.signature on every call; its own C++ base does the rest of its
+# work.
 _eager_apply = super(torch.autograd.Function, _EagerFunction).apply
 
 
 def _nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor, bias: Tensor | None) -> bool:
-    """Whether this is plain eager mode over a frozen layer: no tracing, torch.compile, torch.func, selective checkpointing or other dispatch
-    mode, no tensor subclass. Otherwise calls go through torch.ops.fused_lora.*, which all of those see."""
+    """Whether this is plain eager mode over a frozen layer: no tracing, torch.compile, torch.func, selective
+    checkpointing or other dispatch mode, no tensor subclass. Otherwise calls go through torch.ops.fused_lora.*, which
+    all of those see."""
     return (
-        type(x) in _PLAIN_TENSORS and type(weight) in _PLAIN_TENSORS and type(lora_A) in _PLAIN_TENSORS
+        type(x) in _PLAIN_TENSORS
+        and type(weight) in _PLAIN_TENSORS
+        and type(lora_A) in _PLAIN_TENSORS
         and not (weight.requires_grad or (bias is not None and bias.requires_grad))
         and not (is_dynamo_compiling() or _dispatch_modes() or _functorch_active())
-    )  # fmt: skip
+    )
 
 
 def lora_linear(
@@ -148,20 +165,22 @@ def lora_linear(
 
     and, with the optional tensors,
     ``y = out_scale * (x Wt + scaling * ((x_lora At + h_in) * gate) Bt) + bias``.
-    Differentiable in every tensor but `grad_row_scale`, once (no double backward). Under autocast x, weight and bias are cast as
-    `torch.nn.Linear` casts them. Products accumulate in fp32; h = scaling * dropout(x) At is rounded to x's dtype.
+    Differentiable in every tensor but `grad_row_scale`, once (no double backward). Under autocast x, weight and bias
+    are cast as `torch.nn.Linear` casts them. Products accumulate in fp32; h = scaling * dropout(x) At is rounded to x's
+    dtype.
 
     Args:
         x: [..., K], bf16, fp16 or fp32 (fp64 on the reference back end), any strides, zero rows allowed.
         weight: [N, K], x's dtype.
         lora_A, lora_B: [R, K] and [N, R], both in x's dtype or both fp32.
-        scaling: lora_alpha / r (rsLoRA: lora_alpha / sqrt(r)); a float or a 0-d tensor, which does not recompile a graph when it changes.
+        scaling: lora_alpha / r (rsLoRA: lora_alpha / sqrt(r)); a float or a 0-d tensor, which does not recompile a
+            graph when it changes.
         bias: [N], x's dtype.
-        dropout_p: probability of zeroing an element of the low-rank path's input, in [0, 1), resolved to 1.5e-5. The mask is drawn from
-            PyTorch's default generator and regenerated in the backward.
+        dropout_p: probability of zeroing an element of the low-rank path's input, in [0, 1), resolved to 1.5e-5. The
+            mask is drawn from PyTorch's default generator and regenerated in the backward.
         training: dropout acts only if true.
-        backend: auto, cuda, triton, cpu or reference. "auto" falls back to the PyTorch composition where no fused kernel serves the
-            request; a named back end raises instead.
+        backend: auto, cuda, triton, cpu or reference. "auto" falls back to the PyTorch composition where no fused
+            kernel serves the request; a named back end raises instead.
         x_lora: x's shape, input of the low-rank path instead of x (ResLoRA).
         h_in: [..., R], added to x_lora At (ResLoRA).
         gate: [..., k] with k dividing R, a factor for each block of R / k ranks (LoRA-Flow, per-adapter scale).
@@ -176,13 +195,29 @@ def lora_linear(
         x, weight, lora_A, lora_B, bias, x_lora, h_in = _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in)
     dtype, adapter_dtype, shape, w, a = x.dtype, lora_A.dtype, x.shape, weight.shape, lora_A.shape
     good = (
-        len(shape) > 0 and len(w) == 2 and len(a) == 2 and shape[-1] == w[1] == a[1] and lora_B.shape == (w[0], a[0]) and 0 not in w and a[0] > 0
-        and dtype is weight.dtype and dtype in _DTYPES and adapter_dtype is lora_B.dtype and (adapter_dtype is dtype or adapter_dtype is torch.float32)
+        len(shape) > 0
+        and len(w) == 2
+        and len(a) == 2
+        and shape[-1] == w[1] == a[1]
+        and lora_B.shape == (w[0], a[0])
+        and 0 not in w
+        and a[0] > 0
+        and dtype is weight.dtype
+        and dtype in _DTYPES
+        and adapter_dtype is lora_B.dtype
+        and (adapter_dtype is dtype or adapter_dtype is torch.float32)
         and (bias is None or (bias.shape == (w[0],) and bias.dtype is dtype))
-        and 0.0 <= dropout_p < 1.0 and backend in NAMES
-    )  # fmt: skip
-    if not (x.is_cpu and weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)):  # devices cost more to compare
-        good = good and x.device == weight.device == lora_A.device == lora_B.device and (bias is None or bias.device == x.device)
+        and 0.0 <= dropout_p < 1.0
+        and backend in NAMES
+    )
+    if not (
+        x.is_cpu and weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)
+    ):  # devices cost more to compare
+        good = (
+            good
+            and x.device == weight.device == lora_A.device == lora_B.device
+            and (bias is None or bias.device == x.device)
+        )
     if not good:
         raise _explain(x, weight, lora_A, lora_B, bias, dropout_p, backend)
     if type(scaling) is not float:
@@ -190,22 +225,30 @@ def lora_linear(
     dropout = dropout_p > 0.0 and training and round(dropout_p * 65536) > 0
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout else None
     variant = ()
-    if return_h or not (x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None):
+    if return_h or not (
+        x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None
+    ):
         _check_variant(x, w[0], a[0], x_lora, h_in, gate, out_scale, grad_row_scale)
         if return_h:  # h without the factor: fold it into the gate
-            gate, scaling = (x.new_full((*shape[:-1], 1), scaling, dtype=torch.float32) if gate is None else gate * scaling), 1.0
+            gate, scaling = (
+                (x.new_full((*shape[:-1], 1), scaling, dtype=torch.float32) if gate is None else gate * scaling),
+                1.0,
+            )
         variant = (*(t if t is None else _matrix(t) for t in (x_lora, h_in, gate)), out_scale, grad_row_scale)
     if not dropout:
         dropout_p = 0.0
     if not variant and _nobody_listens(x, weight, lora_A, bias):
-        return _eager_apply(x, lora_A, lora_B, (weight, bias, seed, scaling, dropout_p, pick(backend, x, weight, lora_A)))
+        return _eager_apply(
+            x, lora_A, lora_B, (weight, bias, seed, scaling, dropout_p, pick(backend, x, weight, lora_A))
+        )
     settings = (scaling, dropout_p, backend)
     y, h = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, seed, settings, *variant)
     return (y, h.view(*shape[:-1], a[0])) if return_h else y
 
 
 def _tensor_scaling(lora_A: Tensor, scaling) -> tuple[Tensor, float]:
-    """A scaling that is no Python float: a tensor moves into A, in fp32, so nothing is read on the host and it may train."""
+    """A scaling that is no Python float: a tensor moves into A, in fp32, so nothing is read on the host and it may
+    train."""
     if not isinstance(scaling, Tensor):
         return lora_A, float(scaling)
     if scaling.dim() != 0:
@@ -214,7 +257,8 @@ def _tensor_scaling(lora_A: Tensor, scaling) -> tuple[Tensor, float]:
 
 
 def _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in):
-    """What torch.nn.Linear's autocast does; fp32 adapters stay as they are (the kernels take them over a half-precision x)."""
+    """What torch.nn.Linear's autocast does; fp32 adapters stay as they are (the kernels take them over a half-precision
+    x)."""
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype == torch.float64:
         return x, weight, lora_A, lora_B, bias, x_lora, h_in
@@ -239,7 +283,10 @@ def _explain(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ValueError:
         return ValueError(f"lora_A must have shape [R, {K}] with R >= 1 to match x[..., {K}]; got {_shape(lora_A)}")
     R = lora_A.shape[0]
     if lora_B.shape != (N, R):
-        return ValueError(f"lora_B must have shape [{N}, {R}] to match weight {_shape(weight)} and lora_A {_shape(lora_A)}; got {_shape(lora_B)}")
+        return ValueError(
+            f"lora_B must have shape [{N}, {R}] to match weight {_shape(weight)} and lora_A {_shape(lora_A)}; got "
+            f"{_shape(lora_B)}"
+        )
     if x.dtype not in _DTYPES:
         return ValueError(f"x must be bfloat16, float16, float32 or float64; got {x.dtype}")
     if weight.dtype != x.dtype:
@@ -259,14 +306,19 @@ def _explain(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ValueError:
     if not 0.0 <= dropout_p < 1.0:
         return ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
     near = difflib.get_close_matches(str(backend), NAMES, 1)
-    return ValueError(f"backend must be one of {', '.join(NAMES)}; got {backend!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    return ValueError(
+        f"backend must be one of {', '.join(NAMES)}; got {backend!r}"
+        + (f" (did you mean {near[0]!r}?)" if near else "")
+    )
 
 
 def _check_variant(x, N, R, x_lora, h_in, gate, out_scale, grad_row_scale) -> None:
     """Shapes, dtypes and devices of the optional tensors."""
     lead = tuple(x.shape[:-1])
     if x_lora is not None and (x_lora.shape != x.shape or x_lora.dtype != x.dtype):
-        raise ValueError(f"x_lora must have x's shape {_shape(x)} and dtype {x.dtype}; got {_shape(x_lora)} and {x_lora.dtype}")
+        raise ValueError(
+            f"x_lora must have x's shape {_shape(x)} and dtype {x.dtype}; got {_shape(x_lora)} and {x_lora.dtype}"
+        )
     if h_in is not None and (tuple(h_in.shape) != (*lead, R) or h_in.dtype != x.dtype):
         raise ValueError(f"h_in must have shape {[*lead, R]} and dtype {x.dtype}; got {_shape(h_in)} and {h_in.dtype}")
     if gate is not None and (tuple(gate.shape[:-1]) != lead or gate.shape[-1] < 1 or R % gate.shape[-1]):
@@ -274,6 +326,12 @@ def _check_variant(x, N, R, x_lora, h_in, gate, out_scale, grad_row_scale) -> No
     for name, t in (("out_scale", out_scale), ("grad_row_scale", grad_row_scale)):
         if t is not None and (tuple(t.shape) != (N,) or t.dtype not in (torch.float32, torch.float64)):
             raise ValueError(f"{name} must have shape [{N}] and dtype float32; got {_shape(t)} and {t.dtype}")
-    for name, t in (("x_lora", x_lora), ("h_in", h_in), ("gate", gate), ("out_scale", out_scale), ("grad_row_scale", grad_row_scale)):
+    for name, t in (
+        ("x_lora", x_lora),
+        ("h_in", h_in),
+        ("gate", gate),
+        ("out_scale", out_scale),
+        ("grad_row_scale", grad_row_scale),
+    ):
         if t is not None and t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}; got {t.device}")

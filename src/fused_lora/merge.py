@@ -21,13 +21,15 @@ def merge(model: str | Path, adapter: Path, output: Path, dtype: torch.dtype) ->
         adapter: directory of an adapter in PEFT's format.
         output: the new directory; it must not exist, or be empty.
         dtype: of the weights written; the product B A is added in fp32.
-    Raises: ValueError if output holds files, or the adapter is damaged or of another model; OSError naming the file. Nothing is left of
-        a merge that failed.
+    Raises: ValueError if output holds files, or the adapter is damaged or of another model; OSError naming the file.
+        Nothing is left of a merge that failed.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output must be a directory; got the file {output}")
     if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"--output must be a new or an empty directory; got {output} with {len(list(output.iterdir()))} entries")
+        raise ValueError(
+            f"--output must be a new or an empty directory; got {output} with {len(list(output.iterdir()))} entries"
+        )
     base, tokenizer = load_model(model, dtype, "cpu")
     load_adapter(base, adapter)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -20,10 +20,18 @@ def unknown_name(what: str, got: str | None, known: Iterable[str]) -> ValueError
 
 
 def check_adapter_name(name: str) -> None:
-    """Raises ValueError unless `name` can be a key of ParameterDict and ModuleDict, which refuse dots and their own attributes."""
+    """Raises ValueError unless `name` can be a key of ParameterDict and ModuleDict, which refuse dots and their own
+    attributes."""
     usable = isinstance(name, str) and name != "" and "." not in name
-    if not usable or hasattr(nn.ParameterDict, name) or name in vars(nn.ParameterDict()) or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"adapter_name must be a non-empty str without dots that is no attribute of torch.nn.Module; got {name!r}")
+    if (
+        not usable
+        or hasattr(nn.ParameterDict, name)
+        or name in vars(nn.ParameterDict())
+        or hasattr(nn.ModuleDict, name)
+    ):
+        raise ValueError(
+            f"adapter_name must be a non-empty str without dots that is no attribute of torch.nn.Module; got {name!r}"
+        )
 
 
 def check_lora_arguments(r: int, lora_alpha: float, lora_dropout: float) -> None:
@@ -42,10 +50,17 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 
 def check_linear(linear: nn.Module) -> None:
-    """Raises ValueError unless a LoRALinear can stand for `linear`: exactly nn.Linear, and nothing attached that would be lost."""
+    """Raises ValueError unless a LoRALinear can stand for `linear`: exactly nn.Linear, and nothing attached that would
+    be lost."""
     if type(linear) is not nn.Linear:
-        raise ValueError(f"linear must be exactly torch.nn.Linear; got {type(linear).__module__}.{type(linear).__qualname__}")
-    hooks = [name for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks") if getattr(linear, name)]
+        raise ValueError(
+            f"linear must be exactly torch.nn.Linear; got {type(linear).__module__}.{type(linear).__qualname__}"
+        )
+    hooks = [
+        name
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if getattr(linear, name)
+    ]
     if "forward" in vars(linear):
         hooks.append("forward of its own")
     if hooks:
@@ -59,10 +74,10 @@ class LoRALinear(nn.Module):
 
         y = F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, lora_dropout, training), A), B)
 
-    and to ``F.linear(x, weight, bias)`` without an active adapter or while merged. A starts as U(-1/sqrt(K), 1/sqrt(K)), B as zeros, so a
-    fresh adapter changes nothing but, where a kernel of ours computes the base product, the order of its sums. `state_dict()` holds weight,
-    bias and lora_A, lora_B by adapter; while merged it is the plain linear layer's (merged weight, bias, no adapters), so that saving a
-    merged model writes a plain one.
+    and to ``F.linear(x, weight, bias)`` without an active adapter or while merged. A starts as U(-1/sqrt(K),
+    1/sqrt(K)), B as zeros, so a fresh adapter changes nothing but, where a kernel of ours computes the base product,
+    the order of its sums. `state_dict()` holds weight, bias and lora_A, lora_B by adapter; while merged it is the plain
+    linear layer's (merged weight, bias, no adapters), so that saving a merged model writes a plain one.
 
     Args:
         in_features, out_features: K and N.
@@ -73,15 +88,26 @@ class LoRALinear(nn.Module):
         bias: whether the base layer has a bias [N].
         adapter_name: the first adapter's name.
         device, dtype: of the base weight [N, K].
-        adapter_dtype: of A [R, K] and B [N, R]; None takes float32 for a bf16 or fp16 base and the base's dtype otherwise.
+        adapter_dtype: of A [R, K] and B [N, R]; None takes float32 for a bf16 or fp16 base and the base's dtype
+            otherwise.
     Raises: ValueError naming the argument, what was expected and what was given.
     Source: Hu et al., arXiv 2106.09685; initialisation as in loralib and Hugging Face PEFT; rsLoRA: arXiv 2312.03732.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0, use_rslora: bool = False,
-        bias: bool = True, adapter_name: str = "default", device=None, dtype: torch.dtype | None = None, adapter_dtype: torch.dtype | None = None,
-    ):  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        bias: bool = True,
+        adapter_name: str = "default",
+        device=None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ):
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1; got {value!r}")
@@ -93,10 +119,17 @@ class LoRALinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0, use_rslora: bool = False,
-        adapter_name: str = "default", adapter_dtype: torch.dtype | None = None,
-    ) -> "LoRALinear":  # fmt: skip
-        """A LoRALinear over the very Parameters of `linear`, which it freezes: nothing is copied and tied weights stay tied.
+        cls,
+        linear: nn.Linear,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_name: str = "default",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "LoRALinear":
+        """A LoRALinear over the very Parameters of `linear`, which it freezes: nothing is copied and tied weights stay
+        tied.
 
         Args: linear, exactly an nn.Linear without hooks; the rest as in the class.
         Returns: the layer, in the training mode of `linear`.
@@ -128,7 +161,12 @@ class LoRALinear(nn.Module):
             return F.linear(x, self.weight, self.bias)
         try:  # past Module.__getattr__, which costs a small layer a tenth of its forward
             own, modules = self._parameters, self._modules
-            weight, bias, lora_A, lora_B = own["weight"], own["bias"], modules["lora_A"]._parameters[name], modules["lora_B"]._parameters[name]
+            weight, bias, lora_A, lora_B = (
+                own["weight"],
+                own["bias"],
+                modules["lora_A"]._parameters[name],
+                modules["lora_B"]._parameters[name],
+            )
         except KeyError:  # a wrapper (FSDP1, parametrize) has put something else in a parameter's place
             weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A[name], self.lora_B[name]
         dropout_p = self.lora_dropout[name] if self.training else 0.0
@@ -139,9 +177,14 @@ class LoRALinear(nn.Module):
             raise unknown_name("adapter_name", name, self.lora_A)
 
     def add_adapter(
-        self, adapter_name: str, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0, use_rslora: bool = False,
+        self,
+        adapter_name: str,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Add a fresh adapter; the first one becomes active, a later one waits frozen for `set_adapter`.
 
         Args: as in the class.
@@ -150,7 +193,9 @@ class LoRALinear(nn.Module):
         check_adapter_name(adapter_name)
         check_lora_arguments(r, lora_alpha, lora_dropout)
         if adapter_name in self.lora_A:
-            raise ValueError(f"adapter_name must be new to the layer, which has {sorted(self.lora_A)}; got {adapter_name!r}")
+            raise ValueError(
+                f"adapter_name must be new to the layer, which has {sorted(self.lora_A)}; got {adapter_name!r}"
+            )
         first, base = not self.lora_A, self.weight
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if base.dtype in (torch.bfloat16, torch.float16) else base.dtype
@@ -164,15 +209,23 @@ class LoRALinear(nn.Module):
             self.set_adapter(adapter_name)
 
     def set_hyperparameters(self, adapter_name: str, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
-        """Set an adapter's lora_alpha, lora_dropout and use_rslora, and with them its scaling; its rank is that of its tensors.
+        """Set an adapter's lora_alpha, lora_dropout and use_rslora, and with them its scaling; its rank is that of its
+        tensors.
 
         Raises: ValueError for an unknown adapter or a value out of range.
         """
         self._check_known(adapter_name)
         r = self.lora_A[adapter_name].shape[0]
         check_lora_arguments(r, lora_alpha, lora_dropout)
-        self.r[adapter_name], self.lora_alpha[adapter_name], self.lora_dropout[adapter_name] = r, lora_alpha, float(lora_dropout)
-        self.use_rslora[adapter_name], self.scaling[adapter_name] = bool(use_rslora), lora_scaling(r, lora_alpha, use_rslora)
+        self.r[adapter_name], self.lora_alpha[adapter_name], self.lora_dropout[adapter_name] = (
+            r,
+            lora_alpha,
+            float(lora_dropout),
+        )
+        self.use_rslora[adapter_name], self.scaling[adapter_name] = (
+            bool(use_rslora),
+            lora_scaling(r, lora_alpha, use_rslora),
+        )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, no adapter is. Raises: ValueError if it is unknown or merged."""
@@ -191,14 +244,17 @@ class LoRALinear(nn.Module):
         if adapter_name is not None:
             self._check_known(adapter_name)
         if self.merged and adapter_name != self.active_adapter:
-            raise ValueError(f"adapter {self.active_adapter!r} is merged, unmerge() before switching; got {adapter_name!r}")
+            raise ValueError(
+                f"adapter {self.active_adapter!r} is merged, unmerge() before switching; got {adapter_name!r}"
+            )
         for name in self.lora_A:
             self.lora_A[name].requires_grad_(name == adapter_name)
             self.lora_B[name].requires_grad_(name == adapter_name)
         self.active_adapter = adapter_name
 
     def reset_lora_parameters(self, adapter_name: str) -> None:
-        """Start an adapter afresh: A from U(-1/sqrt(K), 1/sqrt(K)), B zero. Raises: ValueError if it is unknown or merged."""
+        """Start an adapter afresh: A from U(-1/sqrt(K), 1/sqrt(K)), B zero. Raises: ValueError if it is unknown or
+        merged."""
         self._check_known(adapter_name)
         if self.merged and adapter_name == self.active_adapter:
             raise ValueError(f"adapter {adapter_name!r} is merged, unmerge() before resetting it")
@@ -214,25 +270,38 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Fold the active adapter into the weight: one GEMM per call and no LoRA gradients until `unmerge`.
 
-        Equivalent to ``weight = (weight.float() + scaling * B.float() @ A.float()).to(weight.dtype)``, in a new Parameter: the base weight
-        is kept aside, so `unmerge` restores it bit for bit and a tied twin never sees the merged one. Costs a second [N, K] meanwhile.
+        Equivalent to ``weight = (weight.float() + scaling * B.float() @ A.float()).to(weight.dtype)``, in a new
+        Parameter: the base weight is kept aside, so `unmerge` restores it bit for bit and a tied twin never sees the
+            merged one. Costs a second [N, K] meanwhile.
 
-        Raises: ValueError if no adapter is active, one is merged already, or the merged weight is not finite; nothing changes then.
+        Raises: ValueError if no adapter is active, one is merged already, or the merged weight is not finite; nothing
+            changes then.
         """
         name = self.active_adapter
         if name is None or self.merged:
-            raise ValueError(f"merge() needs an active adapter that is not merged yet; got {name!r}, {'merged' if self.merged else 'none active'}")
+            raise ValueError(
+                f"merge() needs an active adapter that is not merged yet; got {name!r}, "
+                f"{'merged' if self.merged else 'none active'}"
+            )
         compute = torch.promote_types(self.weight.dtype, torch.float32)
         lora_A, lora_B = self.lora_A[name].to(compute), self.lora_B[name].to(compute)
-        weight = torch.addmm(self.weight.to(compute), lora_B, lora_A, alpha=float(self.scaling[name])).to(self.weight.dtype)  # [N, K]
+        weight = torch.addmm(self.weight.to(compute), lora_B, lora_A, alpha=float(self.scaling[name])).to(
+            self.weight.dtype
+        )  # [N, K]
         if not torch.isfinite(weight).all():
             bad = weight.numel() - int(torch.isfinite(weight).sum())
-            raise ValueError(f"the weight merged with adapter {name!r} must be finite in {weight.dtype}; got {bad} elements that are not")
-        object.__setattr__(self, "_pristine", self.weight)  # past Module.__setattr__, which would register a second parameter
+            raise ValueError(
+                f"the weight merged with adapter {name!r} must be finite in {weight.dtype}; got {bad} elements that "
+                "are not"
+            )
+        object.__setattr__(
+            self, "_pristine", self.weight
+        )  # past Module.__setattr__, which would register a second parameter
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def unmerge(self) -> None:
-        """Put the base weight back, the very Parameter that `merge` set aside. Raises: ValueError if nothing is merged."""
+        """Put the base weight back, the very Parameter that `merge` set aside. Raises: ValueError if nothing is
+        merged."""
         if not self.merged:
             raise ValueError("unmerge() needs a merged adapter; got none")
         self.weight = self._pristine
@@ -257,7 +326,10 @@ class LoRALinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if self.merged:
-            raise ValueError(f"{prefix or 'the layer '}must be unmerged before load_state_dict; got adapter {self.active_adapter!r} merged")
+            raise ValueError(
+                f"{prefix or 'the layer '}must be unmerged before load_state_dict; got adapter {self.active_adapter!r} "
+                "merged"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -1,7 +1,10 @@
-"""The two operators of the library: schemas, fakes and their one implementation, which hands over to the back end that `pick` names.
+"""The two operators of the library: schemas, fakes and their one implementation, which hands over to the back end that
+`pick` names.
 
-PyTorch's dispatcher is the only registry. Callers go through `torch.ops.fused_lora.*`, which torch.compile, export and selective
-checkpointing see as one node. Fixed arity: `backward` returns one tensor per true entry of `needs`, in the order of `reference.Gradients`.
+PyTorch's dispatcher is the only registry. Callers go through `torch.ops.fused_lora.*`, which torch.compile, export and
+selective
+checkpointing see as one node. Fixed arity: `backward` returns one tensor per true entry of `needs`, in the order of
+    `reference.Gradients`.
 """
 
 import torch
@@ -14,12 +17,14 @@ _VARIANT = "Tensor? x_lora, Tensor? h_in, Tensor? gate, Tensor? out_scale"
 
 _lib = torch.library.Library("fused_lora", "DEF")
 _lib.define(
-    "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, float dropout_p, Tensor? seed, "
+    "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, float dropout_p, "
+    "Tensor? seed, "
     f"{_VARIANT}, str backend) -> (Tensor y, Tensor h)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _lib.define(
-    "backward(Tensor dy, Tensor? dh, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? h, float scaling, float dropout_p, "
+    "backward(Tensor dy, Tensor? dh, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? h, float scaling, "
+    "float dropout_p, "
     f"Tensor? seed, {_VARIANT}, Tensor? grad_row_scale, bool[] needs, str backend) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -29,15 +34,37 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, h
     if x_lora is None and h_in is None and gate is None and out_scale is None:
         return pick(backend, x, weight, lora_A).forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
     check_variant(backend)
-    return reference.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, Variant(x_lora, h_in, gate, out_scale))
+    return reference.forward(
+        x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, Variant(x_lora, h_in, gate, out_scale)
+    )
 
 
-def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, grad_row_scale, needs, backend):
+def backward(
+    dy,
+    dh,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    h,
+    scaling,
+    dropout_p,
+    seed,
+    x_lora,
+    h_in,
+    gate,
+    out_scale,
+    grad_row_scale,
+    needs,
+    backend,
+):
     needs = Gradients(*needs)
     variant = Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
     if dh is None and not needs.weight and all(t is None for t in variant):
         wanted = (needs.x, needs.lora_A, needs.lora_B, needs.bias)
-        grads = pick(backend, dy, weight, lora_A).backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, wanted)
+        grads = pick(backend, dy, weight, lora_A).backward(
+            dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, wanted
+        )
     else:
         check_variant(backend)
         grads = reference.backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant)
@@ -54,7 +81,25 @@ def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_l
 
 
 @torch.library.register_fake("fused_lora::backward")
-def _backward_fake(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, grad_row_scale, needs, backend):
+def _backward_fake(
+    dy,
+    dh,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    h,
+    scaling,
+    dropout_p,
+    seed,
+    x_lora,
+    h_in,
+    gate,
+    out_scale,
+    grad_row_scale,
+    needs,
+    backend,
+):
     M, K = dy.shape[0], lora_A.shape[1]
     like = Gradients(
         x=lambda: dy.new_empty((M, K)),

@@ -2,7 +2,8 @@
 
     y  = out_scale * ( x Wt + s * ((x_lora At + h_in) * gate) Bt ) + bias
 
-Works in every floating dtype on every device. `h` below is `s * x_lora At` in x's dtype, the only tensor the plain LoRA saves beside x.
+Works in every floating dtype on every device. `h` below is `s * x_lora At` in x's dtype, the only tensor the plain LoRA
+saves beside x.
 Source: Hu et al., "LoRA", arXiv 2106.09685; variants: DoRA (out_scale) 2402.09353, ALLoRA (grad_row_scale) 2410.09692,
 ResLoRA (x_lora, h_in) 2402.18039, LoRA-Flow (gate) 2402.11455.
 """
@@ -56,8 +57,9 @@ def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 def dropout_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """The LoRA dropout mask [M, K]: 0 where an element is dropped, 1 / (1 - p) where it is kept.
 
-    Philox4x32-10 with key = seed and counter = (column // 8, row, 0, 0) gives eight 16-bit draws for a row's eight columns;
-    an element is kept iff its draw is at least `dropout_threshold(p)`. Every back end regenerates this mask and none stores it.
+    Philox4x32-10 with key = seed and counter = (column // 8, row, 0, 0) gives eight 16-bit draws for a row's eight
+    columns; an element is kept iff its draw is at least `dropout_threshold(p)`. Every back end regenerates this mask
+    and none stores it.
 
     Args:
         seed: int64 [1], on the device where the mask is wanted.
@@ -104,7 +106,8 @@ def _low(h: Tensor, scaling: float, variant: Variant) -> Tensor:
 
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant=PLAIN) -> tuple[Tensor, Tensor]:
-    """y [M, N] and h = s * drop(x_lora) At [M, R], both in x's dtype; arguments as in `functional.lora_linear`, x 2-D."""
+    """y [M, N] and h = s * drop(x_lora) At [M, R], both in x's dtype; arguments as in `functional.lora_linear`, x
+    2-D."""
     mask = None if seed is None else dropout_mask(seed, *x.shape, dropout_p, x.dtype)
     h = (_lora_input(x, variant, mask) @ lora_A.to(x.dtype).t()).mul_(scaling)
     scaled = variant.out_scale is not None

@@ -1,4 +1,5 @@
-"""Which modules of a model an adapter sits in, by PEFT's rules, and ModuleToSave, the wrapper of those it trains in full."""
+"""Which modules of a model an adapter sits in, by PEFT's rules, and ModuleToSave, the wrapper of those it trains in
+full."""
 
 import copy
 import re
@@ -13,8 +14,8 @@ from fused_lora.nn import LoRALinear, check_linear, check_lora_arguments, unknow
 class ModuleToSave(nn.Module):
     """A frozen module with a trainable full copy for each adapter that asks for one (PEFT's `modules_to_save`).
 
-    Calls and unknown attributes go to the active adapter's copy, or to the original. The original keeps its Parameters, so a tied twin
-    (an embedding under a copied output head) is untouched.
+    Calls and unknown attributes go to the active adapter's copy, or to the original. The original keeps its Parameters,
+    so a tied twin (an embedding under a copied output head) is untouched.
 
     Args:
         original_module: any module with a forward.
@@ -64,7 +65,8 @@ class ModuleToSave(nn.Module):
 
 @dataclass(frozen=True)
 class Place:
-    """One way to reach a module: parent.attribute is module, called `name` from the root. `inside` a ModuleToSave nothing is replaced."""
+    """One way to reach a module: parent.attribute is module, called `name` from the root. `inside` a ModuleToSave
+    nothing is replaced."""
 
     name: str
     module: nn.Module
@@ -74,8 +76,8 @@ class Place:
 
 
 def walk(parent: nn.Module, prefix: str = "", inside: bool = False) -> Iterator[Place]:
-    """Every place under `parent` in the order of `named_modules`, a shared module as often as it is reached; LoRALinears are leaves and
-    a ModuleToSave shows the original under its own name."""
+    """Every place under `parent` in the order of `named_modules`, a shared module as often as it is reached;
+    LoRALinears are leaves and a ModuleToSave shows the original under its own name."""
     for attribute, module in parent._modules.items():
         if module is None:
             continue
@@ -88,14 +90,16 @@ def walk(parent: nn.Module, prefix: str = "", inside: bool = False) -> Iterator[
 
 
 def matches(targets: str | list[str], name: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their ends after a dot."""
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their ends after a
+    dot."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _pattern_value(pattern: dict, name: str, default):
-    """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the name or its end after a dot, as a regex."""
+    """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the name or its end after a dot, as a
+    regex."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value
@@ -124,7 +128,10 @@ class LoraSpec:
             value = getattr(self, name)
             strings = isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value)
             if not strings and not (one_string and isinstance(value, str)):
-                raise ValueError(f"{name} must be a list of non-empty str{' or one regular expression' if one_string else ''}; got {value!r}")
+                raise ValueError(
+                    f"{name} must be a list of non-empty str{' or one regular expression' if one_string else ''}; got "
+                    f"{value!r}"
+                )
             if isinstance(value, str):
                 _check_regex(name, value)
         for entry in self.modules_to_save:
@@ -147,7 +154,9 @@ class LoraSpec:
 
     def excludes(self, name: str) -> bool:
         """Whether exclude_modules or modules_to_save keep LoRA from the module of this name."""
-        return matches(self.exclude_modules, name) or any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in self.modules_to_save)
+        return matches(self.exclude_modules, name) or any(
+            re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in self.modules_to_save
+        )
 
 
 def _check_regex(name: str, value: str) -> None:
@@ -179,16 +188,28 @@ def make_plan(model: nn.Module, spec: LoraSpec, strict: bool) -> Plan:
     first: dict[int, str] = {}
     for place in places:
         first.setdefault(id(place.module), place.name)
-    saved = {first[id(p.module)]: p.module for p in places if not p.inside and any(p.name.endswith(end) for end in spec.modules_to_save)}
+    saved = {
+        first[id(p.module)]: p.module
+        for p in places
+        if not p.inside and any(p.name.endswith(end) for end in spec.modules_to_save)
+    }
     linears = _find_linears(model, spec, places, first)
     for name, module in saved.items():
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
             raise ValueError(f"modules_to_save must name modules with a forward; got {name}, a {type(module).__name__}")
-        if any(isinstance(inner, LoRALinear) or (inner is not module and isinstance(inner, ModuleToSave)) for inner in module.modules()):
-            raise ValueError(f"modules_to_save must name modules without adapters in them; got {name}, which holds some")
+        if any(
+            isinstance(inner, LoRALinear) or (inner is not module and isinstance(inner, ModuleToSave))
+            for inner in module.modules()
+        ):
+            raise ValueError(
+                f"modules_to_save must name modules without adapters in them; got {name}, which holds some"
+            )
         for linear in linears:
             if linear == name or linear.startswith(f"{name}."):
-                raise ValueError(f"modules_to_save and target_modules must not overlap; got {name} in the first and {linear} in the second")
+                raise ValueError(
+                    f"modules_to_save and target_modules must not overlap; got {name} in the first and {linear} in the "
+                    "second"
+                )
     if strict:
         _check_all_used(spec, linears, saved, places)
     return Plan(linears, saved, places)
@@ -216,18 +237,29 @@ def _find_linears(model: nn.Module, spec: LoraSpec, places: list[Place], first: 
                     raise ValueError(f"target {name}: {error}") from None
             found[first[id(module)]] = module
     if not found:
-        known = {place.name.rpartition(".")[2] for place in places if type(place.module) is nn.Linear or isinstance(place.module, LoRALinear)}
+        known = {
+            place.name.rpartition(".")[2]
+            for place in places
+            if type(place.module) is nn.Linear or isinstance(place.module, LoRALinear)
+        }
         if isinstance(targets, list) and targets:
             raise unknown_name("target_modules", targets[0], known)
         rule = "'all-linear' or" if all_linear else "a list of names, or, being a string,"
-        raise ValueError(f"target_modules must be {rule} a regular expression for the whole name of torch.nn.Linear modules, which end in "
-                         f"{sorted(known)}; got {targets!r}, which finds none")  # fmt: skip
+        raise ValueError(
+            f"target_modules must be {rule} a regular expression for the whole name of torch.nn.Linear modules, which "
+            "end in "
+            f"{sorted(known)}; got {targets!r}, which finds none"
+        )
     return found
 
 
 def _check_all_used(spec: LoraSpec, linears: dict, saved: dict, places: list[Place]) -> None:
     """Raises ValueError for a name or pattern that found nothing: a typing error, most likely."""
-    ends = {place.name.rpartition(".")[2] for place in places if type(place.module) is nn.Linear or isinstance(place.module, LoRALinear)}
+    ends = {
+        place.name.rpartition(".")[2]
+        for place in places
+        if type(place.module) is nn.Linear or isinstance(place.module, LoRALinear)
+    }
     names = [place.name for place in places]
     for target in spec.target_modules if isinstance(spec.target_modules, list) else []:
         if not any(matches([target], name) for name in names):

@@ -1,4 +1,5 @@
-"""Inputs and comparisons shared by tests and benches: random and exact-integer problems, the fp64 truth, and a computed tolerance."""
+"""Inputs and comparisons shared by tests and benches: random and exact-integer problems, the fp64 truth, and a computed
+tolerance."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -42,15 +43,22 @@ def random_problem(M, N, K, R, dtype=torch.float32, adapter_dtype=None, *, bias=
 
     adapter = adapter_dtype or dtype
     return Problem(
-        x=normal(M, K), weight=normal(N, K, scale=K**-0.5), lora_A=normal(R, K, scale=K**-0.5, dtype=adapter),
-        lora_B=normal(N, R, scale=R**-0.5, dtype=adapter), dy=normal(M, N), scaling=1.5, bias=normal(N) if bias else None,
-    )  # fmt: skip
+        x=normal(M, K),
+        weight=normal(N, K, scale=K**-0.5),
+        lora_A=normal(R, K, scale=K**-0.5, dtype=adapter),
+        lora_B=normal(N, R, scale=R**-0.5, dtype=adapter),
+        dy=normal(M, N),
+        scaling=1.5,
+        bias=normal(N) if bias else None,
+    )
 
 
 def exact_problem(M, N, K, R, dtype=torch.float32, adapter_dtype=None, *, bias=True, device="cpu", seed=0) -> Problem:
-    """Inputs in {-1, 0, 1}, sparse enough that every sum of y, h, dh and the gradients is an integer that `dtype` holds exactly.
+    """Inputs in {-1, 0, 1}, sparse enough that every sum of y, h, dh and the gradients is an integer that `dtype` holds
+    exactly.
 
-    So a right kernel gives the truth bit for bit, and any wrong index, mask or tail shows in `torch.equal`. Arguments as in `random_problem`.
+    So a right kernel gives the truth bit for bit, and any wrong index, mask or tail shows in `torch.equal`. Arguments
+    as in `random_problem`.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -63,9 +71,14 @@ def exact_problem(M, N, K, R, dtype=torch.float32, adapter_dtype=None, *, bias=T
 
     adapter = adapter_dtype or dtype
     return Problem(
-        x=sparse(M, K, 8), weight=sparse(N, K, 4), lora_A=sparse(R, K, 4, adapter), lora_B=sparse(N, R, 2, adapter), dy=sparse(M, N, 4),
-        scaling=2.0, bias=sparse(1, N, max(N // 2, 1))[0] if bias else None,
-    )  # fmt: skip
+        x=sparse(M, K, 8),
+        weight=sparse(N, K, 4),
+        lora_A=sparse(R, K, 4, adapter),
+        lora_B=sparse(N, R, 2, adapter),
+        dy=sparse(M, N, 4),
+        scaling=2.0,
+        bias=sparse(1, N, max(N // 2, 1))[0] if bias else None,
+    )
 
 
 def run(p: Problem, *, backend: str, dropout_p=0.0, seed=None, needs=(True,) * 4) -> dict[str, Tensor | None]:
@@ -84,7 +97,23 @@ def run(p: Problem, *, backend: str, dropout_p=0.0, seed=None, needs=(True,) * 4
     mask = [need_x, False, need_A, need_B, need_bias, False, False, False, False]
     grads = iter(
         torch.ops.fused_lora.backward(
-            p.dy, None, p.x, p.weight, p.lora_A, p.lora_B, h, p.scaling, dropout_p, seed, None, None, None, None, None, mask, backend
+            p.dy,
+            None,
+            p.x,
+            p.weight,
+            p.lora_A,
+            p.lora_B,
+            h,
+            p.scaling,
+            dropout_p,
+            seed,
+            None,
+            None,
+            None,
+            None,
+            None,
+            mask,
+            backend,
         )
     )
     out = {"y": y, "h": h}
@@ -107,7 +136,8 @@ def tolerance(same_dtype: Tensor, exact: Tensor) -> float:
 
 
 def assert_close(out: dict, same_dtype: dict, exact: dict) -> None:
-    """Every tensor of `out` is as near to the fp64 truth as PyTorch's composition in the same dtype, up to the factor of `tolerance`.
+    """Every tensor of `out` is as near to the fp64 truth as PyTorch's composition in the same dtype, up to the factor
+    of `tolerance`.
 
     The measure is a maximum over elements, so one bad tile cannot hide in an average.
     Raises: AssertionError naming the tensor, its error and the limit.
@@ -128,5 +158,6 @@ def assert_exact(out: dict, exact: dict) -> None:
     for name, got in out.items():
         if got is not None:
             wrong = got.double() != exact[name]
-            assert not wrong.any(), f"{name}: {wrong.sum()} of {got.numel()} elements differ, the first at {wrong.nonzero()[0].tolist()}"
-
+            assert not wrong.any(), (
+                f"{name}: {wrong.sum()} of {got.numel()} elements differ, the first at {wrong.nonzero()[0].tolist()}"
+            )

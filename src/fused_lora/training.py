@@ -1,4 +1,5 @@
-"""The training loop: settings, loss, schedule, the optimizer step, and a run that can be killed at any time and resumed bit for bit.
+"""The training loop: settings, loss, schedule, the optimizer step, and a run that can be killed at any time and resumed
+bit for bit.
 
 Bit for bit holds on the same machine, thread count and versions, on a GPU as far as its kernels are deterministic.
 """
@@ -22,11 +23,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run's numbers; a resumed run must have the same. The defaults take about three minutes on two CPU cores.
+    """Everything that decides a run's numbers; a resumed run must have the same. The defaults take about three minutes
+    on two CPU cores.
 
     Args:
         model: directory or id of a Hugging Face model, or a GGUF file; empty for the packaged SmolLM2-135M.
-        data, eval_data: files or directories; no data is Python's standard library, no eval_data a held-out part of the data.
+        data, eval_data: files or directories; no data is Python's standard library, no eval_data a held-out part of the
+            data.
         text_field: field of a JSONL line.
         rank, alpha, dropout, target_modules, rslora: of the adapter, as in `apply_lora`.
         lr, warmup, steps: peak learning rate after `warmup` steps, then a cosine to zero at `steps`.
@@ -83,7 +86,8 @@ class Settings:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def targets(self) -> str | list[str]:
-        """target_modules as `apply_lora` takes it: names with commas between them are a list, anything else stays as it is."""
+        """target_modules as `apply_lora` takes it: names with commas between them are a list, anything else stays as it
+        is."""
         names = [name.strip() for name in self.target_modules.split(",")]
         plain = all(re.fullmatch(r"\w+(\.\w+)*", name) for name in names)
         return names if plain else self.target_modules
@@ -104,7 +108,8 @@ def predicted(blocks: Tensor) -> int:
 
 
 def loss_sum(model: nn.Module, blocks: Tensor) -> Tensor:
-    """Sum of -log p over the predicted tokens of the blocks [n, L], in fp32. Filling lies behind the text, where no token attends to it."""
+    """Sum of -log p over the predicted tokens of the blocks [n, L], in fp32. Filling lies behind the text, where no
+    token attends to it."""
     logits = model(input_ids=blocks.clamp(min=0), use_cache=False).logits[:, :-1].float()
     return F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten(), ignore_index=data.IGNORED, reduction="sum")
 
@@ -120,16 +125,21 @@ def held_out_loss(model: nn.Module, blocks: Tensor, batch_size: int, device: str
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Of the step after `step` done ones: linear to lr over `warmup` steps, then a cosine that would be zero at step `steps`."""
+    """Of the step after `step` done ones: linear to lr over `warmup` steps, then a cosine that would be zero at step
+    `steps`."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / (settings.steps - settings.warmup)))
 
 
-def train_step(model: nn.Module, optimizer, scaler: torch.amp.GradScaler, passes: list[Tensor], max_grad_norm: float) -> tuple[float, float]:
-    """One optimizer step over several passes, every predicted token of them with the same weight; returns (loss, gradient norm).
+def train_step(
+    model: nn.Module, optimizer, scaler: torch.amp.GradScaler, passes: list[Tensor], max_grad_norm: float
+) -> tuple[float, float]:
+    """One optimizer step over several passes, every predicted token of them with the same weight; returns (loss,
+    gradient norm).
 
-    Raises: ValueError if loss or gradient is not finite (fp16 skips a step whose gradient overflows, and lowers its scale).
+    Raises: ValueError if loss or gradient is not finite (fp16 skips a step whose gradient overflows, and lowers its
+        scale).
     """
     tokens, loss = sum(predicted(blocks) for blocks in passes), 0.0
     for blocks in passes:
@@ -139,7 +149,9 @@ def train_step(model: nn.Module, optimizer, scaler: torch.amp.GradScaler, passes
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(checkpoint.trained(model).values(), max_grad_norm or math.inf).item()
     if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-        raise ValueError(f"loss and gradient must be finite, a lower --lr may help; got loss {loss:g}, gradient norm {norm:g}")
+        raise ValueError(
+            f"loss and gradient must be finite, a lower --lr may help; got loss {loss:g}, gradient norm {norm:g}"
+        )
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -158,10 +170,23 @@ class Run:
     """
 
     def __init__(
-        self, settings: Settings, output: Path, model: nn.Module, blocks: Tensor, held_out: Tensor,
-        say: Callable[[str], None], tick: Callable[[dict], None],
-    ):  # fmt: skip
-        self.settings, self.model, self.blocks, self.held_out, self.say, self.tick = settings, model, blocks, held_out, say, tick
+        self,
+        settings: Settings,
+        output: Path,
+        model: nn.Module,
+        blocks: Tensor,
+        held_out: Tensor,
+        say: Callable[[str], None],
+        tick: Callable[[dict], None],
+    ):
+        self.settings, self.model, self.blocks, self.held_out, self.say, self.tick = (
+            settings,
+            model,
+            blocks,
+            held_out,
+            say,
+            tick,
+        )
         self.checkpoint, self.metrics = output / checkpoint.NAME, output / checkpoint.METRICS
         self.identity = {**settings.plain(), "data_sha256": data.fingerprint(blocks, held_out)}
         parameters = list(checkpoint.trained(model).values())
@@ -176,7 +201,8 @@ class Run:
         checkpoint.save_checkpoint(self.checkpoint, *self.state, 0, self.identity)
 
     def restore(self) -> None:
-        """Go back to the checkpoint, and metrics.jsonl with it. Raises: ValueError if it is damaged or of other settings or data."""
+        """Go back to the checkpoint, and metrics.jsonl with it. Raises: ValueError if it is damaged or of other
+        settings or data."""
         step = checkpoint.load_checkpoint(self.checkpoint, *self.state, self.identity)
         self.rows = checkpoint.cut_metrics(self.metrics, step)
         self.say(f"resuming after step {step} of {self.settings.steps}")
@@ -184,7 +210,8 @@ class Run:
             self.tick(row)
 
     def train(self, save_every: int, eval_every: int) -> None:
-        """The steps that are left; a checkpoint every save_every and a held-out loss every eval_every of them (0: none), and at the last."""
+        """The steps that are left; a checkpoint every save_every and a held-out loss every eval_every of them (0:
+        none), and at the last."""
         settings, steps = self.settings, self.settings.steps
         for step in range(len(self.rows), steps + 1):
             began = time.perf_counter()

@@ -62,7 +62,8 @@ void thread_main() {
 
 // Memory that is used again: one stack for each thread, one shared memory for each block.
 uint8_t* take(std::vector<uint8_t*>& free, size_t bytes) {
-  if (free.empty()) return static_cast<uint8_t*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  if (free.empty())
+    return static_cast<uint8_t*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   uint8_t* memory = free.back();
   free.pop_back();
   return memory;
@@ -129,10 +130,12 @@ bool finished(const Cluster& cluster) {
 void check_end(const Cluster& cluster) {
   for (const Block* b : cluster.blocks)
     for (const Thread* t : b->threads)
-      if (t->stores || !t->products.empty()) fail("block %d thread %d ends with an open store or product", b->index, t->index);
+      if (t->stores || !t->products.empty())
+        fail("block %d thread %d ends with an open store or product", b->index, t->index);
 }
 
-// One pass over the threads that are resident, from a random one on; whether any of them ran, and whether any was held back.
+// One pass over the threads that are resident, from a random one on; whether any of them ran, and whether any was held
+// back.
 struct Pass {
   bool ran = false, held = false;
 };
@@ -175,7 +178,8 @@ void run_grid(int blocks, int threads, int smem_bytes, int cluster_blocks, std::
   int next = 0;
   int64_t passes = 0;
   while (next < blocks || !resident.empty()) {
-    while (next < blocks && (resident.empty() || static_cast<int>(resident.size() + 1) * cluster_blocks <= settings.resident_blocks)) {
+    while (next < blocks &&
+           (resident.empty() || static_cast<int>(resident.size() + 1) * cluster_blocks <= settings.resident_blocks)) {
       resident.push_back(new_cluster(next, cluster_blocks, threads, smem_bytes));
       next += cluster_blocks;
     }
@@ -219,7 +223,8 @@ void fail(const char* format, ...) {
   std::vsnprintf(text, sizeof text, format, values);
   va_end(values);
   failure = text;
-  if (current) failure += " (block " + std::to_string(current->block->index) + ", thread " + std::to_string(current->index) + ")";
+  if (current)
+    failure += " (block " + std::to_string(current->block->index) + ", thread " + std::to_string(current->index) + ")";
   while (current) to_scheduler();  // and never back
   throw Failed{};
 }
@@ -227,12 +232,16 @@ void fail(const char* format, ...) {
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
   int cluster = 1;
   for (unsigned i = 0; i < config.numAttrs; ++i)
-    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = static_cast<int>(config.attrs[i].val.clusterDim.x);
-  const int blocks = static_cast<int>(config.gridDim.x), threads = static_cast<int>(config.blockDim.x), smem = static_cast<int>(config.dynamicSmemBytes);
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension)
+      cluster = static_cast<int>(config.attrs[i].val.clusterDim.x);
+  const int blocks = static_cast<int>(config.gridDim.x), threads = static_cast<int>(config.blockDim.x),
+            smem = static_cast<int>(config.dynamicSmemBytes);
   failure.clear();
   overlaps = false;
-  for (unsigned i = 0; i < config.numAttrs; ++i) overlaps |= config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
-  if (blocks < 1 || blocks % cluster || threads % 32 || threads > 1024 || smem > 232448) return cudaErrorInvalidConfiguration;
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    overlaps |= config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
+  if (blocks < 1 || blocks % cluster || threads % 32 || threads > 1024 || smem > 232448)
+    return cudaErrorInvalidConfiguration;
   running_kernel = &kernel;
   gridDim = config.gridDim;
   std::vector<Cluster*> resident;
@@ -250,35 +259,50 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>
 
 using emulator::settings;
 
-// For the tests, through ctypes: SMs of the device, blocks that are resident at once, one in how many chances an asynchronous copy lands,
-// passes for which a warpgroup may be held back, and the seed of the schedule.
-extern "C" __attribute__((visibility("default"))) void emulator_configure(int sms, int resident_blocks, int delay, int freeze, int seed) {
+// For the tests, through ctypes: SMs of the device, blocks that are resident at once, one in how many chances an
+// asynchronous copy lands, passes for which a warpgroup may be held back, and the seed of the schedule.
+extern "C" __attribute__((visibility("default"))) void emulator_configure(int sms, int resident_blocks, int delay,
+                                                                          int freeze, int seed) {
   settings = {sms, resident_blocks, delay, freeze, static_cast<uint64_t>(seed)};
 }
 
 extern "C" {
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorName(cudaError_t error) { return error == cudaErrorLaunchFailure ? "cudaErrorLaunchFailure" : "CUDA error"; }
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorLaunchFailure ? "cudaErrorLaunchFailure" : "CUDA error";
+}
 const char* cudaGetErrorString(cudaError_t) { return emulator::failure.c_str(); }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : attribute == cudaDevAttrComputeCapabilityMinor ? 0 : settings.sms;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 9
+           : attribute == cudaDevAttrComputeCapabilityMinor ? 0
+                                                            : settings.sms;
   return cudaSuccess;
 }
 }
 
-// A tensor map of the emulated device: what ptx.cuh reads, in the first bytes of a CUtensorMap. The checks are cuTensorMapEncodeTiled's.
-static CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data, const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box,
-                       const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+// A tensor map of the emulated device: what ptx.cuh reads, in the first bytes of a CUtensorMap. The checks are
+// cuTensorMapEncodeTiled's.
+static CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data, const cuuint64_t* dims,
+                       const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
+                       CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   const unsigned span = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 128 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64 : 32;
-  const bool aligned = reinterpret_cast<uintptr_t>(map) % 64 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[0] % 16 == 0;
-  if (rank != 2 || !aligned || !dims[0] || !dims[1] || box[0] * 2 != span || box[1] > 256) return CUDA_ERROR_INVALID_VALUE;
-  const int64_t fields[6] = {reinterpret_cast<int64_t>(data), static_cast<int64_t>(dims[1]), static_cast<int64_t>(dims[0]), static_cast<int64_t>(strides[0] / 2), box[1], box[0]};
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(map) % 64 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[0] % 16 == 0;
+  if (rank != 2 || !aligned || !dims[0] || !dims[1] || box[0] * 2 != span || box[1] > 256)
+    return CUDA_ERROR_INVALID_VALUE;
+  const int64_t fields[6] = {reinterpret_cast<int64_t>(data),
+                             static_cast<int64_t>(dims[1]),
+                             static_cast<int64_t>(dims[0]),
+                             static_cast<int64_t>(strides[0] / 2),
+                             box[1],
+                             box[0]};
   std::memcpy(map, fields, sizeof fields);
   return CUDA_SUCCESS;
 }
 
-extern "C" cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* result) {
+extern "C" cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+                                                        cudaDriverEntryPointQueryResult* result) {
   *function = reinterpret_cast<void*>(encode);
   *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;

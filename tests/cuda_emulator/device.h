@@ -1,7 +1,9 @@
-// A GPU on the CPU, for kernels that reach PTX only through ptx.cuh: a fiber for each thread, a random schedule, late asynchronous copies.
+// A GPU on the CPU, for kernels that reach PTX only through ptx.cuh: a fiber for each thread, a random schedule, late
+// asynchronous copies.
 //
-// It shows wrong indices, layouts, tails and phases, a missing wait, a deadlock, an unaligned or misplaced copy. It does not show a missing
-// fence, bank conflicts, or anything about time. Blocks are resident a few at a time, so a launch that needs all of them at once hangs here too.
+// It shows wrong indices, layouts, tails and phases, a missing wait, a deadlock, an unaligned or misplaced copy. It
+// does not show a missing fence, bank conflicts, or anything about time. Blocks are resident a few at a time, so a
+// launch that needs all of them at once hangs here too.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,19 +26,19 @@ struct Thread {
   int index = 0;
   bool done = false;
   bool may_touch_memory = true;  // false until a kernel that may overlap with the one before it has waited for that
-  std::function<bool()> ready;  // empty: runnable
+  std::function<bool()> ready;   // empty: runnable
 
   struct Copy {
     void* to;
     const void* from;
     bool valid;
   };
-  std::vector<Copy> copies;                     // cp.async, not committed
+  std::vector<Copy> copies;  // cp.async, not committed
   std::vector<std::vector<Copy>> copy_groups;
-  int stores = 0;                               // TMA stores, not committed
-  std::vector<int> store_groups;                // stores of each group that have not read shared memory yet
-  struct Product {                              // wgmma, not waited for
-    std::function<void(float* const*)> run;     // of the whole warpgroup; thread 0 of it has one
+  int stores = 0;                            // TMA stores, not committed
+  std::vector<int> store_groups;             // stores of each group that have not read shared memory yet
+  struct Product {                           // wgmma, not waited for
+    std::function<void(float* const*)> run;  // of the whole warpgroup; thread 0 of it has one
     float* d;
     uint64_t left, right;
     int shape;
@@ -94,7 +96,10 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>
 
 }  // namespace emulator
 
-template <class... Params, class... Args> cudaError_t emulated_launch(const cudaLaunchConfig_t* config, void (*kernel)(Params...), const Args&... args) {
+template <class... Params, class... Args>
+cudaError_t emulated_launch(const cudaLaunchConfig_t* config, void (*kernel)(Params...), const Args&... args) {
   return emulator::launch(*config, [&] { kernel(Params(args)...); });
 }
-template <class Kernel> cudaError_t emulated_set_attribute(Kernel, cudaFuncAttribute, int bytes) { return bytes <= 232448 ? cudaSuccess : cudaErrorInvalidValue; }
+template <class Kernel> cudaError_t emulated_set_attribute(Kernel, cudaFuncAttribute, int bytes) {
+  return bytes <= 232448 ? cudaSuccess : cudaErrorInvalidValue;
+}

@@ -14,7 +14,9 @@
 #define FUSED_LORA_SM90A 1
 #define PTX_FN inline
 
-inline void __syncthreads() { emulator::meet(emulator::self().block->barriers[0], static_cast<int>(emulator::self().block->threads.size())); }
+inline void __syncthreads() {
+  emulator::meet(emulator::self().block->barriers[0], static_cast<int>(emulator::self().block->threads.size()));
+}
 inline void __syncwarp() {}
 inline void __threadfence() {}
 template <class T> T min(T a, T b) { return a < b ? a : b; }
@@ -62,7 +64,8 @@ template <class T> constexpr uint32_t kOnes = std::is_same_v<T, __nv_bfloat16> ?
 // Shared memory starts at address 0 of a block; a pointer outside it is an error.
 inline uint32_t shared(const void* p) {
   const ptrdiff_t offset = static_cast<const uint8_t*>(p) - self().block->smem;
-  if (offset < 0 || offset >= self().block->smem_bytes) fail("address %ld is not in shared memory", static_cast<long>(offset));
+  if (offset < 0 || offset >= self().block->smem_bytes)
+    fail("address %ld is not in shared memory", static_cast<long>(offset));
   return static_cast<uint32_t>(offset);
 }
 inline void wait_for_previous_kernel() { self().may_touch_memory = true; }
@@ -72,7 +75,8 @@ inline void aligned(uint32_t address, uint32_t to, const char* what) {
   if (address % to) fail("%s at %u is not aligned to %u", what, address, to);
 }
 
-// ---- sm_80 -----------------------------------------------------------------------------------------------------------------------------
+// ---- sm_80
+// ---------------------------------------------------------------------------------------------------------------------
 inline void cp_async(void* dst, const void* src, bool valid) {
   touch_memory();
   aligned(shared(dst), 16, "cp.async to");
@@ -86,7 +90,8 @@ inline void cp_async_commit() {
 template <int kPending> void cp_async_wait() {  // copies land as late as they may
   auto& groups = self().copy_groups;
   while (groups.size() > kPending) {
-    for (const auto& copy : groups.front()) copy.valid ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+    for (const auto& copy : groups.front())
+      copy.valid ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
     groups.erase(groups.begin());
   }
 }
@@ -105,7 +110,8 @@ template <bool kTransposed> void ldmatrix(uint32_t (&r)[4], const void* row) {
         uint16_t v[2];
         for (int e = 0; e < 2; ++e) {
           const int across = l / 4, along = l % 4 * 2 + e;
-          v[e] = static_cast<const uint16_t*>(w.address[i * 8 + (kTransposed ? along : across)])[kTransposed ? across : along];
+          v[e] = static_cast<const uint16_t*>(
+              w.address[i * 8 + (kTransposed ? along : across)])[kTransposed ? across : along];
         }
         w.out[l][i] = v[0] | static_cast<uint32_t>(v[1]) << 16;
       }
@@ -124,7 +130,8 @@ template <class T> void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
     for (int l = 0; l < 32; ++l)
       for (int e = 0; e < 2; ++e) {
         const int g = l / 4, q = l % 4 * 2 + e;
-        for (int i = 0; i < 4; ++i) A[g + i % 2 * 8][q + i / 2 * 8] = e ? unpack<T>(w.a[l][i]).y : unpack<T>(w.a[l][i]).x;
+        for (int i = 0; i < 4; ++i)
+          A[g + i % 2 * 8][q + i / 2 * 8] = e ? unpack<T>(w.a[l][i]).y : unpack<T>(w.a[l][i]).x;
         for (int i = 0; i < 2; ++i) B[q + i * 8][g] = e ? unpack<T>(w.b[l][i]).y : unpack<T>(w.b[l][i]).x;
       }
     for (int l = 0; l < 32; ++l)
@@ -133,7 +140,8 @@ template <class T> void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
   });
 }
 
-// ---- clusters, barriers ------------------------------------------------------------------------------------------------------------------
+// ---- clusters, barriers
+// ---------------------------------------------------------------------------------------------------------------------
 inline uint32_t cluster_rank() { return static_cast<uint32_t>(self().block->rank); }
 inline void cluster_sync() {
   emulator::Cluster& c = *self().block->cluster;
@@ -194,12 +202,15 @@ inline void store_remote(int* slot, int value, uint64_t* bar, uint32_t rank) {
   });
 }
 
-// ---- TMA -----------------------------------------------------------------------------------------------------------------------------------
+// ---- TMA
+// ---------------------------------------------------------------------------------------------------------------------
 struct Map {
   uint16_t* data;
   int64_t rows, cols, ld, box_rows, box_cols;
   int64_t bytes() const { return box_rows * box_cols * 2; }
-  uint16_t* at(int64_t row, int64_t col) const { return row >= 0 && row < rows && col >= 0 && col < cols ? data + row * ld + col : nullptr; }
+  uint16_t* at(int64_t row, int64_t col) const {
+    return row >= 0 && row < rows && col >= 0 && col < cols ? data + row * ld + col : nullptr;
+  }
 };
 inline Map map_of(const CUtensorMap* map) {
   Map m;
@@ -213,7 +224,8 @@ inline void load_box(uint8_t* smem, uint32_t to, const Map& m, int row, int col)
   for (int64_t r = 0; r < m.box_rows; ++r)
     for (int64_t c = 0; c < m.box_cols; ++c) {
       const uint16_t* from = m.at(row + r, col + c);
-      *reinterpret_cast<uint16_t*>(smem + swizzled(to + static_cast<uint32_t>((r * m.box_cols + c) * 2), static_cast<uint32_t>(m.box_cols * 2))) = from ? *from : 0;
+      *reinterpret_cast<uint16_t*>(smem + swizzled(to + static_cast<uint32_t>((r * m.box_cols + c) * 2),
+                                                   static_cast<uint32_t>(m.box_cols * 2))) = from ? *from : 0;
     }
 }
 inline void prefetch(const CUtensorMap*) {}
@@ -247,7 +259,9 @@ inline void tma_store(const CUtensorMap* map, const void* src, int row, int col)
     for (int64_t r = 0; r < m.box_rows; ++r)
       for (int64_t c = 0; c < m.box_cols; ++c)
         if (uint16_t* to = m.at(row + r, col + c))
-          *to = *reinterpret_cast<const uint16_t*>(t->block->smem + swizzled(from + static_cast<uint32_t>((r * m.box_cols + c) * 2), static_cast<uint32_t>(m.box_cols * 2)));
+          *to = *reinterpret_cast<const uint16_t*>(
+              t->block->smem +
+              swizzled(from + static_cast<uint32_t>((r * m.box_cols + c) * 2), static_cast<uint32_t>(m.box_cols * 2)));
     --(group < t->store_groups.size() ? t->store_groups[group] : t->stores);
   });
 }
@@ -285,11 +299,13 @@ inline void stmatrix(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t 
   std::memcpy(w.a[lane()], r, sizeof r);
   emulator::meet(w.meet, 32, [&w] {
     for (int l = 0; l < 32; ++l)
-      for (int i = 0; i < 4; ++i) std::memcpy(static_cast<uint16_t*>(const_cast<void*>(w.address[i * 8 + l / 4])) + l % 4 * 2, &w.a[l][i], 4);
+      for (int i = 0; i < 4; ++i)
+        std::memcpy(static_cast<uint16_t*>(const_cast<void*>(w.address[i * 8 + l / 4])) + l % 4 * 2, &w.a[l][i], 4);
   });
 }
 
-// ---- wgmma -----------------------------------------------------------------------------------------------------------------------------------
+// ---- wgmma
+// ---------------------------------------------------------------------------------------------------------------------
 template <int> void registers_down() {}
 template <int> void registers_up() {}
 inline void wgmma_fence() {}
@@ -300,16 +316,20 @@ inline uint64_t descriptor(const void* p, uint32_t leading_bytes, uint32_t strid
   return uint64_t{shared(p) >> 4} | uint64_t{leading_bytes >> 4} << 16 | uint64_t{stride_bytes >> 4} << 32 | mode << 62;
 }
 
-// Where element (mn, k) of a 16-deep operand lies. K-major: rows of `span` bytes, 8 of them a stride apart from the next 8. MN-major: rows of
-// `span` bytes along mn for each k, 8 k's a stride, `span / 2` columns a leading offset apart.
+// Where element (mn, k) of a 16-deep operand lies. K-major: rows of `span` bytes, 8 of them a stride apart from the
+// next 8. MN-major: rows of `span` bytes along mn for each k, 8 k's a stride, `span / 2` columns a leading offset
+// apart.
 inline uint32_t operand(uint64_t d, int mn, int k, bool mn_major) {
-  const uint32_t start = static_cast<uint32_t>(d & 0x3fff) << 4, leading = static_cast<uint32_t>(d >> 16 & 0x3fff) << 4, stride = static_cast<uint32_t>(d >> 32 & 0x3fff) << 4;
+  const uint32_t start = static_cast<uint32_t>(d & 0x3fff) << 4, leading = static_cast<uint32_t>(d >> 16 & 0x3fff) << 4,
+                 stride = static_cast<uint32_t>(d >> 32 & 0x3fff) << 4;
   const int span = 256 >> (d >> 62);
-  const uint32_t offset = mn_major ? mn / (span / 2) * leading + k / 8 * stride + k % 8 * span + mn % (span / 2) * 2 : mn / 8 * stride + mn % 8 * span + k * 2;
+  const uint32_t offset = mn_major ? mn / (span / 2) * leading + k / 8 * stride + k % 8 * span + mn % (span / 2) * 2
+                                   : mn / 8 * stride + mn % 8 * span + k * 2;
   return swizzled(start + offset, static_cast<uint32_t>(span));
 }
 
-template <class T, int kN, bool kRightMN, bool kLeftMN> void multiply(const uint8_t* smem, uint64_t left, uint64_t right, bool accumulate, float* const* d) {
+template <class T, int kN, bool kRightMN, bool kLeftMN>
+void multiply(const uint8_t* smem, uint64_t left, uint64_t right, bool accumulate, float* const* d) {
   static float A[16][64], B[16][256], D[64][256];
   for (int k = 0; k < 16; ++k) {
     for (int r = 0; r < 64; ++r) A[k][r] = to_float<T>(smem + operand(left, r, k, kLeftMN));
@@ -327,9 +347,13 @@ template <class T, int kN, bool kRightMN, bool kLeftMN> void multiply(const uint
     }
 }
 
-template <class T, int kN, bool kRightMN, bool kLeftMN = false> void wgmma(float (&d)[kN / 2], uint64_t left, uint64_t right, int accumulate) {
+template <class T, int kN, bool kRightMN, bool kLeftMN = false>
+void wgmma(float (&d)[kN / 2], uint64_t left, uint64_t right, int accumulate) {
   emulator::Thread::Product p{nullptr, d, left, right, accumulate * 1024 + kN};
-  if (self().index % 128 == 0) p.run = [=, smem = self().block->smem](float* const* all) { multiply<T, kN, kRightMN, kLeftMN>(smem, left, right, accumulate, all); };
+  if (self().index % 128 == 0)
+    p.run = [=, smem = self().block->smem](float* const* all) {
+      multiply<T, kN, kRightMN, kLeftMN>(smem, left, right, accumulate, all);
+    };
   self().products.push_back(std::move(p));
 }
 
@@ -344,7 +368,9 @@ inline void wgmma_wait() {
       float* d[128];
       for (int t = 0; t < 128; ++t) {
         const auto& all = threads[t]->products;
-        if (all.size() != threads[0]->products.size() || all[i].left != first.left || all[i].right != first.right || all[i].shape != first.shape) fail("a wgmma differs within its warpgroup");
+        if (all.size() != threads[0]->products.size() || all[i].left != first.left || all[i].right != first.right ||
+            all[i].shape != first.shape)
+          fail("a wgmma differs within its warpgroup");
         d[t] = all[i].d;
       }
       first.run(d);

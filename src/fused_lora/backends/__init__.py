@@ -2,7 +2,8 @@
 
 A back end is a module with
     forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> (y, h)
-    backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs) -> [dx, dA, dB, dbias], None where not needed
+    backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs) -> [dx, dA, dB, dbias], None where not
+    needed
 for plain LoRA with x as [M, K]. The variants (x_lora, h_in, gate, ...) go to fused_lora.reference, see ops.py.
 """
 
@@ -50,7 +51,10 @@ def explain(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
         return "cpu", "C++ kernels, the base product inside" if inside else "C++ kernels around PyTorch's own GEMM"
     if device.type in ("cuda", "xpu"):
         if _has_triton():
-            return "triton", "Triton kernels; the compiled CUDA kernels run on request with backend='cuda' until they are measured"
+            return (
+                "triton",
+                "Triton kernels; the compiled CUDA kernels run on request with backend='cuda' until they are measured",
+            )
         return "reference", "Triton is not installed; the PyTorch composition serves it"
     return "reference", f"no fused kernel for device type {device.type!r}; the PyTorch composition serves it"
 
@@ -80,7 +84,8 @@ def _refusal(name: str, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Ten
 
 
 def pick(backend: str, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor):
-    """The module that serves plain LoRA on these tensors; under "auto" never an error, for a named back end never another one.
+    """The module that serves plain LoRA on these tensors; under "auto" never an error, for a named back end never
+    another one.
 
     Args:
         backend: one of NAMES.
@@ -100,6 +105,7 @@ def check_variant(backend: str) -> None:
     """Raises ValueError if the named back end computes plain LoRA only."""
     if backend not in ("auto", "reference"):
         raise ValueError(
-            f"backend {backend!r} supports plain LoRA only; x_lora, h_in, gate, out_scale, grad_row_scale, return_h and a trained weight need "
+            f"backend {backend!r} supports plain LoRA only; x_lora, h_in, gate, out_scale, grad_row_scale, return_h "
+            "and a trained weight need "
             "backend='reference' or 'auto'"
         )

@@ -15,12 +15,14 @@ _LEAST_ROWS = 4  # below, packing W costs more than MKL's product without it (EP
 
 
 def _own_product(x: torch.Tensor, M: int) -> bool:
-    """Whether csrc/cpu/lora_gemm.cpp computes the base product, in one pass with the update: 1.03 to 2 times as fast as MKL (bench/NOTES.md)."""
+    """Whether csrc/cpu/lora_gemm.cpp computes the base product, in one pass with the update: 1.03 to 2 times as fast as
+    MKL (bench/NOTES.md)."""
     return _LORA_GEMM and M >= _LEAST_ROWS and x.dtype is torch.float32
 
 
 def _onednn_linear():
-    """oneDNN's bf16 product with the bias in its epilogue, the operator that torch.compile calls; None where PyTorch or the CPU has none.
+    """oneDNN's bf16 product with the bias in its epilogue, the operator that torch.compile calls; None where PyTorch or
+    the CPU has none.
 
     F.linear fills y with the bias first: the same bits, for 1 to 6 % more time (EPYC 9004, torch 2.13.0, 2026-11-24).
     """
@@ -34,9 +36,12 @@ _LINEAR_BIAS = _onednn_linear()
 
 def _linear(x, weight, bias):
     """F.linear(x, weight, bias), bit for bit."""
-    if bias is not None and _LINEAR_BIAS is not None and x.dtype is torch.bfloat16 and torch._C._get_mkldnn_enabled():
-        if x.is_contiguous() and weight.is_contiguous() and x.shape[0] > 0:  # it would copy x, and take a reference kernel for W
-            return _LINEAR_BIAS(x, weight, bias, "none", [], "")
+    fused = (
+        bias is not None and _LINEAR_BIAS is not None and x.dtype is torch.bfloat16 and torch._C._get_mkldnn_enabled()
+    )
+    # of strided operands it would copy x, and take a reference kernel for W
+    if fused and x.is_contiguous() and weight.is_contiguous() and x.shape[0] > 0:
+        return _LINEAR_BIAS(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
@@ -53,7 +58,9 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
     """y [M, N] and h [M, R]; see `reference.forward`."""
     (x, ldx), lora_A, lora_B = _rows(x), lora_A.contiguous(), lora_B.contiguous()
     (M, K), (N, R) = x.shape, lora_B.shape
-    h = x.new_empty(M, R)  # new_empty alone, of all that allocates, is a warm path; sizes one by one cost less than a tuple
+    h = x.new_empty(
+        M, R
+    )  # new_empty alone, of all that allocates, is a warm path; sizes one by one cost less than a tuple
     W_ptr = ldw = bias_ptr = 0
     if _own_product(x, M):
         (weight, ldw), y = _rows(weight), x.new_empty(M, N)
@@ -65,9 +72,26 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
         y = _linear(x, weight, bias)
     seed_ptr, threshold = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     _C.cpu_forward(
-        x.data_ptr(), ldx, W_ptr, ldw, lora_A.data_ptr(), lora_B.data_ptr(), bias_ptr, h.data_ptr(), y.data_ptr(), M, N, K, R,
-        _CODE[x.dtype], _CODE[lora_A.dtype], scaling, seed_ptr, threshold, torch.get_num_threads(),
-    )  # fmt: skip
+        x.data_ptr(),
+        ldx,
+        W_ptr,
+        ldw,
+        lora_A.data_ptr(),
+        lora_B.data_ptr(),
+        bias_ptr,
+        h.data_ptr(),
+        y.data_ptr(),
+        M,
+        N,
+        K,
+        R,
+        _CODE[x.dtype],
+        _CODE[lora_A.dtype],
+        scaling,
+        seed_ptr,
+        threshold,
+        torch.get_num_threads(),
+    )
     return y, h
 
 
@@ -96,7 +120,28 @@ def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
         dbias_ptr = dbias.data_ptr()
     seed_ptr, threshold = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     _C.cpu_backward(
-        dy.data_ptr(), lddy, x_ptr, ldx, W_ptr, ldw, lora_A.data_ptr(), lora_B.data_ptr(), h_ptr, dx_ptr, dA_ptr, dB_ptr, dbias_ptr, M, N, K, R,
-        _CODE[dy.dtype], _CODE[lora_A.dtype], scaling, seed_ptr, threshold, torch.get_num_threads(),
-    )  # fmt: skip
+        dy.data_ptr(),
+        lddy,
+        x_ptr,
+        ldx,
+        W_ptr,
+        ldw,
+        lora_A.data_ptr(),
+        lora_B.data_ptr(),
+        h_ptr,
+        dx_ptr,
+        dA_ptr,
+        dB_ptr,
+        dbias_ptr,
+        M,
+        N,
+        K,
+        R,
+        _CODE[dy.dtype],
+        _CODE[lora_A.dtype],
+        scaling,
+        seed_ptr,
+        threshold,
+        torch.get_num_threads(),
+    )
     return dx, dA, dB, dbias

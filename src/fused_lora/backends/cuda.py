@@ -1,8 +1,8 @@
 """CUDA back end: the compiled kernels for NVIDIA GPUs of compute capability 9.0, bf16 and fp16.
 
-One call into C++ per direction, on x's device and the caller's current stream, without a synchronisation. Beside the outputs a call
-allocates one workspace, of the size that csrc/cuda/heuristics.h plans. y, h and dx repeat bit for bit; dA and dB do under
-torch.use_deterministic_algorithms(True).
+One call into C++ per direction, on x's device and the caller's current stream, without a synchronisation. Beside the
+outputs a call allocates one workspace, of the size that csrc/cuda/heuristics.h plans. y, h and dx repeat bit for bit;
+dA and dB do under torch.use_deterministic_algorithms(True).
 """
 
 import functools
@@ -15,7 +15,8 @@ from fused_lora.reference import dropout_threshold
 _CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_RANK = 256
-# What torch.cuda.current_stream() and current_device() wrap, without the Python objects; absent from CPU builds of PyTorch.
+# What torch.cuda.current_stream() and current_device() wrap, without the Python objects; absent from CPU builds of
+# PyTorch.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
 
@@ -53,7 +54,10 @@ def refusal(x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor) -> str 
         weight, lora_A: [N, K], [R, K].
     """
     if not _built():
-        return "GPU tensors in a build with CUDA kernels; this one has none (install where nvcc is found, or with FUSED_LORA_CUDA=1)"
+        return (
+            "GPU tensors in a build with CUDA kernels; this one has none (install where nvcc is found, or with "
+            "FUSED_LORA_CUDA=1)"
+        )
     if x.device.type != "cuda":
         return f"GPU tensors; got {x.device}"
     if _capability(x.device.index) != (9, 0):
@@ -67,7 +71,10 @@ def refusal(x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor) -> str 
     if lora_A.shape[0] > _MAX_RANK:
         return f"ranks up to {_MAX_RANK}; got {lora_A.shape[0]}"
     if weight.stride(1) != 1 or weight.stride(0) % 8 or weight.stride(0) < K or weight.data_ptr() % 16:
-        return f"a weight with contiguous rows that start on 16 bytes; got strides {weight.stride()} at address {weight.data_ptr():#x}"
+        return (
+            f"a weight with contiguous rows that start on 16 bytes; got strides {weight.stride()} at address "
+            f"{weight.data_ptr():#x}"
+        )
     return None
 
 
@@ -116,10 +123,29 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
     nbytes = _forward_bytes(M, N, K, R, code, adapter, threshold > 0, _sms(device.index))
     workspace = _workspace(nbytes, device)  # a name, so that it lives until the launches are on the stream
     _launch(
-        _C.cuda_forward, device,
-        x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), lora_A.data_ptr(), lora_B.data_ptr(), _ptr(bias), h.data_ptr(), y.data_ptr(),
-        workspace.data_ptr(), nbytes, M, N, K, R, code, adapter, scaling, _ptr(seed), threshold,
-    )  # fmt: skip
+        _C.cuda_forward,
+        device,
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        weight.stride(0),
+        lora_A.data_ptr(),
+        lora_B.data_ptr(),
+        _ptr(bias),
+        h.data_ptr(),
+        y.data_ptr(),
+        workspace.data_ptr(),
+        nbytes,
+        M,
+        N,
+        K,
+        R,
+        code,
+        adapter,
+        scaling,
+        _ptr(seed),
+        threshold,
+    )
     return y, h if h.shape[1] == R else h[:, :R].contiguous()
 
 
@@ -141,12 +167,38 @@ def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
     code, adapter = _CODE[dtype], _CODE[lora_A.dtype]
     threshold = dropout_threshold(dropout_p) if seed is not None else 0
     deterministic = torch.are_deterministic_algorithms_enabled()
-    nbytes = _backward_bytes(M, N, K, R, code, adapter, threshold > 0, need_x, need_A, need_B, need_bias, deterministic, _sms(device.index))
+    nbytes = _backward_bytes(
+        M, N, K, R, code, adapter, threshold > 0, need_x, need_A, need_B, need_bias, deterministic, _sms(device.index)
+    )
     workspace = _workspace(nbytes, device)
     _launch(
-        _C.cuda_backward, device,
-        dy.data_ptr(), dy.stride(0), _ptr(x), x.stride(0) if need_A else 0, weight.data_ptr(), weight.stride(0), lora_A.data_ptr(), lora_B.data_ptr(),
-        h.data_ptr() if need_B else 0, h.stride(0) if need_B else 0, _ptr(dx), _ptr(dA), _ptr(dB), _ptr(dbias),
-        workspace.data_ptr(), nbytes, M, N, K, R, code, adapter, scaling, _ptr(seed), threshold, deterministic,
-    )  # fmt: skip
+        _C.cuda_backward,
+        device,
+        dy.data_ptr(),
+        dy.stride(0),
+        _ptr(x),
+        x.stride(0) if need_A else 0,
+        weight.data_ptr(),
+        weight.stride(0),
+        lora_A.data_ptr(),
+        lora_B.data_ptr(),
+        h.data_ptr() if need_B else 0,
+        h.stride(0) if need_B else 0,
+        _ptr(dx),
+        _ptr(dA),
+        _ptr(dB),
+        _ptr(dbias),
+        workspace.data_ptr(),
+        nbytes,
+        M,
+        N,
+        K,
+        R,
+        code,
+        adapter,
+        scaling,
+        _ptr(seed),
+        threshold,
+        deterministic,
+    )
     return [dx, dA, dB, dbias]

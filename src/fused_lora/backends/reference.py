@@ -1,4 +1,5 @@
-"""Reference back end: plain LoRA through the PyTorch composition of `fused_lora.reference`, on every device and in every dtype."""
+"""Reference back end: plain LoRA through the PyTorch composition of `fused_lora.reference`, on every device and in
+every dtype."""
 
 from fused_lora import reference
 from fused_lora.reference import Gradients

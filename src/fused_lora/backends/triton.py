@@ -1,8 +1,9 @@
 """Triton back end, on every GPU that Triton serves; also in Triton's interpreter.
 
     forward    shrink (h), lora_gemm (y), or both in one launch (lora_gemm_shrink)
-    backward   dy_pass (dh and dB), or shrink (dh) and wgrad (dB); lora_gemm (dx); wgrad (dA); lora_gemm_shrink (dh and dx) where dB is not
-               needed. What splits dy or x over its rows or columns adds a launch that sums fp32 slabs.
+    backward   dy_pass (dh and dB), or shrink (dh) and wgrad (dB); lora_gemm (dx); wgrad (dA); lora_gemm_shrink (dh and
+               dx) where dB is not needed. What splits dy or x over its rows or columns adds a launch that sums fp32
+               slabs.
 
 Which form serves a call is a choice of triton_kernels/configs.py.
 """
@@ -39,7 +40,8 @@ def _device(device: torch.device) -> configs.Device:
 
 
 def _on(device: torch.device):
-    """Launches go to the current device: make it the tensors' own. torch.accelerator is a context manager that does nothing at index None."""
+    """Launches go to the current device: make it the tensors' own. torch.accelerator is a context manager that does
+    nothing at index None."""
     return torch.accelerator.device_index(None if device.type == "cpu" else device.index)
 
 
@@ -64,17 +66,38 @@ def _shrink(x, thin, stride_tr, stride_tk, R, factor, dropout_p, seed, c=None):
     c = c or configs.shrink_config(M, K, R, x.element_size(), _device(x.device))
     threshold = dropout_threshold(dropout_p) if seed is not None else 0
     launch(
-        shrink_kernel, (triton.cdiv(M, c.BLOCK_M), triton.cdiv(R, c.BLOCK_R)),
-        x, thin, h, seed, M, K, x.stride(0), stride_tr, stride_tk, factor * 65536 / (65536 - threshold), threshold,
-        R=R, BLOCK_M=c.BLOCK_M, BLOCK_R=c.BLOCK_R, BLOCK_K=c.BLOCK_WIDE, DROPOUT=seed is not None, PRECISION=_precision(x.dtype),
-        num_stages=c.num_stages, num_warps=c.num_warps,
-    )  # fmt: skip
+        shrink_kernel,
+        (triton.cdiv(M, c.BLOCK_M), triton.cdiv(R, c.BLOCK_R)),
+        x,
+        thin,
+        h,
+        seed,
+        M,
+        K,
+        x.stride(0),
+        stride_tr,
+        stride_tk,
+        factor * 65536 / (65536 - threshold),
+        threshold,
+        R=R,
+        BLOCK_M=c.BLOCK_M,
+        BLOCK_R=c.BLOCK_R,
+        BLOCK_K=c.BLOCK_WIDE,
+        DROPOUT=seed is not None,
+        PRECISION=_precision(x.dtype),
+        num_stages=c.num_stages,
+        num_warps=c.num_warps,
+    )
     return h
 
 
 def _described(c, right_nk, left, right, out, rank=None):
     """Descriptors of the tensors with the blocks that a GEMM loads and stores."""
-    wide, thin = ([c.BLOCK_N, c.BLOCK_K], [c.BLOCK_R, c.BLOCK_K]) if right_nk else ([c.BLOCK_K, c.BLOCK_N], [c.BLOCK_K, c.BLOCK_R])
+    wide, thin = (
+        ([c.BLOCK_N, c.BLOCK_K], [c.BLOCK_R, c.BLOCK_K])
+        if right_nk
+        else ([c.BLOCK_K, c.BLOCK_N], [c.BLOCK_K, c.BLOCK_R])
+    )
     pairs = ((left, [c.BLOCK_M, c.BLOCK_K]), (right, wide), (out, [c.BLOCK_M, c.BLOCK_N]), (rank, thin))
     return [TensorDescriptor.from_tensor(t, block) for t, block in pairs if t is not None]
 
@@ -90,12 +113,39 @@ def _lora_gemm(left, right, right_nk, low, thin, stride_tn, stride_tr, bias, dro
     tma = device.tma and _tma_ready(left) and _tma_ready(right) and _tma_ready(out)
     tiles = _described(c, right_nk, left, right, out) if tma else (left, right, out)
     launch(
-        lora_gemm_kernel, (c.programs,),
-        tiles[0], tiles[1], low, thin, bias, tiles[2], seed, M, N, K, left.stride(0), right.stride(0), stride_tn, stride_tr,
-        65536 / (65536 - threshold), threshold, R=R, RIGHT_NK=right_nk, BIAS=bias is not None, DROPOUT=seed is not None, TMA=tma,
-        PRECISION=_precision(left.dtype), BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, BLOCK_R=c.BLOCK_R, GROUP_M=c.GROUP_M,
-        PREFETCH=c.PREFETCH, num_stages=c.num_stages, num_warps=c.num_warps,
-    )  # fmt: skip
+        lora_gemm_kernel,
+        (c.programs,),
+        tiles[0],
+        tiles[1],
+        low,
+        thin,
+        bias,
+        tiles[2],
+        seed,
+        M,
+        N,
+        K,
+        left.stride(0),
+        right.stride(0),
+        stride_tn,
+        stride_tr,
+        65536 / (65536 - threshold),
+        threshold,
+        R=R,
+        RIGHT_NK=right_nk,
+        BIAS=bias is not None,
+        DROPOUT=seed is not None,
+        TMA=tma,
+        PRECISION=_precision(left.dtype),
+        BLOCK_M=c.BLOCK_M,
+        BLOCK_N=c.BLOCK_N,
+        BLOCK_K=c.BLOCK_K,
+        BLOCK_R=c.BLOCK_R,
+        GROUP_M=c.GROUP_M,
+        PREFETCH=c.PREFETCH,
+        num_stages=c.num_stages,
+        num_warps=c.num_warps,
+    )
     return out
 
 
@@ -109,20 +159,50 @@ def _one_launch(left, right, rank, N, R):
 
 
 def _lora_gemm_shrink(left, right, right_nk, thin, stride_tn, stride_tr, bias, factor, c, rank):
-    """low = factor * left [M, K] @ rank and left @ right + low @ thin + bias in one launch; rank is [R, K] if right_nk, else [K, R]."""
+    """low = factor * left [M, K] @ rank and left @ right + low @ thin + bias in one launch; rank is [R, K] if right_nk,
+    else [K, R]."""
     (M, K), R = left.shape, rank.shape[0 if right_nk else 1]
     N = right.shape[0 if right_nk else 1]
     out = torch.empty((M, N), dtype=left.dtype, device=left.device)
     low = torch.empty((M, R), dtype=left.dtype, device=left.device)
-    state = torch.zeros(1 + triton.cdiv(M, c.BLOCK_M), dtype=torch.int32, device=left.device)  # of this launch alone: streams, graphs
+    state = torch.zeros(
+        1 + triton.cdiv(M, c.BLOCK_M), dtype=torch.int32, device=left.device
+    )  # of this launch alone: streams, graphs
     left_tiles, right_tiles, out_tiles, rank_tiles = _described(c, right_nk, left, right, out, rank)
     launch(
-        lora_gemm_shrink_kernel, (c.programs,),
-        left_tiles, right_tiles, rank_tiles, thin, bias, out_tiles, low, state,
-        M, N, K, left.stride(0), right.stride(0), rank.stride(0), stride_tn, stride_tr, factor,
-        R=R, RIGHT_NK=right_nk, BIAS=bias is not None, TMA=True, PRECISION=_precision(left.dtype), BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N,
-        BLOCK_K=c.BLOCK_K, BLOCK_R=c.BLOCK_R, GROUP_M=c.GROUP_M, PREFETCH=c.PREFETCH, num_stages=c.num_stages, num_warps=c.num_warps,
-    )  # fmt: skip
+        lora_gemm_shrink_kernel,
+        (c.programs,),
+        left_tiles,
+        right_tiles,
+        rank_tiles,
+        thin,
+        bias,
+        out_tiles,
+        low,
+        state,
+        M,
+        N,
+        K,
+        left.stride(0),
+        right.stride(0),
+        rank.stride(0),
+        stride_tn,
+        stride_tr,
+        factor,
+        R=R,
+        RIGHT_NK=right_nk,
+        BIAS=bias is not None,
+        TMA=True,
+        PRECISION=_precision(left.dtype),
+        BLOCK_M=c.BLOCK_M,
+        BLOCK_N=c.BLOCK_N,
+        BLOCK_K=c.BLOCK_K,
+        BLOCK_R=c.BLOCK_R,
+        GROUP_M=c.GROUP_M,
+        PREFETCH=c.PREFETCH,
+        num_stages=c.num_stages,
+        num_warps=c.num_warps,
+    )
     return out, low
 
 
@@ -133,11 +213,29 @@ def _wgrad(thin, wide, out, stride_or, stride_oc, dropout_p, seed, c=None):
     threshold = dropout_threshold(dropout_p) if seed is not None else 0
     target = _slabs(c.splits, out)
     launch(
-        wgrad_kernel, (triton.cdiv(C, c.BLOCK_WIDE), triton.cdiv(R, c.BLOCK_R), c.splits),
-        thin, wide, target, seed, M, C, c.rows_per_split, wide.stride(0), stride_or, stride_oc, 65536 / (65536 - threshold), threshold,
-        R=R, BLOCK_M=c.BLOCK_M, BLOCK_R=c.BLOCK_R, BLOCK_C=c.BLOCK_WIDE, DROPOUT=seed is not None, PRECISION=_precision(wide.dtype),
-        num_stages=c.num_stages, num_warps=c.num_warps,
-    )  # fmt: skip
+        wgrad_kernel,
+        (triton.cdiv(C, c.BLOCK_WIDE), triton.cdiv(R, c.BLOCK_R), c.splits),
+        thin,
+        wide,
+        target,
+        seed,
+        M,
+        C,
+        c.rows_per_split,
+        wide.stride(0),
+        stride_or,
+        stride_oc,
+        65536 / (65536 - threshold),
+        threshold,
+        R=R,
+        BLOCK_M=c.BLOCK_M,
+        BLOCK_R=c.BLOCK_R,
+        BLOCK_C=c.BLOCK_WIDE,
+        DROPOUT=seed is not None,
+        PRECISION=_precision(wide.dtype),
+        num_stages=c.num_stages,
+        num_warps=c.num_warps,
+    )
     _sum_slabs([(target, out, 1.0)])
     return out
 
@@ -150,11 +248,28 @@ def _dy_pass(dy, lora_B, h, scaling, c: configs.ThinConfig):
     blocks = triton.cdiv(N, c.BLOCK_WIDE)
     dh_target, dB_target = _slabs(blocks, dh), _slabs(c.splits, dB)
     launch(
-        dy_pass_kernel, (blocks, c.splits),
-        dy, lora_B, h, dh_target, dB_target, M, N, c.rows_per_split, dy.stride(0), lora_B.stride(0), lora_B.stride(1),
-        scaling if dh_target is dh else 1.0, R=R, BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_WIDE, BLOCK_R=c.BLOCK_R, PRECISION=_precision(dy.dtype),
-        num_stages=c.num_stages, num_warps=c.num_warps,
-    )  # fmt: skip
+        dy_pass_kernel,
+        (blocks, c.splits),
+        dy,
+        lora_B,
+        h,
+        dh_target,
+        dB_target,
+        M,
+        N,
+        c.rows_per_split,
+        dy.stride(0),
+        lora_B.stride(0),
+        lora_B.stride(1),
+        scaling if dh_target is dh else 1.0,
+        R=R,
+        BLOCK_M=c.BLOCK_M,
+        BLOCK_C=c.BLOCK_WIDE,
+        BLOCK_R=c.BLOCK_R,
+        PRECISION=_precision(dy.dtype),
+        num_stages=c.num_stages,
+        num_warps=c.num_warps,
+    )
     _sum_slabs([(dh_target, dh, scaling), (dB_target, dB, 1.0)])
     return dh, dB
 
@@ -165,16 +280,31 @@ def _slabs(count, out):
 
 
 def _sum_slabs(parts):
-    """out = factor * sum of its slabs for each (slabs, out, factor) whose slabs are not out itself: one launch, at most two parts."""
+    """out = factor * sum of its slabs for each (slabs, out, factor) whose slabs are not out itself: one launch, at most
+    two parts."""
     parts = [part for part in parts if part[0] is not part[1]]
     if parts:
-        (slabs, out, factor), (more_slabs, more, more_factor) = parts[0], parts[1] if len(parts) > 1 else (None, None, 1.0)
+        (slabs, out, factor), (more_slabs, more, more_factor) = (
+            parts[0],
+            parts[1] if len(parts) > 1 else (None, None, 1.0),
+        )
         blocks = triton.cdiv(max(part[1].numel() for part in parts), _SUM_BLOCK)
         launch(
-            sum_slabs_kernel, (blocks, len(parts)),
-            slabs, out, more_slabs, more, out.numel(), len(slabs), factor, more.numel() if parts[1:] else 0, len(more_slabs) if parts[1:] else 0,
-            more_factor, BLOCK=_SUM_BLOCK, TOGETHER=8,
-        )  # fmt: skip
+            sum_slabs_kernel,
+            (blocks, len(parts)),
+            slabs,
+            out,
+            more_slabs,
+            more,
+            out.numel(),
+            len(slabs),
+            factor,
+            more.numel() if parts[1:] else 0,
+            len(more_slabs) if parts[1:] else 0,
+            more_factor,
+            BLOCK=_SUM_BLOCK,
+            TOGETHER=8,
+        )
 
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):

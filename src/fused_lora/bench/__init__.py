@@ -1,7 +1,7 @@
 """Benchmarks of the layer for people and for CI: `fused-lora bench`, and the pytest-benchmark suites in bench/.
 
-    timing      the interleaving timer        cases       named sizes            candidates  who is timed
-    runner      check, time, count one case   train_step  a SmolLM2 step         report      lines, JSON, plot, README table
+timing      the interleaving timer        cases       named sizes            candidates  who is timed
+runner      check, time, count one case   train_step  a SmolLM2 step         report      lines, JSON, plot, README table
 """
 
 import datetime
@@ -22,28 +22,45 @@ def environment(device: str) -> dict:
     """Device, versions and date: what every file of figures says of its origin."""
     name = report.cpu_name() if device == "cpu" else torch.cuda.get_device_name()
     return dict(
-        device=name, kind=device, threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version(),
-        fused_lora=report.version(), commit=report.commit(), date=datetime.date.today().isoformat(),
-    )  # fmt: skip
+        device=name,
+        kind=device,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        fused_lora=report.version(),
+        commit=report.commit(),
+        date=datetime.date.today().isoformat(),
+    )
 
 
 def run(
-    device: str = "cpu", preset: str = "quick", output: Path | None = None, plot: Path | None = None, threads: int | None = None,
-    candidates: list[str] | None = None, budget_s: float = 10.0, train_step: bool | None = None, resume: bool = False,
-) -> list[dict]:  # fmt: skip
-    """Time a preset, printing a table a case; returns the rows. The JSON file is complete after every case, so that a stop loses one at most.
+    device: str = "cpu",
+    preset: str = "quick",
+    output: Path | None = None,
+    plot: Path | None = None,
+    threads: int | None = None,
+    candidates: list[str] | None = None,
+    budget_s: float = 10.0,
+    train_step: bool | None = None,
+    resume: bool = False,
+) -> list[dict]:
+    """Time a preset, printing a table a case; returns the rows. The JSON file is complete after every case, so that a
+    stop loses one at most.
 
     Args:
         device: cpu or cuda.
         preset: quick, readme or full; readme and full add the SmolLM2 training step.
-        output: JSON file to write (or a folder, for <preset>-<device>.json), written aside and renamed after every case.
+        output: JSON file to write (or a folder, for <preset>-<device>.json), written aside and renamed after every
+            case.
         plot: PNG file to write (or a folder).
         threads: CPU threads; torch's choice where None.
         candidates: names out of `candidates_on(device)`; all where None. frozen is always timed.
         budget_s: seconds of timing a case.
         train_step: time a SmolLM2 training step too; by default with every preset but quick, on the CPU.
-        resume: keep the cases that are in `output` already, if it comes from this device, these versions and this commit.
-    Raises: ValueError for an unknown name, an absent device or a file that cannot be resumed; WrongResult if a candidate is off.
+        resume: keep the cases that are in `output` already, if it comes from this device, these versions and this
+            commit.
+    Raises: ValueError for an unknown name, an absent device or a file that cannot be resumed; WrongResult if a
+        candidate is off.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda; got {device!r}")
@@ -72,7 +89,9 @@ def run(
         rows += report.print_case(case, runner.run_case(case, device, timed, budget_s, least=3 if slow else 5))
         if output is not None:
             report.write_json(document, output)
-    host = document["host"] = runner.host_cost(device, min(budget_s, 10.0), [n for n in names if n != "compile"]) if "peft" in names else []
+    host = document["host"] = (
+        runner.host_cost(device, min(budget_s, 10.0), [n for n in names if n != "compile"]) if "peft" in names else []
+    )
     report.print_host(host)
     if train_step if train_step is not None else (preset != "quick" and device == "cpu"):
         from fused_lora.bench.train_step import run_steps
@@ -83,4 +102,3 @@ def run(
     if plot is not None:
         report.print_written(report.write_plot(document, plot))
     return rows
-

@@ -1,4 +1,5 @@
-"""python -m fused_lora.bench README.md bench/results: write README's measured tables from the JSON files (`make bench`)."""
+"""python -m fused_lora.bench README.md bench/results: write README's measured tables from the JSON files (`make
+bench`)."""
 
 import sys
 from pathlib import Path

@@ -30,7 +30,9 @@ class Made:
 
 
 def _leaves(p: Problem) -> tuple[Tensor, Tensor]:
-    return p.lora_A.to(p.x.dtype).detach().clone().requires_grad_(), p.lora_B.to(p.x.dtype).detach().clone().requires_grad_()
+    return p.lora_A.to(p.x.dtype).detach().clone().requires_grad_(), p.lora_B.to(
+        p.x.dtype
+    ).detach().clone().requires_grad_()
 
 
 def frozen(p: Problem, dropout: float) -> Made:
@@ -41,7 +43,9 @@ def frozen(p: Problem, dropout: float) -> Made:
 def naive(p: Problem, dropout: float) -> Made:
     """The textbook composition, A and B in x's dtype."""
     A, B = _leaves(p)
-    return Made(lambda x: F.linear(x, p.weight, p.bias) + F.linear(F.linear(F.dropout(x, dropout), A), B) * p.scaling, A, B)
+    return Made(
+        lambda x: F.linear(x, p.weight, p.bias) + F.linear(F.linear(F.dropout(x, dropout), A), B) * p.scaling, A, B
+    )
 
 
 class _Addmm(torch.autograd.Function):
@@ -78,7 +82,9 @@ class AddmmLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
     def forward(self, x):
-        y = _Addmm.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, 0.0)
+        y = _Addmm.apply(
+            x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, 0.0
+        )
         return y.view(*x.shape[:-1], -1)
 
 
@@ -119,7 +125,9 @@ def compiled(p: Problem, dropout: float) -> Made:
 def fused(p: Problem, dropout: float) -> Made:
     """fused_lora.LoRALinear, A and B in the problem's adapter dtype."""
     R = p.lora_A.shape[0]
-    layer = LoRALinear.from_linear(_linear(p), r=R, lora_alpha=p.scaling * R, lora_dropout=dropout, adapter_dtype=p.lora_A.dtype).train()
+    layer = LoRALinear.from_linear(
+        _linear(p), r=R, lora_alpha=p.scaling * R, lora_dropout=dropout, adapter_dtype=p.lora_A.dtype
+    ).train()
     A, B = layer.lora_A["default"], layer.lora_B["default"]
     with torch.no_grad():
         A.copy_(p.lora_A), B.copy_(p.lora_B)
@@ -131,14 +139,21 @@ def _back_end(name: str) -> Callable[[Problem, float], Made]:
 
     def make(p: Problem, dropout: float) -> Made:
         A, B = p.lora_A.detach().clone().requires_grad_(), p.lora_B.detach().clone().requires_grad_()
-        return Made(lambda x: lora_linear(x, p.weight, A, B, p.scaling, bias=p.bias, dropout_p=dropout, backend=name), A, B)
+        return Made(
+            lambda x: lora_linear(x, p.weight, A, B, p.scaling, bias=p.bias, dropout_p=dropout, backend=name), A, B
+        )
 
     return make
 
 
 CANDIDATES: dict[str, Callable[[Problem, float], Made]] = {
-    "frozen": frozen, "naive": naive, "addmm": addmm, "peft": peft, "compile": compiled, "fused": fused,
-}  # fmt: skip
+    "frozen": frozen,
+    "naive": naive,
+    "addmm": addmm,
+    "peft": peft,
+    "compile": compiled,
+    "fused": fused,
+}
 
 
 def candidates_on(device: str) -> dict[str, Callable[[Problem, float], Made]]:

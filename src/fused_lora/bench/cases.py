@@ -44,12 +44,15 @@ def preset(name: str, device: str) -> list[Case]:
     Raises: ValueError for an unknown preset.
     """
     if device == "cpu":
-        # PyTorch's bf16 product dy W runs at 0.8 GFLOP/s on CPUs without AVX-512: there "readme" takes hours, so "quick" is fp32 alone.
+        # PyTorch's bf16 product dy W runs at 0.8 GFLOP/s on CPUs without AVX-512: there "readme" takes hours, so
+        # "quick" is fp32 alone.
         sets = {
             "quick": lambda: _grid([512], [(1024, 1024), (1024, 4096)], [16], [0.0, 0.1], [_F32]),
-            "readme": lambda: _grid([512, 2048], _SQUARES, [16], [0.0], [_F32])
-            + _grid([512], _SQUARES, [16], [0.1], [_F32])
-            + _grid([512, 2048], _SQUARES, [16], [0.0], [_BF16]),
+            "readme": lambda: (
+                _grid([512, 2048], _SQUARES, [16], [0.0], [_F32])
+                + _grid([512], _SQUARES, [16], [0.1], [_F32])
+                + _grid([512, 2048], _SQUARES, [16], [0.0], [_BF16])
+            ),
             "full": lambda: _grid([16, 512, 2048], _SQUARES, [8, 16, 64, 256], [0.0, 0.1], [_F32]),
         }
     else:

@@ -1,4 +1,5 @@
-"""One case: check every candidate against fp64, then time them together, then count what each holds for its backward."""
+"""One case: check every candidate against fp64, then time them together, then count what each holds for its
+backward."""
 
 from dataclasses import replace
 
@@ -31,8 +32,8 @@ def outcome(made: Made, p: Problem) -> dict[str, Tensor]:
 def check(name: str, got: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> float:
     """The largest error of `got` relative to the largest element of the truth, over y and the gradients.
 
-    A maximum, so that one bad tile shows. Half precision may be off by 4 units in the last place of the largest element (base product, h,
-    update and sum are rounded once each), fp32 by 64 (thousands of terms accumulate in fp32).
+    A maximum, so that one bad tile shows. Half precision may be off by 4 units in the last place of the largest element
+    (base product, h, update and sum are rounded once each), fp32 by 64 (thousands of terms accumulate in fp32).
     Raises: WrongResult naming candidate, tensor, error and limit.
     """
     limit = (64 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
@@ -42,7 +43,10 @@ def check(name: str, got: dict[str, Tensor], exact: dict[str, Tensor], dtype: to
         scale = want.abs().max().item() or 1.0
         error = (value.double() - want).abs().max().item() / scale
         if not error <= limit:
-            raise WrongResult(f"{name}: {tensor} is off by {error:.2e} of its largest element, over the limit {limit:.2e}; it is not timed")
+            raise WrongResult(
+                f"{name}: {tensor} is off by {error:.2e} of its largest element, over the limit {limit:.2e}; it is not "
+                "timed"
+            )
         worst = max(worst, error)
     return worst
 
@@ -75,7 +79,8 @@ def held_bytes(made: Made, p: Problem) -> int:
 
 
 def peak_bytes(made: Made, p: Problem) -> int:
-    """Most bytes that one forward and backward allocates at once, outputs included; 0 where it cannot be measured (CPU)."""
+    """Most bytes that one forward and backward allocates at once, outputs included; 0 where it cannot be measured
+    (CPU)."""
     if p.x.device.type != "cuda":
         return 0
     outcome(made, p)
@@ -116,18 +121,32 @@ def run_case(case: Case, device: str, names: list[str], budget_s: float, least: 
     return _rows(case, times, {n: (errors[n], held_bytes(m, p), peak_bytes(m, p)) for n, m in made.items()})
 
 
-def _rows(case: Case, times: dict[str, list[tuple[float, float]]], facts: dict[str, tuple[float, int, int]]) -> list[dict]:
+def _rows(
+    case: Case, times: dict[str, list[tuple[float, float]]], facts: dict[str, tuple[float, int, int]]
+) -> list[dict]:
     parts = {"fwd": lambda t: t[0], "bwd": lambda t: t[1], "both": lambda t: t[0] + t[1]}
-    spreads = {name: {part: Spread.of([get(t) for t in ts]) for part, get in parts.items()} for name, ts in times.items()}
+    spreads = {
+        name: {part: Spread.of([get(t) for t in ts]) for part, get in parts.items()} for name, ts in times.items()
+    }
     base = spreads["frozen"]
     rows = []
     for name, by_part in spreads.items():
         error, held, peak = facts[name]
         row = dict(
-            candidate=name, dtype=str(case.dtype)[6:], M=case.M, K=case.K, N=case.N, R=case.R, dropout=case.dropout, adapter_dtype="float32"
-            if name in ("fused", "peft") else str(case.dtype)[6:], rounds=by_part["both"].count, max_error=error, held_bytes=held, peak_bytes=peak,
+            candidate=name,
+            dtype=str(case.dtype)[6:],
+            M=case.M,
+            K=case.K,
+            N=case.N,
+            R=case.R,
+            dropout=case.dropout,
+            adapter_dtype="float32" if name in ("fused", "peft") else str(case.dtype)[6:],
+            rounds=by_part["both"].count,
+            max_error=error,
+            held_bytes=held,
+            peak_bytes=peak,
             gflops=case.flops() / by_part["both"].median / 1e9,
-        )  # fmt: skip
+        )
         for part, s in by_part.items():
             row |= {f"{part}_us": s.median * 1e6, f"{part}_p20_us": s.p20 * 1e6, f"{part}_p80_us": s.p80 * 1e6}
             row[f"{part}_ratio"] = s.median / base[part].median
@@ -136,7 +155,8 @@ def _rows(case: Case, times: dict[str, list[tuple[float, float]]], facts: dict[s
 
 
 def host_cost(device: str, budget_s: float, names: list[str]) -> list[dict]:
-    """Eager forward and backward on tiny tensors (M=4, K=N=16, R=4), microseconds a call: what Python, autograd and launches cost."""
+    """Eager forward and backward on tiny tensors (M=4, K=N=16, R=4), microseconds a call: what Python, autograd and
+    launches cost."""
     p = random_problem(4, 16, 16, 4, torch.float32 if device == "cpu" else torch.bfloat16, torch.float32, device=device)
     made = {name: candidates_on(device)[name](p, 0.0) for name in names if name != "compile"}
     passes = {name: cpu_pass(m.forward, copies(p.x, 0), p.dy, m.leaves) for name, m in made.items()}
@@ -146,6 +166,12 @@ def host_cost(device: str, budget_s: float, names: list[str]) -> list[dict]:
     times = interleave(passes, budget_s=budget_s, least=500, most=20000)
     spread = {name: Spread.of([sum(t) for t in ts]) for name, ts in times.items()}
     return [
-        dict(candidate=name, host_us=s.median * 1e6, host_p20_us=s.p20 * 1e6, host_p80_us=s.p80 * 1e6, of_peft=s.median / spread["peft"].median)
+        dict(
+            candidate=name,
+            host_us=s.median * 1e6,
+            host_p20_us=s.p20 * 1e6,
+            host_p80_us=s.p80 * 1e6,
+            of_peft=s.median / spread["peft"].median,
+        )
         for name, s in spread.items()
     ]

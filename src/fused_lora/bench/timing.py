@@ -1,7 +1,8 @@
 """The timer: candidates interleaved in one run, cold inputs, medians with their spread.
 
-On a GPU a candidate's pass is a CUDA graph over inputs that rotate through more than the L2, timed with events; on a CPU it is a call timed
-with the wall clock. The order of candidates changes every round, so that none always follows the same neighbour.
+On a GPU a candidate's pass is a CUDA graph over inputs that rotate through more than the L2, timed with events; on a
+CPU it is a call timed with the wall clock. The order of candidates changes every round, so that none always follows the
+same neighbour.
 """
 
 import itertools
@@ -31,7 +32,8 @@ class Spread:
 
 
 def rounds(names: list[str]):
-    """The order of each round: shuffled afresh, alike in every run. Rotation would leave each candidate its neighbour, and what a neighbour
+    """The order of each round: shuffled afresh, alike in every run. Rotation would leave each candidate its neighbour,
+    and what a neighbour
     leaves in the caches counts: on a CPU a layer that follows PEFT's bf16 one takes 8 % longer."""
     shuffle = random.Random(0).shuffle
     while True:
@@ -40,12 +42,18 @@ def rounds(names: list[str]):
 
 
 def interleave(
-    passes: dict[str, Callable[[], tuple[float, ...]]], *, budget_s: float, least: int = 5, most: int = 200, clock=time.perf_counter
+    passes: dict[str, Callable[[], tuple[float, ...]]],
+    *,
+    budget_s: float,
+    least: int = 5,
+    most: int = 200,
+    clock=time.perf_counter,
 ) -> dict[str, list[tuple[float, ...]]]:
     """Run every pass once a round until the budget is spent.
 
     Args:
-        passes: a callable per candidate that does one pass and returns its times in seconds, one per part (say forward, backward).
+        passes: a callable per candidate that does one pass and returns its times in seconds, one per part (say forward,
+            backward).
         budget_s: seconds for all candidates together; exceeded where `least` rounds take longer.
         least, most: rounds at least and at most.
         clock: the clock the budget is read from.
@@ -61,8 +69,11 @@ def interleave(
     raise AssertionError("rounds() never ends")
 
 
-def cpu_pass(forward: Callable, inputs: list[torch.Tensor], gradient: torch.Tensor, leaves: list[torch.Tensor]) -> Callable[[], tuple[float, float]]:
-    """One forward and backward on the next of `inputs`, each timed; gradients are dropped between passes, outside the times."""
+def cpu_pass(
+    forward: Callable, inputs: list[torch.Tensor], gradient: torch.Tensor, leaves: list[torch.Tensor]
+) -> Callable[[], tuple[float, float]]:
+    """One forward and backward on the next of `inputs`, each timed; gradients are dropped between passes, outside the
+    times."""
     turn = itertools.cycle(inputs)
 
     def one() -> tuple[float, float]:
@@ -93,8 +104,11 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def gpu_pass(forward: Callable, inputs: list[torch.Tensor], gradient: torch.Tensor, leaves: list[torch.Tensor]) -> Callable[[], tuple[float, float]]:
-    """Forward and backward over all `inputs` in a CUDA graph; the backward's time is the difference to a graph of forwards alone.
+def gpu_pass(
+    forward: Callable, inputs: list[torch.Tensor], gradient: torch.Tensor, leaves: list[torch.Tensor]
+) -> Callable[[], tuple[float, float]]:
+    """Forward and backward over all `inputs` in a CUDA graph; the backward's time is the difference to a graph of
+    forwards alone.
 
     Returns seconds for one input. Peak memory and correctness are measured elsewhere.
     """

@@ -1,4 +1,5 @@
-"""One training step of SmolLM2-135M, forward and backward: frozen, PEFT, the addmm Function and ours, in one interleaved run.
+"""One training step of SmolLM2-135M, forward and backward: frozen, PEFT, the addmm Function and ours, in one
+interleaved run.
 
 Peak memory is the high-water mark of resident memory of a process that does nothing else, one process a candidate.
 """
@@ -35,7 +36,8 @@ def load_smollm2() -> nn.Module:
 
 
 def model_for(name: str) -> nn.Module:
-    """The model with LoRA of rank 16 on every linear layer but the head, as candidate `name` does it; B starts at zero in all."""
+    """The model with LoRA of rank 16 on every linear layer but the head, as candidate `name` does it; B starts at zero
+    in all."""
     model = load_smollm2()
     model.requires_grad_(False)
     torch.manual_seed(0)
@@ -96,7 +98,8 @@ def _measure_peak(name: str, length: int) -> float:
 
 
 def run_steps(budget_s: float = 60.0) -> list[dict]:
-    """A row per candidate and length: milliseconds a step with p20 and p80, ratios, MiB that a step needs on top of the loaded model.
+    """A row per candidate and length: milliseconds a step with p20 and p80, ratios, MiB that a step needs on top of the
+    loaded model.
 
     Raises: AssertionError if the candidates' losses disagree: B is zero, so all compute the frozen model's loss.
     """
@@ -112,11 +115,18 @@ def run_steps(budget_s: float = 60.0) -> list[dict]:
         for name, s in spread.items():
             rows.append(
                 dict(
-                    candidate=name, tokens=length, step_ms=s.median * 1e3, step_p20_ms=s.p20 * 1e3, step_p80_ms=s.p80 * 1e3, rounds=s.count,
-                    ratio=s.median / spread["frozen"].median, times_peft=spread["peft"].median / s.median, loss=losses[name],
+                    candidate=name,
+                    tokens=length,
+                    step_ms=s.median * 1e3,
+                    step_p20_ms=s.p20 * 1e3,
+                    step_p80_ms=s.p80 * 1e3,
+                    rounds=s.count,
+                    ratio=s.median / spread["frozen"].median,
+                    times_peft=spread["peft"].median / s.median,
+                    loss=losses[name],
                     step_mib=_peak_mib(name, length, torch.get_num_threads()),
                 )
-            )  # fmt: skip
+            )
     return rows
 
 
