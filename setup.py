@@ -20,10 +20,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 # fp contraction gives FMAs; no errno and no trapping maths let loops vectorise. Nothing here relaxes NaN or infinity.
 CXXFLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast "
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast "
     "-Wall -Wextra -Wno-psabi"
 )
-NVCCFLAGS = "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
+NVCCFLAGS = "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
 
 
 def cuda_home() -> Path | None:

@@ -42,7 +42,7 @@ def compile_for(arch: str, source: Path, out: Path) -> SimpleNamespace:
     cubin = out / f"{source.stem}.{arch}.cubin"
     command = [
         NVCC,
-        "-std=c++17",
+        "-std=c++20",
         "-O3",
         "--expt-relaxed-constexpr",
         "-Xptxas",

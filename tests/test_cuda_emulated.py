@@ -39,7 +39,7 @@ def compile_file(source: Path, file: Path) -> Path:
     """One C++ or CUDA source as an object beside it; `source` is the csrc folder that it includes from."""
     includes = [HERE / "include", HERE, source, TOOLKIT, pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags = [
-        "-std=c++17",
+        "-std=c++20",
         "-O2",
         "-fPIC",
         "-fvisibility=hidden",
