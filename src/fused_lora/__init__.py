@@ -1,8 +1,8 @@
 """fused-lora: LoRA at the price of the frozen linear layer."""
 
 from fused_lora.adapters import apply_lora, load_adapter, merged, print_trainable_parameters, save_adapter, set_adapter
-from fused_lora.functional import lora_linear
 from fused_lora.nn import LoRALinear
+from fused_lora.ops.linear import lora_linear
 
 __all__ = [
     "LoRALinear",

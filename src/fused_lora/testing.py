@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-import fused_lora.ops  # noqa: F401  registers torch.ops.fused_lora
+import fused_lora.ops.schema  # noqa: F401  registers torch.ops.fused_lora
 
 
 @dataclass

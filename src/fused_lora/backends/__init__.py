@@ -4,7 +4,7 @@ A back end is a module with
     forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> (y, h)
     backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs) -> [dx, dA, dB, dbias], None where not
     needed
-for plain LoRA with x as [M, K]. The variants (x_lora, h_in, gate, ...) go to fused_lora.reference, see ops.py.
+for plain LoRA with x as [M, K]. The variants (x_lora, h_in, gate, ...) go to ops.reference, see ops.schema.
 """
 
 import functools

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fused_lora import _C
-from fused_lora.reference import dropout_threshold
+from fused_lora.ops.dropout import dropout_threshold
 
 _CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LORA_GEMM = _C.cpu_prefers_lora_gemm()

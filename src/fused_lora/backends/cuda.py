@@ -10,7 +10,7 @@ import functools
 import torch
 
 from fused_lora import _C
-from fused_lora.reference import dropout_threshold
+from fused_lora.ops.dropout import dropout_threshold
 
 _CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _DTYPES = (torch.bfloat16, torch.float16)

@@ -1,8 +1,7 @@
-"""Reference back end: plain LoRA through the PyTorch composition of `fused_lora.reference`, on every device and in
-every dtype."""
+"""Reference back end: plain LoRA by the PyTorch composition of `ops.reference`, on every device, in every dtype."""
 
-from fused_lora import reference
-from fused_lora.reference import Gradients
+from fused_lora.ops import reference
+from fused_lora.ops.reference import Gradients
 
 forward = reference.forward
 

@@ -14,7 +14,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_lora.reference import dropout_threshold
+from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.triton_kernels import configs
 from fused_lora.triton_kernels.dy_pass import dy_pass_kernel
 from fused_lora.triton_kernels.launch import launch

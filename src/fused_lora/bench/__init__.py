@@ -1,7 +1,7 @@
 """Benchmarks of the layer for people and for CI: `fused-lora bench`, and the pytest-benchmark suites in bench/.
 
 timing      the interleaving timer        cases       named sizes            candidates  who is timed
-runner      check, time, count one case   train_step  a SmolLM2 step         report      lines, JSON, plot, README table
+runner      check, time, count one case   steps       a SmolLM2 step         report      lines, JSON, plot, README table
 """
 
 import datetime
@@ -94,7 +94,7 @@ def run(
     )
     report.print_host(host)
     if train_step if train_step is not None else (preset != "quick" and device == "cpu"):
-        from fused_lora.bench.train_step import run_steps
+        from fused_lora.bench.steps import run_steps
 
         document["train_step"] = report.print_steps(run_steps(budget_s=6 * budget_s))
     if output is not None:

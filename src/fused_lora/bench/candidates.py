@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lora import _C
-from fused_lora.functional import lora_linear
 from fused_lora.nn import LoRALinear
+from fused_lora.ops.linear import lora_linear
 from fused_lora.testing import Problem
 
 

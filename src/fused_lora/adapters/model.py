@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fused_lora import peft_format
-from fused_lora.nn import LoRALinear, check_adapter_name, unknown_name
-from fused_lora.targets import LoraSpec, ModuleToSave, Plan, make_plan, walk
+from fused_lora.adapters import peft_format
+from fused_lora.adapters.plan import Plan, make_plan, walk
+from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
+from fused_lora.nn.linear import LoRALinear
+from fused_lora.nn.modules_to_save import ModuleToSave
 
 
 def apply_lora(
@@ -45,7 +47,7 @@ def apply_lora(
     as_list = [
         list(value) if isinstance(value, tuple | set) else value for value in (target_modules, modules_to_save or [])
     ]
-    spec = LoraSpec(
+    spec = LoraConfig(
         r, lora_alpha, as_list[0], lora_dropout, use_rslora, rank_pattern or {}, alpha_pattern or {}, as_list[1]
     )
     root = _root(model)
@@ -252,7 +254,7 @@ def _check_ready(root: nn.Module, adapter_name: str) -> None:
             )
 
 
-def _install(root: nn.Module, plan: Plan, spec: LoraSpec, adapter_name: str) -> None:
+def _install(root: nn.Module, plan: Plan, spec: LoraConfig, adapter_name: str) -> None:
     """Carry out a plan: replace plain modules wherever they are reached, add the adapter to the others, freeze the
     rest."""
     replacement: dict[int, nn.Module] = {}
@@ -284,7 +286,7 @@ def _tensors(layers: dict, saved: dict, adapter_name: str) -> dict[str, torch.Te
     return tensors
 
 
-def _expected(plan: Plan, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+def _expected(plan: Plan, spec: LoraConfig) -> dict[str, tuple[int, ...]]:
     """The shapes that a file for this plan must have."""
     shapes = {}
     for name, module in plan.linears.items():
@@ -298,7 +300,7 @@ def _expected(plan: Plan, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_same_places(root: nn.Module, plan: Plan, spec: LoraSpec, adapter_name: str) -> None:
+def _check_same_places(root: nn.Module, plan: Plan, spec: LoraConfig, adapter_name: str) -> None:
     """Raises ValueError unless the adapter that the model has under this name sits in the plan's places with the plan's
     ranks."""
     layers, saved = _holders(root, adapter_name)

@@ -28,7 +28,7 @@ def load_smollm2() -> nn.Module:
 
     Raises: ValueError if it is not installed.
     """
-    from fused_lora.finetune import load_model, packaged_model
+    from fused_lora.models import load_model, packaged_model
 
     model, _ = load_model(packaged_model(), torch.float32, "cpu")
     model.config.use_cache = False
@@ -77,7 +77,7 @@ def _step(model: nn.Module, tokens: torch.Tensor) -> Callable[[], tuple[float, f
 
 def _peak_mib(name: str, length: int, threads: int) -> float:
     """Resident high-water mark of a fresh process doing three steps, less what it holds before the first."""
-    command = [sys.executable, "-m", "fused_lora.bench.train_step", name, str(length), str(threads)]
+    command = [sys.executable, "-m", "fused_lora.bench.steps", name, str(length), str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

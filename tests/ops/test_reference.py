@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fused_lora import lora_linear, reference
+from fused_lora import lora_linear
+from fused_lora.ops.dropout import dropout_mask
 
 M, N, K, R, S = 7, 6, 5, 4, 0.75
 OPTIONS = ("x_lora", "h_in", "gate", "out_scale", "grad_row_scale")
@@ -146,7 +147,7 @@ def test_dropout_in_the_reference_is_the_mask():
     y = lora_linear(t["x"], t["weight"], t["lora_A"], t["lora_B"], S, bias=t["bias"], dropout_p=0.4)
     torch.manual_seed(3)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)
-    mask = reference.dropout_mask(seed, M, K, 0.4, torch.float64)
+    mask = dropout_mask(seed, M, K, 0.4, torch.float64)
     torch.testing.assert_close(y, formula(**tensors(()), mask=mask))
 
 
@@ -162,7 +163,7 @@ def draws(seed, rows, cols):
     for _ in range(16):
         for j in range(8):
             middle = (low[j] + high[j]) // 2
-            kept = reference.dropout_mask(torch.tensor([seed]), rows, cols, middle / 65536)[-1, j] > 0
+            kept = dropout_mask(torch.tensor([seed]), rows, cols, middle / 65536)[-1, j] > 0
             low[j], high[j] = (middle, high[j]) if kept else (low[j], middle)
     return [low[2 * j] | low[2 * j + 1] << 16 for j in range(4)]
 
@@ -170,7 +171,7 @@ def draws(seed, rows, cols):
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.99])
 def test_mask_statistics(p):
     """Mean one, drop rate p within five standard deviations, rows and columns uncorrelated."""
-    mask = reference.dropout_mask(torch.tensor([42]), 512, 1024, p)
+    mask = dropout_mask(torch.tensor([42]), 512, 1024, p)
     n = mask.numel()
     assert abs((mask == 0).double().mean().item() - p) < 5 * (p * (1 - p) / n) ** 0.5 + 1e-5
     kept = (mask > 0).double() - (1 - p)
@@ -179,10 +180,10 @@ def test_mask_statistics(p):
 
 
 def test_mask_does_not_depend_on_the_shape():
-    big = reference.dropout_mask(torch.tensor([7]), 40, 64, 0.3)
-    assert torch.equal(reference.dropout_mask(torch.tensor([7]), 11, 29, 0.3), big[:11, :29])
+    big = dropout_mask(torch.tensor([7]), 40, 64, 0.3)
+    assert torch.equal(dropout_mask(torch.tensor([7]), 11, 29, 0.3), big[:11, :29])
 
 
 def test_seeds_differ():
-    a, b = (reference.dropout_mask(torch.tensor([s]), 64, 64, 0.5) for s in (1, 2**33 + 1))
+    a, b = (dropout_mask(torch.tensor([s]), 64, 64, 0.5) for s in (1, 2**33 + 1))
     assert 0.4 < (a == b).double().mean().item() < 0.6

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fused_lora.adapters import apply_lora, load_adapter, merged, print_trainable_parameters, save_adapter, set_adapter
 from fused_lora.nn import LoRALinear
-from fused_lora.targets import ModuleToSave
+from fused_lora.nn.modules_to_save import ModuleToSave
 from fused_lora.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -12,13 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from fused_lora.config import LoraConfig, lora_scaling, matches
 from fused_lora.files import write_whole
-from fused_lora.nn import lora_scaling
-from fused_lora.targets import LoraSpec, matches
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
-_SUPPORTED = tuple(LoraSpec.__dataclass_fields__)
+_SUPPORTED = tuple(LoraConfig.__dataclass_fields__)
 # Fields that change no number of a plain LoRA forward. loftq_config, eva_config, qalora_group_size, layers_pattern and
 # megatron_core act only with another field, which is checked.
 _WITHOUT_EFFECT = {
@@ -51,7 +50,7 @@ def saved_key(name: str, key: str) -> str:
     return f"{_PREFIX}{name}.{key}"
 
 
-def read_config(directory: Path) -> LoraSpec:
+def read_config(directory: Path) -> LoraConfig:
     """The supported part of adapter_config.json.
 
     Raises: FileNotFoundError naming the file; ValueError for anything that is not a plain LoRA configuration, naming
@@ -81,7 +80,7 @@ def read_config(directory: Path) -> LoraSpec:
             f"{path}: target_modules must be a list or a regular expression; got {config.get('target_modules')!r}"
         )
     try:
-        return LoraSpec(**given)
+        return LoraConfig(**given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -136,7 +135,7 @@ def _open(path: Path):
         raise ValueError(f"{path} must be a whole safetensors file; got {error}") from None
 
 
-def spec_of(layers: dict, saved: list[str], others: list[str], adapter_name: str) -> LoraSpec:
+def spec_of(layers: dict, saved: list[str], others: list[str], adapter_name: str) -> LoraConfig:
     """The configuration that describes an adapter as it sits in a model.
 
     Args:
@@ -164,7 +163,7 @@ def spec_of(layers: dict, saved: list[str], others: list[str], adapter_name: str
             )
     r = Counter(layer.r[adapter_name] for layer in layers.values()).most_common(1)[0][0]
     lora_alpha = Counter(layer.lora_alpha[adapter_name] for layer in layers.values()).most_common(1)[0][0]
-    spec = LoraSpec(
+    spec = LoraConfig(
         r,
         lora_alpha,
         list(layers),
@@ -179,7 +178,7 @@ def spec_of(layers: dict, saved: list[str], others: list[str], adapter_name: str
         saved,
     )
     reachable = {name for name in others if not spec.excludes(name)}
-    return LoraSpec(**{**vars(spec), "target_modules": _shortest_targets(set(layers), reachable)})
+    return LoraConfig(**{**vars(spec), "target_modules": _shortest_targets(set(layers), reachable)})
 
 
 def _shortest_targets(names: set[str], reachable: set[str]) -> str | list[str]:
@@ -191,7 +190,7 @@ def _shortest_targets(names: set[str], reachable: set[str]) -> str | list[str]:
     return "|".join(re.escape(name) for name in sorted(names))
 
 
-def config_bytes(spec: LoraSpec, model: torch.nn.Module) -> bytes:
+def config_bytes(spec: LoraConfig, model: torch.nn.Module) -> bytes:
     """adapter_config.json as PEFT writes it for this model."""
     from peft import LoraConfig  # imports transformers, which takes seconds: only who saves pays
 

@@ -209,7 +209,7 @@ def test_presets_cover_what_they_promise():
 def test_a_profile_counts_overlapping_kernels_once():
     """A kernel that starts early and waits for the one before it counts from that one's end; only idle time is a
     gap."""
-    path = Path(__file__).resolve().parent.parent / "bench" / "profile_kernels.py"
+    path = Path(__file__).resolve().parents[2] / "bench" / "profile_kernels.py"
     spec = importlib.util.spec_from_file_location("profile_kernels", path)
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     rows = module.summary([("b", 5.0, 20.0), ("a", 0.0, 10.0), ("a", 25.0, 31.0), ("b", 31.0, 41.0)], passes=2)

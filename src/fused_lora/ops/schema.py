@@ -9,9 +9,9 @@ checkpointing see as one node. Fixed arity: `backward` returns one tensor per tr
 
 import torch
 
-from fused_lora import reference
 from fused_lora.backends import check_variant, pick
-from fused_lora.reference import Gradients, Variant
+from fused_lora.ops import reference
+from fused_lora.ops.reference import Gradients, Variant
 
 _VARIANT = "Tensor? x_lora, Tensor? h_in, Tensor? gate, Tensor? out_scale"
 

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from fused_lora import LoRALinear, apply_lora, save_adapter
-from fused_lora.finetune import load_model, packaged_model
-from fused_lora.merge import merge
+from fused_lora.finetune.export import merge
+from fused_lora.models import load_model, packaged_model
 
 TOKENS = torch.arange(40).view(2, 20)
 
@@ -131,7 +131,7 @@ def test_smollm2_merges_out_of_its_gguf_file(tmp_path, monkeypatch):
     """The packaged model comes quantised; what is merged is a plain fp32 directory of the same numbers."""
     model, tokenizer = load_model(packaged_model(), torch.float32, "cpu")
     again = copy.deepcopy(model)  # reading the GGUF file takes ten seconds
-    monkeypatch.setattr("fused_lora.merge.load_model", lambda *arguments: (again, tokenizer))
+    monkeypatch.setattr("fused_lora.finetune.export.load_model", lambda *arguments: (again, tokenizer))
     apply_lora(model, 4, 8, target_modules=["q_proj", "down_proj"])
     for parameter in model.parameters():
         if parameter.requires_grad:

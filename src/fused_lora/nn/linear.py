@@ -1,52 +1,13 @@
 """LoRALinear: a stand-in for nn.Linear that holds LoRA adapters by name."""
 
-import difflib
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_lora.functional import lora_linear
-
-
-def unknown_name(what: str, got: str | None, known: Iterable[str]) -> ValueError:
-    """The error for a name that is not among `known`, with the nearest of them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(str(got), known, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return ValueError(f"{what} must be one of {known}; got {got!r}{hint}")
-
-
-def check_adapter_name(name: str) -> None:
-    """Raises ValueError unless `name` can be a key of ParameterDict and ModuleDict, which refuse dots and their own
-    attributes."""
-    usable = isinstance(name, str) and name != "" and "." not in name
-    if (
-        not usable
-        or hasattr(nn.ParameterDict, name)
-        or name in vars(nn.ParameterDict())
-        or hasattr(nn.ModuleDict, name)
-    ):
-        raise ValueError(
-            f"adapter_name must be a non-empty str without dots that is no attribute of torch.nn.Module; got {name!r}"
-        )
-
-
-def check_lora_arguments(r: int, lora_alpha: float, lora_dropout: float) -> None:
-    """Raises ValueError naming the argument that no LoRA layer can have."""
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"r must be an int >= 1; got {r!r}")
-    if not isinstance(lora_alpha, int | float) or isinstance(lora_alpha, bool) or not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha must be a finite number; got {lora_alpha!r}")
-    if not isinstance(lora_dropout, int | float) or isinstance(lora_dropout, bool) or not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"lora_dropout must be a number in [0, 1); got {lora_dropout!r}")
-
-
-def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA."""
-    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+from fused_lora.config import check_adapter_name, check_lora_arguments, lora_scaling, unknown_name
+from fused_lora.ops.linear import lora_linear
 
 
 def check_linear(linear: nn.Module) -> None:

@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from fused_lora import apply_lora, checkpoint, files, finetune, load_adapter, set_adapter, training
+from fused_lora import apply_lora, files, load_adapter, set_adapter
 from fused_lora.data import IGNORED
-from fused_lora.training import Settings
+from fused_lora.finetune import checkpoint
+from fused_lora.finetune import job as finetune
+from fused_lora.finetune import loop as training
+from fused_lora.finetune.settings import Settings
 
 FILES = [
     "adapter_config.json",

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fused_lora.adapters import load_adapter, merged
-from fused_lora.finetune import load_model
+from fused_lora.models import load_model
 
 
 def merge(model: str | Path, adapter: Path, output: Path, dtype: torch.dtype) -> None:
@@ -17,7 +17,7 @@ def merge(model: str | Path, adapter: Path, output: Path, dtype: torch.dtype) ->
     The directory is written under another name beside `output` and renamed when it is whole.
 
     Args:
-        model: the base, as `finetune.load_model` takes it.
+        model: the base, as `models.load_model` takes it.
         adapter: directory of an adapter in PEFT's format.
         output: the new directory; it must not exist, or be empty.
         dtype: of the weights written; the product B A is added in fp32.

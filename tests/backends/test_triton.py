@@ -225,7 +225,7 @@ def test_dropout_with_every_rank_block(on_triton, poison):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sweep itself does it there")
 def test_the_sweep_refuses_a_wrong_result_and_goes_on(device_with, monkeypatch):
     """bench/sweep_triton.py: one group's variants, on a pretended H100, one of them spoilt."""
-    path = Path(__file__).parents[1] / "bench" / "sweep_triton.py"
+    path = Path(__file__).parents[2] / "bench" / "sweep_triton.py"
     spec = importlib.util.spec_from_file_location("sweep_triton", path)
     monkeypatch.setitem(sys.modules, "sweep_triton", sweep := importlib.util.module_from_spec(spec))
     spec.loader.exec_module(sweep)

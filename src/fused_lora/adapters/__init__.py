@@ -1,0 +1,12 @@
+"""Adapters of whole models."""
+
+from fused_lora.adapters.model import (
+    apply_lora,
+    load_adapter,
+    merged,
+    print_trainable_parameters,
+    save_adapter,
+    set_adapter,
+)
+
+__all__ = ["apply_lora", "load_adapter", "merged", "print_trainable_parameters", "save_adapter", "set_adapter"]

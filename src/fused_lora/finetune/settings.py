@@ -1,0 +1,91 @@
+"""Settings: everything that decides a run's numbers."""
+
+import dataclasses
+import json
+import math
+import re
+
+import torch
+
+from fused_lora.models import DTYPES
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run's numbers; a resumed run must have the same. The defaults take about three minutes
+    on two CPU cores.
+
+    Args:
+        model: directory or id of a Hugging Face model, or a GGUF file; empty for the packaged SmolLM2-135M.
+        data, eval_data: files or directories; no data is Python's standard library, no eval_data a held-out part of the
+            data.
+        text_field: field of a JSONL line.
+        rank, alpha, dropout, target_modules, rslora: of the adapter, as in `apply_lora`.
+        lr, warmup, steps: peak learning rate after `warmup` steps, then a cosine to zero at `steps`.
+        batch_size, grad_accum, seq_len: blocks a pass, passes a step, tokens a block.
+        max_grad_norm: 0 does not clip.
+        weight_decay: AdamW's.
+        seed: of A's start, dropout and the order of the blocks.
+        dtype: of the frozen model, fp32, bf16 or fp16; the adapter is fp32.
+        device: cpu or cuda.
+        eval_tokens: how many held-out tokens the perplexity is of, at the most.
+    Raises: ValueError naming the setting, what was expected and what was given.
+    """
+
+    model: str = ""
+    data: tuple[str, ...] = ()
+    eval_data: tuple[str, ...] = ()
+    text_field: str = "text"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    rslora: bool = False
+    lr: float = 1e-3
+    warmup: int = 5
+    steps: int = 60
+    batch_size: int = 2
+    grad_accum: int = 1
+    seq_len: int = 256
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    seed: int = 0
+    dtype: str = "fp32"
+    device: str = "cpu"
+    eval_tokens: int = 4096
+
+    def __post_init__(self):
+        least = dict(rank=1, warmup=0, steps=1, batch_size=1, grad_accum=1, seq_len=2, seed=0, eval_tokens=2)
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be an int >= {low}; got {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be less than 2**32; got {self.seed}")
+        for name in ("lr", "max_grad_norm", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0; got {getattr(self, name)}")
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup must be less than steps, {self.steps}; got {self.warmup}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        check_device(self.device)
+
+    def plain(self) -> dict:
+        """The settings as JSON holds them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def targets(self) -> str | list[str]:
+        """target_modules as `apply_lora` takes it: names with commas between them are a list, anything else stays as it
+        is."""
+        names = [name.strip() for name in self.target_modules.split(",")]
+        plain = all(re.fullmatch(r"\w+(\.\w+)*", name) for name in names)
+        return names if plain else self.target_modules
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError unless PyTorch can compute there."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or not (index == "" or index.isdecimal()):
+        raise ValueError(f"device must be cpu, cuda or cuda:<number>; got {device!r}")
+    if kind == "cuda" and not int(index or 0) < torch.cuda.device_count():
+        raise ValueError(f"device {device!r} needs a GPU that PyTorch sees; there are {torch.cuda.device_count()}")

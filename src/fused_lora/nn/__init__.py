@@ -1,0 +1,5 @@
+"""The layers that hold adapters."""
+
+from fused_lora.nn.linear import LoRALinear
+
+__all__ = ["LoRALinear"]

@@ -1,0 +1,59 @@
+"""ModuleToSave, the wrapper of a module that an adapter trains in full."""
+
+import copy
+
+from torch import nn
+
+from fused_lora.config import unknown_name
+
+
+class ModuleToSave(nn.Module):
+    """A frozen module with a trainable full copy for each adapter that asks for one (PEFT's `modules_to_save`).
+
+    Calls and unknown attributes go to the active adapter's copy, or to the original. The original keeps its Parameters,
+    so a tied twin (an embedding under a copied output head) is untouched.
+
+    Args:
+        original_module: any module with a forward.
+    """
+
+    def __init__(self, original_module: nn.Module):
+        super().__init__()
+        self.original_module = original_module.requires_grad_(False)
+        self.modules_to_save = nn.ModuleDict()
+        self.active_adapter: str | None = None
+        self.merged = False  # inside `merged(model)`: state_dict() is the current module's own
+        self.training = original_module.training
+
+    def current(self) -> nn.Module:
+        """The module that a call runs."""
+        name = self.__dict__["active_adapter"]
+        return self._modules["original_module"] if name is None else self._modules["modules_to_save"][name]
+
+    def add_adapter(self, adapter_name: str) -> None:
+        """A frozen copy of the original for a new adapter."""
+        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+
+    def set_adapter(self, adapter_name: str | None) -> None:
+        """Make one adapter's copy the one that runs and trains; None is the original."""
+        if adapter_name is not None and adapter_name not in self.modules_to_save:
+            raise unknown_name("adapter_name", adapter_name, self.modules_to_save)
+        for name, module in self.modules_to_save.items():
+            for parameter in module.parameters():
+                parameter.requires_grad_(name == adapter_name and parameter.is_floating_point())
+        self.active_adapter = adapter_name
+
+    def forward(self, *args, **kwargs):
+        return self.current()(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "active_adapter" not in self.__dict__:  # half-built, in deepcopy or unpickling
+                raise
+            return getattr(self.current(), name)
+
+    def state_dict(self, *args, **kwargs):
+        """As Module.state_dict; inside `merged(model)` that of the module that runs, under the wrapper's own name."""
+        return self.current().state_dict(*args, **kwargs) if self.merged else super().state_dict(*args, **kwargs)

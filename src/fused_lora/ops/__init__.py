@@ -1,0 +1,1 @@
+"""The op: checks, autograd, schemas, and the maths in plain PyTorch."""
