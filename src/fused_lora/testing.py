@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import fused_lora.ops.schema  # noqa: F401  registers torch.ops.fused_lora
+from fused_lora.ops.reference import PLAIN, Gradients
 
 
 @dataclass
@@ -91,29 +92,13 @@ def run(p: Problem, *, backend: str, dropout_p=0.0, seed=None, needs=(True,) * 4
         needs: which of dx, dA, dB, dbias; dbias only where p has a bias.
     """
     y, h = torch.ops.fused_lora.forward(
-        p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, dropout_p, seed, None, None, None, None, backend
+        p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, dropout_p, seed, *PLAIN, backend
     )
     need_x, need_A, need_B, need_bias = needs[0], needs[1], needs[2], needs[3] and p.bias is not None
-    mask = [need_x, False, need_A, need_B, need_bias, False, False, False, False]
+    mask = Gradients(need_x, False, need_A, need_B, need_bias, False, False, False, False)
     grads = iter(
         torch.ops.fused_lora.backward(
-            p.dy,
-            None,
-            p.x,
-            p.weight,
-            p.lora_A,
-            p.lora_B,
-            h,
-            p.scaling,
-            dropout_p,
-            seed,
-            None,
-            None,
-            None,
-            None,
-            None,
-            mask,
-            backend,
+            p.dy, None, p.x, p.weight, p.lora_A, p.lora_B, h, p.scaling, dropout_p, seed, *PLAIN, list(mask), backend
         )
     )
     out = {"y": y, "h": h}

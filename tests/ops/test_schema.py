@@ -14,19 +14,9 @@ FORWARD, BACKWARD = torch.ops.fused_lora.forward.default, torch.ops.fused_lora.b
 SEED = torch.tensor([5], dtype=torch.int64)
 
 
-def forward_args(p, *, dropout=False, variant=(None,) * 4):
-    return (
-        p.x,
-        p.weight,
-        p.lora_A,
-        p.lora_B,
-        p.bias,
-        p.scaling,
-        0.5 if dropout else 0.0,
-        SEED if dropout else None,
-        *variant,
-        "auto",
-    )
+def forward_args(p, *, dropout=False, variant=(None,) * 5):
+    tensors = (p.x, p.weight, p.lora_A, p.lora_B, p.bias)
+    return (*tensors, p.scaling, 0.5 if dropout else 0.0, SEED if dropout else None, *variant, "auto")
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -39,52 +29,18 @@ def test_opcheck_forward(dtype, dropout):
 
 def test_opcheck_variants():
     p = random_problem(6, 10, 12, 4)
-    variant = (torch.randn(6, 12), torch.randn(6, 4), torch.randn(6, 2), torch.rand(10))
+    variant = (torch.randn(6, 12), torch.randn(6, 4), torch.randn(6, 2), torch.rand(10), torch.rand(10))
     torch.library.opcheck(FORWARD, forward_args(p, variant=variant))
-    h = torch.randn(6, 4)
-    args = (
-        p.dy,
-        torch.randn(6, 4),
-        p.x,
-        p.weight,
-        p.lora_A,
-        p.lora_B,
-        h,
-        1.5,
-        0.0,
-        None,
-        *variant,
-        torch.rand(10),
-        [True] * 9,
-        "auto",
-    )
-    torch.library.opcheck(BACKWARD, args)
+    tensors = (p.dy, torch.randn(6, 4), p.x, p.weight, p.lora_A, p.lora_B, torch.randn(6, 4))
+    torch.library.opcheck(BACKWARD, (*tensors, 1.5, 0.0, None, *variant, [True] * 9, "auto"))
 
 
 @pytest.mark.parametrize("needs", [(1, 0, 1, 1, 1), (0, 0, 1, 0, 0), (1, 0, 0, 0, 0), (0, 0, 0, 0, 0)])
 def test_opcheck_backward(needs):
     p = random_problem(6, 10, 12, 3)
     mask = [bool(n) for n in needs] + [False] * 4
-    args = (
-        p.dy,
-        None,
-        p.x,
-        p.weight,
-        p.lora_A,
-        p.lora_B,
-        torch.randn(6, 3),
-        1.5,
-        0.5,
-        SEED,
-        None,
-        None,
-        None,
-        None,
-        None,
-        mask,
-        "auto",
-    )
-    torch.library.opcheck(BACKWARD, args)
+    tensors = (p.dy, None, p.x, p.weight, p.lora_A, p.lora_B, torch.randn(6, 3))
+    torch.library.opcheck(BACKWARD, (*tensors, 1.5, 0.5, SEED, *(None,) * 5, mask, "auto"))
 
 
 def step(x, W, A, B, bias, scaling=1.5, dropout_p=0.0):

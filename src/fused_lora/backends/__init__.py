@@ -1,38 +1,78 @@
-"""Which back end serves a request: one if-chain, read by the ops on every call and by `python -m fused_lora info`.
+"""Which back end serves a request: every one says itself what it refuses, and the first willing one of a line is taken.
 
 A back end is a module with
-    forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> (y, h)
-    backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs) -> [dx, dA, dB, dbias], None where not
-    needed
-for plain LoRA with x as [M, K]. The variants (x_lora, h_in, gate, ...) go to ops.reference, see ops.schema.
+    forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant) -> (y, h)
+    backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant) -> Gradients
+    refusal(request) -> why it cannot serve the request, to be read after "backend 'name' supports", or None
+    summary(request) -> what it runs, in a phrase
+for x as [M, K] and the optional tensors 2-D, as `ops.reference` defines them.
 """
 
 import functools
 import importlib
-import importlib.util
-import os
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
-from fused_lora import _C
-
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
-_FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Who stands in line for a device type under backend="auto". The compiled CUDA kernels run on request, until measured.
+_LINES = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference"), "xpu": ("triton", "reference")}
+
+
+class Request(NamedTuple):
+    """What decides who can serve a call: the same for its forward and its backward."""
+
+    device: torch.device
+    dtype: torch.dtype  # of x, weight, bias
+    adapter_dtype: torch.dtype  # of lora_A, lora_B
+    N: int
+    K: int
+    R: int
+    aligned: bool  # the weight's rows lie in one piece each, from addresses that are multiples of 16 bytes
+    optional: tuple[str, ...]  # names of the optional tensors that are given
+
+
+def only_plain(request: Request) -> str | None:
+    """The refusal of a back end that computes plain LoRA only."""
+    return f"plain LoRA only; got {', '.join(request.optional)}" if request.optional else None
 
 
 @functools.cache
-def _module(name: str):
-    return importlib.import_module(f"fused_lora.backends.{name}")
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"fused_lora.backends.{name}" if name != "reference" else "fused_lora.ops.reference")
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def refusal(name: str, request: Request) -> str | None:
+    """Why the back end of this name cannot serve the request, to be read after "backend 'name' supports", or None."""
+    try:
+        return _module(name).refusal(request)
+    except ModuleNotFoundError as error:
+        return f"an installed {error.name}; there is none"
 
 
-def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+@functools.lru_cache(4096)
+def pick(backend: str, request: Request) -> ModuleType:
+    """The module that serves a request: under "auto" the first willing one of the device's line, else the named one.
+
+    Args:
+        backend: one of NAMES.
+        request: what decides.
+    Raises: ValueError if a named back end does not support the request, saying what it supports.
+    """
+    if backend == "auto":
+        return _module(next(name for name in line(request.device) if refusal(name, request) is None))
+    refused = refusal(backend, request)
+    if refused is not None:
+        raise ValueError(f"backend {backend!r} supports {refused}")
+    return _module(backend)
+
+
+def line(device: torch.device) -> tuple[str, ...]:
+    """The back ends that backend="auto" asks on a device, in order; the last one never refuses."""
+    return _LINES.get(device.type, ("reference",))
 
 
 def explain(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
@@ -43,69 +83,11 @@ def explain(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
         dtype: x's dtype.
     Returns: (name, reason).
     """
-    device = torch.device(device)
-    if dtype not in _FUSED_DTYPES:
-        return "reference", f"{dtype} has no fused kernel; the PyTorch composition serves it"
-    if device.type == "cpu":
-        inside = dtype == torch.float32 and _C.cpu_prefers_lora_gemm()
-        return "cpu", "C++ kernels, the base product inside" if inside else "C++ kernels around PyTorch's own GEMM"
-    if device.type in ("cuda", "xpu"):
-        if _has_triton():
-            return (
-                "triton",
-                "Triton kernels; the compiled CUDA kernels run on request with backend='cuda' until they are measured",
-            )
-        return "reference", "Triton is not installed; the PyTorch composition serves it"
-    return "reference", f"no fused kernel for device type {device.type!r}; the PyTorch composition serves it"
-
-
-@functools.cache
-def _auto(device: torch.device, dtype: torch.dtype):
-    return _module(explain(device, dtype)[0])
-
-
-def _refusal(name: str, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor) -> str | None:
-    """Why the back end `name` cannot serve the request, or None."""
-    if name == "reference":
-        return None
-    if x.dtype not in _FUSED_DTYPES:
-        return f"bfloat16, float16 and float32; got {x.dtype}"
-    if name == "cpu":
-        return None if x.device.type == "cpu" else f"CPU tensors; got {x.device}"
-    if name == "triton":
-        if not _has_triton():
-            return "an installed Triton"
-        if x.device.type == "cpu" and not interpreting():
-            return "GPU tensors (or CPU tensors with TRITON_INTERPRET=1 in the environment); got cpu"
-        return None
-    if name == "cuda":
-        return _module("cuda").refusal(x, weight, lora_A)
-    raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
-
-
-def pick(backend: str, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor):
-    """The module that serves plain LoRA on these tensors; under "auto" never an error, for a named back end never
-    another one.
-
-    Args:
-        backend: one of NAMES.
-        x: [M, K], or dy [M, N] in the backward.
-        weight, lora_A: [N, K], [R, K].
-    Raises: ValueError if a named back end does not support the request, saying what it supports.
-    """
-    if backend == "auto":
-        return _auto(x.device, x.dtype)
-    refusal = _refusal(backend, x, weight, lora_A)
-    if refusal is not None:
-        raise ValueError(f"backend {backend!r} supports {refusal}")
-    return _module(backend)
-
-
-def check_variant(backend: str) -> None:
-    """Raises ValueError if the named back end computes plain LoRA only."""
-    if backend not in ("auto", "reference"):
-        raise ValueError(
-            f"backend {backend!r} supports plain LoRA only; x_lora, h_in, gate, out_scale, grad_row_scale, return_h "
-            "and a trained weight need "
-            "backend='reference' or 'auto'"
-        )
+    request = Request(torch.device(device), dtype, dtype, 4096, 4096, 16, True, ())
+    refusals = []
+    for name in line(request.device):
+        refused = refusal(name, request)
+        if refused is None:
+            return name, "; ".join([*refusals, _module(name).summary(request)])
+        refusals.append(f"{name} supports {refused}")
+    raise AssertionError(f"{name}, the last of the line, never refuses")

@@ -7,7 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from fused_lora import _C
+from fused_lora.backends import FUSED_DTYPES, Request, only_plain
 from fused_lora.ops.dropout import dropout_threshold
+from fused_lora.ops.internals import linear_with_bias
+from fused_lora.ops.reference import Gradients
 
 _CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LORA_GEMM = _C.cpu_prefers_lora_gemm()
@@ -20,29 +23,19 @@ def _own_product(x: torch.Tensor, M: int) -> bool:
     return _LORA_GEMM and M >= _LEAST_ROWS and x.dtype is torch.float32
 
 
-def _onednn_linear():
-    """oneDNN's bf16 product with the bias in its epilogue, the operator that torch.compile calls; None where PyTorch or
-    the CPU has none.
-
-    F.linear fills y with the bias first: the same bits, for 1 to 6 % more time (EPYC 9004, torch 2.13.0, 2026-11-24).
-    """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return None
-    return torch.ops.mkldnn._linear_pointwise.default if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+def refusal(request: Request) -> str | None:
+    """See `backends`."""
+    if request.device.type != "cpu":
+        return f"CPU tensors; got {request.device}"
+    if request.dtype not in FUSED_DTYPES:
+        return f"bfloat16, float16 and float32; got {request.dtype}"
+    return only_plain(request)
 
 
-_LINEAR_BIAS = _onednn_linear()
-
-
-def _linear(x, weight, bias):
-    """F.linear(x, weight, bias), bit for bit."""
-    fused = (
-        bias is not None and _LINEAR_BIAS is not None and x.dtype is torch.bfloat16 and torch._C._get_mkldnn_enabled()
-    )
-    # of strided operands it would copy x, and take a reference kernel for W
-    if fused and x.is_contiguous() and weight.is_contiguous() and x.shape[0] > 0:
-        return _LINEAR_BIAS(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+def summary(request: Request) -> str:
+    """See `backends`."""
+    inside = _LORA_GEMM and request.dtype is torch.float32
+    return "C++ kernels, the base product inside" if inside else "C++ kernels around PyTorch's own GEMM"
 
 
 def _rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -54,7 +47,7 @@ def _rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
     return t, t.shape[1]
 
 
-def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
+def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
     """y [M, N] and h [M, R]; see `reference.forward`."""
     (x, ldx), lora_A, lora_B = _rows(x), lora_A.contiguous(), lora_B.contiguous()
     (M, K), (N, R) = x.shape, lora_B.shape
@@ -69,7 +62,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
             bias = bias.contiguous()
             bias_ptr = bias.data_ptr()
     else:
-        y = _linear(x, weight, bias)
+        y = F.linear(x, weight) if bias is None else linear_with_bias(x, weight, bias)
     seed_ptr, threshold = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     _C.cpu_forward(
         x.data_ptr(),
@@ -95,27 +88,26 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
     return y, h
 
 
-def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
-    """dx, dA, dB, dbias, None where `needs` says so; see `reference.backward`."""
+def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant):
+    """The gradients that `needs` asks for, but for the weight's; see `reference.backward`."""
     (dy, lddy), lora_A, lora_B = _rows(dy), lora_A.contiguous(), lora_B.contiguous()
     (M, N), (R, K) = dy.shape, lora_A.shape
-    need_x, need_A, need_B, need_bias = needs
     dx = dA = dB = dbias = None
     dx_ptr = dA_ptr = dB_ptr = dbias_ptr = x_ptr = ldx = h_ptr = W_ptr = ldw = 0
-    if need_x:
+    if needs.x:
         if _own_product(dy, M):
             (weight, ldw), dx = _rows(weight), dy.new_empty(M, K)
             W_ptr = weight.data_ptr()
         else:
             dx = dy.mm(weight)
         dx_ptr = dx.data_ptr()
-    if need_A:
+    if needs.lora_A:
         (x, ldx), dA = _rows(x), lora_A.new_empty(R, K)
         x_ptr, dA_ptr = x.data_ptr(), dA.data_ptr()
-    if need_B:
+    if needs.lora_B:
         h, dB = h.contiguous(), lora_B.new_empty(N, R)
         h_ptr, dB_ptr = h.data_ptr(), dB.data_ptr()
-    if need_bias:
+    if needs.bias:
         dbias = dy.new_empty(N)
         dbias_ptr = dbias.data_ptr()
     seed_ptr, threshold = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
@@ -144,4 +136,4 @@ def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
         threshold,
         torch.get_num_threads(),
     )
-    return dx, dA, dB, dbias
+    return Gradients(dx, None, dA, dB, dbias)

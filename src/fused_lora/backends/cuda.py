@@ -10,15 +10,14 @@ import functools
 import torch
 
 from fused_lora import _C
+from fused_lora.backends import Request, only_plain
 from fused_lora.ops.dropout import dropout_threshold
+from fused_lora.ops.internals import current_device, current_stream
+from fused_lora.ops.reference import Gradients
 
 _CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_RANK = 256
-# What torch.cuda.current_stream() and current_device() wrap, without the Python objects; absent from CPU builds of
-# PyTorch.
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
 
 
 @functools.cache
@@ -46,36 +45,40 @@ def _backward_bytes(*sizes) -> int:
     return _C.cuda_backward_plan(*sizes)["bytes"]
 
 
-def refusal(x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor) -> str | None:
-    """Why this back end cannot serve the request, to be read after "backend 'cuda' supports", or None.
+@functools.cache
+def _architectures() -> tuple[str, ...]:
+    """What this build holds machine code for, such as 90a."""
+    return tuple(_C.build_info()["cuda_archs"].replace(",", ";").split(";"))
 
-    Args:
-        x: [M, K], or dy [M, N] in the backward.
-        weight, lora_A: [N, K], [R, K].
-    """
+
+def refusal(request: Request) -> str | None:
+    """See `backends`."""
     if not _built():
         return (
             "GPU tensors in a build with CUDA kernels; this one has none (install where nvcc is found, or with "
             "FUSED_LORA_CUDA=1)"
         )
-    if x.device.type != "cuda":
-        return f"GPU tensors; got {x.device}"
-    if _capability(x.device.index) != (9, 0):
-        major, minor = _capability(x.device.index)
+    if request.device.type != "cuda":
+        return f"GPU tensors; got {request.device}"
+    if _capability(request.device.index) != (9, 0):
+        major, minor = _capability(request.device.index)
         return f"GPUs of compute capability 9.0 (H100, H200); got {major}.{minor}"
-    if x.dtype not in _DTYPES:
-        return f"bfloat16 and float16; got {x.dtype}"
-    N, K = weight.shape
-    if N % 8 or K % 8:
-        return f"sizes N and K that are multiples of 8; got N = {N}, K = {K}"
-    if lora_A.shape[0] > _MAX_RANK:
-        return f"ranks up to {_MAX_RANK}; got {lora_A.shape[0]}"
-    if weight.stride(1) != 1 or weight.stride(0) % 8 or weight.stride(0) < K or weight.data_ptr() % 16:
-        return (
-            f"a weight with contiguous rows that start on 16 bytes; got strides {weight.stride()} at address "
-            f"{weight.data_ptr():#x}"
-        )
-    return None
+    if "90a" not in _architectures():
+        return f"GPUs of compute capability 9.0 in a build for 90a; this one is for {', '.join(_architectures())}"
+    if request.dtype not in _DTYPES:
+        return f"bfloat16 and float16; got {request.dtype}"
+    if request.N % 8 or request.K % 8:
+        return f"sizes N and K that are multiples of 8; got N = {request.N}, K = {request.K}"
+    if request.R > _MAX_RANK:
+        return f"ranks up to {_MAX_RANK}; got {request.R}"
+    if not request.aligned:
+        return "a weight with contiguous rows that start on 16 bytes; got one with others"
+    return only_plain(request)
+
+
+def summary(request: Request) -> str:
+    """See `backends`."""
+    return "compiled CUDA kernels"
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
@@ -105,13 +108,13 @@ def _workspace(nbytes: int, device: torch.device) -> torch.Tensor:
 def _launch(function, device: torch.device, *args) -> None:
     """function(*args, device, stream) with `device` current."""
     index = device.index
-    if _current_device() == index:
-        return function(*args, index, _raw_stream(index))
+    if current_device() == index:
+        return function(*args, index, current_stream(index))
     with torch.cuda.device(index):
-        function(*args, index, _raw_stream(index))
+        function(*args, index, current_stream(index))
 
 
-def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
+def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
     """y [M, N] and h [M, R]; see `reference.forward`."""
     (M, K), N, R, dtype, device = x.shape, weight.shape[0], lora_A.shape[0], x.dtype, x.device
     y, h = torch.empty(M, N, dtype=dtype, device=device), torch.empty(M, _padded(R), dtype=dtype, device=device)
@@ -149,17 +152,17 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
     return y, h if h.shape[1] == R else h[:, :R].contiguous()
 
 
-def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
-    """[dx, dA, dB, dbias], None where `needs` says so; see `reference.backward`."""
+def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant):
+    """The gradients that `needs` asks for, but for the weight's; see `reference.backward`."""
     (M, N), (R, K), dtype, device = dy.shape, lora_A.shape, dy.dtype, dy.device
-    need_x, need_A, need_B, need_bias = needs
+    need_x, need_A, need_B, need_bias = needs.x, needs.lora_A, needs.lora_B, needs.bias
     make = torch.empty if M else torch.zeros
     dx = make(M, K, dtype=dtype, device=device) if need_x else None
     dA = make(R, K, dtype=lora_A.dtype, device=device) if need_A else None
     dB = make(N, R, dtype=lora_B.dtype, device=device) if need_B else None
     dbias = make(N, dtype=dtype, device=device) if need_bias else None
-    if M == 0 or not any(needs):
-        return [dx, dA, dB, dbias]
+    if M == 0 or not (need_x or need_A or need_B or need_bias):
+        return Gradients(dx, None, dA, dB, dbias)
     dy, lora_A, lora_B = _rows(dy), _flat(lora_A), _flat(lora_B)
     x = _rows(x) if need_A else None
     if need_B:
@@ -201,4 +204,4 @@ def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
         threshold,
         deterministic,
     )
-    return [dx, dA, dB, dbias]
+    return Gradients(dx, None, dA, dB, dbias)

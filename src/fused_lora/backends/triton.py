@@ -14,7 +14,9 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_lora.backends import FUSED_DTYPES, Request, only_plain
 from fused_lora.ops.dropout import dropout_threshold
+from fused_lora.ops.reference import Gradients
 from fused_lora.triton_kernels import configs
 from fused_lora.triton_kernels.dy_pass import dy_pass_kernel
 from fused_lora.triton_kernels.launch import launch
@@ -307,7 +309,22 @@ def _sum_slabs(parts):
         )
 
 
-def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
+def refusal(request: Request) -> str | None:
+    """See `backends`."""
+    interpreting = triton.knobs.runtime.interpret
+    if request.device.type not in ("cuda", "xpu") and not (interpreting and request.device.type == "cpu"):
+        return f"GPU tensors (or CPU tensors with TRITON_INTERPRET=1 in the environment); got {request.device}"
+    if request.dtype not in FUSED_DTYPES:
+        return f"bfloat16, float16 and float32; got {request.dtype}"
+    return only_plain(request)
+
+
+def summary(request: Request) -> str:
+    """See `backends`."""
+    return "Triton kernels; the compiled CUDA kernels run on request with backend='cuda' until they are measured"
+
+
+def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
     """y [M, N] and h [M, R]; see `reference.forward`."""
     x, weight, lora_A, lora_B = _rows(x), _rows(weight), _rows(lora_A), _rows(lora_B)
     M, N, R = x.shape[0], weight.shape[0], lora_A.shape[0]
@@ -334,14 +351,19 @@ def _dh_dB(dy, lora_B, h, scaling, need_dh, need_B):
     return dh, dB
 
 
-def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
-    """[dx, dA, dB, dbias], None where `needs` says so; see `reference.backward`."""
-    need_x, need_A, need_B, need_bias = needs
+def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant):
+    """The gradients that `needs` asks for, but for the weight's; see `reference.backward`."""
+    need_x, need_A, need_B, need_bias = needs.x, needs.lora_A, needs.lora_B, needs.bias
     dy, weight, lora_A, lora_B = _rows(dy), _rows(weight), _rows(lora_A), _rows(lora_B)
     (M, N), (R, K) = dy.shape, lora_A.shape
     if M == 0:
-        zeros = (dy.new_empty((0, K)), lora_A.new_zeros((R, K)), lora_B.new_zeros((N, R)), dy.new_zeros((N,)))
-        return [zero if need else None for zero, need in zip(zeros, needs)]
+        return Gradients(
+            dy.new_empty((0, K)) if need_x else None,
+            None,
+            lora_A.new_zeros((R, K)) if need_A else None,
+            lora_B.new_zeros((N, R)) if need_B else None,
+            dy.new_zeros((N,)) if need_bias else None,
+        )
     dx = dA = dh = dB = None
     with _on(dy.device):
         one_launch = _one_launch(dy, weight, lora_B, K, R) if need_x and not need_B and seed is None else None
@@ -353,4 +375,4 @@ def backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
             dx = _lora_gemm(dy, weight, False, dh, lora_A, 1, lora_A.stride(0), None, dropout_p, seed)
         if need_A:
             dA = _wgrad(dh, _rows(x), torch.empty((R, K), dtype=lora_A.dtype, device=dy.device), K, 1, dropout_p, seed)
-        return [dx, dA, dB, dy.sum(0) if need_bias else None]
+        return Gradients(dx, None, dA, dB, dy.sum(0) if need_bias else None)

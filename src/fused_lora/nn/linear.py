@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_lora.config import check_adapter_name, check_lora_arguments, lora_scaling, unknown_name
+from fused_lora.ops.internals import layer_tensors
 from fused_lora.ops.linear import lora_linear
 
 
@@ -120,16 +121,7 @@ class LoRALinear(nn.Module):
         name = self.active_adapter
         if name is None or self._pristine is not None:
             return F.linear(x, self.weight, self.bias)
-        try:  # past Module.__getattr__, which costs a small layer a tenth of its forward
-            own, modules = self._parameters, self._modules
-            weight, bias, lora_A, lora_B = (
-                own["weight"],
-                own["bias"],
-                modules["lora_A"]._parameters[name],
-                modules["lora_B"]._parameters[name],
-            )
-        except KeyError:  # a wrapper (FSDP1, parametrize) has put something else in a parameter's place
-            weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A[name], self.lora_B[name]
+        weight, bias, lora_A, lora_B = layer_tensors(self, name)
         dropout_p = self.lora_dropout[name] if self.training else 0.0
         return lora_linear(x, weight, lora_A, lora_B, self.scaling[name], bias=bias, dropout_p=dropout_p)
 

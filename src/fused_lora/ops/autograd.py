@@ -1,15 +1,51 @@
-"""The autograd Functions over the two operators: what is saved for the backward, and nothing more."""
+"""The autograd Function of the op: what is saved for the backward, and nothing more."""
+
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 import fused_lora.ops.schema  # noqa: F401  registers torch.ops.fused_lora
+from fused_lora.ops.internals import (
+    dispatch_modes_active,
+    function_apply,
+    has_no_memory,
+    is_tracing,
+    reshaped,
+    transforms_active,
+)
+from fused_lora.ops.reference import PLAIN, Gradients, Variant, composed_gradients
 
 _PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
-_PLAIN, _NO_VARIANT = (None,) * 5, (False,) * 4
-_unsafe_view = torch.ops.aten._unsafe_view.default
-_dispatch_modes, _functorch_active = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+
+
+class Inputs(NamedTuple):
+    """What LoRALinearFunction takes, or an entry for each: whether its gradient is needed, or the gradient."""
+
+    x: Tensor | None = None
+    weight: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    bias: Tensor | None = None
+    x_lora: Tensor | None = None
+    h_in: Tensor | None = None
+    gate: Tensor | None = None
+    out_scale: Tensor | None = None
+    grad_row_scale: Tensor | None = None
+    seed: Tensor | None = None
+    settings: tuple | None = None  # (scaling, dropout_p, backend)
+
+    def variant(self) -> Variant:
+        """The entries of the optional tensors."""
+        return Variant(self.x_lora, self.h_in, self.gate, self.out_scale, self.grad_row_scale)
+
+    def differentiable(self) -> Gradients:
+        """The entries of what may have a gradient."""
+        return Gradients(
+            self.x, self.weight, self.lora_A, self.lora_B, self.bias, self.x_lora, self.h_in, self.gate, self.out_scale
+        )
 
 
 def matrix(t: Tensor) -> Tensor:
@@ -18,68 +54,80 @@ def matrix(t: Tensor) -> Tensor:
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """y [..., N], h [M, R] = the op on x [..., K]. Saves x and h, each only if a needed gradient uses it, never a mask
-    or a copy of x.
+    """y [..., N], h [M, R] = the op on `Inputs` with x [..., K] and 2-D optional tensors, by torch.ops.fused_lora.
 
-    settings is (scaling, dropout_p, backend); variant is empty for plain LoRA, else (x_lora, h_in, gate, out_scale,
-    grad_row_scale), 2-D. Flattening happens in here, where it makes no autograd nodes.
+    Saves x and h, each only if a needed gradient uses it, never a mask or a copy of x. Flattening happens in here,
+    where it makes no autograd nodes.
     """
 
     @staticmethod
-    def forward(x, weight, lora_A, lora_B, bias, seed, settings, *variant):
-        scaling, dropout_p, backend = settings
-        tensors = (variant or _PLAIN)[:4]
+    def forward(*inputs):
+        given = Inputs(*inputs)
+        scaling, dropout_p, backend = given.settings
         y, h = torch.ops.fused_lora.forward(
-            matrix(x), weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *tensors, backend
+            matrix(given.x),
+            given.weight,
+            given.lora_A,
+            given.lora_B,
+            given.bias,
+            scaling,
+            dropout_p,
+            given.seed,
+            *given.variant(),
+            backend,
         )
-        # _unsafe_view as in F.linear: y is nobody's view, so models may add to it in place
-        return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[1])), h
+        # nobody's view, so that models may add to it in place
+        return y if given.x.dim() == 2 else reshaped(y, (*given.x.shape[:-1], y.shape[1])), h
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, lora_A, lora_B, _, seed, ctx.settings, *variant = inputs
-        need = ctx.needs_input_grad
-        keep_x, keep_h = need[1] or need[2], need[3]
-        if variant:
-            keep_x = need[1] or need[10] or (need[2] and variant[0] is None)
-            keep_h = need[3] or need[9] or need[10]
-        ctx.save_for_backward(
-            x if keep_x else None, weight, lora_A, lora_B, output[1] if keep_h else None, seed, *variant
-        )
-        ctx.lead = x.shape[:-1]
+        given, need = Inputs(*inputs), Inputs(*ctx.needs_input_grad)
+        keep_x = need.weight or need.out_scale or (need.lora_A and given.x_lora is None)
+        keep_h = output[1] if need.lora_B or need.gate or need.out_scale else None
+        factors = given.weight, given.lora_A, given.lora_B
+        ctx.save_for_backward(given.x if keep_x else None, *factors, keep_h, given.seed, *given.variant())
+        ctx.settings, ctx.lead = given.settings, given.x.shape[:-1]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dy, dh):
-        if torch.is_grad_enabled() and not (is_dynamo_compiling() or _functorch_active()):
-            return _op_once(ctx, dy, dh)
+        if torch.is_grad_enabled() and not is_dynamo_compiling():
+            return _once(ctx, dy, dh)
         x, weight, lora_A, lora_B, h, seed, *variant = ctx.saved_tensors
         scaling, dropout_p, backend = ctx.settings
         if dy is None:  # nothing of y was used
             if dh is None:
-                return (None,) * (7 + len(variant))
+                return Inputs()
             dy = dh.new_zeros((dh.shape[0], weight.shape[0]))
-        need = ctx.needs_input_grad
-        needs, tensors = [*need[:5], *(need[7:11] or _NO_VARIANT)], variant or _PLAIN
-        x = x if x is None else matrix(x)
-        found = iter(
-            torch.ops.fused_lora.backward(
-                matrix(dy), dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, *tensors, needs, backend
-            )
-        )
-        grads = [next(found) if wanted else None for wanted in needs]
-        if len(ctx.lead) != 1 and grads[0] is not None:
-            grads[0] = grads[0].view(*ctx.lead, grads[0].shape[1])
-        return (*grads[:5], None, None, *grads[5:], None) if variant else (*grads[:5], None, None)
+        dy, x = matrix(dy), x if x is None else matrix(x)
+        needs = Inputs(*ctx.needs_input_grad).differentiable()
+        factors = x, weight, lora_A, lora_B
+        if has_no_memory(dy) or (dh is not None and has_no_memory(dh)):
+            grads = composed_gradients(dy, dh, *factors, scaling, dropout_p, seed, needs, Variant(*variant))
+        else:
+            given = (*factors, h, scaling, dropout_p, seed, *variant)
+            found = iter(torch.ops.fused_lora.backward(dy, dh, *given, list(needs), backend))
+            grads = Gradients(*(next(found) if need else None for need in needs))
+        if len(ctx.lead) != 1 and grads.x is not None:
+            grads = grads._replace(x=grads.x.view(*ctx.lead, grads.x.shape[1]))
+        return Inputs(*grads)
+
+
+@functools.cache
+def _needs(of_inputs: tuple[bool, ...]) -> Gradients:
+    """Which gradients _EagerFunction's needs_input_grad asks for."""
+    x, lora_A, lora_B, _ = of_inputs
+    return Gradients(x, False, lora_A, lora_B, False, False, False, False, False)
 
 
 class _EagerFunction(torch.autograd.Function):
     """LoRALinearFunction for plain LoRA over a frozen layer where nobody listens to the dispatcher: straight to the
-    back end.
+    back end that `plan` names, which serves the backward, too.
 
     After a GEMM has emptied the caches, each step on the way costs microseconds: the dispatcher and its Python bridge,
-        a second output, a
-    context set up apart, and every argument that autograd looks at. So `plan` carries what needs no gradient.
+        a
+    second output, a context set up apart, and every argument that autograd looks at. So `plan` carries what needs no
+    gradient.
     """
 
     @staticmethod
@@ -90,11 +138,11 @@ class _EagerFunction(torch.autograd.Function):
             lead, flat = x.shape[:-1], matrix(x)
             if x.is_contiguous():
                 x = flat  # saved as it is needed; a copy is not held
-        y, h = backend.forward(flat, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+        y, h = backend.forward(flat, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, PLAIN)
         _, need_A, need_B, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, h if need_B else None, seed)
         ctx.plan = scaling, dropout_p, backend, lead
-        return y if lead is None else _unsafe_view(y, (*lead, y.shape[1]))
+        return y if lead is None else reshaped(y, (*lead, y.shape[1]))
 
     @staticmethod
     def backward(ctx, dy):
@@ -102,33 +150,44 @@ class _EagerFunction(torch.autograd.Function):
             return _eager_once(ctx, dy)
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         scaling, dropout_p, backend, lead = ctx.plan
-        need_x, need_A, need_B, _ = ctx.needs_input_grad
         if lead is not None:
             dy, x = matrix(dy), x if x is None else matrix(x)
-        needs = (need_x, need_A, need_B, False)
-        dx, dA, dB, _ = backend.backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
-        if lead is not None and need_x:
+        needs = _needs(ctx.needs_input_grad)
+        if dispatch_modes_active() or dy.is_neg() or has_no_memory(dy):  # who came up after the forward sees it, too
+            grads = composed_gradients(dy, None, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs, PLAIN)
+        else:
+            grads = backend.backward(dy, None, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, PLAIN)
+        dx = grads.x
+        if lead is not None and dx is not None:
             dx = dx.view(*lead, dx.shape[1])
-        return dx, dA, dB, None
+        return dx, grads.lora_A, grads.lora_B, None
 
 
 # With create_graph=True: differentiating once more must raise, not give zeros.
-_op_once, _eager_once = (
-    torch.autograd.function.once_differentiable(f.backward) for f in (LoRALinearFunction, _EagerFunction)
-)
-# Function.apply binds its arguments through inspect.signature on every call; its own C++ base does the rest of its
-# work.
-eager_apply = super(torch.autograd.Function, _EagerFunction).apply
+_once = torch.autograd.function.once_differentiable(LoRALinearFunction.backward)
+_eager_once = torch.autograd.function.once_differentiable(_EagerFunction.backward)
+eager_apply = function_apply(_EagerFunction)
 
 
-def nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor, bias: Tensor | None) -> bool:
+def nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
     """Whether this is plain eager mode over a frozen layer: no tracing, torch.compile, torch.func, selective
-    checkpointing or other dispatch mode, no tensor subclass. Otherwise calls go through torch.ops.fused_lora.*, which
-    all of those see."""
+    checkpointing or other dispatch mode, no tensor subclass and no lazy negation. Otherwise calls go through
+    torch.ops.fused_lora.*, which all of those see."""
     return (
         type(x) in _PLAIN_TENSORS
         and type(weight) in _PLAIN_TENSORS
         and type(lora_A) in _PLAIN_TENSORS
-        and not (weight.requires_grad or (bias is not None and bias.requires_grad))
-        and not (is_dynamo_compiling() or _dispatch_modes() or _functorch_active())
+        and type(lora_B) in _PLAIN_TENSORS
+        and (bias is None or (type(bias) in _PLAIN_TENSORS and not bias.requires_grad))
+        and not weight.requires_grad
+        and not (is_dynamo_compiling() or dispatch_modes_active() or transforms_active() or is_tracing())
+        and not (x.is_neg() or weight.is_neg() or lora_A.is_neg() or lora_B.is_neg())
     )
+
+
+def needs_plain_operators(*tensors: Tensor) -> bool:
+    """Whether the caller must see PyTorch's own operators: torch.func transforms and vmap, torch.jit.trace, and tensor
+    subclasses that are made of other tensors (DTensor, jagged, quantised), whose rules know those only."""
+    if any(hasattr(type(t), "__tensor_flatten__") for t in tensors if type(t) not in _PLAIN_TENSORS):
+        return True
+    return not is_dynamo_compiling() and (transforms_active() or is_tracing() or any(map(has_no_memory, tensors)))

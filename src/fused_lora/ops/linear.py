@@ -1,15 +1,20 @@
 """lora_linear(): every check of the op, once, before anything is computed."""
 
 import difflib
+from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fused_lora.backends import NAMES, pick
-from fused_lora.ops.autograd import LoRALinearFunction, eager_apply, matrix, nobody_listens
+from fused_lora.ops.autograd import LoRALinearFunction, eager_apply, matrix, needs_plain_operators, nobody_listens
+from fused_lora.ops.dropout import dropout_threshold
+from fused_lora.ops.internals import any_autocast_enabled
+from fused_lora.ops.reference import PLAIN, Variant, composition
+from fused_lora.ops.schema import aligned, request_of
 
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
-_any_autocast = torch._C._is_any_autocast_enabled
 
 
 def lora_linear(
@@ -64,59 +69,94 @@ def lora_linear(
     Raises: ValueError naming the argument, what was expected and what was given.
     Source: Hu et al., arXiv 2106.09685; names as in Hugging Face PEFT.
     """
-    if _any_autocast() and torch.is_autocast_enabled(x.device.type):
+    if any_autocast_enabled() and _autocasts(x):
         x, weight, lora_A, lora_B, bias, x_lora, h_in = _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in)
-    dtype, adapter_dtype, shape, w, a = x.dtype, lora_A.dtype, x.shape, weight.shape, lora_A.shape
-    good = (
-        len(shape) > 0
-        and len(w) == 2
-        and len(a) == 2
-        and shape[-1] == w[1] == a[1]
-        and lora_B.shape == (w[0], a[0])
-        and 0 not in w
-        and a[0] > 0
-        and dtype is weight.dtype
-        and dtype in _DTYPES
-        and adapter_dtype is lora_B.dtype
-        and (adapter_dtype is dtype or adapter_dtype is torch.float32)
-        and (bias is None or (bias.shape == (w[0],) and bias.dtype is dtype))
-        and 0.0 <= dropout_p < 1.0
-        and backend in NAMES
+    plain = not return_h and (
+        x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None
     )
-    if not (
-        x.is_cpu and weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)
-    ):  # devices cost more to compare
-        good = (
-            good
-            and x.device == weight.device == lora_A.device == lora_B.device
-            and (bias is None or bias.device == x.device)
-        )
-    if not good:
-        raise _explain(x, weight, lora_A, lora_B, bias, dropout_p, backend)
+    if plain and nobody_listens(x, weight, lora_A, lora_B, bias):
+        serving = _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend)
+        if type(scaling) is not float:
+            lora_A, scaling = _tensor_scaling(lora_A, scaling)
+        seed = _draw_seed(x, dropout_p) if dropout_p > 0.0 and training else None
+        return eager_apply(x, lora_A, lora_B, (weight, bias, seed, scaling, dropout_p, serving))
+    error = fault(x, weight, lora_A, lora_B, bias, dropout_p, backend)
+    if error is not None:
+        raise error
+    variant = Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
+    if not plain:
+        _check_variant(x, weight, lora_A, variant)
     if type(scaling) is not float:
         lora_A, scaling = _tensor_scaling(lora_A, scaling)
-    dropout = dropout_p > 0.0 and training and round(dropout_p * 65536) > 0
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout else None
-    variant = ()
-    if return_h or not (
-        x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None
-    ):
-        _check_variant(x, w[0], a[0], x_lora, h_in, gate, out_scale, grad_row_scale)
-        if return_h:  # h without the factor: fold it into the gate
-            gate, scaling = (
-                (x.new_full((*shape[:-1], 1), scaling, dtype=torch.float32) if gate is None else gate * scaling),
-                1.0,
-            )
-        variant = (*(t if t is None else matrix(t) for t in (x_lora, h_in, gate)), out_scale, grad_row_scale)
-    if not dropout:
-        dropout_p = 0.0
-    if not variant and nobody_listens(x, weight, lora_A, bias):
-        return eager_apply(
-            x, lora_A, lora_B, (weight, bias, seed, scaling, dropout_p, pick(backend, x, weight, lora_A))
-        )
+    dropout_p = dropout_p if training else 0.0
+    if needs_plain_operators(x, weight, lora_A, lora_B):
+        return _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, variant, return_h)
+    if return_h:  # h without the factor: fold it into the gate
+        gate = x.new_full((*x.shape[:-1], 1), scaling, dtype=torch.float32) if gate is None else gate * scaling
+        variant, scaling = variant._replace(gate=gate), 1.0
+    rows = [t if t is None else matrix(t) for t in variant[:3]]
+    seed = _draw_seed(x, dropout_p)
     settings = (scaling, dropout_p, backend)
-    y, h = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, seed, settings, *variant)
-    return (y, h.view(*shape[:-1], a[0])) if return_h else y
+    y, h = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, *rows, *variant[3:], seed, settings)
+    return (y, h.view(*x.shape[:-1], lora_A.shape[0])) if return_h else y
+
+
+# The back end that serves a call, by everything that `fault` and `pick` look at: a call is checked once, not each time.
+_SERVING: dict[tuple, ModuleType] = {}
+
+
+def _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ModuleType:
+    """The back end of a call with plain tensors. Raises: ValueError if an argument is wrong or the back end refuses."""
+    try:
+        key = (
+            backend,
+            dropout_p,
+            x.layout,
+            x.shape[-1],
+            x.dtype,
+            x.device,
+            weight.shape,
+            weight.dtype,
+            weight.device,
+            lora_A.shape,
+            lora_A.dtype,
+            lora_A.device,
+            lora_B.shape,
+            lora_B.dtype,
+            lora_B.device,
+            None if bias is None else (bias.shape, bias.dtype, bias.device),
+            weight.is_cpu or aligned(weight),
+        )
+        return _SERVING[key]
+    except (KeyError, IndexError, TypeError):  # new, or of no dimension, or not hashable
+        error = fault(x, weight, lora_A, lora_B, bias, dropout_p, backend)
+        if error is not None:
+            raise error from None
+    if len(_SERVING) > 4096:
+        _SERVING.clear()
+    serving = _SERVING[key] = pick(backend, request_of(x, weight, lora_A, PLAIN))
+    return serving
+
+
+def _draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
+    """Dropout's seed from PyTorch's default generator, None if no element would be dropped."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_threshold(dropout_p) else None
+
+
+def _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, variant, return_h):
+    """The op in plain PyTorch operators, for who must see them."""
+    given = (
+        f"torch.jit.trace or a tensor subclass; got {', '.join(type(t).__name__ for t in (x, weight, lora_A, lora_B))}"
+    )
+    if backend not in ("auto", "reference"):
+        raise ValueError(f"backend must be 'auto' or 'reference' under {given}")
+    if variant.grad_row_scale is not None:
+        raise ValueError(f"grad_row_scale must be None under {given}")
+    mask = None
+    if dropout_p > 0.0:
+        mask = F.dropout(torch.ones_like(x), dropout_p)
+    y, h = composition(x, weight, lora_A, lora_B, bias, scaling, mask, variant)
+    return (y, h) if return_h else y
 
 
 def _tensor_scaling(lora_A: Tensor, scaling) -> tuple[Tensor, float]:
@@ -127,6 +167,12 @@ def _tensor_scaling(lora_A: Tensor, scaling) -> tuple[Tensor, float]:
     if scaling.dim() != 0:
         raise ValueError(f"scaling must be a number or a 0-d tensor; got a tensor of shape {list(scaling.shape)}")
     return lora_A.float() * scaling if lora_A.dtype != torch.float64 else lora_A * scaling, 1.0
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device type; some types (meta) have none."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in):
@@ -145,8 +191,13 @@ def _shape(t: Tensor) -> list[int]:
     return list(t.shape)
 
 
-def _explain(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ValueError:
-    """The first thing that is wrong with the arguments."""
+def fault(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ValueError | None:
+    """The first thing that is wrong with the arguments, None if nothing is."""
+    for name, t in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(t, Tensor):
+            return ValueError(f"{name} must be a torch.Tensor; got {type(t).__name__}")
+    if not isinstance(bias, Tensor | None):
+        return ValueError(f"bias must be a torch.Tensor or None; got {type(bias).__name__}")
     if weight.dim() != 2 or weight.numel() == 0:
         return ValueError(f"weight must have shape [N, K] with N, K >= 1; got {_shape(weight)}")
     N, K = weight.shape
@@ -160,6 +211,9 @@ def _explain(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ValueError:
             f"lora_B must have shape [{N}, {R}] to match weight {_shape(weight)} and lora_A {_shape(lora_A)}; got "
             f"{_shape(lora_B)}"
         )
+    for name, t in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+        if t is not None and t.layout not in (torch.strided, torch.jagged):
+            return ValueError(f"{name} must be a dense tensor; got layout {t.layout}")
     if x.dtype not in _DTYPES:
         return ValueError(f"x must be bfloat16, float16, float32 or float64; got {x.dtype}")
     if weight.dtype != x.dtype:
@@ -176,17 +230,19 @@ def _explain(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ValueError:
     for name, t in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
         if t is not None and t.device != x.device:
             return ValueError(f"{name} must be on x's device {x.device}; got {t.device}")
-    if not 0.0 <= dropout_p < 1.0:
+    if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p < 1.0:
         return ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
-    near = difflib.get_close_matches(str(backend), NAMES, 1)
-    return ValueError(
-        f"backend must be one of {', '.join(NAMES)}; got {backend!r}"
-        + (f" (did you mean {near[0]!r}?)" if near else "")
-    )
+    if backend not in NAMES:
+        near = difflib.get_close_matches(str(backend), NAMES, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return ValueError(f"backend must be one of {', '.join(NAMES)}; got {backend!r}{hint}")
+    return None
 
 
-def _check_variant(x, N, R, x_lora, h_in, gate, out_scale, grad_row_scale) -> None:
-    """Shapes, dtypes and devices of the optional tensors."""
+def _check_variant(x: Tensor, weight: Tensor, lora_A: Tensor, variant: Variant) -> None:
+    """Raises ValueError for a wrong shape, dtype or device of an optional tensor."""
+    x_lora, h_in, gate, out_scale, grad_row_scale = variant
+    N, R = weight.shape[0], lora_A.shape[0]
     lead = tuple(x.shape[:-1])
     if x_lora is not None and (x_lora.shape != x.shape or x_lora.dtype != x.dtype):
         raise ValueError(
@@ -199,12 +255,6 @@ def _check_variant(x, N, R, x_lora, h_in, gate, out_scale, grad_row_scale) -> No
     for name, t in (("out_scale", out_scale), ("grad_row_scale", grad_row_scale)):
         if t is not None and (tuple(t.shape) != (N,) or t.dtype not in (torch.float32, torch.float64)):
             raise ValueError(f"{name} must have shape [{N}] and dtype float32; got {_shape(t)} and {t.dtype}")
-    for name, t in (
-        ("x_lora", x_lora),
-        ("h_in", h_in),
-        ("gate", gate),
-        ("out_scale", out_scale),
-        ("grad_row_scale", grad_row_scale),
-    ):
+    for name, t in variant._asdict().items():
         if t is not None and t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}; got {t.device}")

@@ -65,9 +65,17 @@ def _low(h: Tensor, scaling: float, variant: Variant) -> Tensor:
     return _gated(_ungated(h, scaling, variant), variant)
 
 
+def refusal(request) -> None:
+    """It serves every request."""
+
+
+def summary(request) -> str:
+    """What it runs, in a phrase."""
+    return "the PyTorch composition"
+
+
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant=PLAIN) -> tuple[Tensor, Tensor]:
-    """y [M, N] and h = s * drop(x_lora) At [M, R], both in x's dtype; arguments as in `functional.lora_linear`, x
-    2-D."""
+    """y [M, N] and h = s * drop(x_lora) At [M, R], both in x's dtype; arguments as in `lora_linear`, x 2-D."""
     mask = None if seed is None else dropout_mask(seed, *x.shape, dropout_p, x.dtype)
     h = (_lora_input(x, variant, mask) @ lora_A.to(x.dtype).t()).mul_(scaling)
     scaled = variant.out_scale is not None
@@ -128,3 +136,42 @@ def _variant_gradients(dy, dz, x, weight, B, h, scaling, needs, variant) -> dict
         z = torch.addmm(F.linear(x, weight), _low(h, scaling, variant), B.t())
         grads["out_scale"] = (dy * z).sum(0, dtype=variant.out_scale.dtype)
     return grads
+
+
+def composition(x, weight, lora_A, lora_B, bias, scaling, mask, variant=PLAIN) -> tuple[Tensor, Tensor]:
+    """(y, h) as PyTorch's autograd differentiates them, x and the optional tensors with any leading dimensions.
+
+    For who must see plain PyTorch operators: torch.func transforms and vmap, torch.jit.trace, and tensor subclasses
+        with
+    rules of their own (DTensor, jagged and quantised tensors). h is x_lora At, without the scaling; mask is dropout's,
+    of x's shape, or None.
+    """
+    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    h = F.linear(_lora_input(x, variant, mask), A)
+    low = h if variant.h_in is None else h + variant.h_in
+    if variant.gate is not None:
+        low = low * variant.gate.to(x.dtype).repeat_interleave(low.shape[-1] // variant.gate.shape[-1], dim=-1)
+    if variant.out_scale is None:
+        return F.linear(x, weight, bias) + scaling * F.linear(low, B), h
+    y = ((F.linear(x, weight) + scaling * F.linear(low, B)) * variant.out_scale).to(x.dtype)
+    return (y if bias is None else y + bias), h
+
+
+def composed_gradients(dy, dh, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs, variant) -> Gradients:
+    """What `backward` computes, by PyTorch's autograd of `composition`: for a dy or dh that is no plain memory.
+
+    Raises: ValueError with grad_row_scale, which is no derivative of anything.
+    """
+    if variant.grad_row_scale is not None:
+        raise ValueError("grad_row_scale must be None where gradients are batched or traced; got a tensor")
+    M, K = dy.shape[0], lora_A.shape[1]
+    mask = None if seed is None else dropout_mask(seed, M, K, dropout_p, weight.dtype)
+    x = weight.new_zeros(M, K) if x is None else x  # no needed gradient reads it
+    given = Gradients(x, weight, lora_A, lora_B, weight.new_zeros(weight.shape[0]), *variant[:4])
+    leaves = Gradients(*(t if t is None else t.detach().requires_grad_() for t in given))
+    with torch.enable_grad():
+        outputs = composition(*leaves[:5], scaling, mask, Variant(*leaves[5:]))
+    wanted = [leaf for leaf, need in zip(leaves, needs) if need]
+    used, incoming = zip(*((out, grad) for out, grad in zip(outputs, (dy, dh)) if grad is not None))
+    found = iter(torch.autograd.grad(used, wanted, incoming))
+    return Gradients(*(next(found) if need else None for need in needs))

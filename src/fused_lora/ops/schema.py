@@ -1,73 +1,60 @@
-"""The two operators of the library: schemas, fakes and their one implementation, which hands over to the back end that
-`pick` names.
+"""The two operators of the library: schemas, fakes, FLOPs and their one implementation, which hands over to the back
+end that `pick` names.
 
 PyTorch's dispatcher is the only registry. Callers go through `torch.ops.fused_lora.*`, which torch.compile, export and
-selective
-checkpointing see as one node. Fixed arity: `backward` returns one tensor per true entry of `needs`, in the order of
-    `reference.Gradients`.
+selective checkpointing see as one node. Fixed arity: `backward` returns one tensor per true entry of `needs`, in the
+order of `reference.Gradients`.
 """
 
 import torch
+from torch import Tensor
 
-from fused_lora.backends import check_variant, pick
-from fused_lora.ops import reference
+from fused_lora.backends import Request, pick
+from fused_lora.ops.internals import after_import
 from fused_lora.ops.reference import Gradients, Variant
 
-_VARIANT = "Tensor? x_lora, Tensor? h_in, Tensor? gate, Tensor? out_scale"
+_VARIANT = "Tensor? x_lora, Tensor? h_in, Tensor? gate, Tensor? out_scale, Tensor? grad_row_scale"
 
 _lib = torch.library.Library("fused_lora", "DEF")
 _lib.define(
     "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, float dropout_p, "
-    "Tensor? seed, "
-    f"{_VARIANT}, str backend) -> (Tensor y, Tensor h)",
+    f"Tensor? seed, {_VARIANT}, str backend) -> (Tensor y, Tensor h)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _lib.define(
-    "backward(Tensor dy, Tensor? dh, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? h, float scaling, "
-    "float dropout_p, "
-    f"Tensor? seed, {_VARIANT}, Tensor? grad_row_scale, bool[] needs, str backend) -> Tensor[]",
+    "backward(Tensor dy, Tensor? dh, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? h, "
+    f"float scaling, float dropout_p, Tensor? seed, {_VARIANT}, bool[] needs, str backend) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, backend):
-    if x_lora is None and h_in is None and gate is None and out_scale is None:
-        return pick(backend, x, weight, lora_A).forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
-    check_variant(backend)
-    return reference.forward(
-        x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, Variant(x_lora, h_in, gate, out_scale)
+def aligned(weight: Tensor) -> bool:
+    """Whether the rows of the weight lie in one piece each, from addresses that are multiples of 16 bytes; a CPU has no
+    need of it."""
+    return weight.is_cpu or (
+        weight.stride(1) == 1 and weight.stride(0) * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
     )
 
 
-def backward(
-    dy,
-    dh,
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    h,
-    scaling,
-    dropout_p,
-    seed,
-    x_lora,
-    h_in,
-    gate,
-    out_scale,
-    grad_row_scale,
-    needs,
-    backend,
-):
-    needs = Gradients(*needs)
-    variant = Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
-    if dh is None and not needs.weight and all(t is None for t in variant):
-        wanted = (needs.x, needs.lora_A, needs.lora_B, needs.bias)
-        grads = pick(backend, dy, weight, lora_A).backward(
-            dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, wanted
-        )
-    else:
-        check_variant(backend)
-        grads = reference.backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant)
+def request_of(x: Tensor, weight: Tensor, lora_A: Tensor, variant: Variant) -> Request:
+    """The request that a call makes, from x [M, K] or dy [M, N] and the others."""
+    optional = tuple(name for name, t in zip(Variant._fields, variant) if t is not None)
+    return Request(x.device, x.dtype, lora_A.dtype, *weight.shape, lora_A.shape[0], aligned(weight), optional)
+
+
+def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *optional_and_backend):
+    variant, backend = Variant(*optional_and_backend[:-1]), optional_and_backend[-1]
+    serving = pick(backend, request_of(x, weight, lora_A, variant))
+    return serving.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant)
+
+
+def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, *optional_needs_backend):
+    *optional, needs, backend = optional_needs_backend
+    variant, needs = Variant(*optional), Gradients(*needs)
+    serving = pick(backend, request_of(dy, weight, lora_A, variant))
+    grads = serving.backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant)
+    if needs.weight and grads.weight is None:  # a product of its own, which no kernel of ours could better
+        grads = grads._replace(weight=dy.t() @ x)
     return [grad for grad in grads if grad is not None]
 
 
@@ -76,40 +63,54 @@ _lib.impl("backward", backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fused_lora::forward")
-def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, x_lora, h_in, gate, out_scale, backend):
+def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *optional_and_backend):
     return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], lora_A.shape[0]))
 
 
 @torch.library.register_fake("fused_lora::backward")
-def _backward_fake(
-    dy,
-    dh,
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    h,
-    scaling,
-    dropout_p,
-    seed,
-    x_lora,
-    h_in,
-    gate,
-    out_scale,
-    grad_row_scale,
-    needs,
-    backend,
-):
-    M, K = dy.shape[0], lora_A.shape[1]
-    like = Gradients(
+def _backward_fake(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, *optional_needs_backend):
+    *optional, needs, _ = optional_needs_backend
+    variant, M, K = Variant(*optional), dy.shape[0], lora_A.shape[1]
+
+    def like(t: Tensor) -> Tensor:
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+    made = Gradients(
         x=lambda: dy.new_empty((M, K)),
         weight=lambda: torch.empty_like(weight),
-        lora_A=lambda: torch.empty_like(lora_A, memory_format=torch.contiguous_format),
-        lora_B=lambda: torch.empty_like(lora_B, memory_format=torch.contiguous_format),
+        lora_A=lambda: like(lora_A),
+        lora_B=lambda: like(lora_B),
         bias=lambda: dy.new_empty((dy.shape[1],)),
         x_lora=lambda: dy.new_empty((M, K)),
-        h_in=lambda: torch.empty_like(h_in, memory_format=torch.contiguous_format),
-        gate=lambda: torch.empty_like(gate, memory_format=torch.contiguous_format),
-        out_scale=lambda: torch.empty_like(out_scale, memory_format=torch.contiguous_format),
+        h_in=lambda: like(variant.h_in),
+        gate=lambda: like(variant.gate),
+        out_scale=lambda: like(variant.out_scale),
     )
-    return [make() for make, need in zip(like, needs) if need]
+    return [make() for make, need in zip(made, needs) if need]
+
+
+def _forward_flops(x, weight, lora_A, *_, **__) -> int:
+    """Of the base product, h and the update: 2 M N K + 2 M R (K + N)."""
+    (M, K), (N, R) = x, (weight[0], lora_A[0])
+    return 2 * M * N * K + 2 * M * R * (K + N)
+
+
+def _backward_flops(
+    dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, *optional_needs_backend, **_
+) -> int:
+    """Of the products that the needed gradients ask for."""
+    needs, (M, N), (R, K) = Gradients(*optional_needs_backend[-2]), dy, lora_A
+    into_x, into_h = needs.x or needs.x_lora, needs.x or needs.x_lora or needs.lora_A or needs.h_in or needs.gate
+    thin = [(into_h, N), (into_x, K), (needs.lora_A, K), (needs.lora_B, N)]
+    base = [needs.x, needs.weight, needs.out_scale]
+    return 2 * M * N * K * sum(map(bool, base)) + sum(2 * M * R * width for need, width in thin if need)
+
+
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.fused_lora.forward)(_forward_flops)
+    register_flop_formula(torch.ops.fused_lora.backward)(_backward_flops)
+
+
+after_import("torch.utils.flop_counter", _register_flops)  # which imports Triton: only who counts pays

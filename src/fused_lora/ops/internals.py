@@ -1,0 +1,163 @@
+"""Every private PyTorch name that the library uses, each with a public way to the same result.
+
+FUSED_LORA_INTERNALS=0 in the environment takes the public ways only: slower by a few microseconds a call, for a PyTorch
+in which one of these names has changed its meaning. A name that is absent is replaced in any case. This module imports
+nothing of ours, so that back ends and layers may use it, too.
+"""
+
+import importlib.abc
+import importlib.machinery
+import operator
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_ALLOWED = os.environ.get("FUSED_LORA_INTERNALS", "1") != "0"
+
+
+def _private(name: str):
+    """The object of a dotted name under torch, or None if it is absent or unwanted."""
+    if not _ALLOWED:
+        return None
+    try:
+        return operator.attrgetter(name)(torch)
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def _maybe() -> bool:
+    """Somebody may listen: the caller takes the way that everybody sees."""
+    return True
+
+
+# Whether any device type is under autocast; if not, no device needs to be asked.
+any_autocast_enabled = _private("_C._is_any_autocast_enabled") or _maybe
+
+# Whether a dispatch mode (fake tensors, tracing, selective checkpointing, counters) sees every operator that is called.
+dispatch_modes_active = _private("_C._len_torch_dispatch_stack") or _maybe
+
+# Whether torch.func transforms or vmap are at work; where PyTorch doesn't tell, dispatch_modes_active() says maybe.
+transforms_active = _private("_C._are_functorch_transforms_active") or (lambda: False)
+
+# Whether torch.jit.trace records.
+is_tracing = _private("_C._is_tracing") or torch.jit.is_tracing
+
+
+_is_legacy_batched = _private("_C._functorch.is_legacy_batchedtensor")
+
+
+def has_no_memory(t: Tensor) -> bool:
+    """Whether t stands for one element of a batch, as torch.autograd.grad(is_grads_batched=True) makes them."""
+    if _is_legacy_batched is not None:
+        return _is_legacy_batched(t)
+    try:
+        t.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+_unsafe_view = _private("ops.aten._unsafe_view.default")
+
+
+def reshaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The contiguous, fresh t in another shape and nobody's view: a view as a Function's result could not be changed in
+    place, as models do with a residual."""
+    if _unsafe_view is not None:
+        return _unsafe_view(t, shape)
+    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), shape)
+
+
+def function_apply(function: type[torch.autograd.Function]):
+    """function.apply without its binding of arguments through inspect.signature, which costs 6 us a call and which only
+    torch.func needs."""
+    base = super(torch.autograd.Function, function) if _ALLOWED else None
+    return getattr(base, "apply", function.apply)
+
+
+# The CUDA device that is current, and a device's current stream as an integer, without the Python objects around them.
+current_device = _private("_C._cuda_getDevice") or torch.cuda.current_device
+current_stream = _private("_C._cuda_getCurrentRawStream") or (
+    lambda index: torch.cuda.current_stream(index).cuda_stream
+)
+
+
+def layer_tensors(layer: nn.Module, adapter: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(weight, bias, lora_A[adapter], lora_B[adapter]) of a LoRA layer, past Module.__getattr__, which costs a small
+    layer a tenth of its forward."""
+    try:
+        own, modules = layer._parameters, layer._modules
+        lora_A, lora_B = modules["lora_A"]._parameters[adapter], modules["lora_B"]._parameters[adapter]
+        return own["weight"], own["bias"], lora_A, lora_B
+    except (KeyError, AttributeError):  # a wrapper (FSDP1, parametrize) has put something else in a parameter's place
+        return _layer_tensors_by_name(layer, adapter)
+
+
+def _layer_tensors_by_name(layer: nn.Module, adapter: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    return layer.weight, layer.bias, layer.lora_A[adapter], layer.lora_B[adapter]
+
+
+if not _ALLOWED:
+    layer_tensors = _layer_tensors_by_name
+
+
+def _onednn_bf16_linear():
+    """oneDNN's bf16 product with the bias in its epilogue, the operator that torch.compile calls; None where PyTorch or
+    the CPU has none."""
+    linear, supported = (
+        _private("ops.mkldnn._linear_pointwise.default"),
+        _private("ops.mkldnn._is_mkldnn_bf16_supported"),
+    )
+    return linear if torch.backends.mkldnn.is_available() and linear and supported and supported() else None
+
+
+_bf16_linear, _onednn_enabled = _onednn_bf16_linear(), _private("_C._get_mkldnn_enabled")
+
+
+def linear_with_bias(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear(x, weight, bias), bit for bit; of 2-D contiguous bf16 operands on a CPU with the bias added in oneDNN's
+    epilogue.
+
+    F.linear fills its result with the bias first: the same bits, for 1 to 6 % more time (EPYC 9004, torch 2.13.0,
+    2026-11-24).
+    """
+    fused = _bf16_linear is not None and x.dtype is torch.bfloat16 and _onednn_enabled is not None and _onednn_enabled()
+    # of strided operands it would copy x, and take a reference kernel for W
+    if fused and x.is_contiguous() and weight.is_contiguous() and x.shape[0] > 0:
+        return _bf16_linear(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def after_import(module: str, call: Callable[[], None]) -> None:
+    """Run `call` once the module has been imported: now, or when somebody imports it."""
+    if module in sys.modules:
+        call()
+    else:
+        sys.meta_path.insert(0, _AfterImport(module, call))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds one module as Python does, and runs something after its code."""
+
+    def __init__(self, module: str, call: Callable[[], None]):
+        self.module, self.call = module, call
+
+    def find_spec(self, name, path, target=None):
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            self.call()
+
+        spec.loader.exec_module = exec_module
+        return spec

@@ -1,0 +1,164 @@
+"""Who listens to PyTorch sees the op: counters, traces, torch.func, batched gradients, tensors that are no plain memory."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fused_lora import lora_linear
+from fused_lora.testing import random_problem
+
+M, N, K, R = 8, 24, 32, 4
+
+
+def composed(p, x, A, B):
+    return F.linear(x, p.weight, p.bias) + p.scaling * F.linear(F.linear(x, A), B)
+
+
+def call(p, x, A, B, **kwargs):
+    return lora_linear(x, p.weight, A, B, p.scaling, bias=p.bias, **kwargs)
+
+
+def leaves(p):
+    return [t.detach().clone().requires_grad_() for t in (p.x, p.lora_A, p.lora_B)]
+
+
+@pytest.mark.parametrize("trained", ["plain", "bias too", "with a gate"])
+def test_batched_gradients(trained):
+    """jacobian(vectorize=True) brings a dy that stands for a whole batch and has no memory."""
+    p = random_problem(3, 5, 7, 2)
+    p.bias.requires_grad_(trained == "bias too")
+    gate = torch.rand(3, 1) if trained == "with a gate" else None
+
+    def f(A, B):
+        return call(p, p.x, A, B, gate=gate)
+
+    want = torch.autograd.functional.jacobian(f, (p.lora_A, p.lora_B))
+    torch.testing.assert_close(torch.autograd.functional.jacobian(f, (p.lora_A, p.lora_B), vectorize=True), want)
+
+
+def test_batched_gradients_through_dropout_keep_the_mask():
+    p = random_problem(3, 5, 48, 2)
+    x = p.x.clone().requires_grad_()
+    y = call(p, x, p.lora_A, p.lora_B, dropout_p=0.5)
+    one_by_one = torch.stack([torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in (p.dy, 2 * p.dy)])
+    (together,) = torch.autograd.grad(y, x, torch.stack([p.dy, 2 * p.dy]), is_grads_batched=True)
+    torch.testing.assert_close(together, one_by_one)
+
+
+def test_torch_func():
+    p = random_problem(M, N, K, R)
+    x, A, B = p.x, p.lora_A, p.lora_B
+    torch.testing.assert_close(torch.vmap(lambda t: call(p, t, A, B))(x), composed(p, x, A, B))
+
+    def loss(f):
+        return lambda A, B, x: f(p, x, A, B).pow(2).sum()
+
+    per_sample = [
+        torch.vmap(torch.func.grad(loss(f), argnums=(0, 1)), (None, None, 0))(A, B, x) for f in (call, composed)
+    ]
+    torch.testing.assert_close(*per_sample, rtol=1e-4, atol=1e-4)
+    tangents = [torch.func.jvp(lambda A: f(p, x, A, B), (A,), (torch.ones_like(A),))[1] for f in (call, composed)]
+    torch.testing.assert_close(*tangents)
+    hessians = [torch.func.hessian(lambda B: loss(f)(A[:1], B, x[:1]))(B[:, :1]) for f in (call, composed)]
+    torch.testing.assert_close(*hessians)
+
+
+def test_jit_trace_is_a_graph_of_plain_operators():
+    p = random_problem(M, N, K, R)
+    other = torch.randn(3, K)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda x: call(p, x, p.lora_A, p.lora_B), (p.x,))
+    torch.testing.assert_close(traced(other), composed(p, other, p.lora_A, p.lora_B))
+
+
+FLOPS = """
+import sys, torch
+{first}
+{second}
+from fused_lora import lora_linear
+M, N, K, R = 8, 24, 32, 4
+x, W, A, B = (torch.randn(*s) for s in ((M, K), (N, K), (R, K), (N, R)))
+x.requires_grad_(), A.requires_grad_(), B.requires_grad_()
+with FlopCounterMode(display=False) as counter:
+    y = lora_linear(x, W, A, B, 1.0)
+    forward = counter.get_total_flops()
+    y.sum().backward()
+print(forward, counter.get_total_flops())
+late = lora_linear(x, W, A, B, 1.0)
+with FlopCounterMode(display=False) as counter:
+    late.sum().backward()
+print(counter.get_total_flops())
+"""
+IMPORTS = ["import fused_lora", "from torch.utils.flop_counter import FlopCounterMode"]
+
+
+@pytest.mark.parametrize("order", [IMPORTS, IMPORTS[::-1]], ids=["ours first", "counter first"])
+def test_flops_are_counted_whoever_is_imported_first(order):
+    done = subprocess.run(
+        [sys.executable, "-c", FLOPS.format(first=order[0], second=order[1])], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    base, low = 2 * M * N * K, 2 * M * R * (K + N)
+    forward, both, late = map(int, done.stdout.split())
+    assert (forward, both) == (base + low, 2 * base + 3 * low)
+    assert late >= base + 2 * low  # counted as plain operators, which compute h once more
+
+
+def test_subclasses_bring_their_own_rules():
+    """Jagged rows go through PyTorch's operators, as in nn.Linear."""
+    p = random_problem(M, N, K, R)
+    parts = [torch.randn(n, K) for n in (2, 5, 3)]
+    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    got = call(p, jagged, p.lora_A, p.lora_B)
+    for mine, part in zip(got.unbind(), parts):
+        torch.testing.assert_close(mine, composed(p, part, p.lora_A, p.lora_B))
+    with pytest.raises(ValueError, match="backend must be 'auto' or 'reference' under .* a tensor subclass"):
+        call(p, jagged, p.lora_A, p.lora_B, backend="cpu")
+
+
+def test_lazy_negation_is_seen():
+    """The imaginary part of a conjugate is a view whose memory holds the negated values."""
+    p = random_problem(M, N, K, R)
+    x = torch.randn(M, K, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(call(p, x, p.lora_A, p.lora_B), composed(p, x, p.lora_A, p.lora_B))
+    t, A, B = leaves(p)
+    dy = torch.randn(M, N, dtype=torch.complex64).conj().imag
+    call(p, t, A, B).backward(dy)
+    want = torch.autograd.grad(composed(p, t, A, B), (t, A, B), dy)
+    torch.testing.assert_close([t.grad, A.grad, B.grad], list(want), rtol=1e-4, atol=1e-4)
+
+
+def test_meta_tensors_have_shapes():
+    p = random_problem(M, N, K, R)
+    t = [t.to("meta").requires_grad_() for t in (p.x, p.lora_A, p.lora_B)]
+    y = lora_linear(t[0], p.weight.to("meta"), t[1], t[2], 1.0)
+    y.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):  # meta has no autocast
+        assert lora_linear(t[0], p.weight.to("meta"), t[1], t[2], 1.0).dtype == torch.float32
+    assert y.shape == (M, N) and all(one.grad.shape == one.shape for one in t)
+
+
+@pytest.mark.parametrize("layout", ["sparse", "mkldnn"])
+def test_other_layouts_are_refused_by_name(layout):
+    p = random_problem(M, N, K, R)
+    x = p.x.to_sparse() if layout == "sparse" else p.x.to_mkldnn()
+    with pytest.raises(ValueError, match="x must be a dense tensor"):
+        call(p, x, p.lora_A, p.lora_B)
+
+
+def test_the_core_needs_no_private_name_of_pytorch():
+    """Every name in internals.py has a public way: the op's and the layer's tests pass with those alone."""
+    if os.environ.get("FUSED_LORA_INTERNALS") == "0":
+        pytest.skip("this is that run")
+    here = os.path.dirname(__file__)
+    tests = [f"{here}/test_linear.py", f"{here}/test_listeners.py", f"{here}/../nn/test_linear.py"]
+    command = [os.path.join(os.path.dirname(sys.executable), "pytest"), "-q", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, env=os.environ | {"FUSED_LORA_INTERNALS": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
