@@ -1,4 +1,4 @@
-"""Who listens to PyTorch sees the op: counters, traces, torch.func, batched gradients, tensors that are no plain memory."""
+"""Who listens to PyTorch sees the op: counters, traces, torch.func, batched gradients, tensors without plain memory."""
 
 import os
 import subprocess

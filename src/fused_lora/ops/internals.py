@@ -1,8 +1,8 @@
 """Every private PyTorch name that the library uses, each with a public way to the same result.
 
-FUSED_LORA_INTERNALS=0 in the environment takes the public ways only: slower by a few microseconds a call, for a PyTorch
-in which one of these names has changed its meaning. A name that is absent is replaced in any case. This module imports
-nothing of ours, so that back ends and layers may use it, too.
+FUSED_LORA_INTERNALS=0 in the environment takes the public ways only: slower by a few microseconds and a copy of y a
+call, for a PyTorch in which one of these names has changed its meaning. A name that is absent is replaced in any case.
+This module imports nothing of ours, so that back ends and layers may use it, too.
 """
 
 import importlib.abc
@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 _ALLOWED = os.environ.get("FUSED_LORA_INTERNALS", "1") != "0"
@@ -52,6 +53,8 @@ _is_legacy_batched = _private("_C._functorch.is_legacy_batchedtensor")
 
 def has_no_memory(t: Tensor) -> bool:
     """Whether t stands for one element of a batch, as torch.autograd.grad(is_grads_batched=True) makes them."""
+    if is_dynamo_compiling():
+        return False
     if _is_legacy_batched is not None:
         return _is_legacy_batched(t)
     try:
@@ -69,7 +72,7 @@ def reshaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
     place, as models do with a residual."""
     if _unsafe_view is not None:
         return _unsafe_view(t, shape)
-    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), shape)
+    return t.view(shape).clone()
 
 
 def function_apply(function: type[torch.autograd.Function]):
