@@ -97,7 +97,7 @@ class LoRALinearFunction(torch.autograd.Function):
         scaling, dropout_p, backend = ctx.settings
         if dy is None:  # nothing of y was used
             if dh is None:
-                return Inputs()
+                return tuple(Inputs())
             dy = dh.new_zeros((dh.shape[0], weight.shape[0]))
         dy, x = matrix(dy), x if x is None else matrix(x)
         needs = Inputs(*ctx.needs_input_grad).differentiable()
@@ -110,7 +110,7 @@ class LoRALinearFunction(torch.autograd.Function):
             grads = Gradients(*(next(found) if need else None for need in needs))
         if len(ctx.lead) != 1 and grads.x is not None:
             grads = grads._replace(x=grads.x.view(*ctx.lead, grads.x.shape[1]))
-        return Inputs(*grads)
+        return tuple(Inputs(*grads))  # torch.compile takes a named tuple for no gradients at all
 
 
 @functools.cache
