@@ -6,9 +6,10 @@ def main() -> None:
     try:
         from fused_lora.cli import app
     except ModuleNotFoundError as missing:
-        if missing.name not in ("rich", "typer"):
+        library = str(missing.name).split(".")[0]
+        if library not in ("rich", "typer"):
             raise
-        raise SystemExit(f"fused-lora: {missing.name} is not installed: pip install 'fused-lora[cli]'") from None
+        raise SystemExit(f"fused-lora: {library} is not installed: pip install 'fused-lora[cli]'") from None
     app(prog_name="fused-lora")
 
 
