@@ -101,8 +101,8 @@ def command(line: str) -> str:
 
 
 def build_ninja(folder: Path, library: Path, headers: Path, cuda: Path | None) -> str:
-    """The text of build.ninja. Ninja runs in the repository and paths below it are relative, so that what a C++ compiler
-    writes does not depend on where that is (nvcc names its symbols by the absolute path)."""
+    """The text of build.ninja. Ninja runs in the repository and paths below it are relative, so that what a C++
+    compiler writes does not depend on where that is (nvcc names its symbols by the absolute path)."""
     cxx = os.environ.get("CXX", "c++")
     quote = shlex.quote
     flags = f"{CXXFLAGS} -Icsrc -I{quote(str(headers))} -I{quote(sysconfig.get_paths()['include'])}"
