@@ -5,6 +5,7 @@ Environment: FUSED_LORA_CUDA=auto|0|1 (1 without nvcc is an error), FUSED_LORA_C
 Torch is not needed here: the extension knows no torch type.
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -165,7 +166,8 @@ class NinjaBuild(build_ext):
             parent.mkdir(parents=True, exist_ok=True)
         library = folder / out.name
         (ROOT / folder / "build.ninja").write_text(build_ninja(folder, library, pybind11_headers(folder), cuda))
-        ninja = [found] if (found := shutil.which("ninja")) else [sys.executable, "-m", "ninja"]
+        # The same ninja in pip's isolated environment and out of it: another release does not read the log of this one.
+        ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         if subprocess.run([*ninja, "-C", str(ROOT), "-f", str(folder / "build.ninja"), *jobs]).returncode:
             raise SystemExit(
