@@ -23,3 +23,30 @@ def test_command_line_without_its_libraries_says_what_to_install(name):
     done = run_python(code)
     assert done.returncode == 1
     assert done.stderr == f"fused-lora: {name} is not installed: pip install 'fused-lora[cli]'\n"
+
+
+def test_the_core_works_without_the_extras(tmp_path):
+    """Apply, train, save and load, beside torch and safetensors alone."""
+    code = """
+import sys
+for name in ("accelerate", "gguf", "matplotlib", "peft", "rich", "transformers", "triton", "typer"):
+    sys.modules[name] = None
+import fused_lora, torch
+def model():
+    torch.manual_seed(0)
+    return torch.nn.ModuleDict({"up": torch.nn.Linear(16, 32)})
+trained = model()
+fused_lora.apply_lora(trained, r=4, lora_alpha=8, target_modules=["up"])
+x = torch.randn(5, 16)
+trained["up"](x).sum().backward()
+with torch.no_grad():
+    for p in trained.parameters():
+        if p.grad is not None:
+            p -= p.grad
+fused_lora.save_adapter(trained, sys.argv[1])
+fused_lora.load_adapter(loaded := model(), sys.argv[1])
+assert not torch.equal(trained["up"](x), model()["up"](x))
+assert torch.equal(trained["up"](x), loaded["up"](x))
+print("done")
+"""
+    assert (done := run_python(code, str(tmp_path))).stdout == "done\n", done.stderr
