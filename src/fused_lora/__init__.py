@@ -4,6 +4,8 @@ from fused_lora.adapters import apply_lora, load_adapter, merged, print_trainabl
 from fused_lora.nn import LoRALinear
 from fused_lora.ops.linear import lora_linear
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LoRALinear",
     "apply_lora",
