@@ -2,6 +2,7 @@
 tolerance."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def exact_problem(M, N, K, R, dtype=torch.float32, adapter_dtype=None, *, bias=T
     )
 
 
-def run(p: Problem, *, backend: str, dropout_p=0.0, seed=None, needs=(True,) * 4) -> dict[str, Tensor | None]:
+def run(p: Problem, *, backend: str, dropout_p=0.0, seed=None, needs=(True,) * 4) -> dict[str, Any]:
     """y, h and the gradients dx, dA, dB, dbias of `needs`, through the operators (not through autograd).
 
     Args:
@@ -107,7 +108,7 @@ def run(p: Problem, *, backend: str, dropout_p=0.0, seed=None, needs=(True,) * 4
     return out
 
 
-def truth(p: Problem, *, dropout_p=0.0, seed=None) -> dict[str, Tensor]:
+def truth(p: Problem, *, dropout_p=0.0, seed=None) -> dict[str, Any]:
     """What `run` computes, in fp64 from the same (rounded) inputs."""
     return run(p.to(torch.float64), backend="reference", dropout_p=dropout_p, seed=seed)
 

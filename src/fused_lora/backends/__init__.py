@@ -84,7 +84,7 @@ def explain(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
     Returns: (name, reason).
     """
     request = Request(torch.device(device), dtype, dtype, 4096, 4096, 16, True, ())
-    refusals = []
+    refusals: list[str] = []
     for name in line(request.device):
         refused = refusal(name, request)
         if refused is None:

@@ -1,7 +1,7 @@
 """The autograd Function of the op: what is saved for the backward, and nothing more."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,18 +24,18 @@ _PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 class Inputs(NamedTuple):
     """What LoRALinearFunction takes, or an entry for each: whether its gradient is needed, or the gradient."""
 
-    x: Tensor | None = None
-    weight: Tensor | None = None
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
-    bias: Tensor | None = None
-    x_lora: Tensor | None = None
-    h_in: Tensor | None = None
-    gate: Tensor | None = None
-    out_scale: Tensor | None = None
-    grad_row_scale: Tensor | None = None
-    seed: Tensor | None = None
-    settings: tuple | None = None  # (scaling, dropout_p, backend)
+    x: Any = None
+    weight: Any = None
+    lora_A: Any = None
+    lora_B: Any = None
+    bias: Any = None
+    x_lora: Any = None
+    h_in: Any = None
+    gate: Any = None
+    out_scale: Any = None
+    grad_row_scale: Any = None
+    seed: Any = None
+    settings: Any = None  # (scaling, dropout_p, backend)
 
     def variant(self) -> Variant:
         """The entries of the optional tensors."""

@@ -11,9 +11,10 @@ import operator
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
@@ -89,7 +90,7 @@ current_stream = _private("_C._cuda_getCurrentRawStream") or (
 )
 
 
-def layer_tensors(layer: nn.Module, adapter: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def layer_tensors(layer: Any, adapter: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(weight, bias, lora_A[adapter], lora_B[adapter]) of a LoRA layer, past Module.__getattr__, which costs a small
     layer a tenth of its forward."""
     try:
@@ -100,7 +101,7 @@ def layer_tensors(layer: nn.Module, adapter: str) -> tuple[Tensor, Tensor | None
         return _layer_tensors_by_name(layer, adapter)
 
 
-def _layer_tensors_by_name(layer: nn.Module, adapter: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def _layer_tensors_by_name(layer: Any, adapter: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     return layer.weight, layer.bias, layer.lora_A[adapter], layer.lora_B[adapter]
 
 
@@ -156,11 +157,12 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
             return spec
-        execute = spec.loader.exec_module
+        loader: Any = spec.loader
+        execute = loader.exec_module
 
         def exec_module(module):
             execute(module)
             self.call()
 
-        spec.loader.exec_module = exec_module
+        loader.exec_module = exec_module
         return spec

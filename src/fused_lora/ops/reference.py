@@ -8,7 +8,7 @@ Source: Hu et al., "LoRA", arXiv 2106.09685; variants: DoRA (out_scale) 2402.093
 ResLoRA (x_lora, h_in) 2402.18039, LoRA-Flow (gate) 2402.11455.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,17 +28,18 @@ class Variant(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """One gradient per differentiable input, in the order of `needs`; None where not asked for."""
+    """An entry per differentiable input: its gradient, None where not asked for; or, as `needs`, whether it is asked
+    for."""
 
-    x: Tensor | None = None
-    weight: Tensor | None = None
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
-    bias: Tensor | None = None
-    x_lora: Tensor | None = None
-    h_in: Tensor | None = None
-    gate: Tensor | None = None
-    out_scale: Tensor | None = None
+    x: Any = None
+    weight: Any = None
+    lora_A: Any = None
+    lora_B: Any = None
+    bias: Any = None
+    x_lora: Any = None
+    h_in: Any = None
+    gate: Any = None
+    out_scale: Any = None
 
 
 PLAIN = Variant()
@@ -52,8 +53,8 @@ def _gated(t: Tensor, variant: Variant) -> Tensor:
 
 
 def _lora_input(x: Tensor | None, variant: Variant, mask: Tensor | None) -> Tensor:
-    x = x if variant.x_lora is None else variant.x_lora
-    return x if mask is None else x * mask
+    given: Any = x if variant.x_lora is None else variant.x_lora
+    return given if mask is None else given * mask
 
 
 def _ungated(h: Tensor, scaling: float, variant: Variant) -> Tensor:
@@ -76,7 +77,7 @@ def summary(request) -> str:
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant=PLAIN) -> tuple[Tensor, Tensor]:
     """y [M, N] and h = s * drop(x_lora) At [M, R], both in x's dtype; arguments as in `lora_linear`, x 2-D."""
-    mask = None if seed is None else dropout_mask(seed, *x.shape, dropout_p, x.dtype)
+    mask = None if seed is None else dropout_mask(seed, x.shape[0], x.shape[1], dropout_p, x.dtype)
     h = (_lora_input(x, variant, mask) @ lora_A.to(x.dtype).t()).mul_(scaling)
     scaled = variant.out_scale is not None
     y = torch.addmm(F.linear(x, weight, None if scaled else bias), _low(h, scaling, variant), lora_B.to(x.dtype).t())

@@ -6,6 +6,8 @@ selective checkpointing see as one node. Fixed arity: `backward` returns one ten
 order of `reference.Gradients`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,8 @@ def aligned(weight: Tensor) -> bool:
 def request_of(x: Tensor, weight: Tensor, lora_A: Tensor, variant: Variant) -> Request:
     """The request that a call makes, from x [M, K] or dy [M, N] and the others."""
     optional = tuple(name for name, t in zip(Variant._fields, variant) if t is not None)
-    return Request(x.device, x.dtype, lora_A.dtype, *weight.shape, lora_A.shape[0], aligned(weight), optional)
+    (N, K), R = weight.shape, lora_A.shape[0]
+    return Request(x.device, x.dtype, lora_A.dtype, N, K, R, aligned(weight), optional)
 
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *optional_and_backend):
@@ -72,7 +75,7 @@ def _backward_fake(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, see
     *optional, needs, _ = optional_needs_backend
     variant, M, K = Variant(*optional), dy.shape[0], lora_A.shape[1]
 
-    def like(t: Tensor) -> Tensor:
+    def like(t: Any) -> Tensor:
         return torch.empty_like(t, memory_format=torch.contiguous_format)
 
     made = Gradients(
