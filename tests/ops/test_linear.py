@@ -1,5 +1,7 @@
 """lora_linear() as users call it: shapes, dtypes, autocast, pruning of what is saved, checkpointing, messages."""
 
+import random
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -248,3 +250,53 @@ def test_named_back_end_refuses_and_says_what_it_supports():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="backend 'cuda' supports"):
             lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0, backend="cuda")
+
+
+class Listener(torch.utils._python_dispatch.TorchDispatchMode):
+    """Sees every operator and lets it pass."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def outcome(call):
+    """What a call says: the error's text, or that it ran."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "ran"
+
+
+def test_the_remembered_verdict_and_the_explained_one_agree():
+    """Plain calls are checked once for each kind of arguments and remembered; calls that somebody listens to are
+    checked each time. Random arguments, good and bad, in random order: both say the same, the first time and again."""
+    g = random.Random(0)
+    N, K, R = 6, 10, 3
+    shapes = dict(x=(4, K), weight=(N, K), lora_A=(R, K), lora_B=(N, R), bias=(N,))
+    ran = 0
+    for _ in range(400):
+        drawn = {}
+        for name, shape in shapes.items():
+            wrong = g.random() < 0.12
+            others = [(), shape[:-1], (*shape[:-1], shape[-1] + 1), (0,) * len(shape), (1, *shape)]
+            size = g.choice(others) if wrong else shape
+            dtype = g.choice([torch.float16, torch.int32, torch.float64]) if g.random() < 0.08 else torch.float32
+            device = "meta" if g.random() < 0.03 else "cpu"
+            drawn[name] = torch.zeros(size, dtype=dtype, device=device)
+        drawn["bias"] = drawn["bias"] if g.random() < 0.7 else None
+        if g.random() < 0.05:  # no tensor at all, or another's
+            drawn[g.choice(list(shapes))] = g.choice([None, *drawn.values()])
+        dropout_p = g.choice([0.0, 0.5, 1.0, -0.1, float("nan"), "0.1", None]) if g.random() < 0.1 else 0.0
+        backend = g.choice(["cpu", "reference", "gpu", None, 3, "cuda"]) if g.random() < 0.1 else "auto"
+        bias = drawn.pop("bias")
+
+        def call():
+            lora_linear(*drawn.values(), 1.0, bias=bias, dropout_p=dropout_p, backend=backend)
+
+        first, again = outcome(call), outcome(call)
+        with Listener():
+            explained = outcome(call)
+        assert first == again == explained, (drawn, bias, dropout_p, backend)
+        ran += first == "ran"
+    assert 50 < ran < 350
