@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_lora.triton_kernels import configs
 
 from fused_lora.backends import triton as backend
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
+from fused_lora.triton_kernels import configs
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from fused_lora.triton_kernels import configs
 from fused_lora.triton_kernels.configs import (
     Device,

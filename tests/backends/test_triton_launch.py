@@ -19,10 +19,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fused_lora.triton_kernels import launch as module
-from fused_lora.triton_kernels.launch import launch
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_lora.triton_kernels import launch as module
+from fused_lora.triton_kernels.launch import launch
 
 GLOBAL = tl.constexpr(1)
 
