@@ -1,9 +1,8 @@
 """launch reaches Triton's launcher with what kernel[grid](...) reaches it with.
 
 A fake driver stands in for a GPU: kernels are compiled for one, and the launcher writes down its arguments. Run as a
-    script, this file makes
-these checks and prints what failed: in a process of its own, since the tests' own may have chosen the interpreter or
-    have a real GPU.
+script, this file makes these checks and prints what failed: in a process of its own, since the tests' own may have
+chosen the interpreter or have a real GPU.
 """
 
 import functools
@@ -22,8 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_lora.triton_kernels import launch as module
-from fused_lora.triton_kernels.launch import launch
+from fused_lora.triton_kernels.launch import Launcher, launch
 
 GLOBAL = tl.constexpr(1)
 
@@ -130,6 +128,11 @@ def run_launch(grid, args, keywords):
     launch(scale_kernel, grid, *args, **keywords)
 
 
+def run_by(launcher: Launcher):
+    """run_launch by another launcher than the package's."""
+    return lambda grid, args, keywords: launcher.launch(scale_kernel, grid, *args, **keywords)
+
+
 def recorded(driver, run, *args):
     driver.calls.clear()
     run(*args)
@@ -141,14 +144,14 @@ def same(a, b) -> bool:
     return a is b or (type(a) is type(b) and not isinstance(a, torch.Tensor | TensorDescriptor) and a == b)
 
 
-def assert_as_triton(driver, names, rounds=3):
+def assert_as_triton(driver, names, rounds=3, run=run_launch):
     """For each variant, with new tensors each time, the launcher sees what it sees from Triton."""
     for _ in range(rounds):
         for name in names:
             for grid in ((5,), (5, 6), (5, 6, 7)):
                 args, keywords = arguments(**VARIANTS[name]())
                 (head, expected), (our_head, ours) = (
-                    recorded(driver, f, grid, args, keywords) for f in (run_plain, run_launch)
+                    recorded(driver, f, grid, args, keywords) for f in (run_plain, run)
                 )
                 assert our_head == head, f"{name}: grid, stream, function or metadata {our_head}, not {head}"
                 assert len(ours) == len(expected) and all(map(same, ours, expected)), f"{name}: {ours}, not {expected}"
@@ -186,18 +189,17 @@ def check_device_and_stream(driver):
 
 def check_storage_of_2_gib_on_amd(driver):
     """There Triton also specialises on the size of a tensor's storage."""
-    driver.device, driver.target, module._HIP = 2, GPUTarget("hip", "gfx942", 64), True
+    driver.device, driver.target = 2, GPUTarget("hip", "gfx942", 64)
+    run = run_by(Launcher(hip=True))
     huge = torch.empty(2**30, dtype=torch.float16)  # untouched, hence no memory
     VARIANTS["huge"] = lambda: {"x": huge[:64]}
     try:
-        assert_as_triton(driver, ["n = 17", "huge"])
-        functions = {
-            recorded(driver, run_launch, (1,), *arguments(**VARIANTS[name]()))[0][4] for name in ("n = 17", "huge")
-        }
+        assert_as_triton(driver, ["n = 17", "huge"], run=run)
+        functions = {recorded(driver, run, (1,), *arguments(**VARIANTS[name]()))[0][4] for name in ("n = 17", "huge")}
         assert len(functions) == 2
     finally:
         del VARIANTS["huge"]
-        driver.device, driver.target, module._HIP = 0, GPUTarget("cuda", 90, 32), False
+        driver.device, driver.target = 0, GPUTarget("cuda", 90, 32)
 
 
 def check_hooks_see_every_launch(driver):
@@ -263,27 +265,21 @@ def check_no_tensor_is_kept(driver):
 
 
 def check_bounded(driver):
-    module._MOST, most = 3, module._MOST
-    try:
-        for n in range(33, 63, 2):
-            assert_as_triton(driver, ["n = 17", "NAME = b", "SIZE = 32", "bias"], rounds=1)
-            run_launch((1,), *arguments(n=n))
-            assert len(module._ready) <= 3 and len(module._prepared) <= 3
-    finally:
-        module._MOST = most
+    launcher = Launcher(most=3)
+    run = run_by(launcher)
+    for n in range(33, 63, 2):
+        assert_as_triton(driver, ["n = 17", "NAME = b", "SIZE = 32", "bias"], rounds=1, run=run)
+        run((1,), *arguments(n=n))
+        assert 0 < len(launcher.ready) <= 3 and 0 < len(launcher.prepared) <= 3
 
 
 def check_unknown_release(driver):
     """Nothing direct where Triton's launch may be another."""
-    module._KNOWN, known = False, module._KNOWN
-    module._prepared.clear()
-    try:
-        for _ in range(2):
-            run_launch((1,), *arguments())
-        with pytest.raises(AssertionError, match="through Triton"):
-            without_triton(lambda: run_launch((1,), *arguments()))
-    finally:
-        module._KNOWN = known
+    run = run_by(Launcher(direct=False))
+    for _ in range(2):
+        run((1,), *arguments())
+    with pytest.raises(AssertionError, match="through Triton"):
+        without_triton(lambda: run((1,), *arguments()))
 
 
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
@@ -318,8 +314,7 @@ if __name__ == "__main__":
     fake, results = FakeDriver(), {}
     triton.runtime.driver.set_active(fake)
     for name, check in CHECKS.items():
-        module._ready.clear()
-        module._prepared.clear()
+        launch = Launcher().launch  # which has seen no launch
         try:
             results[name] = check(fake)
         except (Exception, pytest.fail.Exception):
