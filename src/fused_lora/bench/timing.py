@@ -123,7 +123,7 @@ def gpu_pass(
                 leaf.grad = None
             forward(x).backward(gradient)
 
-    replays = [captured(forwards), _captured(both)]
+    replays = [captured(forwards), captured(both)]
 
     def one() -> tuple[float, float]:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
