@@ -199,10 +199,8 @@ def lora_gemm(
     tma = config.tma and tma_ready(left) and tma_ready(right) and tma_ready(out)
     left_tiles, right_tiles, out_tiles = described(config, right_nk, left, right, out) if tma else (left, right, out)
     tensors = (left_tiles, right_tiles, low, thin, bias, out_tiles, dropout.seed)
-    strides = (left.stride(0), right.stride(0), stride_tn, stride_tr)
-    choices = {"R": R, "RIGHT_NK": right_nk, "BIAS": bias is not None, "DROPOUT": dropout.seed is not None}
-    choices |= {"TMA": tma, "PRECISION": precision(left.dtype), **config.constexprs}
-    launch(
-        lora_gemm_kernel, (config.programs,), *tensors, M, N, K, *strides, dropout.factor, dropout.threshold, **choices
-    )
+    sizes = (M, N, K, left.stride(0), right.stride(0), stride_tn, stride_tr, dropout.factor, dropout.threshold)
+    choices = {"R": R, "RIGHT_NK": right_nk, "BIAS": bias is not None, "DROPOUT": dropout.seed is not None, "TMA": tma}
+    choices["PRECISION"] = precision(left.dtype)
+    launch(lora_gemm_kernel, (config.programs,), *tensors, *sizes, **choices, **config.constexprs)
     return out

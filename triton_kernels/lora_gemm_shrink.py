@@ -27,16 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_lora.triton_kernels.configs import GemmConfig
 from fused_lora.triton_kernels.device import precision, tma_ready
 from fused_lora.triton_kernels.launch import launch
-from fused_lora.triton_kernels.lora_gemm import (
-    arrived,
-    described,
-    low_at,
-    position,
-    right_at,
-    store_at,
-    thin_at,
-    tile_at,
-)
+from fused_lora.triton_kernels.lora_gemm import arrived, described, low_at, position, right_at, store_at, thin_at
 
 
 @triton.jit
@@ -52,16 +43,12 @@ def lora_gemm_shrink_kernel(
     M,
     N,
     K,
-    stride_lm,
-    stride_right,
-    stride_down,
     stride_tn,
     stride_tr,
     factor,
     R: tl.constexpr,
     RIGHT_NK: tl.constexpr,
     BIAS: tl.constexpr,
-    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -89,9 +76,9 @@ def lora_gemm_shrink_kernel(
         if tile < tiles_m:
             low_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             for k in range(0, K, BLOCK_K):
-                left_tile = tile_at(left, m, k, M, K, stride_lm, BLOCK_M, BLOCK_K, TMA)
-                right_tile = right_at(right, n, k, N, K, stride_right, RIGHT_NK, BLOCK_N, BLOCK_K, TMA)
-                down_tile = right_at(down, 0, k, R, K, stride_down, RIGHT_NK, BLOCK_R, BLOCK_K, TMA)
+                left_tile = left.load([m, k])
+                right_tile = right_at(right, n, k, N, K, 0, RIGHT_NK, BLOCK_N, BLOCK_K, True)
+                down_tile = right_at(down, 0, k, R, K, 0, RIGHT_NK, BLOCK_R, BLOCK_K, True)
                 acc = tl.dot(left_tile, right_tile, acc, input_precision=PRECISION)
                 low_acc = tl.dot(left_tile, down_tile, low_acc, input_precision=PRECISION)
             low_ptrs = low + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
@@ -100,8 +87,8 @@ def lora_gemm_shrink_kernel(
             tl.atomic_xchg(flag, 1, sem="release")
         else:
             for k in range(0, K, BLOCK_K):
-                left_tile = tile_at(left, m, k, M, K, stride_lm, BLOCK_M, BLOCK_K, TMA)
-                right_tile = right_at(right, n, k, N, K, stride_right, RIGHT_NK, BLOCK_N, BLOCK_K, TMA)
+                left_tile = left.load([m, k])
+                right_tile = right_at(right, n, k, N, K, 0, RIGHT_NK, BLOCK_N, BLOCK_K, True)
                 acc = tl.dot(left_tile, right_tile, acc, input_precision=PRECISION)
             while tl.atomic_add(flag, 0, sem="acquire") == 0:
                 pass
@@ -109,7 +96,7 @@ def lora_gemm_shrink_kernel(
             thin_tile = thin_at(thin, 0, offs_n, N, stride_tn, stride_tr, R, BLOCK_R)
         low_tile = low_at(low, offs_m, 0, M, R, BLOCK_R)
         acc = tl.dot(low_tile, arrived(thin_tile, offs_r, offs_n, R, N, dtype), acc, input_precision=PRECISION)
-        store_at(out, acc, bias, m, n, offs_m, offs_n, M, N, BIAS, TMA)
+        store_at(out, acc, bias, m, n, offs_m, offs_n, M, N, BIAS, True)
         tile = next_tile
 
 
@@ -150,9 +137,7 @@ def lora_gemm_shrink(
     # Of this launch alone: launches on other streams, and a graph's replays, must find no flag raised.
     state = torch.zeros(1 + triton.cdiv(M, config.BLOCK_M), dtype=torch.int32, device=left.device)
     tensors = (left_tiles, right_tiles, down_tiles, thin, bias, out_tiles, low, state)
-    strides = (left.stride(0), right.stride(0), down.stride(0), stride_tn, stride_tr)
-    choices = {"R": R, "RIGHT_NK": right_nk, "BIAS": bias is not None, "TMA": True, "PRECISION": precision(left.dtype)}
-    launch(
-        lora_gemm_shrink_kernel, (config.programs,), *tensors, M, N, K, *strides, factor, **choices, **config.constexprs
-    )
+    sizes = (M, N, K, stride_tn, stride_tr, factor)
+    choices = {"R": R, "RIGHT_NK": right_nk, "BIAS": bias is not None, "PRECISION": precision(left.dtype)}
+    launch(lora_gemm_shrink_kernel, (config.programs,), *tensors, *sizes, **choices, **config.constexprs)
     return out, low

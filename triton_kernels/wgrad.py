@@ -64,8 +64,8 @@ def wgrad_kernel(
             keep = keep_tile(seed, m, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C)
             left_tile = tl.where(keep, left_tile, tl.zeros_like(left_tile))
         acc = tl.dot(low_tile.T, left_tile, acc, input_precision=PRECISION)
-    offs_out = offs_r.to(tl.int64)[:, None] * stride_or + offs_c.to(tl.int64)[None, :] * stride_oc
-    out_ptrs = out + split.to(tl.int64) * R * C + offs_out
+    out_rows = out + split.to(tl.int64) * R * C + offs_r.to(tl.int64)[:, None] * stride_or  # [BLOCK_R, 1]
+    out_ptrs = out_rows + offs_c.to(tl.int64)[None, :] * stride_oc
     tl.store(out_ptrs, (acc * factor).to(out.dtype.element_ty), mask=mask_r[:, None] & mask_c[None, :])
 
 

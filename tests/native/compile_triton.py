@@ -83,7 +83,7 @@ class Compiler:
         types = dict(left=block(c.BLOCK_M, c.BLOCK_K), right=block(*of_right), out=block(c.BLOCK_M, c.BLOCK_N))
         types |= dict(down=block(*of_down), thin="*" + thin, low="*bf16", bias="*bf16", seed_ptr="*i64", state="*i32")
         constexprs |= {"stride_tr": 1} if right_nk else {"stride_tn": 1, "bias": None}
-        choices = dict(R=R, RIGHT_NK=right_nk, BIAS=right_nk, TMA=self.tma, PRECISION="ieee")
+        choices = dict(R=R, RIGHT_NK=right_nk, BIAS=right_nk, PRECISION="ieee")
         self.compile(what, kernel, types, **choices, **c.constexprs, **constexprs)
 
     def thin_kernels(self, what: str, R: int, thin: str, masked: dict) -> None:
@@ -109,7 +109,7 @@ class Compiler:
                 plan = forward_plan(M, N, K, R, 2, dropout, self.device, **kinds)
                 if not right_nk:
                     plan = backward_plan(M, N, K, R, 2, dropout, True, True, False, self.device, **kinds)
-                self.gemm(what, lora_gemm_kernel, plan.lora_gemm, R, right_nk, thin, **masked)
+                self.gemm(what, lora_gemm_kernel, plan.lora_gemm, R, right_nk, thin, TMA=self.tma, **masked)
             plan = forward_plan(M, N, K, R, 2, dropout, self.device, one_launch=True)
             if not right_nk:
                 plan = backward_plan(M, N, K, R, 2, dropout, True, True, False, self.device, one_launch=True)
