@@ -77,9 +77,12 @@ def dy_pass(dy: Tensor, lora_B: Tensor, h: Tensor, factor: float, config: WgradC
         dy: [M, N], row-major.
         lora_B: [N, R], with any strides; dy's dtype or fp32.
         h: [M, R], contiguous, in dy's dtype.
-        config: with a rank block of at least R.
+        config: with a BLOCK_R of at least R.
+    Raises: ValueError if the rank block is smaller.
     """
     (M, N), R = dy.shape, h.shape[1]
+    if R > config.BLOCK_R:
+        raise ValueError(f"config must have a BLOCK_R of at least R = {R}; got {config.BLOCK_R}")
     dh = torch.empty((M, R), dtype=dy.dtype, device=dy.device)
     dB = torch.empty((N, R), dtype=lora_B.dtype, device=dy.device)
     blocks = triton.cdiv(N, config.BLOCK_C)
@@ -87,6 +90,6 @@ def dy_pass(dy: Tensor, lora_B: Tensor, h: Tensor, factor: float, config: WgradC
     tensors = (dy, lora_B, h, dh_target, dB_target)
     sizes = (M, N, config.rows_per_split, dy.stride(0), *lora_B.stride(), factor if dh_target is dh else 1.0)
     choices = {"R": R, "PRECISION": precision(dy.dtype)}
-    launch(dy_pass_kernel, (blocks, config.splits), *tensors, *sizes, **choices, **config.constexprs)
+    launch(dy_pass_kernel, (blocks, config.splits), tensors + sizes, choices | config.constexprs)
     sum_slabs((dh_target, dh, factor), (dB_target, dB, 1.0))
     return dh, dB

@@ -12,6 +12,7 @@ hooks, on releases not listed here and for arguments of other types.
 
 import itertools
 import re
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -38,7 +39,7 @@ class Launcher:
         self.prepared = {}  # kernel, constexprs and options: their _Prepared
         self.serials = itertools.count()  # unlike an address, never given twice
 
-    def launch(self, kernel, grid, *args, **constexprs):
+    def launch(self, kernel, grid: tuple[int, ...], args: Sequence, constexprs: dict) -> None:
         """Launch on the current device and stream.
 
         Equivalent to: kernel[grid](*args, **constexprs)

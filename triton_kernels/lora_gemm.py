@@ -202,5 +202,5 @@ def lora_gemm(
     sizes = (M, N, K, left.stride(0), right.stride(0), stride_tn, stride_tr, dropout.factor, dropout.threshold)
     choices = {"R": R, "RIGHT_NK": right_nk, "BIAS": bias is not None, "DROPOUT": dropout.seed is not None, "TMA": tma}
     choices["PRECISION"] = precision(left.dtype)
-    launch(lora_gemm_kernel, (config.programs,), *tensors, *sizes, **choices, **config.constexprs)
+    launch(lora_gemm_kernel, (config.programs,), tensors + sizes, choices | config.constexprs)
     return out

@@ -119,11 +119,13 @@ def lora_gemm_shrink(
         down: [R, K] if right_nk, else [K, R], row-major; left's dtype or fp32, of which a copy in left's is made.
         thin: [N, R] if right_nk, else [R, N], with any strides; left's dtype or fp32.
         bias: [N], contiguous, or None.
-        config: with a rank block of at least R.
+        config: with a BLOCK_R of at least R.
     Returns: (out, low).
-    Raises: ValueError if a matrix lies in memory as no descriptor can have it.
+    Raises: ValueError if a matrix lies in memory as no descriptor can have it, or the rank block is smaller.
     """
     (M, K), (N, R) = left.shape, (right.shape[0], down.shape[0]) if right_nk else (right.shape[1], down.shape[1])
+    if R > config.BLOCK_R:
+        raise ValueError(f"config must have a BLOCK_R of at least R = {R}; got {config.BLOCK_R}")
     stride_tn, stride_tr = thin.stride() if right_nk else thin.stride()[::-1]
     out = torch.empty((M, N), dtype=left.dtype, device=left.device)
     low = torch.empty((M, R), dtype=left.dtype, device=left.device)
@@ -139,5 +141,5 @@ def lora_gemm_shrink(
     tensors = (left_tiles, right_tiles, down_tiles, thin, bias, out_tiles, low, state)
     sizes = (M, N, K, stride_tn, stride_tr, factor)
     choices = {"R": R, "RIGHT_NK": right_nk, "BIAS": bias is not None, "PRECISION": precision(left.dtype)}
-    launch(lora_gemm_shrink_kernel, (config.programs,), *tensors, *sizes, **choices, **config.constexprs)
+    launch(lora_gemm_shrink_kernel, (config.programs,), tensors + sizes, choices | config.constexprs)
     return out, low

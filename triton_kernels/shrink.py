@@ -81,5 +81,5 @@ def shrink(
     tensors = (left, down, low, dropout.seed)
     sizes = (M, K, left.stride(0), stride_dr, stride_dk, factor * dropout.factor, dropout.threshold)
     choices = {"R": R, "DROPOUT": dropout.seed is not None, "PRECISION": precision(left.dtype)}
-    launch(shrink_kernel, grid, *tensors, *sizes, **choices, **config.constexprs)
+    launch(shrink_kernel, grid, tensors + sizes, choices | config.constexprs)
     return low

@@ -93,7 +93,7 @@ def wgrad(
     tensors = (low, left, target, dropout.seed)
     sizes = (M, C, config.rows_per_split, left.stride(0), *strides, dropout.factor, dropout.threshold)
     choices = {"R": R, "DROPOUT": dropout.seed is not None, "PRECISION": precision(left.dtype)}
-    launch(wgrad_kernel, grid, *tensors, *sizes, **choices, **config.constexprs)
+    launch(wgrad_kernel, grid, tensors + sizes, choices | config.constexprs)
     sum_slabs((target, out, 1.0))
     return out
 
@@ -151,4 +151,4 @@ def sum_slabs(*parts: tuple[Tensor, Tensor, float]) -> None:
     more_count = 0 if more_slabs is None else len(more_slabs)
     sizes = (size, len(slabs), factor, more_size, more_count, more_factor)
     grid = (triton.cdiv(max(size, more_size), SUM_TILE["BLOCK"]), len(parts))
-    launch(sum_slabs_kernel, grid, slabs, out, more_slabs, more, *sizes, **SUM_TILE)
+    launch(sum_slabs_kernel, grid, (slabs, out, more_slabs, more, *sizes), SUM_TILE)

@@ -125,12 +125,12 @@ def run_plain(grid, args, keywords):
 
 
 def run_launch(grid, args, keywords):
-    launch(scale_kernel, grid, *args, **keywords)
+    launch(scale_kernel, grid, args, keywords)
 
 
 def run_by(launcher: Launcher):
     """run_launch by another launcher than the package's."""
-    return lambda grid, args, keywords: launcher.launch(scale_kernel, grid, *args, **keywords)
+    return lambda grid, args, keywords: launcher.launch(scale_kernel, grid, args, keywords)
 
 
 def recorded(driver, run, *args):
@@ -224,10 +224,10 @@ def check_changed_global_is_refused(driver):
     global GLOBAL
     out = torch.empty(1)
     for _ in range(2):
-        launch(global_kernel, (1,), out, 0.5)
+        launch(global_kernel, (1,), (out, 0.5), {})
     GLOBAL = tl.constexpr(2)
     with pytest.raises(RuntimeError, match="GLOBAL has changed"):
-        launch(global_kernel, (1,), out, 0.5)
+        launch(global_kernel, (1,), (out, 0.5), {})
 
 
 def check_unusual_calls(driver):
@@ -249,7 +249,7 @@ def check_unusual_calls(driver):
         assert call[0] == recorded(driver, run_plain, (1,), args, {"SIZE": 64, "NAME": "a"} | options)[0]
     for _ in range(2):
         with pytest.raises(TypeError):
-            launch(scale_kernel, (1,), args[0], **keywords)
+            launch(scale_kernel, (1,), args[:1], keywords)
 
 
 def check_no_tensor_is_kept(driver):
@@ -306,7 +306,7 @@ def test_result(on_triton):
     for factor in (0.5, 2.0, 3.0):
         x, seed = torch.randn(64, device=on_triton.device), torch.tensor(3, device=on_triton.device)
         ours = torch.empty_like(x)
-        launch(scale_kernel, (1,), x, None, x, 5, factor, seed, 1, ours, SIZE=64, NAME="a", num_warps=4)
+        launch(scale_kernel, (1,), (x, None, x, 5, factor, seed, 1, ours), dict(SIZE=64, NAME="a", num_warps=4))
         torch.testing.assert_close(ours, x * factor + x + 8)
 
 
