@@ -24,6 +24,7 @@ from fused_lora.triton_kernels.configs import (
 )
 from fused_lora.triton_kernels.device import facts
 from fused_lora.triton_kernels.dy_pass import dy_pass
+from fused_lora.triton_kernels.lora_gemm_shrink import lora_gemm_shrink
 from fused_lora.triton_kernels.wgrad import sum_slabs
 
 NEEDS = (True, True, True, True)  # dx, dA, dB, dbias
@@ -194,6 +195,16 @@ def test_dy_pass(on_triton, poison, M, N, splits):
             dh, dB = dy_pass(dy, lora_B, h, p.scaling, small_dy_pass(M, R, splits))
             assert (dh.dtype, dB.dtype) == (dtype, adapter)
             assert_exact({"dh": dh, "dB": dB}, {"dh": p.scaling * p.dy.double() @ p.lora_B.double(), "dB": want["dB"]})
+
+
+def test_a_rank_block_too_small_is_refused():
+    p = exact_problem(33, 32, 24, 40, torch.float16)
+    h, small = torch.zeros(33, 40, dtype=torch.float16), dataclasses.replace(small_dy_pass(33, 40, 1), BLOCK_R=32)
+    with pytest.raises(ValueError, match="BLOCK_R of at least R = 40; got 32"):
+        dy_pass(p.dy, p.lora_B, h, p.scaling, small)
+    small = dataclasses.replace(one_launch_config(33, 32, 40), BLOCK_R=32)
+    with pytest.raises(ValueError, match="BLOCK_R of at least R = 40; got 32"):
+        lora_gemm_shrink(p.x, p.weight, p.lora_A, p.lora_B, None, p.scaling, small, right_nk=True)
 
 
 def test_dy_pass_gives_the_same_bits(on_triton):
