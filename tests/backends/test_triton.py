@@ -11,6 +11,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_lora.backends import triton as backend
+from fused_lora.ops.reference import PLAIN, Gradients
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
 from fused_lora.triton_kernels.configs import (
     BackwardPlan,
@@ -33,10 +34,11 @@ LACKS_TMA = torch.cuda.is_available() and torch.cuda.get_device_capability() < (
 
 def run_planned(p, forward, backward, *, dropout_p=0.0, seed=None, needs=NEEDS):
     """What `run` computes, by the launches that other plans choose than the back end's own."""
-    y, h = backend.forward(p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, dropout_p, seed, plan=forward)
-    needs = (*needs[:3], needs[3] and p.bias is not None)
-    inputs = (p.dy, p.x, p.weight, p.lora_A, p.lora_B, h, p.scaling, dropout_p, seed)
-    return dict(zip(("y", "h", "dx", "dA", "dB", "dbias"), (y, h, *backend.backward(*inputs, needs, plan=backward))))
+    given = (p.x, p.weight, p.lora_A, p.lora_B)
+    y, h = backend.forward(*given, p.bias, p.scaling, dropout_p, seed, PLAIN, plan=forward)
+    wanted = Gradients(needs[0], False, needs[1], needs[2], needs[3] and p.bias is not None)
+    made = backend.backward(p.dy, None, *given, h, p.scaling, dropout_p, seed, wanted, PLAIN, plan=backward)
+    return {"y": y, "h": h, "dx": made.x, "dA": made.lora_A, "dB": made.lora_B, "dbias": made.bias}
 
 
 def with_tma(plan):
@@ -149,7 +151,7 @@ def test_flags_belong_to_one_launch():
     exact = [truth(dataclasses.replace(p, x=x)) for x in inputs]
 
     def forward(x):
-        given = (x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, 0.0, None)
+        given = (x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, 0.0, None, PLAIN)
         return dict(zip(("y", "h"), backend.forward(*given, plan=one_launch_forward)))
 
     x = p.x.clone()

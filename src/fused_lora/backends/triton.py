@@ -79,11 +79,10 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, nee
     (M, N), (R, K) = dy.shape, lora_A.shape
     if M == 0:
         return Gradients(
-            dy.new_empty((0, K)) if need_x else None,
-            None,
-            lora_A.new_zeros((R, K)) if need_A else None,
-            lora_B.new_zeros((N, R)) if need_B else None,
-            dy.new_zeros((N,)) if need_bias else None,
+            x=dy.new_empty((0, K)) if need_x else None,
+            lora_A=lora_A.new_zeros((R, K)) if need_A else None,
+            lora_B=lora_B.new_zeros((N, R)) if need_B else None,
+            bias=dy.new_zeros((N,)) if need_bias else None,
         )
     dropout, h = _dropout(dropout_p, seed), h.contiguous() if need_B else None
     dx = dh = dA = dB = None
@@ -101,4 +100,4 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, nee
             dx = lora_gemm(dy, weight, dh, lora_A, None, p.lora_gemm, right_nk=False, dropout=dropout)
         if p.wgrad_A is not None:
             dA = wgrad(dh, _row_major(x), lora_A.dtype, p.wgrad_A, dropout=dropout)
-        return Gradients(dx, None, dA, dB, dy.sum(0) if need_bias else None)
+        return Gradients(x=dx, lora_A=dA, lora_B=dB, bias=dy.sum(0) if need_bias else None)
