@@ -1,18 +1,18 @@
-"""Tile shapes and splits: pure functions of sizes, dtype and device properties, so that they are tested without a GPU.
+"""Which launches serve a call, with which tiles and splits: pure functions of sizes, dtype and device properties, so
+that they are tested without a GPU.
 
-No table by GPU name and no tuning at call time. A figure behind a choice names the device and the date.
+No table by GPU name and no tuning at call time. A figure behind a choice names the device and the date. What no GPU has
+timed yet is planned on request only: one_launch (lora_gemm_shrink, in whose flags a fault would hang) and prefetch
+(lora_gemm's first low-rank tiles are loaded before the loop over K). Both are compiled for every target and right in
+the interpreter; bench/sweep_triton.py asks for them and times them.
 """
 
-from dataclasses import dataclass, replace
-
-# Written, compiled for every target and right in the interpreter, but never run on a GPU: chosen nowhere until
-# bench/sweep_triton.py has timed them there. A fault in the first's flags would hang.
-ONE_LAUNCH = False  # lora_gemm_shrink
-PREFETCH = False  # lora_gemm's first low-rank tiles are loaded before the loop over K
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """What the choices depend on."""
 
     tma: bool  # has the tensor memory accelerator (compute capability >= 9.0)
@@ -20,8 +20,18 @@ class Device:
     shared_bytes: int  # shared memory that one program may use
 
 
+class _Config:
+    """A launch's tile, grid and options, of which some are the kernel's constexprs."""
+
+    @cached_property
+    def constexprs(self) -> dict[str, int]:
+        """What the kernel and the compiler take: the fields in capitals, num_stages and num_warps."""
+        taken = (f.name for f in fields(self) if f.name.isupper() or f.name.startswith("num_"))
+        return {name: getattr(self, name) for name in taken}
+
+
 @dataclass(frozen=True)
-class GemmConfig:
+class GemmConfig(_Config):
     """Of lora_gemm and lora_gemm_shrink."""
 
     BLOCK_M: int
@@ -32,20 +42,114 @@ class GemmConfig:
     num_stages: int
     num_warps: int
     programs: int  # grid
+    tma: bool  # left, right and out go through descriptors, where they lie in memory as those need it
     PREFETCH: bool = False  # the first low-rank tiles are loaded before the loop over K, into registers
 
 
 @dataclass(frozen=True)
-class ThinConfig:
-    """Of shrink, wgrad and dy_pass; BLOCK_WIDE cuts the columns of the wide matrix (K in shrink)."""
+class ShrinkConfig(_Config):
+    """Of shrink."""
 
     BLOCK_M: int
-    BLOCK_WIDE: int
+    BLOCK_K: int
     BLOCK_R: int
     num_stages: int
     num_warps: int
-    splits: int = 1
-    rows_per_split: int = 0
+
+
+@dataclass(frozen=True)
+class WgradConfig(_Config):
+    """Of wgrad and dy_pass; BLOCK_C cuts the columns of the wide matrix."""
+
+    BLOCK_M: int
+    BLOCK_C: int
+    BLOCK_R: int
+    num_stages: int
+    num_warps: int
+    splits: int
+    rows_per_split: int
+
+
+class ForwardPlan(NamedTuple):
+    """The launches that make h and y, each with its config: shrink and lora_gemm, or one launch for both."""
+
+    shrink: ShrinkConfig | None = None  # h
+    lora_gemm: GemmConfig | None = None  # y
+    lora_gemm_shrink: GemmConfig | None = None  # y and h
+
+
+class BackwardPlan(NamedTuple):
+    """The launches that make the needed gradients, each with its config, in this order; None where there is none."""
+
+    lora_gemm_shrink: GemmConfig | None = None  # dx and dh
+    dy_pass: WgradConfig | None = None  # dh and dB
+    shrink: ShrinkConfig | None = None  # dh
+    wgrad_B: WgradConfig | None = None  # dB
+    lora_gemm: GemmConfig | None = None  # dx
+    wgrad_A: WgradConfig | None = None  # dA
+
+
+@lru_cache(maxsize=4096)
+def forward_plan(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    itemsize: int,
+    dropout: bool,
+    device: Device,
+    *,
+    one_launch: bool = False,
+    prefetch: bool = False,
+) -> ForwardPlan:
+    """What makes h [M, R] from x [M, K], and y [M, N].
+
+    Args:
+        itemsize: bytes of an element of x.
+        one_launch: lora_gemm_shrink where it can serve and is expected to pay; its operands' rows must then start on 16
+            bytes.
+        prefetch: in lora_gemm where it is possible.
+    """
+    if one_launch and not dropout and (both := gemm_shrink_config(M, N, K, R, itemsize, device)):
+        return ForwardPlan(lora_gemm_shrink=both)
+    gemm = gemm_config(M, N, K, R, itemsize, False, device, prefetch)
+    return ForwardPlan(shrink=shrink_config(M, K, R, itemsize, device), lora_gemm=gemm)
+
+
+@lru_cache(maxsize=4096)
+def backward_plan(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    itemsize: int,
+    dropout: bool,
+    dx: bool,
+    dA: bool,
+    dB: bool,
+    device: Device,
+    *,
+    one_launch: bool = False,
+    prefetch: bool = False,
+) -> BackwardPlan:
+    """What makes the needed ones of dx [M, K], dA [R, K] and dB [N, R] from dy [M, N], and dh [M, R] for the first two.
+
+    Args:
+        dx, dA, dB: whether each is needed.
+        The others as in `forward_plan`.
+    """
+    dh = dx or dA
+    wgrad_A = wgrad_config(M, K, R, itemsize, device) if dA else None
+    if one_launch and dx and not dB and not dropout and (both := gemm_shrink_config(M, K, N, R, itemsize, device)):
+        return BackwardPlan(lora_gemm_shrink=both, wgrad_A=wgrad_A)
+    dy_pass = dy_pass_config(M, N, R, itemsize, device) if dh and dB else None
+    return BackwardPlan(
+        dy_pass=dy_pass,
+        shrink=shrink_config(M, N, R, itemsize, device) if dh and dy_pass is None else None,
+        wgrad_B=wgrad_config(M, N, R, itemsize, device) if dB and dy_pass is None else None,
+        lora_gemm=gemm_config(M, K, N, R, itemsize, dropout, device, prefetch) if dx else None,
+        wgrad_A=wgrad_A,
+    )
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -61,29 +165,26 @@ def _stages(shared_bytes: int, bytes_per_stage: int, most: int) -> int:
     return max(1, min(most, shared_bytes // bytes_per_stage))
 
 
-def gemm_config(M: int, N: int, K: int, R: int, itemsize: int, dropout: bool, device: Device) -> GemmConfig:
+def gemm_config(
+    M: int, N: int, K: int, R: int, itemsize: int, dropout: bool, device: Device, prefetch: bool = False
+) -> GemmConfig:
     """Tiles of lora_gemm for out [M, N] = left [M, K] @ right + low [M, R] @ thin.
 
     128 x 256 x 64 with eight warps reaches cuBLAS on an H100, 128 x 128 x 64 is 1.17 times as slow (Triton 3.6, 8192 x
     4096 x 4096, bf16, 2026-11-23). Dropout needs a second accumulator, for which 256 columns have no registers left.
     """
     BLOCK_R = _power_of_two(R, 16, 32)
+    BLOCK_K = 64 if device.tma else 32
     if itemsize == 4:
         BLOCK_M, BLOCK_N, BLOCK_K, warps, most = 64, 64, 32, 4, 3
     elif M <= 64:
         BLOCK_M, BLOCK_N, BLOCK_K, warps, most = _power_of_two(M, 16, 64), 64, 128, 4, 5
     elif device.tma and not dropout and _cdiv(M, 128) * _cdiv(N, 256) * 2 > device.sms:
-        BLOCK_M, BLOCK_N, BLOCK_K, warps, most = 128, 256, 64, 8, 3
+        BLOCK_M, BLOCK_N, warps, most = 128, 256, 8, 3
     elif _cdiv(M, 128) * _cdiv(N, 128) * 2 > device.sms:
-        BLOCK_M, BLOCK_N, BLOCK_K, warps, most = (
-            128,
-            128,
-            64 if device.tma else 32,
-            8 if device.tma or dropout else 4,
-            4,
-        )
+        BLOCK_M, BLOCK_N, warps, most = 128, 128, 8 if device.tma or dropout else 4, 4
     else:
-        BLOCK_M, BLOCK_N, BLOCK_K, warps, most = 64, 128, 64 if device.tma else 32, 4, 4
+        BLOCK_M, BLOCK_N, warps, most = 64, 128, 4, 4
     out_tile = BLOCK_M * BLOCK_N * itemsize if device.tma else 0  # staged for the TMA store
     low_rank = (BLOCK_M + BLOCK_N) * BLOCK_R * itemsize
     stages = _stages(device.shared_bytes - max(out_tile, low_rank), (BLOCK_M + BLOCK_N) * BLOCK_K * itemsize, most)
@@ -94,8 +195,8 @@ def gemm_config(M: int, N: int, K: int, R: int, itemsize: int, dropout: bool, de
     # Prefetched tiles wait in registers: at 128 x 256 a rank block of 32 takes 225 of the 255 (compiled for sm_90).
     # Several blocks come in a loop of their own; with the first apart from it, Triton 3.6 wants more tensor memory than
     # sm_100 has.
-    prefetch = PREFETCH and device.tma and itemsize < 4 and R <= BLOCK_R
-    return GemmConfig(BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, 8, stages, warps, programs, prefetch)
+    prefetch = prefetch and device.tma and itemsize < 4 and R <= BLOCK_R
+    return GemmConfig(BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, 8, stages, warps, programs, device.tma, prefetch)
 
 
 def gemm_shrink_config(M: int, N: int, K: int, R: int, itemsize: int, device: Device) -> GemmConfig | None:
@@ -108,30 +209,24 @@ def gemm_shrink_config(M: int, N: int, K: int, R: int, itemsize: int, device: De
     other sizes, is pending.
     """
     c = gemm_config(M, N, K, R, itemsize, False, device)
-    if (
-        not ONE_LAUNCH
-        or not device.tma
-        or itemsize == 4
-        or R > c.BLOCK_R
-        or c.BLOCK_N < 256
-        or _cdiv(M, c.BLOCK_M) * _cdiv(N, c.BLOCK_N) < device.sms
-    ):
+    few_tiles = _cdiv(M, c.BLOCK_M) * _cdiv(N, c.BLOCK_N) < device.sms
+    if not device.tma or itemsize == 4 or R > c.BLOCK_R or c.BLOCK_N < 256 or few_tiles:
         return None
     stages = _stages(device.shared_bytes - 1024, (c.BLOCK_M + c.BLOCK_N + c.BLOCK_R) * c.BLOCK_K * itemsize, 3)
     return replace(c, num_stages=stages, PREFETCH=True) if stages == 3 else None
 
 
-def shrink_config(M: int, K: int, R: int, itemsize: int, device: Device) -> ThinConfig:
-    """Tiles of shrink for h [M, R] from x [M, K]: enough rows in flight to stream x at the memory's speed."""
+def shrink_config(M: int, K: int, R: int, itemsize: int, device: Device) -> ShrinkConfig:
+    """Tiles of shrink for low [M, R] from left [M, K]: enough rows in flight to stream left at the memory's speed."""
     BLOCK_R = _power_of_two(R, 16, 128)
     BLOCK_M = 32 if _cdiv(M, 32) >= device.sms else 16
     BLOCK_K = (128 if BLOCK_R <= 64 else 64) * (1 if itemsize == 4 else 2)
     stages = _stages(device.shared_bytes // 2, (BLOCK_M + BLOCK_R) * BLOCK_K * itemsize, 4)
-    return ThinConfig(BLOCK_M, BLOCK_K, BLOCK_R, stages, 4)
+    return ShrinkConfig(BLOCK_M, BLOCK_K, BLOCK_R, stages, 4)
 
 
-def wgrad_config(M: int, C: int, R: int, itemsize: int, device: Device) -> ThinConfig:
-    """Tiles and splits of wgrad for out [R, C] from wide [M, C]: two programs a multiprocessor, at least 256 rows for
+def wgrad_config(M: int, C: int, R: int, itemsize: int, device: Device) -> WgradConfig:
+    """Tiles and splits of wgrad for out [R, C] from left [M, C]: two programs a multiprocessor, at least 256 rows for
     each."""
     BLOCK_R = _power_of_two(R, 16, 64)
     BLOCK_M, BLOCK_C = (64, 128) if itemsize < 4 else (32, 64)
@@ -139,19 +234,18 @@ def wgrad_config(M: int, C: int, R: int, itemsize: int, device: Device) -> ThinC
     tiles = _cdiv(C, BLOCK_C) * _cdiv(R, BLOCK_R)
     splits = max(1, min(2 * device.sms // tiles, M // 256))
     rows_per_split = _cdiv(_cdiv(M, splits), BLOCK_M) * BLOCK_M
-    return ThinConfig(BLOCK_M, BLOCK_C, BLOCK_R, stages, 4, _cdiv(M, rows_per_split), rows_per_split)
+    return WgradConfig(BLOCK_M, BLOCK_C, BLOCK_R, stages, 4, _cdiv(M, rows_per_split), rows_per_split)
 
 
-def dy_pass_config(M: int, N: int, R: int, itemsize: int, device: Device) -> ThinConfig | None:
+def dy_pass_config(M: int, N: int, R: int, itemsize: int, device: Device) -> WgradConfig | None:
     """Tiles and splits of dy_pass, two programs a multiprocessor; None where shrink and wgrad, which read dy twice, are
     the better choice.
 
     That is where the fp32 slabs, 8 R (1 / BLOCK_C + 1 / rows of a split) bytes for an element of dy written and read,
     pass two fifths of dy's own bytes: in bf16 from about R = 20 on, and for narrow N (8192 x 1024 at R = 16 takes a
-    half). Larger ranks want larger tiles than
-    there are registers for. Evidence: on an H100 an untuned pass with fp32 atomics took 44 us against 38 for dB's part
-        alone and 35 for dh's
-    (8192 x 4096, R = 16, Triton 3.6, 2026-11-23); this kernel's own measurement is pending.
+    half). Larger ranks want larger tiles than there are registers for. Evidence: on an H100 an untuned pass with fp32
+    atomics took 44 us against 38 for dB's part alone and 35 for dh's (8192 x 4096, R = 16, Triton 3.6, 2026-11-23);
+    this kernel's own measurement is pending.
     """
     BLOCK_R = _power_of_two(R, 16, 32)
     BLOCK_M, BLOCK_C = (64 if device.tma and itemsize < 4 else 32), (256 if itemsize < 4 else 128)
@@ -164,4 +258,4 @@ def dy_pass_config(M: int, N: int, R: int, itemsize: int, device: Device) -> Thi
         return None
     beside = BLOCK_C * BLOCK_R * itemsize + 2 * BLOCK_M * BLOCK_R * 4  # the B tile; h and dh tiles on their way
     stages = 1 + _stages(device.shared_bytes // 2 - beside, BLOCK_M * BLOCK_C * itemsize, 3)
-    return ThinConfig(BLOCK_M, BLOCK_C, BLOCK_R, stages, 4, splits, rows_per_split)
+    return WgradConfig(BLOCK_M, BLOCK_C, BLOCK_R, stages, 4, splits, rows_per_split)

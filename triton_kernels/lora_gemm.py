@@ -1,24 +1,30 @@
 """lora_gemm: the base product with the low-rank update before its one store.
 
     y  [M, N] = x  [M, K] @ W [N, K]t + h  [M, R] @ B [N, R]t + bias       forward
-    dx [M, K] = dy [M, N] @ W [N, K]  + keep * (dh [M, R] @ A [R, K])      backward: the same kernel, W and A as they
-                                      are stored
+    dx [M, K] = dy [M, N] @ W [N, K]  + keep * (dh [M, R] @ A [R, K])      backward: the same kernel, W and A as stored
 
-In the kernel's words: out [M, N] = left [M, K] @ right + low [M, R] @ thin (+ bias), right stored [N, K] (RIGHT_NK) or
-[K, N]. Tile BLOCK_M x BLOCK_N, programs walk over tiles in groups of GROUP_M rows, so that a group's part of `left`
-stays in L2. TMA: left, right and out are descriptors, whose bounds fill the tails with zeros; otherwise pointers with
-    masks. Shared memory: num_stages tiles of left and
-right, and with TMA the out tile. bf16, fp16, fp32; thin in the same dtype or fp32; fp32 accumulation, one rounding at
-the store. Any M, N, K, R. The low-rank product comes after the loop over K: before it, it breaks the software pipeline
-(2.3 times the time on an H100, 2026-11-23). After it, nothing hides the latency of its loads, 25 us of 383 there.
-PREFETCH issues those of the first rank block before the loop and keeps them in registers, which in the compiled code
-leaves the loop as it is; its time is not yet measured. Its left operand reaches wgmma through registers, outside of any
-pipelined loop (shrink.py says why that matters). lora_gemm_shrink.py has the form that makes `low` in the same launch.
+In the kernel's words: out = left right + low thin + bias, right stored [N, K] (RIGHT_NK) or [K, N]. Tile BLOCK_M x
+BLOCK_N, programs walk over tiles in groups of GROUP_M rows, so that a group's part of `left` stays in L2. TMA: left,
+right and out are descriptors, whose bounds fill the tails with zeros; otherwise pointers with masks. Shared memory:
+num_stages tiles of left and right, and with TMA the out tile. bf16, fp16, fp32; thin in the same dtype or fp32; fp32
+accumulation, one rounding at the store. Any M, N, K, R.
+The low-rank product comes after the loop over K: before it, it breaks the software pipeline (2.3 times the time on an
+H100, 2026-11-23). After it, nothing hides the latency of its loads, 25 us of 383 there. PREFETCH issues those of the
+first rank block before the loop and keeps them in registers, which in the compiled code leaves the loop as it is; its
+time is not yet measured. Its left operand reaches wgmma through registers, outside of any pipelined loop (shrink.py
+says why that matters). lora_gemm_shrink.py has the form that makes `low` in the same launch.
 """
 
+import torch
 import triton
 import triton.language as tl
-from fused_lora.triton_kernels.dropout import keep_tile
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_lora.triton_kernels.configs import GemmConfig
+from fused_lora.triton_kernels.device import precision, tma_ready
+from fused_lora.triton_kernels.dropout import NO_DROPOUT, Dropout, keep_tile
+from fused_lora.triton_kernels.launch import launch
 
 
 @triton.jit
@@ -58,11 +64,8 @@ def position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 def low_at(low, offs_m, r, M, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """The tile [BLOCK_M, BLOCK_R] of low [M, R]."""
     offs_r = r + tl.arange(0, BLOCK_R)
-    return tl.load(
-        low + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :],
-        mask=(offs_m < M)[:, None] & (offs_r < R)[None, :],
-        other=0.0,
-    )
+    low_ptrs = low + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
+    return tl.load(low_ptrs, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :], other=0.0)
 
 
 @triton.jit
@@ -82,30 +85,6 @@ def arrived(tile, offs_row, offs_col, rows, cols, dtype: tl.constexpr):
 
 
 @triton.jit
-def low_rank(
-    acc,
-    low,
-    thin,
-    first,
-    offs_m,
-    offs_n,
-    M,
-    N,
-    stride_tn,
-    stride_tr,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """acc + low [M, R] @ thin, from rank `first` on."""
-    for r in range(first, R, BLOCK_R):
-        low_tile = low_at(low, offs_m, r, M, R, BLOCK_R)
-        thin_tile = thin_at(thin, r, offs_n, N, stride_tn, stride_tr, R, BLOCK_R).to(low_tile.dtype)
-        acc = tl.dot(low_tile, thin_tile, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
 def store_at(out, acc, bias, m, n, offs_m, offs_n, M, N, BIAS: tl.constexpr, TMA: tl.constexpr):
     """out's tile at (m, n) = acc + bias, in out's dtype."""
     if BIAS:
@@ -119,13 +98,13 @@ def store_at(out, acc, bias, m, n, offs_m, offs_n, M, N, BIAS: tl.constexpr, TMA
 
 @triton.jit
 def lora_gemm_kernel(
-    left,
-    right,
-    low,
-    thin,
-    bias,
-    out,
-    seed_ptr,
+    left,  # [M, K], row stride stride_lm; or its descriptor
+    right,  # [N, K] or [K, N], row stride stride_right; or its descriptor
+    low,  # [M, R], contiguous
+    thin,  # element (r, n) at r * stride_tr + n * stride_tn
+    bias,  # [N], or None
+    out,  # [M, N], contiguous; or its descriptor
+    seed_ptr,  # int64 [1], or None
     M,
     N,
     K,
@@ -155,52 +134,73 @@ def lora_gemm_kernel(
         m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
         if PREFETCH:
             offs_m, offs_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
-            low_tile, thin_tile = (
-                low_at(low, offs_m, 0, M, R, BLOCK_R),
-                thin_at(thin, 0, offs_n, N, stride_tn, stride_tr, R, BLOCK_R),
-            )
+            low_tile = low_at(low, offs_m, 0, M, R, BLOCK_R)
+            thin_tile = thin_at(thin, 0, offs_n, N, stride_tn, stride_tr, R, BLOCK_R)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
             left_tile = tile_at(left, m, k, M, K, stride_lm, BLOCK_M, BLOCK_K, TMA)
-            acc = tl.dot(
-                left_tile,
-                right_at(right, n, k, N, K, stride_right, RIGHT_NK, BLOCK_N, BLOCK_K, TMA),
-                acc,
-                input_precision=PRECISION,
-            )
-        offs_m, offs_n = (
-            m + tl.arange(0, BLOCK_M),
-            n + tl.arange(0, BLOCK_N),
-        )  # anew: kept through the loop they cost registers
+            right_tile = right_at(right, n, k, N, K, stride_right, RIGHT_NK, BLOCK_N, BLOCK_K, TMA)
+            acc = tl.dot(left_tile, right_tile, acc, input_precision=PRECISION)
+        # Anew: kept through the loop they cost registers.
+        offs_m, offs_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
         if DROPOUT:
             update = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         else:
             update = acc
         if PREFETCH:
             offs_r = tl.arange(0, BLOCK_R)
-            low_tile, thin_tile = (
-                arrived(low_tile, offs_m, offs_r, M, R, dtype),
-                arrived(thin_tile, offs_r, offs_n, R, N, dtype),
-            )
+            low_tile = arrived(low_tile, offs_m, offs_r, M, R, dtype)
+            thin_tile = arrived(thin_tile, offs_r, offs_n, R, N, dtype)
             update = tl.dot(low_tile, thin_tile, update, input_precision=PRECISION)
-        update = low_rank(
-            update,
-            low,
-            thin,
-            BLOCK_R if PREFETCH else 0,
-            offs_m,
-            offs_n,
-            M,
-            N,
-            stride_tn,
-            stride_tr,
-            R,
-            BLOCK_R,
-            PRECISION,
-        )
+        for r in range(BLOCK_R if PREFETCH else 0, R, BLOCK_R):
+            low_tile = low_at(low, offs_m, r, M, R, BLOCK_R)
+            thin_tile = thin_at(thin, r, offs_n, N, stride_tn, stride_tr, R, BLOCK_R).to(dtype)
+            update = tl.dot(low_tile, thin_tile, update, input_precision=PRECISION)
         if DROPOUT:
             keep = keep_tile(tl.load(seed_ptr), m, n, threshold, BLOCK_M, BLOCK_N)
             acc += tl.where(keep, update * keep_factor, 0.0)
         else:
             acc = update
         store_at(out, acc, bias, m, n, offs_m, offs_n, M, N, BIAS, TMA)
+
+
+def described(config: GemmConfig, right_nk: bool, left: Tensor, right: Tensor, out: Tensor) -> list[TensorDescriptor]:
+    """Descriptors of a GEMM's tensors with the blocks that it loads and stores."""
+    c = config
+    of_right = [c.BLOCK_N, c.BLOCK_K] if right_nk else [c.BLOCK_K, c.BLOCK_N]
+    blocks = ([c.BLOCK_M, c.BLOCK_K], of_right, [c.BLOCK_M, c.BLOCK_N])
+    return [TensorDescriptor.from_tensor(t, block) for t, block in zip((left, right, out), blocks)]
+
+
+def lora_gemm(
+    left: Tensor,
+    right: Tensor,
+    low: Tensor,
+    thin: Tensor,
+    bias: Tensor | None,
+    config: GemmConfig,
+    *,
+    right_nk: bool,
+    dropout: Dropout = NO_DROPOUT,
+) -> Tensor:
+    """left @ right + keep * (low @ thin) + bias: out [M, N], in left's dtype.
+
+    Args:
+        left: [M, K], row-major.
+        right: [N, K] if right_nk, else [K, N], row-major, in left's dtype.
+        low: [M, R], contiguous, in left's dtype.
+        thin: [N, R] if right_nk, else [R, N], with any strides; left's dtype or fp32.
+        bias: [N], contiguous, or None.
+        dropout: of the low-rank term [M, N].
+    """
+    (M, K), R = left.shape, low.shape[1]
+    N, (stride_tn, stride_tr) = (right.shape[0], thin.stride()) if right_nk else (right.shape[1], thin.stride()[::-1])
+    out = torch.empty((M, N), dtype=left.dtype, device=left.device)
+    tma = config.tma and tma_ready(left) and tma_ready(right) and tma_ready(out)
+    left_tiles, right_tiles, out_tiles = described(config, right_nk, left, right, out) if tma else (left, right, out)
+    tensors = (left_tiles, right_tiles, low, thin, bias, out_tiles, dropout.seed)
+    sizes = (M, N, K, left.stride(0), right.stride(0), stride_tn, stride_tr, dropout.factor, dropout.threshold)
+    choices = {"R": R, "RIGHT_NK": right_nk, "BIAS": bias is not None, "DROPOUT": dropout.seed is not None, "TMA": tma}
+    choices["PRECISION"] = precision(left.dtype)
+    launch(lora_gemm_kernel, (config.programs,), tensors + sizes, choices | config.constexprs)
+    return out

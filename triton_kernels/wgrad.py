@@ -3,28 +3,37 @@
     dA [R, K] = dh [M, R]t @ drop(x) [M, K]
     dB [N, R] = (h [M, R]t @ dy [M, N])t      the same kernel, stored through its strides
 
-In the kernel's words: out [R, C] = factor * thin [M, R]t @ drop(wide) [M, C]. Tile BLOCK_R x BLOCK_C; M is cut into
+In the kernel's words: out [R, C] = factor * low [M, R]t @ drop(left) [M, C]. Tile BLOCK_R x BLOCK_C; M is cut into
 splits that fill the card. One split stores the result; several store fp32 partial sums [splits, R * C], which
-sum_slabs_kernel adds in a fixed order: no atomics, so the same bits in every run. wide and thin in one dtype (bf16,
-    fp16, fp32), fp32 accumulation, out in the adapter's dtype. Any M, C, R.
-The masked operand is the right one, which Hopper reads from shared memory: see shrink.py on left operands in registers.
+sum_slabs_kernel adds in a fixed order: no atomics, so the same bits in every run. left and low in one dtype (bf16,
+fp16, fp32), fp32 accumulation, out in the adapter's dtype. Any M, C, R.
+The masked operand is the right one of the product, which Hopper reads from shared memory: see shrink.py on left
+operands in registers.
 """
 
+import torch
 import triton
 import triton.language as tl
-from fused_lora.triton_kernels.dropout import keep_tile
+from torch import Tensor
+
+from fused_lora.triton_kernels.configs import WgradConfig
+from fused_lora.triton_kernels.device import precision
+from fused_lora.triton_kernels.dropout import NO_DROPOUT, Dropout, keep_tile
+from fused_lora.triton_kernels.launch import launch
+
+SUM_TILE = {"BLOCK": 512, "TOGETHER": 8}
 
 
 @triton.jit
 def wgrad_kernel(
-    thin,
-    wide,
-    out,
-    seed_ptr,
+    low,  # [M, R], contiguous
+    left,  # [M, C], row stride stride_lm
+    out,  # element (r, c) at r * stride_or + c * stride_oc; or fp32 slabs of it [splits, R * C]
+    seed_ptr,  # int64 [1], or None
     M,
     C,
     rows_per_split,
-    stride_wm,
+    stride_lm,
     stride_or,
     stride_oc,
     factor,
@@ -47,22 +56,46 @@ def wgrad_kernel(
     for m in range(split * rows_per_split, end, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < end
-        wide_ptrs = wide + offs_m.to(tl.int64)[:, None] * stride_wm + offs_c[None, :]
-        thin_ptrs = thin + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-        wide_tile = tl.load(wide_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-        thin_tile = tl.load(thin_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        left_ptrs = left + offs_m.to(tl.int64)[:, None] * stride_lm + offs_c[None, :]  # [BLOCK_M, BLOCK_C]
+        low_ptrs = low + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]  # [BLOCK_M, BLOCK_R]
+        left_tile = tl.load(left_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+        low_tile = tl.load(low_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         if DROPOUT:
-            wide_tile = tl.where(
-                keep_tile(seed, m, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C), wide_tile, tl.zeros_like(wide_tile)
-            )
-        acc = tl.dot(thin_tile.T, wide_tile, acc, input_precision=PRECISION)
-    out_ptrs = (
-        out
-        + split.to(tl.int64) * R * C
-        + offs_r.to(tl.int64)[:, None] * stride_or
-        + offs_c.to(tl.int64)[None, :] * stride_oc
-    )
+            keep = keep_tile(seed, m, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C)
+            left_tile = tl.where(keep, left_tile, tl.zeros_like(left_tile))
+        acc = tl.dot(low_tile.T, left_tile, acc, input_precision=PRECISION)
+    out_rows = out + split.to(tl.int64) * R * C + offs_r.to(tl.int64)[:, None] * stride_or  # [BLOCK_R, 1]
+    out_ptrs = out_rows + offs_c.to(tl.int64)[None, :] * stride_oc
     tl.store(out_ptrs, (acc * factor).to(out.dtype.element_ty), mask=mask_r[:, None] & mask_c[None, :])
+
+
+def wgrad(
+    low: Tensor,
+    left: Tensor,
+    dtype: torch.dtype,
+    config: WgradConfig,
+    *,
+    transposed: bool = False,
+    dropout: Dropout = NO_DROPOUT,
+) -> Tensor:
+    """lowt @ drop(left), summed over the rows: [R, C] in dtype, or [C, R] if transposed.
+
+    Args:
+        low: [M, R], contiguous.
+        left: [M, C], row-major, in low's dtype.
+        dropout: of left.
+    """
+    (M, C), R = left.shape, low.shape[1]
+    shape, strides = ((C, R), (1, R)) if transposed else ((R, C), (C, 1))
+    out = torch.empty(shape, dtype=dtype, device=left.device)
+    target = slabs_of(out, config.splits)
+    grid = (triton.cdiv(C, config.BLOCK_C), triton.cdiv(R, config.BLOCK_R), config.splits)
+    tensors = (low, left, target, dropout.seed)
+    sizes = (M, C, config.rows_per_split, left.stride(0), *strides, dropout.factor, dropout.threshold)
+    choices = {"R": R, "DROPOUT": dropout.seed is not None, "PRECISION": precision(left.dtype)}
+    launch(wgrad_kernel, grid, tensors + sizes, choices | config.constexprs)
+    sum_slabs((target, out, 1.0))
+    return out
 
 
 @triton.jit
@@ -80,10 +113,10 @@ def _sum_slabs(slabs, out, size, count, factor, BLOCK: tl.constexpr, TOGETHER: t
 
 @triton.jit
 def sum_slabs_kernel(
-    slabs,
-    out,
-    more_slabs,
-    more_out,
+    slabs,  # fp32 [count, size]
+    out,  # [size]
+    more_slabs,  # fp32 [more_count, more_size], or None
+    more_out,  # [more_size], or None
     size,
     count,
     factor,
@@ -93,9 +126,29 @@ def sum_slabs_kernel(
     BLOCK: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """out = factor * sum of the fp32 slabs [count, size], in a fixed order; a second row of programs, if any, does the
-    same for `more`."""
+    """out = factor * sum of its slabs, in a fixed order; a second row of programs, if any, does the same for `more`."""
     if tl.program_id(1) == 0:
         _sum_slabs(slabs, out, size, count, factor, BLOCK, TOGETHER)
     elif more_slabs is not None:
         _sum_slabs(more_slabs, more_out, more_size, more_count, more_factor, BLOCK, TOGETHER)
+
+
+def slabs_of(out: Tensor, count: int) -> Tensor:
+    """Where a kernel stores: out itself, or fp32 partial results [count, *out.shape]."""
+    return out if count == 1 else torch.empty((count, *out.shape), dtype=torch.float32, device=out.device)
+
+
+def sum_slabs(*parts: tuple[Tensor, Tensor, float]) -> None:
+    """out = factor * sum of its slabs [count, *out.shape], for one or two (slabs, out, factor), in one launch.
+
+    A part whose slabs are out itself is there already: its kernel has stored it with its factor.
+    """
+    parts = tuple(part for part in parts if part[0] is not part[1])
+    if not parts:
+        return
+    (slabs, out, factor), (more_slabs, more, more_factor) = parts if len(parts) == 2 else (*parts, (None, None, 1.0))
+    size, more_size = out.numel(), 0 if more is None else more.numel()
+    more_count = 0 if more_slabs is None else len(more_slabs)
+    sizes = (size, len(slabs), factor, more_size, more_count, more_factor)
+    grid = (triton.cdiv(max(size, more_size), SUM_TILE["BLOCK"]), len(parts))
+    launch(sum_slabs_kernel, grid, (slabs, out, more_slabs, more, *sizes), SUM_TILE)

@@ -90,7 +90,7 @@ def cpu_pass(
     return one
 
 
-def _captured(step: Callable[[], None]) -> Callable[[], None]:
+def captured(step: Callable[[], None]) -> Callable[[], None]:
     """`step` as a CUDA graph's replay, warmed up on a side stream first."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -123,7 +123,7 @@ def gpu_pass(
                 leaf.grad = None
             forward(x).backward(gradient)
 
-    replays = [_captured(forwards), _captured(both)]
+    replays = [captured(forwards), captured(both)]
 
     def one() -> tuple[float, float]:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
