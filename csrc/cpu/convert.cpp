@@ -4,6 +4,7 @@
 // AVX512-BF16 needed).
 #include <cstring>
 
+#include "bf16_dot.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -170,5 +171,17 @@ CLONES void load_transposed(const void* src, Dtype dtype, float* out, int64_t ro
     case Dtype::bf16: return load_transposed_as<BF16>(src, out, rows, cols, ldo);
   }
 }
+
+#ifdef FUSED_LORA_BF16_DOT
+BF16_DOT void pair_rows(const uint16_t* src, uint32_t* out, int64_t pairs, int64_t cols) {
+  for (int64_t p = 0; p < pairs; ++p)
+    for (int64_t n = 0; n < cols; n += kLanes) {
+      const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + 2 * p * cols + n)),
+                    odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + (2 * p + 1) * cols + n));
+      _mm512_storeu_si512(out + p * cols + n, _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                                                              _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16)));
+    }
+}
+#endif
 
 }  // namespace fused_lora::cpu

@@ -10,8 +10,8 @@
 // not with all of K.
 // Source of the loop order: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3),
 // 2008.
-#include "driver.h"
 #include "simd.h"
+#include "walk.h"
 
 namespace fused_lora::cpu {
 namespace {
@@ -124,9 +124,9 @@ INLINE void multiply_strip(const float* strip, const float* panels, int64_t dept
 }
 
 // Floats of one task's strip, and of its packed block below it.
-int64_t strip_size(const LoraGemm& g) { return round_up(kStrip * (std::min(kDepth, g.P) + g.R), 16); }
+int64_t strip_size(const LoraGemm& g) { return round_up(kStrip * (std::min(kDepth, g.K) + g.R), 16); }
 int64_t buffer_size(const LoraGemm& g) {
-  return strip_size(g) + std::min(kWidth, round_up(g.J, kColumns)) * (std::min(kDepth, g.P) + g.R);
+  return strip_size(g) + std::min(kWidth, round_up(g.N, kColumns)) * (std::min(kDepth, g.K) + g.R);
 }
 
 struct Range {
@@ -142,29 +142,29 @@ Range part(int64_t size, int64_t grain, int64_t i, int64_t n) {
 }  // namespace
 
 CLONES void lora_gemm_task(const LoraGemm& g, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* buffer) {
-  const int64_t blocks = (g.P + kDepth - 1) / kDepth, step = round_up((g.P + blocks - 1) / blocks, 8);
+  const int64_t blocks = (g.K + kDepth - 1) / kDepth, step = round_up((g.K + blocks - 1) / blocks, 8);
   float *strip = buffer, *block = buffer + strip_size(g);
   for (int64_t n = col0; n < col1; n += kWidth) {
     const int64_t width = std::min(kWidth, col1 - n);
-    for (int64_t k = 0; k < g.P; k += step) {
-      const int64_t depth = std::min(step, g.P - k), ranks = k + step >= g.P ? g.R : 0, all = depth + ranks;
+    for (int64_t k = 0; k < g.K; k += step) {
+      const int64_t depth = std::min(step, g.K - k), ranks = k + step >= g.K ? g.R : 0, all = depth + ranks;
       for (int64_t c = 0; c < width; c += kColumns) {
         const int64_t cols = std::min(kColumns, width - c);
-        pack(g.by_rows, g.Q, g.ldq, k, n + c, block + c * all, depth, cols);
-        if (ranks) pack(g.by_rows, g.S, g.lds, 0, n + c, block + c * all + depth * kColumns, ranks, cols);
+        pack(g.by_rows, g.right, g.ld_right, k, n + c, block + c * all, depth, cols);
+        if (ranks) pack(g.by_rows, g.thin, g.ld_thin, 0, n + c, block + c * all + depth * kColumns, ranks, cols);
       }
       for (int64_t m = row0; m < row1; m += kStrip) {
         const int64_t height = std::min<int64_t>(kStrip, row1 - m);
         for (int64_t i = 0; i < height; ++i) {
-          std::copy_n(g.L + (m + i) * g.ldl + k, depth, strip + i * all);
-          if (ranks) std::copy_n(g.low + (m + i) * g.ldlow, ranks, strip + i * all + depth);
+          std::copy_n(g.left + (m + i) * g.ld_left + k, depth, strip + i * all);
+          if (ranks) std::copy_n(g.low + (m + i) * g.ld_low, ranks, strip + i * all + depth);
           if (k > 0) continue;
-          float* out = g.out + (m + i) * g.J + n;
+          float* out = g.out + (m + i) * g.N + n;
           if (g.bias) std::copy_n(g.bias + n, width, out);
           else std::fill_n(out, width, 0.0f);
         }
         std::fill_n(strip + height * all, (kStrip - height) * all, 0.0f);
-        multiply_strip(strip, block, all, g.out + m * g.J + n, g.J, height, width);
+        multiply_strip(strip, block, all, g.out + m * g.N + n, g.N, height, width);
       }
     }
   }
@@ -172,12 +172,12 @@ CLONES void lora_gemm_task(const LoraGemm& g, int64_t row0, int64_t row1, int64_
 
 void lora_gemm(const LoraGemm& g, Buffers& buffers, int threads) {
   // Columns first: a task packs only its own part of Q. Rows, too, where there are more threads than pairs of panels.
-  const int64_t pairs = (g.J + 2 * kColumns - 1) / (2 * kColumns), by_cols = std::min<int64_t>(threads, pairs),
+  const int64_t pairs = (g.N + 2 * kColumns - 1) / (2 * kColumns), by_cols = std::min<int64_t>(threads, pairs),
                 by_rows = threads / by_cols;
   std::vector<float*> buffer;
   for (int64_t t = 0; t < by_cols * by_rows; ++t) buffer.push_back(buffers.take(buffer_size(g)));
   parallel(static_cast<int>(by_cols * by_rows), [&](int t) {
-    const Range cols = part(g.J, kColumns, t % by_cols, by_cols), rows = part(g.M, kStrip, t / by_cols, by_rows);
+    const Range cols = part(g.N, kColumns, t % by_cols, by_cols), rows = part(g.M, kStrip, t / by_cols, by_rows);
     lora_gemm_task(g, rows.begin, rows.end, cols.begin, cols.end, buffer[static_cast<size_t>(t)]);
   });
 }
