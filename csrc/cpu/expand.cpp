@@ -11,9 +11,9 @@
 
 namespace fused_lora::cpu {
 
-CLONES void expand(const float* low, const float* thin, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp,
-                   int64_t ldt) {
-  product(low, Rp, 1, thin, ldt, R, out, ldo, kStrip, round_up(cols, 2 * kVec));
+void expand(const float* low, const float* thin, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp,
+            int64_t ldt) {
+  widest([=]() INLINED { product(low, Rp, 1, thin, ldt, R, out, ldo, kStrip, round_up(cols, 2 * kVec)); });
 }
 
 #ifdef FUSED_LORA_BF16_DOT

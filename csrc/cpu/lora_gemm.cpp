@@ -61,7 +61,7 @@ INLINE void pack_columns(const float* q, int64_t ldq, float* panel, int64_t dept
         Vec8 a[8];
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
-          a[i] = load<Vec8>(from + i * ldq);
+          load(a[i], from + i * ldq);
           __builtin_prefetch(from + i * ldq + 32);  // 5 % of a product of 64 rows whose W comes from DRAM
         }
         transpose8(a);
@@ -78,8 +78,7 @@ INLINE void pack_columns(const float* q, int64_t ldq, float* panel, int64_t dept
 INLINE void pack_rows(const float* q, int64_t ldq, float* panel, int64_t depth, int64_t cols) {
   for (int64_t k = 0; k < depth; ++k) {
     if (cols == kColumns) {
-      store(panel + k * kColumns, load<Vec16>(q + k * ldq));
-      store(panel + k * kColumns + 16, load<Vec16>(q + k * ldq + 16));
+      std::copy_n(q + k * ldq, kColumns, panel + k * kColumns);
     } else {
       for (int64_t n = 0; n < kColumns; ++n) panel[k * kColumns + n] = n < cols ? q[k * ldq + n] : 0.0f;
     }
@@ -141,33 +140,35 @@ Range part(int64_t size, int64_t grain, int64_t i, int64_t n) {
 
 }  // namespace
 
-CLONES void lora_gemm_task(const LoraGemm& g, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* buffer) {
-  const int64_t blocks = (g.K + kDepth - 1) / kDepth, step = round_up((g.K + blocks - 1) / blocks, 8);
-  float *strip = buffer, *block = buffer + strip_size(g);
-  for (int64_t n = col0; n < col1; n += kWidth) {
-    const int64_t width = std::min(kWidth, col1 - n);
-    for (int64_t k = 0; k < g.K; k += step) {
-      const int64_t depth = std::min(step, g.K - k), ranks = k + step >= g.K ? g.R : 0, all = depth + ranks;
-      for (int64_t c = 0; c < width; c += kColumns) {
-        const int64_t cols = std::min(kColumns, width - c);
-        pack(g.by_rows, g.right, g.ld_right, k, n + c, block + c * all, depth, cols);
-        if (ranks) pack(g.by_rows, g.thin, g.ld_thin, 0, n + c, block + c * all + depth * kColumns, ranks, cols);
-      }
-      for (int64_t m = row0; m < row1; m += kStrip) {
-        const int64_t height = std::min<int64_t>(kStrip, row1 - m);
-        for (int64_t i = 0; i < height; ++i) {
-          std::copy_n(g.left + (m + i) * g.ld_left + k, depth, strip + i * all);
-          if (ranks) std::copy_n(g.low + (m + i) * g.ld_low, ranks, strip + i * all + depth);
-          if (k > 0) continue;
-          float* out = g.out + (m + i) * g.N + n;
-          if (g.bias) std::copy_n(g.bias + n, width, out);
-          else std::fill_n(out, width, 0.0f);
+void lora_gemm_task(const LoraGemm& g, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* buffer) {
+  widest([=]() INLINED {
+    const int64_t blocks = (g.K + kDepth - 1) / kDepth, step = round_up((g.K + blocks - 1) / blocks, 8);
+    float *strip = buffer, *block = buffer + strip_size(g);
+    for (int64_t n = col0; n < col1; n += kWidth) {
+      const int64_t width = std::min(kWidth, col1 - n);
+      for (int64_t k = 0; k < g.K; k += step) {
+        const int64_t depth = std::min(step, g.K - k), ranks = k + step >= g.K ? g.R : 0, all = depth + ranks;
+        for (int64_t c = 0; c < width; c += kColumns) {
+          const int64_t cols = std::min(kColumns, width - c);
+          pack(g.by_rows, g.right, g.ld_right, k, n + c, block + c * all, depth, cols);
+          if (ranks) pack(g.by_rows, g.thin, g.ld_thin, 0, n + c, block + c * all + depth * kColumns, ranks, cols);
         }
-        std::fill_n(strip + height * all, (kStrip - height) * all, 0.0f);
-        multiply_strip(strip, block, all, g.out + m * g.N + n, g.N, height, width);
+        for (int64_t m = row0; m < row1; m += kStrip) {
+          const int64_t height = std::min<int64_t>(kStrip, row1 - m);
+          for (int64_t i = 0; i < height; ++i) {
+            std::copy_n(g.left + (m + i) * g.ld_left + k, depth, strip + i * all);
+            if (ranks) std::copy_n(g.low + (m + i) * g.ld_low, ranks, strip + i * all + depth);
+            if (k > 0) continue;
+            float* out = g.out + (m + i) * g.N + n;
+            if (g.bias) std::copy_n(g.bias + n, width, out);
+            else std::fill_n(out, width, 0.0f);
+          }
+          std::fill_n(strip + height * all, (kStrip - height) * all, 0.0f);
+          multiply_strip(strip, block, all, g.out + m * g.N + n, g.N, height, width);
+        }
       }
     }
-  }
+  });
 }
 
 void lora_gemm(const LoraGemm& g, Buffers& buffers, int threads) {

@@ -12,9 +12,8 @@
 
 namespace fused_lora::cpu {
 
-CLONES void shrink(const float* panel, int64_t ld, const float* down, float* low, int64_t rows, int64_t cols,
-                   int64_t Rp) {
-  product(panel, ld, 1, down, Rp, cols, low, Rp, rows, Rp);
+void shrink(const float* panel, int64_t ld, const float* down, float* low, int64_t rows, int64_t cols, int64_t Rp) {
+  widest([=]() INLINED { product(panel, ld, 1, down, Rp, cols, low, Rp, rows, Rp); });
 }
 
 #ifdef FUSED_LORA_BF16_DOT

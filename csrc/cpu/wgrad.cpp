@@ -11,14 +11,15 @@
 
 namespace fused_lora::cpu {
 
-CLONES void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t rows, int64_t cols,
-                  int64_t Rp) {
-  product(panel, 1, ld, low, Rp, rows, out, Rp, round_up(cols, kStrip), Rp);
+void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t rows, int64_t cols, int64_t Rp) {
+  widest([=]() INLINED { product(panel, 1, ld, low, Rp, rows, out, Rp, round_up(cols, kStrip), Rp); });
 }
 
-CLONES void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64_t cols) {
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t n = 0; n < cols; ++n) out[n] += panel[m * ld + n];
+void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64_t cols) {
+  widest([=]() INLINED {
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t n = 0; n < cols; ++n) out[n] += panel[m * ld + n];
+  });
 }
 
 #ifdef FUSED_LORA_BF16_DOT
