@@ -1,7 +1,9 @@
-// Copies between tensors in fp32, fp16 or bf16 and fp32 panels; every store rounds to nearest even, once.
+// Copies between tensors in fp32, fp16 or bf16 and the panels, rows and matrices that the kernels read or write.
 //
-// Conversions are integer arithmetic on whole loops, so that they vectorise on every instruction set (no F16C or
-// AVX512-BF16 needed).
+// Used by the blocks (block_fp32.h, block_bf16.h) around every product whose operand is not fp32, is masked, is ragged
+// or must lie transposed. Layouts are given with each function in kernels.h.
+// Numerics: loads are exact; every store rounds to nearest even, once. Conversions are integer arithmetic on whole
+// loops, so that they vectorise on every instruction set (no F16C or AVX512-BF16 needed).
 #include <cstring>
 
 #include "bf16_dot.h"

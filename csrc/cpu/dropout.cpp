@@ -1,6 +1,6 @@
-// dropout: the LoRA dropout mask of one panel, 0 or the scale factor per element, regenerated from (seed, row, column)
-// (philox.h).
+// dropout: mask[rows, kPanel], the LoRA dropout mask of one panel: Dropout::scale() or 0 for each element.
 //
+// Used for drop(x) in the forward and in dA, and for dx. Drawn anew each time from (seed, row, column) as in philox.h.
 // The draws of a row's groups are independent, so the compiler runs 4 to 16 Philox calls side by side.
 #include "kernels.h"
 #include "philox.h"

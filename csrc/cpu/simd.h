@@ -53,9 +53,9 @@ typedef float Vec16 __attribute__((vector_size(64)));
 template <class V> INLINE void load(V& v, const float* p) { __builtin_memcpy(&v, p, sizeof v); }
 template <class V> INLINE void store(float* p, const V& v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// out[MR, NV vectors] += x[i * rs + q * cs] * p[q, :], q = 0 .. k - 1: the register tile of every product.
-// shrink: rs = row stride, cs = 1. wgrad: rs = 1, cs = row stride. expand: x = H. Sums start at zero and join `out` at
-// the end: rounding errors grow with one panel or block, not with the whole of K or M.
+// out[MR, NV vectors] += x[i * rs + q * cs] * p[q, :], q = 0 .. k - 1: the register tile of every fp32 product.
+// shrink: rs = row stride, cs = 1. wgrad: rs = 1, cs = row stride. expand: x = low. Sums start at zero and join `out`
+// at the end: rounding errors grow with one panel or block, not with the whole of K or M.
 template <int MR, class V, int NV>
 INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out,
                  int64_t ldo) {
