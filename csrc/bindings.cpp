@@ -1,8 +1,10 @@
-// pybind11 only: integers in, Status -> ValueError. Every tensor check is in Python.
+// The Python module _C: addresses, sizes and strides in by keyword, Status -> ValueError. Every tensor check is in
+// Python.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 
+#include "keywords.h"
 #include "lora.h"
 
 namespace py = pybind11;
@@ -15,61 +17,46 @@ void bind_cuda(py::module_& m);  // csrc/cuda/bindings_cuda.cpp
 
 namespace {
 
-template <class T> T* ptr(uintptr_t address) { return reinterpret_cast<T*>(address); }
-
 void check(Status status) {
   if (status != Status::ok) throw std::invalid_argument(message(status));
 }
+void forward(const CpuForwardParams& p) { check(cpu_forward(p)); }
+void backward(const CpuBackwardParams& p) { check(cpu_backward(p)); }
 
-void forward(uintptr_t x, int64_t ldx, uintptr_t W, int64_t ldw, uintptr_t A, uintptr_t B, uintptr_t bias, uintptr_t h,
-             uintptr_t y, int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int adapter_dtype, float scaling,
-             uintptr_t seed, uint32_t threshold, int threads) {
-  check(cpu_forward({ptr<void>(x),
-                     ptr<void>(W),
-                     ptr<void>(A),
-                     ptr<void>(B),
-                     ptr<void>(bias),
-                     ptr<void>(h),
-                     ptr<void>(y),
-                     M,
-                     N,
-                     K,
-                     R,
-                     ldx,
-                     ldw,
-                     Dtype(dtype),
-                     Dtype(adapter_dtype),
-                     scaling,
-                     {ptr<int64_t>(seed), threshold},
-                     threads}));
-}
+using F = CpuForwardParams;
+constexpr Keyword<F> kForward[] = {
+    {"x", put<F, &F::x, &F::ldx>},
+    {"W", put<F, &F::W, &F::ldw>},
+    {"A", put<F, &F::A>},
+    {"B", put<F, &F::B>},
+    {"bias", put<F, &F::bias>},
+    {"h", put<F, &F::h>},
+    {"y", put<F, &F::y>},
+    {"sizes", put<F, &F::M, &F::N, &F::K, &F::R>},
+    {"dtypes", put<F, &F::dtype, &F::adapter_dtype>},
+    {"scaling", put<F, &F::scaling>},
+    {"dropout", put<F, &F::dropout>},
+    {"threads", put<F, &F::threads>},
+};
 
-void backward(uintptr_t dy, int64_t lddy, uintptr_t x, int64_t ldx, uintptr_t W, int64_t ldw, uintptr_t A, uintptr_t B,
-              uintptr_t h, uintptr_t dx, uintptr_t dA, uintptr_t dB, uintptr_t dbias, int64_t M, int64_t N, int64_t K,
-              int64_t R, int dtype, int adapter_dtype, float scaling, uintptr_t seed, uint32_t threshold, int threads) {
-  check(cpu_backward({ptr<void>(dy),
-                      ptr<void>(x),
-                      ptr<void>(W),
-                      ptr<void>(A),
-                      ptr<void>(B),
-                      ptr<void>(h),
-                      ptr<void>(dx),
-                      ptr<void>(dA),
-                      ptr<void>(dB),
-                      ptr<void>(dbias),
-                      M,
-                      N,
-                      K,
-                      R,
-                      ldx,
-                      lddy,
-                      ldw,
-                      Dtype(dtype),
-                      Dtype(adapter_dtype),
-                      scaling,
-                      {ptr<int64_t>(seed), threshold},
-                      threads}));
-}
+using D = CpuBackwardParams;
+constexpr Keyword<D> kBackward[] = {
+    {"dy", put<D, &D::dy, &D::lddy>},
+    {"x", put<D, &D::x, &D::ldx>},
+    {"W", put<D, &D::W, &D::ldw>},
+    {"A", put<D, &D::A>},
+    {"B", put<D, &D::B>},
+    {"h", put<D, &D::h>},
+    {"dx", put<D, &D::dx>},
+    {"dA", put<D, &D::dA>},
+    {"dB", put<D, &D::dB>},
+    {"dbias", put<D, &D::dbias>},
+    {"sizes", put<D, &D::M, &D::N, &D::K, &D::R>},
+    {"dtypes", put<D, &D::dtype, &D::adapter_dtype>},
+    {"scaling", put<D, &D::scaling>},
+    {"dropout", put<D, &D::dropout>},
+    {"threads", put<D, &D::threads>},
+};
 
 py::dict build_info() {
   py::dict info;
@@ -88,8 +75,9 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fused-lora's native kernels; addresses, sizes and strides in, nothing out";
-  m.def("cpu_forward", &forward, py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_backward", &backward, py::call_guard<py::gil_scoped_release>());
+  def_keywords<kForward, forward>(m, "cpu_forward", "Writes h and y, or updates y; CpuForwardParams of csrc/lora.h.");
+  def_keywords<kBackward, backward>(
+      m, "cpu_backward", "Writes dA, dB and dbias, and writes or updates dx; CpuBackwardParams of csrc/lora.h.");
   m.def("cpu_prefers_lora_gemm", &cpu_prefers_lora_gemm,
         "Whether cpu_forward and cpu_backward should be given W for fp32 x.");
   m.def("build_info", &build_info, "What this build holds: compiler, cuda, cuda_archs.");

@@ -1,9 +1,12 @@
-// Copies between tensors in fp32, fp16 or bf16 and fp32 panels; every store rounds to nearest even, once.
+// Copies between tensors in fp32, fp16 or bf16 and the panels, rows and matrices that the kernels read or write.
 //
-// Conversions are integer arithmetic on whole loops, so that they vectorise on every instruction set (no F16C or
-// AVX512-BF16 needed).
+// Used by the blocks (block_fp32.h, block_bf16.h) around every product whose operand is not fp32, is masked, is ragged
+// or must lie transposed. Layouts are given with each function in kernels.h.
+// Numerics: loads are exact; every store rounds to nearest even, once. Conversions are integer arithmetic on whole
+// loops, so that they vectorise on every instruction set (no F16C or AVX512-BF16 needed).
 #include <cstring>
 
+#include "bf16_dot.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -117,58 +120,81 @@ INLINE void load_transposed_as(const void* src, float* out, int64_t rows, int64_
 
 }  // namespace
 
-CLONES void load_panel(const void* src, Dtype dtype, int64_t ld, const float* mask, float* out, int64_t rows,
-                       int64_t cols) {
-  switch (dtype) {
-    case Dtype::f32: return load_panel_as<F32>(src, ld, mask, out, rows, cols);
-    case Dtype::f16: return load_panel_as<F16>(src, ld, mask, out, rows, cols);
-    case Dtype::bf16: return load_panel_as<BF16>(src, ld, mask, out, rows, cols);
-  }
+void load_panel(const void* src, Dtype dtype, int64_t ld, const float* mask, float* out, int64_t rows, int64_t cols) {
+  widest([=]() INLINED {
+    switch (dtype) {
+      case Dtype::f32: return load_panel_as<F32>(src, ld, mask, out, rows, cols);
+      case Dtype::f16: return load_panel_as<F16>(src, ld, mask, out, rows, cols);
+      case Dtype::bf16: return load_panel_as<BF16>(src, ld, mask, out, rows, cols);
+    }
+  });
 }
 
-CLONES void copy_panel(const uint16_t* src, int64_t ld, const float* mask, uint16_t* out, int64_t rows, int64_t cols) {
-  for (int64_t m = 0; m < round_up(rows, kStrip); ++m) {
-    uint16_t* o = out + m * kPanel;
-    const uint16_t* s = src + m * ld;
-    const int64_t filled = m < rows ? cols : 0;
-    if (mask)
-      for (int64_t n = 0; n < filled; ++n) o[n] = mask[m * kPanel + n] != 0.0f ? s[n] : uint16_t{0};
-    else
-      for (int64_t n = 0; n < filled; ++n) o[n] = s[n];
-    for (int64_t n = filled; n < round_up(cols, 2 * kLanes); ++n) o[n] = 0;
-  }
+void copy_panel(const uint16_t* src, int64_t ld, const float* mask, uint16_t* out, int64_t rows, int64_t cols) {
+  widest([=]() INLINED {
+    for (int64_t m = 0; m < round_up(rows, kStrip); ++m) {
+      uint16_t* o = out + m * kPanel;
+      const uint16_t* s = src + m * ld;
+      const int64_t filled = m < rows ? cols : 0;
+      if (mask)
+        for (int64_t n = 0; n < filled; ++n) o[n] = mask[m * kPanel + n] != 0.0f ? s[n] : uint16_t{0};
+      else
+        for (int64_t n = 0; n < filled; ++n) o[n] = s[n];
+      for (int64_t n = filled; n < round_up(cols, 2 * kLanes); ++n) o[n] = 0;
+    }
+  });
 }
 
-CLONES void store_row(const float* src, void* dst, Dtype dtype, int64_t n) {
-  switch (dtype) {
-    case Dtype::f32: return store_row_as<F32>(src, dst, n);
-    case Dtype::f16: return store_row_as<F16>(src, dst, n);
-    case Dtype::bf16: return store_row_as<BF16>(src, dst, n);
-  }
+void store_row(const float* src, void* dst, Dtype dtype, int64_t n) {
+  widest([=]() INLINED {
+    switch (dtype) {
+      case Dtype::f32: return store_row_as<F32>(src, dst, n);
+      case Dtype::f16: return store_row_as<F16>(src, dst, n);
+      case Dtype::bf16: return store_row_as<BF16>(src, dst, n);
+    }
+  });
 }
 
-CLONES void add_row(const float* src, const float* mask, void* dst, Dtype dtype, int64_t n) {
-  switch (dtype) {
-    case Dtype::f32: return add_row_as<F32>(src, mask, dst, n);
-    case Dtype::f16: return add_row_as<F16>(src, mask, dst, n);
-    case Dtype::bf16: return add_row_as<BF16>(src, mask, dst, n);
-  }
+void add_row(const float* src, const float* mask, void* dst, Dtype dtype, int64_t n) {
+  widest([=]() INLINED {
+    switch (dtype) {
+      case Dtype::f32: return add_row_as<F32>(src, mask, dst, n);
+      case Dtype::f16: return add_row_as<F16>(src, mask, dst, n);
+      case Dtype::bf16: return add_row_as<BF16>(src, mask, dst, n);
+    }
+  });
 }
 
-CLONES void load_matrix(const void* src, Dtype dtype, float* out, int64_t rows, int64_t cols, int64_t ldo) {
-  switch (dtype) {
-    case Dtype::f32: return load_matrix_as<F32>(src, out, rows, cols, ldo);
-    case Dtype::f16: return load_matrix_as<F16>(src, out, rows, cols, ldo);
-    case Dtype::bf16: return load_matrix_as<BF16>(src, out, rows, cols, ldo);
-  }
+void load_matrix(const void* src, Dtype dtype, float* out, int64_t rows, int64_t cols, int64_t ldo) {
+  widest([=]() INLINED {
+    switch (dtype) {
+      case Dtype::f32: return load_matrix_as<F32>(src, out, rows, cols, ldo);
+      case Dtype::f16: return load_matrix_as<F16>(src, out, rows, cols, ldo);
+      case Dtype::bf16: return load_matrix_as<BF16>(src, out, rows, cols, ldo);
+    }
+  });
 }
 
-CLONES void load_transposed(const void* src, Dtype dtype, float* out, int64_t rows, int64_t cols, int64_t ldo) {
-  switch (dtype) {
-    case Dtype::f32: return load_transposed_as<F32>(src, out, rows, cols, ldo);
-    case Dtype::f16: return load_transposed_as<F16>(src, out, rows, cols, ldo);
-    case Dtype::bf16: return load_transposed_as<BF16>(src, out, rows, cols, ldo);
-  }
+void load_transposed(const void* src, Dtype dtype, float* out, int64_t rows, int64_t cols, int64_t ldo) {
+  widest([=]() INLINED {
+    switch (dtype) {
+      case Dtype::f32: return load_transposed_as<F32>(src, out, rows, cols, ldo);
+      case Dtype::f16: return load_transposed_as<F16>(src, out, rows, cols, ldo);
+      case Dtype::bf16: return load_transposed_as<BF16>(src, out, rows, cols, ldo);
+    }
+  });
 }
+
+#ifdef FUSED_LORA_BF16_DOT
+BF16_DOT void pair_rows(const uint16_t* src, uint32_t* out, int64_t pairs, int64_t cols) {
+  for (int64_t p = 0; p < pairs; ++p)
+    for (int64_t n = 0; n < cols; n += kLanes) {
+      const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + 2 * p * cols + n)),
+                    odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + (2 * p + 1) * cols + n));
+      _mm512_storeu_si512(out + p * cols + n, _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                                                              _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16)));
+    }
+}
+#endif
 
 }  // namespace fused_lora::cpu

@@ -1,15 +1,72 @@
-// expand: out[kStrip, cols] += H[kStrip, Rp] Q[R, cols], the low-rank update of a strip of y (Q = B^T) or dx (Q = A).
+// expand: out[rows, cols] += low[rows, Rp] thin[R, cols], the update of a panel of y (thin = B^T) or of dx (thin = A).
 //
-// Register tiles of 16 columns. fp32 rows without a mask are updated where they lie, others in a strip of L1 that
-// add_row converts, masks and adds.
+// Layouts: `out` and `thin` with row strides, `low` contiguous. In bf16, pairs of neighbouring ranks lie side by side
+// in `low` already, those of `thin` in [R / 2, cols].
+// Tiles: 12 rows by 16 columns of sums in registers, in bf16 6 by 32.
+// Numerics: products and sums in fp32, added to `out` in fp32 and rounded once. fp32 sums go to `out` itself, or to a
+// strip in L1 that add_row masks and converts; the bf16 kernel does this in registers.
+#include "bf16_dot.h"
 #include "kernels.h"
 #include "simd.h"
 
 namespace fused_lora::cpu {
 
-CLONES void expand(const float* H, const float* Q, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp,
-                   int64_t ldq) {
-  product(H, Rp, 1, Q, ldq, R, out, ldo, kStrip, round_up(cols, 2 * kVec));
+void expand(const float* low, const float* thin, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp,
+            int64_t ldt) {
+  widest([=]() INLINED { product(low, Rp, 1, thin, ldt, R, out, ldo, kStrip, round_up(cols, 2 * kVec)); });
 }
+
+#ifdef FUSED_LORA_BF16_DOT
+namespace {
+
+// out[cols <= 32] += lo, hi in fp32, rounded once to nearest even.
+BF16_DOT_INLINE void add_to_bf16(uint16_t* out, __m512 lo, __m512 hi, __mmask32 columns) {
+  const __m512i y = _mm512_maskz_loadu_epi16(columns, out);
+  lo = _mm512_add_ps(lo, to_fp32(_mm512_castsi512_si256(y)));
+  hi = _mm512_add_ps(hi, to_fp32(_mm512_extracti64x4_epi64(y, 1)));
+  _mm512_mask_storeu_epi16(out, columns, (__m512i)_mm512_cvtne2ps_pbh(hi, lo));
+}
+
+}  // namespace
+
+BF16_DOT void expand_bf16(const uint16_t* low, int64_t Rp, const uint32_t* thin, int64_t ldt, const float* mask,
+                          uint16_t* out, int64_t ldo, int64_t rows, int64_t cols, int64_t pairs) {
+  constexpr int kHeight = kStrip / 2;
+  for (int64_t m = 0; m < rows; m += kHeight)
+    for (int64_t n = 0; n < cols; n += 2 * kLanes) {
+      __m512 acc[kHeight][2] = {};
+      for (int64_t q = 0; q < pairs; ++q) {
+        const __m512bh lo = load_pairs(thin + q * ldt + n), hi = load_pairs(thin + q * ldt + n + kLanes);
+#pragma GCC unroll 6
+        for (int i = 0; i < kHeight; ++i) {
+          const __m512bh a = broadcast_pair(low + (m + i) * Rp + 2 * q);
+          acc[i][0] = _mm512_dpbf16_ps(acc[i][0], a, lo);
+          acc[i][1] = _mm512_dpbf16_ps(acc[i][1], a, hi);
+        }
+      }
+      if (!mask && m + kHeight <= rows && n + 2 * kLanes <= cols) {  // a whole tile: 5 to 20 % on EPYC 9004, 2026-11-24
+#pragma GCC unroll 6
+        for (int i = 0; i < kHeight; ++i) {
+          auto* y = reinterpret_cast<__m256i*>(out + (m + i) * ldo + n);
+          _mm_prefetch(out + (m + i) * ldo + n + kPanel, _MM_HINT_T1);
+          const __m512 lo = _mm512_add_ps(acc[i][0], to_fp32(_mm256_loadu_si256(y))),
+                       hi = _mm512_add_ps(acc[i][1], to_fp32(_mm256_loadu_si256(y + 1)));
+          _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh(hi, lo));
+        }
+        continue;
+      }
+      const __mmask32 columns = cols - n >= 2 * kLanes ? ~__mmask32{0} : (__mmask32{1} << (cols - n)) - 1;
+      for (int i = 0; i < kHeight && m + i < rows; ++i) {
+        _mm_prefetch(out + (m + i) * ldo + n + kPanel, _MM_HINT_T1);
+        if (mask) {
+          const float* keep = mask + (m + i) * kPanel + n;
+          acc[i][0] = _mm512_mul_ps(acc[i][0], _mm512_loadu_ps(keep));
+          acc[i][1] = _mm512_mul_ps(acc[i][1], _mm512_loadu_ps(keep + kLanes));
+        }
+        add_to_bf16(out + (m + i) * ldo + n, acc[i][0], acc[i][1], columns);
+      }
+    }
+}
+#endif
 
 }  // namespace fused_lora::cpu

@@ -1,8 +1,12 @@
-// The CPU kernels' common ground: fp32 panels. Each works on one block of rows and one panel of columns.
+// The CPU kernels and their common ground: each works on one block of rows and one panel of columns.
 //
-// A driver (lora.cpp) walks row blocks; every product reads a panel of x or dy as it lies or, where it is not fp32 or
-// takes a dropout mask, from a copy in L2 ([kRows, kPanel] floats = 144 KiB). All products are fp32 with fp32
-// accumulation.
+//   shrink     low = left down         h  = drop(x) A^T     dh = dy B
+//   expand     out = out + low thin    y += h B^T           dx += mask * (dh A)
+//   wgrad      panel^T low             dA = dh^T drop(x)    dB = dy^T h
+//   lora_gemm  out = left right + low thin + bias: the base product with its update inside
+//
+// A walk (forward.cpp, backward.cpp) goes over the row blocks; every product reads a panel of x or dy as it lies or,
+// where its dtype or a dropout mask asks for it, from a copy in L2 ([kRows, kPanel] floats = 144 KiB). Sums are fp32.
 #pragma once
 
 #include <cstdint>
@@ -13,43 +17,58 @@ namespace fused_lora::cpu {
 
 constexpr int kStrip = 12;             // rows of a strip: one AVX-512 register tile or two of AVX2 (simd.h)
 constexpr int kVec = 8;                // floats of one vector; R is padded to a multiple
+constexpr int64_t kLanes = 16;         // pairs of bf16, or fp32 sums, of one AVX-512 vector (bf16_dot.h)
 constexpr int64_t kRows = 8 * kStrip;  // rows of a block; 24 to 192 measured alike on EPYC 9005, 2026-11-24
-constexpr int64_t kPanel =
-    384;  // columns of a panel: a multiple of kStrip, 2 * kVec, 2 * kLanes and Philox's 8; 192 and 576 no faster
+// Columns of a panel: a multiple of kStrip, 2 * kVec, 2 * kLanes and Philox's 8; 192 and 576 no faster.
+constexpr int64_t kPanel = 384;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// shrink.cpp     out[rows, Rp] += panel[rows, cols (row stride ld)] P[cols, Rp]; rows a multiple of kStrip.
-void shrink(const float* panel, int64_t ld, const float* P, float* out, int64_t rows, int64_t cols, int64_t Rp);
+// shrink.cpp     low[rows, Rp] += panel[rows, cols (row stride ld)] down[cols, Rp]; rows a multiple of kStrip.
+void shrink(const float* panel, int64_t ld, const float* down, float* low, int64_t rows, int64_t cols, int64_t Rp);
 
-// wgrad.cpp      out[cols, Rp] += panel[rows, cols (row stride ld)]^T H[rows, Rp], cols rounded up to a multiple of
+// expand.cpp     out[kStrip, cols (row stride ldo)] += low[kStrip, Rp] thin[R, cols (row stride ldt)]; cols rounded up
+//                to a multiple of 2 * kVec.
+void expand(const float* low, const float* thin, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp,
+            int64_t ldt);
+
+// wgrad.cpp      out[cols, Rp] += panel[rows, cols (row stride ld)]^T low[rows, Rp], cols rounded up to a multiple of
 //                kStrip.
-void wgrad(const float* panel, int64_t ld, const float* H, float* out, int64_t rows, int64_t cols, int64_t Rp);
-
-// wgrad.cpp      out[cols] += sum over rows of panel (row stride ld): one panel's share of dbias.
+void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t rows, int64_t cols, int64_t Rp);
+//                out[cols] += sum over rows of panel (row stride ld): one panel's share of dbias.
 void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64_t cols);
 
-// expand.cpp     out[kStrip, cols (row stride ldo)] += H[kStrip, Rp] Q[R, cols (row stride ldq)]; cols rounded up to a
-//                multiple of 2 * kVec.
-void expand(const float* H, const float* Q, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp, int64_t ldq);
+// The same for bf16 where has_bf16_dot(): pairs along the summed dimension, ranks padded to a multiple of kLanes.
+// low[rows, Rp] += panel[rows, 2 * pairs (row stride ld)] down[pairs, Rp]; rows a multiple of kStrip.
+void shrink_bf16(const uint16_t* panel, int64_t ld, const uint32_t* down, float* low, int64_t rows, int64_t pairs,
+                 int64_t Rp);
+// out[rows, cols (row stride ldo)] += low[rows rounded up to kStrip, Rp] thin[pairs, cols (row stride ldt)]
+// (* mask[rows, kPanel]).
+void expand_bf16(const uint16_t* low, int64_t Rp, const uint32_t* thin, int64_t ldt, const float* mask, uint16_t* out,
+                 int64_t ldo, int64_t rows, int64_t cols, int64_t pairs);
+// out[Rp, cols (row stride ldo)] += low[pairs, Rp]^T panel[2 * pairs, cols (row stride ld)]; cols rounded up to a
+// multiple of 2 * kLanes.
+void wgrad_bf16(const uint16_t* panel, int64_t ld, const uint32_t* low, float* out, int64_t ldo, int64_t pairs,
+                int64_t cols, int64_t Rp);
+// out[cols] += sum over rows of panel; cols rounded up to a multiple of kLanes.
+void column_sums_bf16(const uint16_t* panel, int64_t ld, float* out, int64_t rows, int64_t cols);
 
-// lora_gemm.cpp  out[M, J] = L[M, P] Q + low[M, R] S + bias, on all threads; Q [P, J] and S [R, J] where by_rows, else
-//                Q [J, P] and S [J, R].
+// lora_gemm.cpp  out = left right + low thin + bias in fp32, on all threads: y, or dx, where N and K change places.
 struct LoraGemm {
-  const float* L;     // [M, P], row stride ldl
-  const float* Q;     // row stride ldq
-  const float* low;   // [M, R], row stride ldlow; R may be 0
-  const float* S;     // row stride lds
-  const float* bias;  // [J] or null
-  float* out;         // [M, J], contiguous
-  int64_t M, J, P, R, ldl, ldq, ldlow, lds;
+  const float* left;   // [M, K], row stride ld_left
+  const float* right;  // by_rows: [K, N], else its transpose [N, K]; row stride ld_right
+  const float* low;    // [M, R], row stride ld_low; R may be 0
+  const float* thin;   // by_rows: [R, N], else its transpose [N, R]; row stride ld_thin
+  const float* bias;   // [N] or null
+  float* out;          // [M, N], contiguous
+  int64_t M, N, K, R, ld_left, ld_right, ld_low, ld_thin;
   bool by_rows;
 };
-class Buffers;  // driver.h
+class Buffers;  // walk.h
 void lora_gemm(const LoraGemm& g, Buffers& buffers, int threads);
 
-// dropout.cpp    mask[rows, kPanel] = scale or 0 for rows row0.. and columns col0.. of the [M, K] input; col0 a
-//                multiple of 8.
+// dropout.cpp    mask[rows, kPanel] = dropout.scale() or 0 for rows row0.. and columns col0.. of the [M, K] input; col0
+//                a multiple of 8.
 void dropout_mask(const Dropout& dropout, float* mask, int64_t row0, int64_t col0, int64_t rows, int64_t cols);
 
 // convert.cpp
@@ -67,34 +86,8 @@ void add_row(const float* src, const float* mask, void* dst, Dtype dtype, int64_
 void load_matrix(const void* src, Dtype dtype, float* out, int64_t rows, int64_t cols, int64_t ldo);
 // out[cols, ldo] = src[rows, cols]^T in fp32; columns past rows up to ldo zero.
 void load_transposed(const void* src, Dtype dtype, float* out, int64_t rows, int64_t cols, int64_t ldo);
-
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 10 && !defined(__clang__)
-#define FUSED_LORA_BF16_DOT  // the compiler can make the code; has_bf16_dot() says whether the CPU can run it
-#endif
-
-// bf16.cpp: the same products on CPUs with AVX512-BF16, bf16 operands in pairs along the summed dimension, fp32
-// accumulation. A pair is two bf16 in 32 bits, the lower index in the lower half. Ranks are padded to a multiple of
-// kLanes.
-constexpr int64_t kLanes = 16;  // pairs, or fp32 sums, of one AVX-512 vector
-bool has_bf16_dot();
-// out[pairs, cols (row stride ldo)] = (src[2p, n], src[2p + 1, n]); cols a multiple of kLanes.
-void pair_rows(const uint16_t* src, int64_t ld, uint32_t* out, int64_t ldo, int64_t pairs, int64_t cols);
-// out[rows, Rp] += x[rows, 2 * pairs (row stride ldx)] P[pairs, Rp]; rows a multiple of kStrip.
-void shrink_bf16(const uint16_t* x, int64_t ldx, const uint32_t* P, float* out, int64_t rows, int64_t pairs,
-                 int64_t Rp);
-// out[Rp, cols (row stride ldo)] += H[pairs, Rp]^T x[2 * pairs, cols (row stride ldx)]; cols rounded up to a multiple
-// of 2 * kLanes.
-void wgrad_bf16(const uint16_t* x, int64_t ldx, const uint32_t* H, float* out, int64_t ldo, int64_t pairs, int64_t cols,
-                int64_t Rp);
-// out[cols] += sum over rows of x; cols rounded up to a multiple of kLanes.
-void column_sums_bf16(const uint16_t* x, int64_t ldx, float* out, int64_t rows, int64_t cols);
-// dst[rows, cols (row stride ldd)] += H[rows rounded up to kStrip, Rp] Q[pairs, cols (row stride ldq)] (* mask[rows,
-// kPanel]).
-void expand_bf16(const uint16_t* H, int64_t Rp, const uint32_t* Q, int64_t ldq, const float* mask, uint16_t* dst,
-                 int64_t ldd, int64_t rows, int64_t cols, int64_t pairs);
-
-// lora_bf16.cpp: cpu_forward and cpu_backward for bf16 x where has_bf16_dot().
-Status forward_bf16(const CpuForwardParams& p);
-Status backward_bf16(const CpuBackwardParams& p);
+// out[pairs, cols] = (src[2p, n], src[2p + 1, n]), of bf16 src[2 * pairs, cols]; cols a multiple of kLanes, and only
+// where has_bf16_dot().
+void pair_rows(const uint16_t* src, uint32_t* out, int64_t pairs, int64_t cols);
 
 }  // namespace fused_lora::cpu

@@ -1,13 +1,40 @@
-// shrink: out[rows, Rp] += panel[rows, cols] P[cols, Rp], one panel's share of h = drop(x) A^T or dh = dy B.
+// shrink: low[rows, Rp] += panel[rows, cols] down[cols, Rp].
 //
-// Register tiles of 16 ranks; P's panel (24 KiB at R = 16) stays in L1 over all rows. fp32 throughout.
+// One panel's share of h = drop(x) A^T, where down = A^T, or of dh = dy B, where down = B.
+// Layouts: rows of the panel with a row stride, `down` contiguous; bf16 pairs of neighbouring columns lie side by side
+// in the panel already, those of `down` in [cols / 2, Rp].
+// Tiles: 12 rows by 16 ranks of sums in registers; a panel of `down` (24 KiB at R = 16, 12 in bf16) stays in L1 over
+// all rows.
+// Numerics: products and sums in fp32; a panel's sum starts at zero and joins `low` at its end.
+#include "bf16_dot.h"
 #include "kernels.h"
 #include "simd.h"
 
 namespace fused_lora::cpu {
 
-CLONES void shrink(const float* panel, int64_t ld, const float* P, float* out, int64_t rows, int64_t cols, int64_t Rp) {
-  product(panel, ld, 1, P, Rp, cols, out, Rp, rows, Rp);
+void shrink(const float* panel, int64_t ld, const float* down, float* low, int64_t rows, int64_t cols, int64_t Rp) {
+  widest([=]() INLINED { product(panel, ld, 1, down, Rp, cols, low, Rp, rows, Rp); });
 }
+
+#ifdef FUSED_LORA_BF16_DOT
+BF16_DOT void shrink_bf16(const uint16_t* panel, int64_t ld, const uint32_t* down, float* low, int64_t rows,
+                          int64_t pairs, int64_t Rp) {
+  for (int64_t m = 0; m < rows; m += kStrip)
+    for (int64_t r = 0; r < Rp; r += kLanes) {
+      __m512 acc[kStrip] = {};
+      for (int64_t q = 0; q < pairs; ++q) {
+        const __m512bh b = load_pairs(down + q * Rp + r);
+#pragma GCC unroll 12
+        for (int i = 0; i < kStrip; ++i)
+          acc[i] = _mm512_dpbf16_ps(acc[i], broadcast_pair(panel + (m + i) * ld + 2 * q), b);
+      }
+#pragma GCC unroll 12
+      for (int i = 0; i < kStrip; ++i) {
+        float* out = low + (m + i) * Rp + r;
+        _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), acc[i]));
+      }
+    }
+}
+#endif
 
 }  // namespace fused_lora::cpu

@@ -1,44 +1,61 @@
-// Vectors for the CPU kernels and the run-time choice of instruction set.
+// Vectors for the fp32 CPU kernels, and the run-time choice of instruction set for all.
 //
-// CLONES compiles a function for AVX-512, AVX2 and the baseline and picks at load time; what it inlines is compiled
-// with it. The register tile depends on the registers there are, so each kernel asks avx512() once and takes 12 x 16
+// `widest` runs a body compiled for AVX-512, AVX2 or the baseline, whichever this CPU has; what the body inlines is
+// compiled with it. Templates with a target attribute rather than target_clones: GCC before 12 and clang dispatch
+// clones by single features only, and musl has none. The register tile depends on the registers there are: 12 x 16
 // (12 zmm) or 6 x 16 (12 ymm) accumulators. GCC's vector types rather than plain inner loops: GCC 12 keeps a tile in
 // registers only with them (94 against 2.5 GFLOP/s on one EPYC 7003 core, M=48, K=256, 2026-11-23).
 #pragma once
 
 #include <cstdint>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define INLINE inline __attribute__((always_inline))
-namespace fused_lora::cpu {
-INLINE bool avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-}  // namespace fused_lora::cpu
-#else
-#define CLONES
-#define INLINE inline __attribute__((always_inline))
-namespace fused_lora::cpu {
-INLINE bool avx512() { return false; }
-}  // namespace fused_lora::cpu
-#endif
+// clang passes no vector by value to a function that is compiled for less, inlined or not: by reference throughout.
+#define INLINED __attribute__((always_inline))
+#define INLINE inline INLINED
 
 namespace fused_lora::cpu {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+INLINE bool avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+INLINE bool avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
+
+// By value: a body's captures are then locals of the loops, which no store can change.
+template <class Body>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2"))) void run_avx512(Body body) {
+  body();
+}
+template <class Body> __attribute__((target("avx2,fma,bmi2"))) void run_avx2(Body body) { body(); }
+
+// Calls a body, a lambda that is INLINED and captures by value.
+template <class Body> void widest(Body body) {
+  if (avx512()) run_avx512(body);
+  else if (avx2()) run_avx2(body);
+  else body();
+}
+
+#else
+
+INLINE bool avx512() { return false; }
+template <class Body> void widest(Body body) { body(); }
+
+#endif
 
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef float Vec16 __attribute__((vector_size(64)));
 
-template <class V> INLINE V load(const float* p) {  // unaligned
-  V v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
+// Unaligned.
+template <class V> INLINE void load(V& v, const float* p) { __builtin_memcpy(&v, p, sizeof v); }
 template <class V> INLINE void store(float* p, const V& v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// out[MR, NV vectors] += x[i * rs + q * cs] * p[q, :], q = 0 .. k - 1: the register tile of every product.
-// shrink: rs = row stride, cs = 1. wgrad: rs = 1, cs = row stride. expand: x = H. Sums start at zero and join `out` at
-// the end: rounding errors grow with one panel or block, not with the whole of K or M.
+// out[MR, NV vectors] += x[i * rs + q * cs] * p[q, :], q = 0 .. k - 1: the register tile of every fp32 product.
+// shrink: rs = row stride, cs = 1. wgrad: rs = 1, cs = row stride. expand: x = low. Sums start at zero and join `out`
+// at the end: rounding errors grow with one panel or block, not with the whole of K or M.
 template <int MR, class V, int NV>
 INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out,
                  int64_t ldo) {
@@ -47,7 +64,7 @@ INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t
   for (int64_t q = 0; q < k; ++q) {
     V b[NV];
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) b[j] = load<V>(p + q * ldp + W * j);
+    for (int j = 0; j < NV; ++j) load(b[j], p + q * ldp + W * j);
 #pragma GCC unroll 12
     for (int i = 0; i < MR; ++i) {
       const float a = x[i * rs + q * cs];
@@ -58,7 +75,12 @@ INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t
 #pragma GCC unroll 12
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) store(out + i * ldo + W * j, load<V>(out + i * ldo + W * j) + acc[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      V sum;
+      load(sum, out + i * ldo + W * j);
+      sum += acc[i][j];
+      store(out + i * ldo + W * j, sum);
+    }
 }
 
 // out[rows, cols] += X P for X given by its strides: tiles of 16 columns, the last perhaps of 8. rows a multiple of 12.

@@ -1,18 +1,74 @@
-// wgrad: out[kPanel, Rp] += panel[rows, kPanel]^T H[rows, Rp], one panel's share of dB = dy^T h or dA^T = drop(x)^T dh.
+// wgrad: out += panel[rows, cols]^T low[rows, Rp], one panel's share of dB = dy^T h or dA^T = drop(x)^T dh; and
+// column_sums: out[cols] += sum over rows of the panel, its share of dbias.
 //
-// The register tile of shrink with its left operand read down the columns, summed over the block's rows.
+// Layouts: rows of the panel with a row stride. The fp32 kernel reads `low` as it lies and sums out[cols, Rp]; the bf16
+// one reads `low` with its rows in pairs, [rows / 2, Rp], pairs the panel's in registers and sums out[Rp, cols].
+// Tiles: 12 columns by 16 ranks of sums in registers, in bf16 8 ranks by 32 columns.
+// Numerics: products and sums in fp32; a block's sum starts at zero and joins `out` at its end.
+#include "bf16_dot.h"
 #include "kernels.h"
 #include "simd.h"
 
 namespace fused_lora::cpu {
 
-CLONES void wgrad(const float* panel, int64_t ld, const float* H, float* out, int64_t rows, int64_t cols, int64_t Rp) {
-  product(panel, 1, ld, H, Rp, rows, out, Rp, round_up(cols, kStrip), Rp);
+void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t rows, int64_t cols, int64_t Rp) {
+  widest([=]() INLINED { product(panel, 1, ld, low, Rp, rows, out, Rp, round_up(cols, kStrip), Rp); });
 }
 
-CLONES void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64_t cols) {
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t n = 0; n < cols; ++n) out[n] += panel[m * ld + n];
+void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64_t cols) {
+  widest([=]() INLINED {
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t n = 0; n < cols; ++n) out[n] += panel[m * ld + n];
+  });
 }
+
+#ifdef FUSED_LORA_BF16_DOT
+BF16_DOT void wgrad_bf16(const uint16_t* panel, int64_t ld, const uint32_t* low, float* out, int64_t ldo, int64_t pairs,
+                         int64_t cols, int64_t Rp) {
+  constexpr int kRanks = 8;
+  alignas(64) uint16_t order[2][2 * kLanes];  // lanes of two rows in turn: columns 0 to 15, and 16 to 31
+  for (uint16_t i = 0; i < 2 * kLanes; ++i) {
+    order[0][i] = static_cast<uint16_t>(i / 2 + i % 2 * 2 * kLanes);
+    order[1][i] = static_cast<uint16_t>(order[0][i] + kLanes);
+  }
+  const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]);
+  for (int64_t n = 0; n < cols; n += 2 * kLanes)
+    for (int64_t r = 0; r < Rp; r += kRanks) {
+      __m512 acc[kRanks][2] = {};
+      for (int64_t p = 0; p < pairs; ++p) {
+        const uint16_t* row = panel + 2 * p * ld + n;
+        const __m512i even = _mm512_loadu_si512(row), odd = _mm512_loadu_si512(row + ld);
+        if (r == 0) {
+          _mm_prefetch(row + kPanel, _MM_HINT_T1);
+          _mm_prefetch(row + ld + kPanel, _MM_HINT_T1);
+        }
+        const __m512bh lo = (__m512bh)_mm512_permutex2var_epi16(even, first, odd),
+                       hi = (__m512bh)_mm512_permutex2var_epi16(even, second, odd);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRanks; ++i) {
+          const __m512bh a = broadcast_pair(low + p * Rp + r + i);
+          acc[i][0] = _mm512_dpbf16_ps(acc[i][0], a, lo);
+          acc[i][1] = _mm512_dpbf16_ps(acc[i][1], a, hi);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kRanks; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+          float* o = out + (r + i) * ldo + n + kLanes * j;
+          _mm512_storeu_ps(o, _mm512_add_ps(_mm512_loadu_ps(o), acc[i][j]));
+        }
+    }
+}
+
+BF16_DOT void column_sums_bf16(const uint16_t* panel, int64_t ld, float* out, int64_t rows, int64_t cols) {
+  for (int64_t n = 0; n < cols; n += kLanes) {
+    __m512 acc = _mm512_loadu_ps(out + n);
+    for (int64_t m = 0; m < rows; ++m)
+      acc = _mm512_add_ps(acc, to_fp32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + m * ld + n))));
+    _mm512_storeu_ps(out + n, acc);
+  }
+}
+#endif
 
 }  // namespace fused_lora::cpu

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fused_lora import lora_linear
+from fused_lora import _C, lora_linear
 from fused_lora.backends import cpu
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
 
@@ -24,9 +24,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-# Around panels of 384 columns, strips of 12 and blocks of 96 rows; more than one of each, whole and ragged.
+# Around panels of 384 columns, strips of 12 and blocks of 96 rows; more than one of each, whole and ragged. Not rank 1:
+# PyTorch's product is then a matrix by a vector, with errors of its own kind (test_lora_gemm_tails has it, exactly).
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-@pytest.mark.parametrize("shape", [(96, 384, 768, 16), (100, 385, 770, 12), (391, 800, 416, 33), (25, 1153, 383, 1)])
+@pytest.mark.parametrize("shape", [(96, 384, 768, 16), (100, 385, 770, 12), (391, 800, 416, 33), (25, 1153, 383, 4)])
 def test_panels_and_blocks(poison, product, shape, dropout_p):
     seed = torch.tensor([5]) if dropout_p else None
     for dtype, adapter in (
@@ -48,7 +49,7 @@ def test_panels_and_blocks(poison, product, shape, dropout_p):
 @pytest.mark.parametrize("M", [4, 5, 8, 12, 13, 21, 37])
 @pytest.mark.parametrize("N, K", [(1, 1), (31, 33), (64, 7), (321, 385), (352, 1160)])
 def test_lora_gemm_tails(poison, product, M, N, K):
-    for R, bias in ((3, True), (16, False)):
+    for R, bias in ((1, True), (3, True), (16, False)):
         p = exact_problem(M, N, K, R, bias=bias)
         assert_exact(run(p, backend="cpu"), truth(p))
 
@@ -111,3 +112,26 @@ def test_onednn_is_left_alone_where_it_is_switched_off(monkeypatch):
     finally:
         torch._C._set_mkldnn_enabled(True)
     assert len(calls) == 1
+
+
+def test_the_door_takes_each_keyword_once():
+    """A missing, unknown, positional or unfit argument is a TypeError, and what the kernels refuse a ValueError."""
+    t = torch.zeros(1)
+    good = dict(x=(0, 1), W=(0, 0), A=t.data_ptr(), B=t.data_ptr(), bias=0, h=0, y=0, sizes=(0, 1, 1, 1), dtypes=(0, 0))
+    good |= dict(scaling=1.0, dropout=(0, 0), threads=1)
+    _C.cpu_forward(**good)
+    _C.cpu_forward(**dict(reversed(good.items())))
+    for name in good:
+        with pytest.raises(TypeError, match=f"{name} is missing"):
+            _C.cpu_forward(**{k: v for k, v in good.items() if k != name})
+    with pytest.raises(TypeError, match="z is not a keyword"):
+        _C.cpu_forward(**good, z=1)
+    with pytest.raises(TypeError, match="by keyword"):
+        _C.cpu_forward(*good.values())
+    unfit = dict(x=0, W=(0, 0, 0), A=None, y=-1, sizes=(0, 1, 1), dtypes=(0, 1 << 40), scaling="1", threads=1.5)
+    for name, value in (unfit | dict(dropout=(0, -1), threads=1 << 31)).items():
+        with pytest.raises(TypeError, match=f"{name} does not take"):
+            _C.cpu_forward(**good | {name: value})
+    for bad in (dict(sizes=(-1, 1, 1, 1)), dict(sizes=(0, 0, 1, 1)), dict(dtypes=(3, 0)), dict(dtypes=(0, -1))):
+        with pytest.raises(ValueError, match="must be"):
+            _C.cpu_forward(**good | bad)

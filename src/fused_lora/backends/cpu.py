@@ -63,27 +63,20 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
             bias_ptr = bias.data_ptr()
     else:
         y = F.linear(x, weight) if bias is None else linear_with_bias(x, weight, bias)
-    seed_ptr, threshold = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
+    dropout = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     _C.cpu_forward(
-        x.data_ptr(),
-        ldx,
-        W_ptr,
-        ldw,
-        lora_A.data_ptr(),
-        lora_B.data_ptr(),
-        bias_ptr,
-        h.data_ptr(),
-        y.data_ptr(),
-        M,
-        N,
-        K,
-        R,
-        _CODE[x.dtype],
-        _CODE[lora_A.dtype],
-        scaling,
-        seed_ptr,
-        threshold,
-        torch.get_num_threads(),
+        x=(x.data_ptr(), ldx),
+        W=(W_ptr, ldw),
+        A=lora_A.data_ptr(),
+        B=lora_B.data_ptr(),
+        bias=bias_ptr,
+        h=h.data_ptr(),
+        y=y.data_ptr(),
+        sizes=(M, N, K, R),
+        dtypes=(_CODE[x.dtype], _CODE[lora_A.dtype]),
+        scaling=scaling,
+        dropout=dropout,
+        threads=torch.get_num_threads(),
     )
     return y, h
 
@@ -110,30 +103,22 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, nee
     if needs.bias:
         dbias = dy.new_empty(N)
         dbias_ptr = dbias.data_ptr()
-    seed_ptr, threshold = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
+    dropout = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     _C.cpu_backward(
-        dy.data_ptr(),
-        lddy,
-        x_ptr,
-        ldx,
-        W_ptr,
-        ldw,
-        lora_A.data_ptr(),
-        lora_B.data_ptr(),
-        h_ptr,
-        dx_ptr,
-        dA_ptr,
-        dB_ptr,
-        dbias_ptr,
-        M,
-        N,
-        K,
-        R,
-        _CODE[dy.dtype],
-        _CODE[lora_A.dtype],
-        scaling,
-        seed_ptr,
-        threshold,
-        torch.get_num_threads(),
+        dy=(dy.data_ptr(), lddy),
+        x=(x_ptr, ldx),
+        W=(W_ptr, ldw),
+        A=lora_A.data_ptr(),
+        B=lora_B.data_ptr(),
+        h=h_ptr,
+        dx=dx_ptr,
+        dA=dA_ptr,
+        dB=dB_ptr,
+        dbias=dbias_ptr,
+        sizes=(M, N, K, R),
+        dtypes=(_CODE[dy.dtype], _CODE[lora_A.dtype]),
+        scaling=scaling,
+        dropout=dropout,
+        threads=torch.get_num_threads(),
     )
     return Gradients(dx, None, dA, dB, dbias)

@@ -1,5 +1,8 @@
-// What the CPU drivers (lora.cpp, lora_bf16.cpp) share: scratch memory, the split over threads and row blocks, the
+// What the walks of forward.cpp and backward.cpp share: scratch memory, the split over threads and row blocks, the
 // slabs that gradients gather in.
+//
+// A walk is written once, for a Block: what one thread needs for a block of rows, and the products with it. BlockFp32
+// multiplies in fp32 whatever the dtype is, BlockBf16 in bf16 on CPUs that can.
 #pragma once
 
 #include <algorithm>
@@ -24,6 +27,14 @@ class Buffers {
   std::pmr::monotonic_buffer_resource pool_{small_, sizeof small_};
 };
 
+// What is wrong with a call's numbers.
+template <class Params> Status check(const Params& p) {
+  const auto known = [](Dtype dtype) { return dtype == Dtype::f32 || dtype == Dtype::f16 || dtype == Dtype::bf16; };
+  if (!known(p.dtype) || !known(p.adapter_dtype) || (p.W && (p.dtype != Dtype::f32 || p.adapter_dtype != Dtype::f32)))
+    return Status::bad_dtype;
+  return p.M < 0 || p.N < 1 || p.K < 1 || p.R < 1 ? Status::bad_shape : Status::ok;
+}
+
 inline int64_t item_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 inline const char* at(const void* base, int64_t elements, Dtype dtype) {
   return static_cast<const char*>(base) + elements * item_size(dtype);
@@ -47,11 +58,16 @@ inline int64_t block_rows(int64_t M, int threads) {
   return std::min(kRows, round_up((M + threads - 1) / threads, kStrip) + kStrip);
 }
 
-// Calls body(0) and body(1), side by side where there are threads.
-template <class Body> void each_of_two(int threads, const Body& body) {
-  if (threads > 1) return parallel(2, body);
-  body(0);
-  body(1);
+// Calls first() and second(), side by side where there are threads.
+template <class First, class Second> void both(int threads, const First& first, const Second& second) {
+  if (threads > 1) return parallel(2, [&](int i) { i == 0 ? first() : second(); });
+  first();
+  second();
+}
+
+// Fills the two factors of a walk.
+template <class Factor> void fill(int threads, const Factor& down, const Factor& thin) {
+  both(down.needs_fill() && thin.needs_fill() ? threads : 1, [&] { down.fill(); }, [&] { thin.fill(); });
 }
 
 // Calls start(thread) once and then body(thread, first row, rows) with rows <= kRows for every block of the thread's

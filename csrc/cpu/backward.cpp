@@ -1,0 +1,149 @@
+// The CPU backward: dh = s * dy B, dx += mask * (dh A) / (1 - p) into the caller's dy W or, with W, dx by lora_gemm;
+// dA = dh^T drop(x), dB = dy^T h, dbias = sum_M dy.
+//
+// One walk for all dtypes. Each thread takes a run of rows in blocks of kRows: dy is read once, in panels of kPanel
+// columns, for dh, dB and dbias; then x is read and dx updated once, under one dropout mask. dA, dB and dbias gather in
+// one fp32 slab a thread; the slabs are summed in thread order, so results repeat bit for bit.
+#include "block_bf16.h"
+#include "block_fp32.h"
+#include "walk.h"
+
+namespace fused_lora::cpu {
+namespace {
+
+// dA [R, width] (ranks_first) or dB [width, R], and the slabs it gathers in. Nothing where dst is null.
+template <class Block> class Gradient {
+ public:
+  Gradient(void* dst, Dtype dtype, int64_t width, int64_t R, bool ranks_first)
+      : dst_(dst),
+        dtype_(dtype),
+        width_(width),
+        padded_(round_up(width, Block::kGathered)),
+        R_(R),
+        Rp_(round_up(R, Block::kRanks)),
+        ranks_first_(ranks_first),
+        slabs_(dst, padded_ * Rp_) {}
+
+  // For the next thread.
+  void add(Buffers& buffers) {
+    if (dst_ && !turned_ && ranks_first_ != Block::kRanksFirst) turned_ = buffers.take(padded_ * Rp_);
+    slabs_.add(buffers);
+  }
+  void clear(int t) { slabs_.clear(t); }
+  void gather(Block& block, typename Block::Panel panel, int t, int64_t n, int64_t rows, int64_t cols) {
+    block.wgrad(panel, slabs_[t], padded_, n, rows, cols);
+  }
+
+  // dst = the slabs' sum * factor.
+  void store(float factor) {
+    if (!dst_) return;
+    float* sum = slabs_.sum();
+    for (int64_t i = 0; factor != 1.0f && i < padded_ * Rp_; ++i) sum[i] *= factor;
+    int64_t ld = Block::kRanksFirst ? padded_ : Rp_;
+    if (turned_) {
+      const int64_t rows = padded_ * Rp_ / ld;
+      load_transposed(sum, Dtype::f32, turned_, rows, ld, rows);
+      sum = turned_;
+      ld = rows;
+    }
+    store_slab(sum, ld, dst_, dtype_, ranks_first_ ? R_ : width_, ranks_first_ ? width_ : R_);
+  }
+  explicit operator bool() const { return dst_; }
+
+ private:
+  void* dst_;
+  Dtype dtype_;
+  int64_t width_, padded_, R_, Rp_;
+  bool ranks_first_;
+  Slabs slabs_;              // [padded, Rp], or [Rp, padded] where Block::kRanksFirst
+  float* turned_ = nullptr;  // the sum transposed, where dst needs it
+};
+
+// dA, dB, dbias, dh [M, Rp] where it is not null and, with `update`, the update of dx.
+template <class Block> void low_rank(const CpuBackwardParams& p, Buffers& buffers, bool update, float* dh) {
+  using Factor = typename Block::Factor;
+  const int64_t Rp = round_up(p.R, Block::kRanks), Kp = round_up(p.K, Block::kColumns);
+  const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
+  const bool need_dh = p.dx || p.dA, dropout = p.dropout.threshold > 0;
+  const Factor down(buffers, need_dh ? p.B : nullptr, p.adapter_dtype, p.N, p.R, Rp, false),
+      thin(buffers, update ? p.A : nullptr, p.adapter_dtype, p.R, p.K, Kp, false);
+  fill(threads, down, thin);
+  Gradient<Block> dA(p.dA, p.adapter_dtype, p.K, p.R, true), dB(p.dB, p.adapter_dtype, p.N, p.R, false);
+  Slabs dbias(p.dbias, round_up(p.N, Block::kColumns));
+  std::vector<Block> blocks;
+  for (int t = 0; t < threads; ++t) {
+    blocks.emplace_back(buffers, block_rows(p.M, threads), p.dtype, dropout, p.R);
+    dA.add(buffers), dB.add(buffers), dbias.add(buffers);
+  }
+
+  const auto clear = [&](int t) { dA.clear(t), dB.clear(t), dbias.clear(t); };
+  const auto body = [&](int t, int64_t m, int64_t rows) {
+    Block& block = blocks[static_cast<size_t>(t)];
+    block.clear_low();
+    if (dB) block.gather_by_h(at(p.h, m * p.R, p.dtype), rows);
+    for (int64_t n = 0; n < p.N; n += kPanel) {
+      const int64_t cols = std::min(kPanel, p.N - n);
+      const auto dy = block.panel(at(p.dy, m * p.lddy + n, p.dtype), p.lddy, nullptr, rows, cols);
+      if (need_dh) block.shrink(dy, down, n, rows, cols);
+      if (dB) dB.gather(block, dy, t, n, rows, cols);
+      if (p.dbias) block.column_sums(dy, dbias[t] + n, rows, cols);
+    }
+    if (!need_dh) return;
+    block.scale_low(p.scaling, rows);
+    if (dA) block.gather_by_low(rows);
+    for (int64_t k = 0; (dA || thin) && k < p.K; k += kPanel) {
+      const int64_t cols = std::min(kPanel, p.K - k);
+      if (dropout) dropout_mask(p.dropout, block.mask, m, k, rows, cols);
+      if (dA)
+        dA.gather(block, block.panel(at(p.x, m * p.ldx + k, p.dtype), p.ldx, block.mask, rows, cols), t, k, rows, cols);
+      if (thin) block.expand(thin, block.mask, at(p.dx, m * p.K + k, p.dtype), p.K, k, rows, cols);
+    }
+    if (dh) std::copy_n(block.low, rows * Rp, dh + m * Rp);
+  };
+  for_row_blocks(p.M, threads, clear, body);
+
+  const float factor = Block::kMaskScales ? 1.0f : p.dropout.scale();
+  both(dA && dB ? threads : 1, [&] { dA.store(factor); }, [&] { dB.store(1.0f); });
+  if (p.dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
+}
+
+}  // namespace
+}  // namespace fused_lora::cpu
+
+namespace fused_lora {
+using namespace cpu;
+
+Status cpu_backward(const CpuBackwardParams& p) {
+  if (const Status status = check(p); status != Status::ok) return status;
+  Buffers buffers;
+  if (in_bf16(p.dtype)) {
+    low_rank<BlockBf16>(p, buffers, p.dx, nullptr);
+    return Status::ok;
+  }
+  // dx by lora_gemm has the update inside, but where dropout's mask keeps it out.
+  const bool own = p.dx && p.W, inside = own && p.dropout.threshold == 0;
+  const int64_t Rp = round_up(p.R, BlockFp32::kRanks);
+  float* dh = inside ? buffers.take(p.M * Rp) : nullptr;
+  const LoraGemm dx{.left = static_cast<const float*>(p.dy),
+                    .right = static_cast<const float*>(p.W),
+                    .low = dh,
+                    .thin = static_cast<const float*>(p.A),
+                    .bias = nullptr,
+                    .out = static_cast<float*>(p.dx),
+                    .M = p.M,
+                    .N = p.K,
+                    .K = p.N,
+                    .R = inside ? p.R : 0,
+                    .ld_left = p.lddy,
+                    .ld_right = p.ldw,
+                    .ld_low = Rp,
+                    .ld_thin = p.K,
+                    .by_rows = true};
+  const int threads = threads_worth(p.M * p.N * p.K, p.threads);
+  if (own && !inside) lora_gemm(dx, buffers, threads);
+  low_rank<BlockFp32>(p, buffers, p.dx && !inside, dh);
+  if (inside) lora_gemm(dx, buffers, threads);
+  return Status::ok;
+}
+
+}  // namespace fused_lora

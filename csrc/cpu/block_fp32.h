@@ -1,0 +1,128 @@
+// A block of rows and its products in fp32, for x of any dtype.
+#pragma once
+
+#include "walk.h"
+
+namespace fused_lora::cpu {
+
+class BlockFp32 {
+ public:
+  static constexpr int64_t kRanks = kVec;        // R is padded to a multiple: Rp
+  static constexpr int64_t kColumns = 2 * kVec;  // columns of `thin` likewise
+  static constexpr int64_t kGathered = kStrip;   // columns of a gradient's slab likewise
+  static constexpr bool kRanksFirst = false;     // a slab lies as [columns, Rp]
+  static constexpr bool kMaskScales = true;      // a masked panel holds dropout's factor
+
+  // `down` [K or N, Rp] or `thin` [R, ld], its rows the summed dimension: src itself where it lies so, else a copy
+  // padded with zeros. The calling thread takes the memory, any may fill it. src null: nobody will read it.
+  class Factor {
+   public:
+    Factor(Buffers& buffers, const void* src, Dtype dtype, int64_t rows, int64_t cols, int64_t ld, bool transposed)
+        : src_(src),
+          dtype_(dtype),
+          rows_(rows),
+          cols_(cols),
+          ld_(ld),
+          transposed_(transposed) {
+      const bool as_it_lies = !transposed && dtype == Dtype::f32 && cols == ld;
+      if (src && !as_it_lies) copy_ = buffers.take(rows * ld);
+    }
+    bool needs_fill() const { return copy_; }
+    void fill() const {
+      if (copy_ && transposed_) load_transposed(src_, dtype_, copy_, cols_, rows_, ld_);
+      else if (copy_) load_matrix(src_, dtype_, copy_, rows_, cols_, ld_);
+    }
+    explicit operator bool() const { return src_; }
+    const float* data() const { return copy_ ? copy_ : static_cast<const float*>(src_); }
+    int64_t ld() const { return ld_; }
+
+   private:
+    const void* src_;  // [rows, cols], or [cols, rows] where transposed
+    Dtype dtype_;
+    int64_t rows_, cols_, ld_;
+    bool transposed_;
+    float* copy_ = nullptr;
+  };
+
+  // Columns of the block's rows, at least to whole strips and zero past the matrix.
+  struct Panel {
+    const float* data;
+    int64_t ld;
+  };
+
+  float *mask, *low;  // [rows, kPanel], null without dropout; [rows, Rp] h or dh
+
+  BlockFp32(Buffers& buffers, int64_t rows, Dtype dtype, bool dropout, int64_t R)
+      : mask(dropout ? buffers.take(rows * kPanel) : nullptr),
+        low(buffers.take(rows * round_up(R, kRanks))),
+        dtype_(dtype),
+        R_(R),
+        Rp_(round_up(R, kRanks)),
+        size_(rows * Rp_),
+        panel_(buffers.take(rows * kPanel)),
+        strip_(buffers.take(kStrip * kPanel)),
+        h_(buffers.take(size_)) {}
+
+  void clear_low() { std::fill_n(low, size_, 0.0f); }
+
+  // src[rows, cols (row stride ld)] (* keep): as it lies where that serves, else a copy.
+  Panel panel(const void* src, int64_t ld, const float* keep, int64_t rows, int64_t cols) {
+    if (dtype_ == Dtype::f32 && !keep && rows % kStrip == 0 && cols % kStrip == 0)
+      return {static_cast<const float*>(src), ld};
+    load_panel(src, dtype_, ld, keep, panel_, rows, cols);
+    return {panel_, kPanel};
+  }
+
+  // low += left down[n : n + cols].
+  void shrink(Panel left, const Factor& down, int64_t n, int64_t rows, int64_t cols) {
+    cpu::shrink(left.data, left.ld, down.data() + n * Rp_, low, round_up(rows, kStrip), cols, Rp_);
+  }
+
+  void scale_low(float factor, int64_t rows) {
+    for (int64_t i = 0; i < rows * Rp_; ++i) low[i] *= factor;
+  }
+
+  void store_low(void* h, int64_t rows) const { store_slab(low, Rp_, h, dtype_, rows, R_); }
+
+  // out[rows, cols (row stride ldo)] += low thin[:, n : n + cols] (* keep).
+  void expand(const Factor& thin, const float* keep, void* out, int64_t ldo, int64_t n, int64_t rows, int64_t cols) {
+    // whole register tiles of columns are updated where they lie
+    const int64_t tiles = dtype_ == Dtype::f32 && !keep ? cols / kColumns * kColumns : 0;
+    const float* right = thin.data() + n;
+    for (int64_t m = 0; m < rows; m += kStrip) {
+      const int64_t height = std::min<int64_t>(kStrip, rows - m), direct = height == kStrip ? tiles : 0;
+      char* to = at(out, m * ldo, dtype_);
+      if (direct) cpu::expand(low + m * Rp_, right, reinterpret_cast<float*>(to), ldo, direct, R_, Rp_, thin.ld());
+      if (direct == cols) continue;
+      for (int i = 0; i < kStrip; ++i) std::fill_n(strip_ + i * kPanel, round_up(cols - direct, kColumns), 0.0f);
+      cpu::expand(low + m * Rp_, right + direct, strip_, kPanel, cols - direct, R_, Rp_, thin.ld());
+      for (int64_t i = 0; i < height; ++i)
+        add_row(strip_ + i * kPanel, keep ? keep + (m + i) * kPanel : nullptr, at(to, i * ldo + direct, dtype_), dtype_,
+                cols - direct);
+    }
+  }
+
+  // The right side of the next wgrads: h[rows, R] of the forward, or low.
+  void gather_by_h(const void* h, int64_t rows) {
+    load_matrix(h, dtype_, h_, rows, R_, Rp_);
+    right_ = h_;
+  }
+  void gather_by_low(int64_t) { right_ = low; }
+
+  // slab[n : n + cols, Rp] += left^T right.
+  void wgrad(Panel left, float* slab, int64_t, int64_t n, int64_t rows, int64_t cols) {
+    cpu::wgrad(left.data, left.ld, right_, slab + n * Rp_, rows, cols, Rp_);
+  }
+
+  void column_sums(Panel left, float* out, int64_t rows, int64_t cols) {
+    cpu::column_sums(left.data, left.ld, out, rows, cols);
+  }
+
+ private:
+  Dtype dtype_;
+  int64_t R_, Rp_, size_;       // size of low
+  float *panel_, *strip_, *h_;  // [rows, kPanel]; [kStrip, kPanel]; [rows, Rp]
+  const float* right_ = nullptr;
+};
+
+}  // namespace fused_lora::cpu

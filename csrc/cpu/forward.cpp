@@ -1,0 +1,83 @@
+// The CPU forward: h = s * drop(x) A^T, and y += h B^T into the caller's x W^T + bias or, with W, y by lora_gemm.
+//
+// One walk for all dtypes. Each thread takes a run of rows in blocks of kRows: x is read once, in panels of kPanel
+// columns, for h; then the block's rows of y are updated once, while h is in L1. Nothing is summed across threads, so
+// results repeat bit for bit whatever their number is.
+#include "block_bf16.h"
+#include "block_fp32.h"
+#include "walk.h"
+
+namespace fused_lora::cpu {
+namespace {
+
+// h and, without W, the update of y.
+template <class Block> void low_rank(const CpuForwardParams& p, Buffers& buffers) {
+  using Factor = typename Block::Factor;
+  const int64_t Rp = round_up(p.R, Block::kRanks), Np = round_up(p.N, Block::kColumns);
+  const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
+  const bool dropout = p.dropout.threshold > 0;
+  const float factor = Block::kMaskScales ? p.scaling : p.scaling * p.dropout.scale();
+  const Factor down(buffers, p.A, p.adapter_dtype, p.K, p.R, Rp, true),         // A^T
+      thin(buffers, p.W ? nullptr : p.B, p.adapter_dtype, p.R, p.N, Np, true);  // B^T
+  fill(threads, down, thin);
+  std::vector<Block> blocks;
+  for (int t = 0; t < threads; ++t) blocks.emplace_back(buffers, block_rows(p.M, threads), p.dtype, dropout, p.R);
+
+  const auto body = [&](int t, int64_t m, int64_t rows) {
+    Block& block = blocks[static_cast<size_t>(t)];
+    block.clear_low();
+    for (int64_t k = 0; k < p.K; k += kPanel) {
+      const int64_t cols = std::min(kPanel, p.K - k);
+      if (dropout) dropout_mask(p.dropout, block.mask, m, k, rows, cols);
+      const auto x = block.panel(at(p.x, m * p.ldx + k, p.dtype), p.ldx, block.mask, rows, cols);
+      block.shrink(x, down, k, rows, cols);
+    }
+    block.scale_low(factor, rows);
+    block.store_low(at(p.h, m * p.R, p.dtype), rows);
+    for (int64_t n = 0; thin && n < p.N; n += kPanel)
+      block.expand(thin, nullptr, at(p.y, m * p.N + n, p.dtype), p.N, n, rows, std::min(kPanel, p.N - n));
+  };
+  for_row_blocks(p.M, threads, [](int) {}, body);
+}
+
+}  // namespace
+}  // namespace fused_lora::cpu
+
+namespace fused_lora {
+using namespace cpu;
+
+bool cpu_prefers_lora_gemm() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_is("amd");  // MKL runs 32-byte vectors there; Intel's CPUs keep PyTorch's product
+#else
+  return false;
+#endif
+}
+
+Status cpu_forward(const CpuForwardParams& p) {
+  if (const Status status = check(p); status != Status::ok) return status;
+  Buffers buffers;
+  if (in_bf16(p.dtype)) low_rank<BlockBf16>(p, buffers);
+  else low_rank<BlockFp32>(p, buffers);
+  if (p.W) {
+    const LoraGemm y{.left = static_cast<const float*>(p.x),
+                     .right = static_cast<const float*>(p.W),
+                     .low = static_cast<const float*>(p.h),
+                     .thin = static_cast<const float*>(p.B),
+                     .bias = static_cast<const float*>(p.bias),
+                     .out = static_cast<float*>(p.y),
+                     .M = p.M,
+                     .N = p.N,
+                     .K = p.K,
+                     .R = p.R,
+                     .ld_left = p.ldx,
+                     .ld_right = p.ldw,
+                     .ld_low = p.R,
+                     .ld_thin = p.R,
+                     .by_rows = false};
+    lora_gemm(y, buffers, threads_worth(p.M * p.N * p.K, p.threads));
+  }
+  return Status::ok;
+}
+
+}  // namespace fused_lora
