@@ -29,10 +29,10 @@ class Made:
         return [t for t in (self.lora_A, self.lora_B) if t is not None]
 
 
-def _leaves(p: Problem) -> tuple[Tensor, Tensor]:
-    return p.lora_A.to(p.x.dtype).detach().clone().requires_grad_(), p.lora_B.to(
-        p.x.dtype
-    ).detach().clone().requires_grad_()
+def _leaves(p: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Trained copies of A and B."""
+    A, B = (t.detach().to(dtype, copy=True).requires_grad_() for t in (p.lora_A, p.lora_B))
+    return A, B
 
 
 def frozen(p: Problem, dropout: float) -> Made:
@@ -42,7 +42,7 @@ def frozen(p: Problem, dropout: float) -> Made:
 
 def naive(p: Problem, dropout: float) -> Made:
     """The textbook composition, A and B in x's dtype."""
-    A, B = _leaves(p)
+    A, B = _leaves(p, p.x.dtype)
     return Made(
         lambda x: F.linear(x, p.weight, p.bias) + F.linear(F.linear(F.dropout(x, dropout), A), B) * p.scaling, A, B
     )
@@ -77,8 +77,9 @@ class AddmmLinear(nn.Module):
     def __init__(self, linear: nn.Linear, r: int, lora_alpha: float):
         super().__init__()
         self.weight, self.bias, self.scaling = linear.weight, linear.bias, lora_alpha / r
-        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, dtype=linear.weight.dtype))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, dtype=linear.weight.dtype))
+        like = dict(dtype=linear.weight.dtype, device=linear.weight.device)
+        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
     def forward(self, x):
@@ -89,7 +90,7 @@ class AddmmLinear(nn.Module):
 
 
 def addmm(p: Problem, dropout: float) -> Made:
-    A, B = _leaves(p)
+    A, B = _leaves(p, p.x.dtype)
     return Made(lambda x: _Addmm.apply(x, p.weight, p.bias, A, B, p.scaling, dropout), A, B)
 
 
@@ -138,7 +139,7 @@ def _back_end(name: str) -> Callable[[Problem, float], Made]:
     """lora_linear on one named back end, A and B in the problem's adapter dtype."""
 
     def make(p: Problem, dropout: float) -> Made:
-        A, B = p.lora_A.detach().clone().requires_grad_(), p.lora_B.detach().clone().requires_grad_()
+        A, B = _leaves(p, p.lora_A.dtype)
         return Made(
             lambda x: lora_linear(x, p.weight, A, B, p.scaling, bias=p.bias, dropout_p=dropout, backend=name), A, B
         )

@@ -32,9 +32,11 @@ class Spread:
 
 
 def rounds(names: list[str]):
-    """The order of each round: shuffled afresh, alike in every run. Rotation would leave each candidate its neighbour,
-    and what a neighbour
-    leaves in the caches counts: on a CPU a layer that follows PEFT's bf16 one takes 8 % longer."""
+    """The order of each round: shuffled afresh, alike in every run.
+
+    Rotation would leave each candidate its neighbour, and what a neighbour leaves in the caches counts: on a CPU a
+    layer that follows PEFT's bf16 one takes 8 % longer.
+    """
     shuffle = random.Random(0).shuffle
     while True:
         shuffle(names)
@@ -90,7 +92,7 @@ def cpu_pass(
     return one
 
 
-def _captured(step: Callable[[], None]) -> Callable[[], None]:
+def captured(step: Callable[[], None]) -> Callable[[], None]:
     """`step` as a CUDA graph's replay, warmed up on a side stream first."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -123,7 +125,7 @@ def gpu_pass(
                 leaf.grad = None
             forward(x).backward(gradient)
 
-    replays = [_captured(forwards), _captured(both)]
+    replays = [captured(forwards), captured(both)]
 
     def one() -> tuple[float, float]:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
