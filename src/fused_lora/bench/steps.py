@@ -115,10 +115,12 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 def step_of(model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
     """Forward and backward over the batch; returns the loss. Sets whether the model checkpoints."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if batch.checkpointing:
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif inner.is_gradient_checkpointing:
-        inner.gradient_checkpointing_disable()
+    with warnings.catch_warnings():  # the names that transformers 5 has from its first release on
+        warnings.simplefilter("ignore", FutureWarning)
+        if batch.checkpointing:
+            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif inner.is_gradient_checkpointing:
+            inner.gradient_checkpointing_disable()
     shape, generator = (batch.sequences, batch.tokens), torch.Generator().manual_seed(1)
     tokens = torch.randint(0, inner.config.vocab_size, shape, generator=generator).to(inner.device)
 
@@ -209,7 +211,7 @@ def _batch_rows(
 
     ready, dropped = prepare(list(models), make)
     times = interleave({name: one for name, (one, _) in ready.items()}, budget_s=budget_s, least=least)
-    spread = {name: Spread.of([t for t, _ in ts]) for name, ts in times.items()}
+    spread = {name: Spread.of([t for (t,) in ts]) for name, ts in times.items()}
     model_mib = {name: memory.model_mib(models[name]) for name in ready}
     peak_mib = {name: model_mib[name] + step for name, (_, step) in ready.items()}
     rows = {}
