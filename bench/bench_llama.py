@@ -19,8 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fused_lora.bench import environment
 from fused_lora.bench.report import print_steps, print_written
-from fused_lora.bench.results import check_writable, write_json
+from fused_lora.bench.results import check_writable
 from fused_lora.bench.steps import RANK, Batch, Workload, run_steps
+from fused_lora.files import write_json
 
 DROPOUT = 0.05
 BATCHES = (Batch(1, 512), Batch(1, 2048), Batch(2, 2048), Batch(4, 2048, checkpointing=True))
@@ -60,7 +61,7 @@ def main() -> None:
     document = dict(environment=environment("cuda"), layers=given.layers, rank=RANK, rows=[])
     for rows in run_steps(workload, least=given.rounds, budget_s=0):
         document["rows"] += rows
-        write_json(document, given.output)
+        write_json(given.output, document)
     print_steps(title, document["rows"])
     print_written(given.output)
 

@@ -65,7 +65,7 @@ def test_a_wrong_or_failing_candidate_is_dropped(monkeypatch, quick):
     for rows in run_steps(SMALL, budget_s=0, least=1):
         frozen, peft, fused, addmm = rows
         assert "fault" not in frozen and peft["fault"] == "failed" and "peft" in peft["why"]
-        assert addmm["fault"] == "wrong" and "addmm: the loss must be " in addmm["why"]
+        assert addmm["fault"] == "wrong" and addmm["why"].startswith("the loss must be ")
         assert fused["fault"] == "wrong" and "lora_A.default has no finite gradient" in fused["why"]
 
 

@@ -69,7 +69,8 @@ def _bars(axes, line: list[tuple], names: list[str], of: dict[tuple, dict]) -> N
         for place, row in zip(places, rows):
             if "fault" in row:
                 text = f" {name}: {row['fault']}"
-                axes.text(place, 0, text, rotation=90, ha="center", va="bottom", fontsize=7, color=_COLOURS.get(name))
+                box = dict(facecolor="white", edgecolor="none", pad=0.5)
+                axes.text(place, 0, text, rotation=90, ha="center", va="bottom", fontsize=7, bbox=box)
     axes.axhline(1.0, color="black", linewidth=1, label="frozen layer")
     labels = [f"{dtype}\nM={M}, {K}→{N}\nR={R}, p={p:g}" for dtype, M, K, N, R, p in line]
     axes.set_xticks(range(len(line)), labels, fontsize=7)

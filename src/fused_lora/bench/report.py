@@ -1,5 +1,6 @@
 """What a benchmark says on the terminal, in 80 columns."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,12 +25,17 @@ def _table(columns: tuple[str, ...], rows: list[dict], cells: Callable[[dict], t
         table.add_column(column, justify="left" if column == "candidate" else "right", no_wrap=True)
     for row in rows:
         style = "red" if "fault" in row else "bold" if row["candidate"].startswith("fused") else ""
-        table.add_row(*(Text(cell) for cell in cells(row)), style=style)
+        filled = itertools.islice(itertools.chain(cells(row), itertools.repeat("-")), len(columns))
+        table.add_row(*(Text(cell) for cell in filled), style=style)
     _console.print(table)
+    _print_dropped(rows)
+    say("")
+
+
+def _print_dropped(rows: list[dict]) -> None:
     for row in rows:
         if "fault" in row:
             say(f"{row['candidate']}: {row['fault']}, not timed: {row['why']}", "red")
-    say("")
 
 
 def print_environment(env: dict) -> None:
@@ -75,9 +81,7 @@ def print_host(rows: list[dict]) -> None:
         (f"; fused / PEFT {r['of_peft']:.2f}" for r in timed if r["candidate"] == "fused" and "of_peft" in r), ""
     )
     say(f"host cost, us for a forward and backward of tiny tensors:\n{line}{ours}")
-    for r in rows:
-        if "fault" in r:
-            say(f"{r['candidate']}: {r['fault']}, not timed: {r['why']}", "red")
+    _print_dropped(rows)
     say("")
 
 

@@ -5,10 +5,9 @@ train_step. The row of a dropped candidate has `fault` (wrong, failed or does no
 """
 
 import json
+import os
 import tempfile
 from pathlib import Path
-
-from fused_lora.files import write_whole
 
 CASE = ("dtype", "M", "K", "N", "R", "dropout")
 _FIGURES = ("both_us", "both_p20_us", "both_p80_us", "both_ratio", "fwd_ratio", "bwd_ratio", "held_bytes", "gflops")
@@ -30,7 +29,7 @@ def target(document: dict, path: str | Path, suffix: str, name: str) -> Path:
 
     Args:
         document: gives preset and environment.
-        path: a file, or a directory that is there or has no suffix.
+        path: a file, or a directory that is there or that has no suffix.
         suffix: .json or .png.
         name: the argument's name, for the message.
     Raises: ValueError for another suffix, or for a directory in the file's place.
@@ -38,7 +37,7 @@ def target(document: dict, path: str | Path, suffix: str, name: str) -> Path:
     if not str(path):
         raise ValueError(f"{name} must be a {suffix} file or a directory; got an empty path")
     path, environment = Path(path), document["environment"]
-    if path.is_dir() or not path.suffix:
+    if path.is_dir() or not (path.suffix or path.exists()):
         parts = (document["preset"], environment["kind"], environment["vendor"])
         path /= "-".join(part for part in parts if part) + suffix
     elif path.suffix.lower() != suffix:
@@ -51,19 +50,16 @@ def target(document: dict, path: str | Path, suffix: str, name: str) -> Path:
 
 
 def check_writable(path: Path) -> None:
-    """Make the directory of `path` and try it with a file that is gone at once.
+    """Make the directory of `path`, and try it with a file that is gone at once.
 
     Raises: OSError naming what refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(os.path.realpath(path)).parent  # where write_whole writes
+    directory.mkdir(parents=True, exist_ok=True)
     try:
-        tempfile.TemporaryFile(dir=path.parent).close()
+        tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path.parent)) from None
-
-
-def write_json(document: dict, path: Path) -> None:
-    write_whole({path: (json.dumps(document, indent=1) + "\n").encode()})
+        raise OSError(error.errno, error.strerror, str(directory)) from None
 
 
 def _read(path: Path) -> dict:

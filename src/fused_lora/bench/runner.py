@@ -48,8 +48,7 @@ def check(name: str, got: dict[str, Tensor], exact: dict[str, Tensor], dtype: to
         error = (value.double() - want).abs().max().item() / scale
         if not error <= limit:
             raise WrongResult(
-                f"{name}: {tensor} is off by {error:.2e} of its largest element, over the limit {limit:.2e}; it is not "
-                "timed"
+                f"{name}: {tensor} is off by {error:.2e} of its largest element, over the limit {limit:.2e}"
             )
         worst = max(worst, error)
     return worst
@@ -109,12 +108,12 @@ def prepare(names: list[str], make: Callable[[str], T]) -> tuple[dict[str, T], d
         except Exception as error:
             if name == "frozen":
                 raise
-            dropped[name] = _fault(error)
+            dropped[name] = _fault(name, error)
     return ready, dropped
 
 
-def _fault(error: Exception) -> dict:
-    text = " ".join(str(error).split())[:400]
+def _fault(name: str, error: Exception) -> dict:
+    text = " ".join(str(error).split())[:400].removeprefix(f"{name}: ")
     if isinstance(error, WrongResult):
         return dict(fault="wrong", why=text)
     kind = "does not fit" if isinstance(error, torch.OutOfMemoryError) else "failed"

@@ -16,6 +16,7 @@ from fused_lora.bench.cases import Case
 from fused_lora.bench.cases import preset as cases_of
 from fused_lora.bench.machine import environment
 from fused_lora.bench.steps import run_steps, smollm2_on
+from fused_lora.files import write_json
 from fused_lora.models import packaged_model
 
 
@@ -79,7 +80,7 @@ def run(
         document["train_step"] = list(itertools.chain(*run_steps(workload, budget_s=6 * budget_s)))
         report.print_steps(workload.title, document["train_step"])
     if output is not None:
-        results.write_json(document, output)
+        write_json(output, document)
         report.print_written(output)
     if plot is not None:
         picture.write_plot(document, plot)
@@ -101,7 +102,7 @@ def _time_cases(document: dict, cases: list[Case], budget_s: float, output: Path
         report.print_case(case, rows)
         document["rows"] += rows
         if output is not None:
-            results.write_json(document, output)
+            write_json(output, document)
 
 
 def _kind(device: str) -> str:
