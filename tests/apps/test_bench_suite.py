@@ -169,6 +169,8 @@ def test_a_cpu_without_cpuinfo_has_a_name(monkeypatch, tmp_path):
 def test_an_installed_package_has_no_commit(monkeypatch, tmp_path):
     """Even if it lies in another project's checkout."""
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run(["git", "-C", tmp_path, *author, "commit", "-q", "--allow-empty", "-m", "another"], check=True)
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
     assert machine.commit() == ""
 
