@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_lora.bench.candidates import Made, candidates_on
 from fused_lora.bench.cases import Case
-from fused_lora.bench.timing import Spread, copies, cpu_pass, gpu_pass, interleave
+from fused_lora.bench.timing import Pass, Spread, copies, cpu_pass, gpu_pass, interleave
 from fused_lora.testing import Problem, random_problem, truth
 
 T = TypeVar("T")
@@ -29,8 +29,12 @@ def outcome(made: Made, p: Problem) -> dict[str, Tensor]:
         leaf.grad = None
     y = made.forward(x)
     y.backward(p.dy)
-    grads = {} if made.lora_A is None else {"dA": made.lora_A.grad, "dB": made.lora_B.grad}
-    return {"y": y.detach(), "dx": x.grad, **grads}
+    got = {"y": y.detach()}
+    for name, t in zip(("dx", "dA", "dB"), (x, *made.leaves)):
+        if t.grad is None:
+            raise WrongResult(f"{name} is missing")
+        got[name] = t.grad
+    return got
 
 
 def check(name: str, got: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> float:
@@ -124,7 +128,7 @@ def _fault(name: str, error: Exception) -> dict:
 class _Ready:
     """A candidate whose result is right, and what is known of it before it is timed."""
 
-    one_pass: Callable[[], tuple[float, float]]
+    one_pass: Pass
     error: float
     held: int
     peak: int
@@ -165,7 +169,7 @@ def run_case(case: Case, device: str, names: list[str], budget_s: float, least: 
     return [rows[name] for name in names]
 
 
-def _rows(case: Case, times: dict[str, list[tuple[float, float]]], ready: dict[str, _Ready]) -> dict[str, dict]:
+def _rows(case: Case, times: dict[str, list[tuple[float, ...]]], ready: dict[str, _Ready]) -> dict[str, dict]:
     parts = {"fwd": lambda t: t[0], "bwd": lambda t: t[1], "both": lambda t: t[0] + t[1]}
     spreads = {
         name: {part: Spread.of([get(t) for t in ts]) for part, get in parts.items()} for name, ts in times.items()
@@ -195,7 +199,7 @@ def host_cost(device: str, budget_s: float, names: list[str]) -> list[dict]:
     p = random_problem(4, 16, 16, 4, dtype, torch.float32, device=device)
     exact, base = truth(p), truth(replace(p, lora_B=torch.zeros_like(p.lora_B)))
 
-    def make(name: str) -> Callable[[], tuple[float, float]]:
+    def make(name: str) -> Pass:
         made = candidates_on(device)[name](p, 0.0)
         check(name, outcome(made, p), base if name == "frozen" else exact, dtype)
         one_pass = cpu_pass(made.forward, copies(p.x, 0), p.dy, made.leaves)

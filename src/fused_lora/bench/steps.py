@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from fused_lora.adapters import apply_lora
 from fused_lora.bench import memory
 from fused_lora.bench.candidates import AddmmLinear
 from fused_lora.bench.runner import WrongResult, prepare
-from fused_lora.bench.timing import Spread, interleave
+from fused_lora.bench.timing import Pass, Spread, interleave
 from fused_lora.models import load_model, packaged_model
 
 RANK, ALPHA = 16, 32
@@ -73,7 +74,7 @@ def smollm2_on(device: str) -> Workload:
 
 
 def _smollm2(device: str) -> nn.Module:
-    model, _ = load_model(packaged_model(), torch.float32, device)
+    model: Any = load_model(packaged_model(), torch.float32, device)[0]
     model.config.use_cache = False
     return model
 
@@ -81,7 +82,7 @@ def _smollm2(device: str) -> nn.Module:
 def model_for(candidate: Candidate, base: nn.Module) -> nn.Module:
     """A model over the very tensors of `base` with LoRA on every linear layer but the head, as the candidate does
     it; B starts at zero in all."""
-    model = copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())}).requires_grad_(False)
+    model: Any = copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())}).requires_grad_(False)
     kind, dropout = candidate.kind, candidate.dropout
     torch.manual_seed(0)
     if kind == "frozen":  # its backward runs as deep as the others' where the embeddings need a gradient
@@ -114,7 +115,8 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 
 def step_of(model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
     """Forward and backward over the batch; returns the loss. Sets whether the model checkpoints."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's wrapper
+    inner: Any = unwrap() if unwrap else model
     with warnings.catch_warnings():  # the names that transformers 5 has from its first release on
         warnings.simplefilter("ignore", FutureWarning)
         if batch.checkpointing:
@@ -132,7 +134,7 @@ def step_of(model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
     return step
 
 
-def timed(model: nn.Module, step: Callable[[], Tensor]) -> Callable[[], tuple[float]]:
+def timed(model: nn.Module, step: Callable[[], Tensor]) -> Pass:
     """A pass that returns the seconds of a step; gradients are dropped outside the time."""
     wait = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
 
@@ -192,7 +194,7 @@ def _batch_rows(
     """Times, losses and memory of one batch, or why there are none, by candidate."""
     candidates, losses = workload.candidates(), {}
 
-    def make(name: str) -> tuple[Callable[[], tuple[float]], float]:
+    def make(name: str) -> tuple[Pass, float]:
         model = models[name]
         step = step_of(model, batch)
         one = timed(model, step)

@@ -59,7 +59,8 @@ def run(
         _check_steps()
     if threads is not None:
         torch.set_num_threads(threads)
-    document = dict(environment=environment(kind), preset=preset, candidates=names, rows=[], host=[], train_step=[])
+    document: dict = dict(environment=environment(kind), preset=preset, candidates=names)
+    document |= dict(rows=[], host=[], train_step=[])
     output, plot = _targets(document, output, plot)
     if resume:
         if output is None:

@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from collections.abc import Sequence
 from importlib import metadata
 
 from fused_lora.cli.console import out
@@ -37,7 +38,7 @@ def info() -> None:
     _print_table(rows)
 
 
-def _print_table(rows: list[tuple[str, ...]]) -> None:
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     """Columns with two spaces between them, the last one wrapped to the terminal's width; no line ends in spaces."""
     widths = [max(len(cell) for cell in column) for column in list(zip(*rows))[:-1]]
     indent = sum(widths) + 2 * len(widths)
