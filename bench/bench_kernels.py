@@ -12,6 +12,8 @@ import torch
 
 from fused_lora.backends import pick
 from fused_lora.bench.candidates import candidates_on
+from fused_lora.ops.reference import PLAIN, Gradients
+from fused_lora.ops.schema import request_of
 from fused_lora.testing import assert_close, random_problem, run, truth
 
 GPU = torch.cuda.is_available()
@@ -55,11 +57,13 @@ def test_product(benchmark, shape, backend, dropout_p, product):
     needs = PRODUCTS[product] or (False,) * 4
     got, same = (run(p, backend=name, dropout_p=dropout_p, seed=seed, needs=needs) for name in (backend, "reference"))
     assert_close(got, same, truth(p, dropout_p=dropout_p, seed=seed))
-    module, common = pick(backend, p.x, p.weight, p.lora_A), (p.weight, p.lora_A, p.lora_B)
+    common, rest = (p.weight, p.lora_A, p.lora_B), (p.scaling, dropout_p, seed)
+    serving = pick(backend, request_of(p.x, p.weight, p.lora_A, PLAIN))
     if PRODUCTS[product] is None:
-        step = lambda: module.forward(p.x, *common, None, p.scaling, dropout_p, seed)  # noqa: E731
+        step = lambda: serving.forward(p.x, *common, None, *rest, PLAIN)  # noqa: E731
     else:
-        step = lambda: module.backward(p.dy, p.x, *common, got["h"], p.scaling, dropout_p, seed, needs)  # noqa: E731
+        gradients = Gradients(x=needs[0], lora_A=needs[1], lora_B=needs[2])
+        step = lambda: serving.backward(p.dy, None, p.x, *common, got["h"], *rest, gradients, PLAIN)  # noqa: E731
     _timed(benchmark, "{} M={} N={} K={}".format(product, *shape), step)
 
 

@@ -116,16 +116,6 @@ def test_as_a_program_help_imports_neither_transformers_nor_peft():
     )
 
 
-def test_info():
-    out, _ = call("info")
-    assert "CPU kernels and " in out and "does not load" not in out and torch.__version__ in out
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
-    served = {(device, dtype): back_end for device, dtype, back_end, _ in rows if device}
-    assert (
-        served[("cpu", "float32")] == served[("cpu", "bfloat16")] == "cpu" and served[("cpu", "float64")] == "reference"
-    )
-
-
 def test_finetune_then_merge(tiny, tmp_path):
     out, _ = call(
         "finetune",
@@ -237,7 +227,7 @@ def test_a_wrong_result_is_one_line_and_exit_code_1(monkeypatch):
 
 def test_bench_writes_rows_and_a_plot(monkeypatch, tmp_path):
     """The whole way through the options, over one small case."""
-    monkeypatch.setattr(bench, "cases_of", lambda preset, device: [bench.Case(16, 64, 32, 4, 0.0, torch.float32)])
+    monkeypatch.setattr(bench.suite, "cases_of", lambda preset, device: [bench.Case(16, 64, 32, 4, 0.0, torch.float32)])
     out, _ = call(
         "bench",
         "--device",

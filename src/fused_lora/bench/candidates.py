@@ -5,6 +5,7 @@ A candidate is made for one problem and gives its forward, x -> y, and its train
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,10 @@ class Made:
         return [t for t in (self.lora_A, self.lora_B) if t is not None]
 
 
-def _leaves(p: Problem) -> tuple[Tensor, Tensor]:
-    return p.lora_A.to(p.x.dtype).detach().clone().requires_grad_(), p.lora_B.to(
-        p.x.dtype
-    ).detach().clone().requires_grad_()
+def _leaves(p: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Trained copies of A and B."""
+    A, B = (t.detach().to(dtype, copy=True).requires_grad_() for t in (p.lora_A, p.lora_B))
+    return A, B
 
 
 def frozen(p: Problem, dropout: float) -> Made:
@@ -42,7 +43,7 @@ def frozen(p: Problem, dropout: float) -> Made:
 
 def naive(p: Problem, dropout: float) -> Made:
     """The textbook composition, A and B in x's dtype."""
-    A, B = _leaves(p)
+    A, B = _leaves(p, p.x.dtype)
     return Made(
         lambda x: F.linear(x, p.weight, p.bias) + F.linear(F.linear(F.dropout(x, dropout), A), B) * p.scaling, A, B
     )
@@ -77,8 +78,8 @@ class AddmmLinear(nn.Module):
     def __init__(self, linear: nn.Linear, r: int, lora_alpha: float):
         super().__init__()
         self.weight, self.bias, self.scaling = linear.weight, linear.bias, lora_alpha / r
-        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, dtype=linear.weight.dtype))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, dtype=linear.weight.dtype))
+        self.lora_A = nn.Parameter(linear.weight.new_empty(r, linear.in_features))
+        self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, r))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
     def forward(self, x):
@@ -89,14 +90,15 @@ class AddmmLinear(nn.Module):
 
 
 def addmm(p: Problem, dropout: float) -> Made:
-    A, B = _leaves(p)
+    A, B = _leaves(p, p.x.dtype)
     return Made(lambda x: _Addmm.apply(x, p.weight, p.bias, A, B, p.scaling, dropout), A, B)
 
 
 def _linear(p: Problem) -> nn.Linear:
     linear = nn.Linear(p.x.shape[1], p.weight.shape[0], bias=p.bias is not None, device="meta")
     linear.weight = nn.Parameter(p.weight, requires_grad=False)
-    linear.bias = None if p.bias is None else nn.Parameter(p.bias, requires_grad=False)
+    if p.bias is not None:
+        linear.bias = nn.Parameter(p.bias, requires_grad=False)
     return linear
 
 
@@ -105,8 +107,11 @@ def peft(p: Problem, dropout: float) -> Made:
     from peft import LoraConfig, inject_adapter_in_model
 
     R = p.lora_A.shape[0]
-    config = LoraConfig(r=R, lora_alpha=p.scaling * R, lora_dropout=dropout, target_modules=["layer"])
-    layer = inject_adapter_in_model(config, nn.ModuleDict({"layer": _linear(p)}))["layer"].train()
+    alpha: Any = p.scaling * R  # a float serves, an int is declared
+    config = LoraConfig(r=R, lora_alpha=alpha, lora_dropout=dropout, target_modules=["layer"])
+    holder = nn.ModuleDict({"layer": _linear(p)})
+    inject_adapter_in_model(config, holder)
+    layer: Any = holder["layer"].train()
     if p.x.dtype in (torch.bfloat16, torch.float16):
         layer.lora_A.float(), layer.lora_B.float()
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -138,10 +143,13 @@ def _back_end(name: str) -> Callable[[Problem, float], Made]:
     """lora_linear on one named back end, A and B in the problem's adapter dtype."""
 
     def make(p: Problem, dropout: float) -> Made:
-        A, B = p.lora_A.detach().clone().requires_grad_(), p.lora_B.detach().clone().requires_grad_()
-        return Made(
-            lambda x: lora_linear(x, p.weight, A, B, p.scaling, bias=p.bias, dropout_p=dropout, backend=name), A, B
-        )
+        A, B = _leaves(p, p.lora_A.dtype)
+
+        def forward(x: Tensor) -> Tensor:
+            y = lora_linear(x, p.weight, A, B, p.scaling, bias=p.bias, dropout_p=dropout, backend=name)
+            return cast(Tensor, y)  # without return_h it is no pair
+
+        return Made(forward, A, B)
 
     return make
 

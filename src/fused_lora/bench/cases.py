@@ -21,6 +21,10 @@ class Case:
     def name(self) -> str:
         return f"{str(self.dtype)[6:]:8s} M={self.M:<5d} {self.K:>5d}->{self.N:<5d} R={self.R:<3d} p={self.dropout:g}"
 
+    def facts(self) -> dict:
+        """The fields as a row of figures holds them."""
+        return vars(self) | dict(dtype=str(self.dtype)[6:])
+
     def flops(self) -> int:
         """Of forward and backward together: two base products and six low-rank ones."""
         return 4 * self.M * self.N * self.K + 6 * self.M * self.R * (self.K + self.N)

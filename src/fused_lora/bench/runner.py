@@ -1,16 +1,20 @@
 """One case: check every candidate against fp64, then time them together, then count what each holds for its
 backward."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_lora.bench.candidates import Made, candidates_on
 from fused_lora.bench.cases import Case
-from fused_lora.bench.timing import Spread, copies, cpu_pass, gpu_pass, interleave
+from fused_lora.bench.timing import Pass, Spread, copies, cpu_pass, gpu_pass, interleave
 from fused_lora.testing import Problem, random_problem, truth
 
+T = TypeVar("T")
+_SEEDED = ("fused", "triton", "cuda")  # draw their mask from a seed, as lora_linear does
 _L2_TIMES = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes of inputs that no cache of the kind holds
 
 
@@ -25,8 +29,12 @@ def outcome(made: Made, p: Problem) -> dict[str, Tensor]:
         leaf.grad = None
     y = made.forward(x)
     y.backward(p.dy)
-    grads = {} if made.lora_A is None else {"dA": made.lora_A.grad, "dB": made.lora_B.grad}
-    return {"y": y.detach(), "dx": x.grad, **grads}
+    got = {"y": y.detach()}
+    for name, t in zip(("dx", "dA", "dB"), (x, *made.leaves)):
+        if t.grad is None:
+            raise WrongResult(f"{name} is missing")
+        got[name] = t.grad
+    return got
 
 
 def check(name: str, got: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> float:
@@ -44,8 +52,7 @@ def check(name: str, got: dict[str, Tensor], exact: dict[str, Tensor], dtype: to
         error = (value.double() - want).abs().max().item() / scale
         if not error <= limit:
             raise WrongResult(
-                f"{name}: {tensor} is off by {error:.2e} of its largest element, over the limit {limit:.2e}; it is not "
-                "timed"
+                f"{name}: {tensor} is off by {error:.2e} of its largest element, over the limit {limit:.2e}"
             )
         worst = max(worst, error)
     return worst
@@ -91,8 +98,59 @@ def peak_bytes(made: Made, p: Problem) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def prepare(names: list[str], make: Callable[[str], T]) -> tuple[dict[str, T], dict[str, dict]]:
+    """What `make` gives for each candidate, and for those where it raises what stands in their rows instead of figures:
+    wrong, failed or does not fit, and why in one line. So one bad candidate does not end a run.
+
+    Raises: what `make` raises for frozen: without it there is nothing to compare with.
+    """
+    ready: dict[str, T] = {}
+    dropped: dict[str, dict] = {}
+    for name in names:
+        try:
+            ready[name] = make(name)
+        except Exception as error:
+            if name == "frozen":
+                raise
+            dropped[name] = _fault(name, error)
+    return ready, dropped
+
+
+def _fault(name: str, error: Exception) -> dict:
+    text = " ".join(str(error).split())[:400].removeprefix(f"{name}: ")
+    if isinstance(error, WrongResult):
+        return dict(fault="wrong", why=text)
+    kind = "does not fit" if isinstance(error, torch.OutOfMemoryError) else "failed"
+    return dict(fault=kind, why=f"{type(error).__name__}: {text}")
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A candidate whose result is right, and what is known of it before it is timed."""
+
+    one_pass: Pass
+    error: float
+    held: int
+    peak: int
+
+
+def _checked(name: str, case: Case, p: Problem, exact: dict[str, Tensor], inputs: list[Tensor]) -> _Ready:
+    """Make, check, warm up and weigh one candidate: what can go wrong goes wrong here, before anything is timed."""
+    make = candidates_on(p.x.device.type)[name]
+    plain = make(p, 0.0)
+    error = check(name, outcome(plain, p), exact, case.dtype)
+    made = make(p, case.dropout) if case.dropout else plain
+    if case.dropout and name in _SEEDED:
+        _check_dropout(name, made, p, case.dropout)
+    one_pass = (gpu_pass if p.x.device.type == "cuda" else cpu_pass)(made.forward, inputs, p.dy, made.leaves)
+    one_pass()
+    ready = _Ready(one_pass, error, held_bytes(made, p), peak_bytes(made, p))
+    one_pass()
+    return ready
+
+
 def run_case(case: Case, device: str, names: list[str], budget_s: float, least: int = 5) -> list[dict]:
-    """One row per candidate: times in microseconds, ratios to frozen, memory, error.
+    """One row per candidate: times in microseconds, ratios to frozen, memory, error; or that it was dropped, and why.
 
     Args:
         case: the sizes.
@@ -100,78 +158,60 @@ def run_case(case: Case, device: str, names: list[str], budget_s: float, least: 
         names: of `candidates_on(device)`; frozen must be among them.
         budget_s: seconds of timing for all candidates together.
         least: rounds at the least, whatever they take.
-    Raises: WrongResult if a candidate is off.
+    Raises: what the frozen layer raises, WrongResult if it is off.
     """
     p = random_problem(case.M, case.N, case.K, case.R, case.dtype, torch.float32, device=device)
     exact, base = truth(p), truth(replace(p, lora_B=torch.zeros_like(p.lora_B)))
-    errors = {}
-    makers = candidates_on(device)
-    for name in names:
-        candidate = makers[name](p, 0.0)
-        errors[name] = check(name, outcome(candidate, p), exact if candidate.leaves else base, case.dtype)
-    made = {name: makers[name](p, case.dropout) for name in names}
-    if case.dropout and "fused" in made:
-        _check_dropout("fused", made["fused"], p, case.dropout)
     inputs = copies(p.x, _L2_TIMES[device])
-    one_pass = gpu_pass if device == "cuda" else cpu_pass
-    passes = {name: one_pass(m.forward, inputs, p.dy, m.leaves) for name, m in made.items()}
-    for warm_up in passes.values():
-        warm_up()
-    times = interleave(passes, budget_s=budget_s, least=least)
-    return _rows(case, times, {n: (errors[n], held_bytes(m, p), peak_bytes(m, p)) for n, m in made.items()})
+    ready, dropped = prepare(names, lambda name: _checked(name, case, p, base if name == "frozen" else exact, inputs))
+    times = interleave({name: r.one_pass for name, r in ready.items()}, budget_s=budget_s, least=least)
+    rows = _rows(case, times, ready) | {n: case.facts() | dict(candidate=n) | why for n, why in dropped.items()}
+    return [rows[name] for name in names]
 
 
-def _rows(
-    case: Case, times: dict[str, list[tuple[float, float]]], facts: dict[str, tuple[float, int, int]]
-) -> list[dict]:
+def _rows(case: Case, times: dict[str, list[tuple[float, ...]]], ready: dict[str, _Ready]) -> dict[str, dict]:
     parts = {"fwd": lambda t: t[0], "bwd": lambda t: t[1], "both": lambda t: t[0] + t[1]}
     spreads = {
         name: {part: Spread.of([get(t) for t in ts]) for part, get in parts.items()} for name, ts in times.items()
     }
-    base = spreads["frozen"]
-    rows = []
+    base, rows = spreads["frozen"], {}
     for name, by_part in spreads.items():
-        error, held, peak = facts[name]
-        row = dict(
+        row = case.facts() | dict(
             candidate=name,
-            dtype=str(case.dtype)[6:],
-            M=case.M,
-            K=case.K,
-            N=case.N,
-            R=case.R,
-            dropout=case.dropout,
             adapter_dtype="float32" if name in ("fused", "peft") else str(case.dtype)[6:],
             rounds=by_part["both"].count,
-            max_error=error,
-            held_bytes=held,
-            peak_bytes=peak,
+            max_error=ready[name].error,
+            held_bytes=ready[name].held,
+            peak_bytes=ready[name].peak,
             gflops=case.flops() / by_part["both"].median / 1e9,
         )
         for part, s in by_part.items():
             row |= {f"{part}_us": s.median * 1e6, f"{part}_p20_us": s.p20 * 1e6, f"{part}_p80_us": s.p80 * 1e6}
             row[f"{part}_ratio"] = s.median / base[part].median
-        rows.append(row)
+        rows[name] = row
     return rows
 
 
 def host_cost(device: str, budget_s: float, names: list[str]) -> list[dict]:
     """Eager forward and backward on tiny tensors (M=4, K=N=16, R=4), microseconds a call: what Python, autograd and
-    launches cost."""
-    p = random_problem(4, 16, 16, 4, torch.float32 if device == "cpu" else torch.bfloat16, torch.float32, device=device)
-    made = {name: candidates_on(device)[name](p, 0.0) for name in names if name != "compile"}
-    passes = {name: cpu_pass(m.forward, copies(p.x, 0), p.dy, m.leaves) for name, m in made.items()}
-    for warm_up in passes.values():
+    launches cost; candidates are dropped as in `run_case`."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    p = random_problem(4, 16, 16, 4, dtype, torch.float32, device=device)
+    exact, base = truth(p), truth(replace(p, lora_B=torch.zeros_like(p.lora_B)))
+
+    def make(name: str) -> Pass:
+        made = candidates_on(device)[name](p, 0.0)
+        check(name, outcome(made, p), base if name == "frozen" else exact, dtype)
+        one_pass = cpu_pass(made.forward, copies(p.x, 0), p.dy, made.leaves)
         for _ in range(200):
-            warm_up()
+            one_pass()
+        return one_pass
+
+    passes, dropped = prepare(names, make)
     times = interleave(passes, budget_s=budget_s, least=500, most=20000)
     spread = {name: Spread.of([sum(t) for t in ts]) for name, ts in times.items()}
-    return [
-        dict(
-            candidate=name,
-            host_us=s.median * 1e6,
-            host_p20_us=s.p20 * 1e6,
-            host_p80_us=s.p80 * 1e6,
-            of_peft=s.median / spread["peft"].median,
-        )
-        for name, s in spread.items()
-    ]
+    rows = []
+    for name, s in spread.items():
+        row = dict(candidate=name, host_us=s.median * 1e6, host_p20_us=s.p20 * 1e6, host_p80_us=s.p80 * 1e6)
+        rows.append(row | (dict(of_peft=s.median / spread["peft"].median) if "peft" in spread else {}))
+    return rows + [dict(candidate=name) | why for name, why in dropped.items()]

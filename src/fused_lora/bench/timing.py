@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+# One pass of a candidate: its times in seconds, one per part (say forward, backward).
+Pass = Callable[[], tuple[float, ...]]
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -32,9 +35,11 @@ class Spread:
 
 
 def rounds(names: list[str]):
-    """The order of each round: shuffled afresh, alike in every run. Rotation would leave each candidate its neighbour,
-    and what a neighbour
-    leaves in the caches counts: on a CPU a layer that follows PEFT's bf16 one takes 8 % longer."""
+    """The order of each round: shuffled afresh, alike in every run.
+
+    Rotation would leave each candidate its neighbour, and what a neighbour leaves in the caches counts: on a CPU a
+    layer that follows PEFT's bf16 one takes 8 % longer.
+    """
     shuffle = random.Random(0).shuffle
     while True:
         shuffle(names)
@@ -42,12 +47,7 @@ def rounds(names: list[str]):
 
 
 def interleave(
-    passes: dict[str, Callable[[], tuple[float, ...]]],
-    *,
-    budget_s: float,
-    least: int = 5,
-    most: int = 200,
-    clock=time.perf_counter,
+    passes: dict[str, Pass], *, budget_s: float, least: int = 5, most: int = 200, clock=time.perf_counter
 ) -> dict[str, list[tuple[float, ...]]]:
     """Run every pass once a round until the budget is spent.
 
@@ -69,9 +69,7 @@ def interleave(
     raise AssertionError("rounds() never ends")
 
 
-def cpu_pass(
-    forward: Callable, inputs: list[torch.Tensor], gradient: torch.Tensor, leaves: list[torch.Tensor]
-) -> Callable[[], tuple[float, float]]:
+def cpu_pass(forward: Callable, inputs: list[torch.Tensor], gradient: torch.Tensor, leaves: list[torch.Tensor]) -> Pass:
     """One forward and backward on the next of `inputs`, each timed; gradients are dropped between passes, outside the
     times."""
     turn = itertools.cycle(inputs)
@@ -104,9 +102,7 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def gpu_pass(
-    forward: Callable, inputs: list[torch.Tensor], gradient: torch.Tensor, leaves: list[torch.Tensor]
-) -> Callable[[], tuple[float, float]]:
+def gpu_pass(forward: Callable, inputs: list[torch.Tensor], gradient: torch.Tensor, leaves: list[torch.Tensor]) -> Pass:
     """Forward and backward over all `inputs` in a CUDA graph; the backward's time is the difference to a graph of
     forwards alone.
 

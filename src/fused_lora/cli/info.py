@@ -1,11 +1,13 @@
 """fused-lora info: what is installed and which back end serves what."""
 
+import re
+import textwrap
+from collections.abc import Sequence
 from importlib import metadata
 
-from rich.table import Table
-
 from fused_lora.cli.console import out
-from fused_lora.models import DTYPES
+
+_EXTRAS = ("cli", "peft", "finetune", "bench")  # for users; the others are for work on the project
 
 
 def info() -> None:
@@ -13,28 +15,58 @@ def info() -> None:
     import torch
 
     from fused_lora.backends import explain
-    from fused_lora.bench.report import cpu_name
+    from fused_lora.bench.machine import cpu_name
+    from fused_lora.models import DTYPES
 
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    for name in ("fused-lora", "torch", "triton", "transformers", "peft"):
-        try:
-            facts.add_row(name, metadata.version(name))
-        except metadata.PackageNotFoundError:
-            facts.add_row(name, "not installed")
-    facts.add_row("compiled part", _compiled_part())
+    names = ("fused-lora", "torch", "triton", "transformers", "peft")
+    facts = [(name, _version(name) or "not installed") for name in names]
+    facts += [("compiled part", _compiled_part())]
     devices = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
-    for device, name in devices.items():
-        facts.add_row(device, name)
-    out.print(facts)
-    table = Table(title="\nbackend='auto' for plain LoRA", title_justify="left", title_style="bold")
-    for column in ("device", "dtype", "back end", "why"):
-        table.add_column(column, no_wrap=column != "why")
+    _print_table(facts + list(devices.items()))
+    if missing := missing_of_extras():
+        out.print("\nextras that lack packages", style="bold")
+        _print_table([(f"fused-lora[{extra}]", ", ".join(packages)) for extra, packages in missing.items()])
+    out.print("\nbackend='auto' for plain LoRA", style="bold")
+    rows = [("device", "dtype", "back end", "why")]
     for device in devices:
+        served: dict[tuple[str, str], list[str]] = {}
         for dtype in (*DTYPES.values(), torch.float64):
-            table.add_row(device, str(dtype).removeprefix("torch."), *explain(device, dtype))
-    out.print(table)
+            served.setdefault(explain(device, dtype), []).append(str(dtype).removeprefix("torch."))
+        rows += [(device, ", ".join(dtypes), *answer) for answer, dtypes in served.items()]
+    _print_table(rows)
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Columns with two spaces between them, the last one wrapped to the terminal's width; no line ends in spaces."""
+    widths = [max(len(cell) for cell in column) for column in list(zip(*rows))[:-1]]
+    indent = sum(widths) + 2 * len(widths)
+    for row in rows:
+        start = "".join(f"{cell:{width}}  " for cell, width in zip(row, widths))
+        wrapped = textwrap.wrap(row[-1], max(20, out.width - indent), break_on_hyphens=False) or [""]
+        for head, line in zip([start, *[" " * indent] * len(wrapped)], wrapped):
+            out.print(f"{head}{line}".rstrip(), markup=False, soft_wrap=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def missing_of_extras() -> dict[str, list[str]]:
+    """The packages that are not installed, by the extra that asks for them; extras with all of theirs are left out."""
+    if _version("fused-lora") is None:
+        return {}
+    wanted: dict[str, list[str]] = {}
+    for requirement in metadata.requires("fused-lora") or []:
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
+        package = re.match(r"[\w.-]+", requirement)
+        if extra and package and package[0] != "fused-lora" and _version(package[0]) is None:
+            wanted.setdefault(extra[1], []).append(package[0])
+    return {extra: wanted[extra] for extra in _EXTRAS if extra in wanted}
 
 
 def _compiled_part() -> str:

@@ -1,0 +1,109 @@
+"""README's measured tables, written from the files of figures: nobody types a figure.
+
+    python bench/readme.py [README.md] [bench/results]
+
+One section for each readme-*.json, with the plot beside it if there is one, between two comments of README.md.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from fused_lora.bench.results import key
+from fused_lora.files import write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def table(head: list[str], lines: list[list[str]]) -> list[str]:
+    first, *rest = (f"| {' | '.join(line)} |" for line in (head, *lines))
+    return [first, "|---" * len(head) + "|", *rest]
+
+
+def layers(rows: list[dict]) -> list[str]:
+    """A line a case: the frozen layer's time, and every other candidate's over it, or why it has none."""
+    peers = [n for n in dict.fromkeys(r["candidate"] for r in rows) if n != "frozen"]
+    cases: dict[tuple, dict[str, dict]] = {}
+    for r in rows:
+        cases.setdefault(key(r), {})[r["candidate"]] = r
+
+    def cell(row: dict | None) -> str:
+        if row is None:
+            return "–"
+        text = row["fault"] if "fault" in row else f"{row['both_ratio']:.2f}"
+        return f"**{text}**" if row["candidate"] == "fused" else text
+
+    head = ["dtype", "M", "K→N", "R", "p", "frozen, ms", *peers]
+    lines = [
+        [dtype, f"{M}", f"{K}→{N}", f"{R}", f"{p:g}", f"{of['frozen']['both_us'] / 1e3:.1f}"]
+        + [cell(of.get(name)) for name in peers]
+        for (dtype, M, K, N, R, p), of in cases.items()
+    ]
+    return ["Forward + backward over the frozen layer's (medians of one interleaved run):", "", *table(head, lines)]
+
+
+def steps(rows: list[dict]) -> list[str]:
+    def cells(r: dict) -> list[str]:
+        if "fault" in r:
+            return [r["fault"], "–", "–", "–"]
+        times_peft = f"{r['times_peft']:.2f}" if "times_peft" in r else "–"
+        return [f"{r['step_ms']:.0f}", f"{r['ratio']:.2f}", times_peft, f"{r['step_mib']:.0f}"]
+
+    head = ["tokens", "candidate", "ms", "over frozen", "times as fast as PEFT", "MiB a step"]
+    lines = [[f"{r['tokens']}", r["candidate"], *cells(r)] for r in rows]
+    title = "One training step of SmolLM2-135M (fp32, R=16 on all linears of all layers, batch 1):"
+    return ["", title, "", *table(head, lines)]
+
+
+def host(rows: list[dict]) -> list[str]:
+    cost = ", ".join(
+        f"{r['candidate']} {r['fault'] if 'fault' in r else '{:.0f} µs'.format(r['host_us'])}" for r in rows
+    )
+    ours = [f" (fused over PEFT {r['of_peft']:.2f})" for r in rows if r["candidate"] == "fused" and "of_peft" in r]
+    return ["", f"Host cost, eager forward + backward of tiny tensors: {cost}{''.join(ours)}."]
+
+
+def section(document: dict) -> str:
+    """README's text for one file of figures."""
+    env = document["environment"]
+    threads = f", {env['threads']} threads" if env["kind"] == "cpu" else ""
+    text = [f"**{env['device']}**{threads}; torch {env['torch']}; commit {env['commit']}; {env['date']}.", ""]
+    text += layers(document["rows"])
+    text += steps(document["train_step"]) if document["train_step"] else []
+    text += host(document["host"]) if document["host"] else []
+    return "\n".join(text)
+
+
+def update(readme: Path, results: Path) -> None:
+    """Rewrite the block between the two comments from every readme-*.json in `results`; the rest stays as it is.
+
+    Raises: ValueError if the block or the results are missing.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{readme} must hold one {BEGIN} and one {END}; got {text.count(BEGIN)} and {text.count(END)}")
+    files = sorted(results.glob("readme-*.json"))
+    if not files:
+        raise ValueError(
+            f"{results} must hold readme-*.json, which `fused-lora bench --preset readme --output {results}` writes; "
+            "got none"
+        )
+    sections = []
+    for file in files:
+        sections.append(section(json.loads(file.read_text(encoding="utf-8"))))
+        plot = file.with_suffix(".png")
+        if plot.exists():
+            link = Path(os.path.relpath(plot.resolve(), readme.resolve().parent)).as_posix()
+            sections.append(f"![Time over the frozen layer's]({link})")
+    head, tail, body = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :], "\n\n".join(sections)
+    write_whole({readme: f"{head}\n{body}\n{tail}".encode()})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("readme", nargs="?", type=Path, default=ROOT / "README.md")
+    parser.add_argument("results", nargs="?", type=Path, default=ROOT / "bench" / "results")
+    given = parser.parse_args()
+    update(given.readme, given.results)

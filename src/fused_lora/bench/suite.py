@@ -1,0 +1,157 @@
+"""A benchmark from arguments to files: what can be refused is refused before the first measurement."""
+
+import importlib.util
+import itertools
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from fused_lora.bench import plot as picture
+from fused_lora.bench import report, results, runner
+from fused_lora.bench.candidates import candidates_on
+from fused_lora.bench.cases import Case
+from fused_lora.bench.cases import preset as cases_of
+from fused_lora.bench.machine import environment
+from fused_lora.bench.steps import run_steps, smollm2_on
+from fused_lora.files import write_json
+from fused_lora.models import packaged_model
+
+
+def run(
+    device: str = "cpu",
+    preset: str = "quick",
+    output: str | Path | None = None,
+    plot: str | Path | None = None,
+    threads: int | None = None,
+    candidates: list[str] | None = None,
+    budget_s: float = 10.0,
+    train_step: bool | None = None,
+    resume: bool = False,
+) -> dict:
+    """Time a preset, printing a table a case; returns the document that the JSON file holds, which is complete after
+    every case, so that a stop loses one at most.
+
+    Args:
+        device: cpu, cuda or cuda:<index>.
+        preset: quick, readme or full; readme and full add a SmolLM2 training step on the CPU.
+        output: JSON file to write, or a directory for <preset>-cpu-<vendor>.json or <preset>-cuda.json; written aside
+            and renamed after every case.
+        plot: PNG file to write, or a directory.
+        threads: CPU threads; torch's choice where None.
+        candidates: names out of `candidates_on(device)`; all where None, but PEFT where it is not installed. frozen is
+            always timed. A wrong or failing candidate is reported and dropped from a case, see `results.faults`.
+        budget_s: seconds of timing a case.
+        train_step: time a SmolLM2 training step too; by default with every preset but quick, on the CPU.
+        resume: keep the cases that are in `output` already, if it comes from this device, these versions and this
+            commit.
+    Raises: ValueError for a bad argument or a file that cannot be resumed, OSError or ModuleNotFoundError if output or
+        plot could not be written; WrongResult if the frozen layer is off.
+    """
+    kind = _kind(device)
+    names = _names(kind, candidates)
+    cases = cases_of(preset, kind)
+    _check_numbers(threads, budget_s)
+    steps = train_step if train_step is not None else (preset != "quick" and kind == "cpu")
+    if steps:
+        _check_steps()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    document: dict = dict(environment=environment(kind), preset=preset, candidates=names)
+    document |= dict(rows=[], host=[], train_step=[])
+    output, plot = _targets(document, output, plot)
+    if resume:
+        if output is None:
+            raise ValueError("resume needs output, the file to go on with; got None")
+        document["rows"] = results.rows_to_resume(document, output)
+    for path in (output, plot):
+        if path is not None:
+            results.check_writable(path)
+    report.print_environment(document["environment"])
+    if "peft" not in names and candidates is None:
+        report.say("without PEFT, which is not installed: pip install 'fused-lora[peft]'\n")
+    _time_cases(document, cases, budget_s, output)
+    if candidates is None or "peft" in names:
+        document["host"] = runner.host_cost(kind, min(budget_s, 10.0), [n for n in names if n != "compile"])
+        report.print_host(document["host"])
+    if steps:
+        workload = smollm2_on(kind)
+        document["train_step"] = list(itertools.chain(*run_steps(workload, budget_s=6 * budget_s)))
+        report.print_steps(workload.title, document["train_step"])
+    if output is not None:
+        write_json(output, document)
+        report.print_written(output)
+    if plot is not None:
+        picture.write_plot(document, plot)
+        report.print_written(plot)
+    return document
+
+
+def _time_cases(document: dict, cases: list[Case], budget_s: float, output: Path | None) -> None:
+    """Fill the document's rows, and its file, case by case."""
+    names, kind = document["candidates"], document["environment"]["kind"]
+    done = {results.key(r) for r in document["rows"]}
+    for case in cases:
+        if results.key(case.facts()) in done:
+            continue
+        # bf16 on a CPU without AVX-512 takes minutes a call: three rounds there, and no compiled candidate
+        slow = kind == "cpu" and case.dtype != torch.float32
+        timed = [n for n in names if not (slow and n == "compile")]
+        rows = runner.run_case(case, kind, timed, budget_s, least=3 if slow else 5)
+        report.print_case(case, rows)
+        document["rows"] += rows
+        if output is not None:
+            write_json(output, document)
+
+
+def _kind(device: str) -> str:
+    """cpu or cuda; cuda:<index> becomes the current GPU."""
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", device):
+        raise ValueError(f"device must be cpu, cuda or cuda:<index>; got {device!r}")
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count <= int(index or 0):
+            raise ValueError(f"device {device!r} needs a GPU that PyTorch sees; there are {count}")
+        if index:
+            torch.cuda.set_device(int(index))
+    return kind
+
+
+def _names(kind: str, candidates: list[str] | None) -> list[str]:
+    known = candidates_on(kind)
+    if candidates is None:
+        return [n for n in known if n != "peft" or importlib.util.find_spec("peft")]
+    unknown = [n for n in candidates if n not in known]
+    if unknown or not candidates:
+        raise ValueError(
+            f"candidates must be among {', '.join(known)}; got {', '.join(n or repr(n) for n in unknown) or 'none'}"
+        )
+    return list(dict.fromkeys(["frozen", *candidates]))
+
+
+def _check_numbers(threads: int | None, budget_s: float) -> None:
+    most = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= most:
+        raise ValueError(f"threads must be from 1 to {most}, the CPUs of this machine; got {threads}")
+    if not (math.isfinite(budget_s) and budget_s >= 0):
+        raise ValueError(f"budget must be a finite number of seconds, 0 or more; got {budget_s}")
+
+
+def _check_steps() -> None:
+    """Says before hours of timing, not after, that the training step's model cannot be loaded."""
+    for package in ("transformers", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    packaged_model()
+
+
+def _targets(document: dict, output: str | Path | None, plot: str | Path | None) -> tuple[Path | None, Path | None]:
+    if plot is not None:
+        picture.pyplot()
+    return (
+        None if output is None else results.target(document, output, ".json", "output"),
+        None if plot is None else results.target(document, plot, ".png", "plot"),
+    )

@@ -1,0 +1,124 @@
+"""The programs of bench/: README comes from the JSON alone, the profile adds up, the Llama step runs on few layers."""
+
+import importlib.util
+import json
+import re
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_lora import bench
+from fused_lora.bench import memory, steps, suite
+from fused_lora.bench.cases import Case
+
+ROOT = Path(__file__).resolve().parents[2]
+CASE = Case(24, 32, 40, 4, 0.0, torch.float32)
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def script(name):
+    """A program of bench/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every preset is two tiny cases."""
+    monkeypatch.setattr(suite, "cases_of", lambda name, device: [CASE, Case(24, 32, 40, 4, 0.25, torch.float32)])
+
+
+def test_readme_tables_come_from_the_json(tiny, tmp_path):
+    """A section a file, each with its own figures and plot; the rest of README stays."""
+    readme_script, readme = script("readme"), tmp_path / "README.md"
+    folder = tmp_path / "results"
+    document = bench.run(preset="readme", output=folder, candidates=["peft", "fused"], budget_s=0.1, train_step=False)
+    (file,) = folder.glob("readme-cpu-*.json")
+    other = document | dict(environment=document["environment"] | dict(device="Another CPU"), host=[])
+    (folder / "readme-cpu-zzz.json").write_text(json.dumps(other))
+    (folder / "quick-cpu.json").write_text("{}")
+    (folder / "readme-cpu-zzz.png").write_bytes(PNG)
+    readme.write_text(f"before\n{readme_script.BEGIN}\nold\n{readme_script.END}\nafter\n")
+    readme_script.update(readme, folder)
+    once = readme.read_text()
+    readme_script.update(readme, folder)
+    assert readme.read_text() == once, "writing it again changes nothing"
+    assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once
+    row = next(r for r in json.loads(file.read_text())["rows"] if r["candidate"] == "fused")
+    assert once.count(f"**{row['both_ratio']:.2f}**") >= 2 and f"| {row['M']} | {row['K']}→{row['N']} |" in once
+    assert (
+        once.index(document["environment"]["device"]) < once.index("**Another CPU**") < once.index("readme-cpu-zzz.png")
+    )
+    assert once.count("](results/readme-cpu-") == 1 and once.count("Host cost") == 1
+
+
+def test_the_published_readme_is_what_the_script_writes(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    (tmp_path / "bench").symlink_to(ROOT / "bench")
+    script("readme").update(readme, tmp_path / "bench" / "results")
+    assert re.sub(r"\]\(.*bench/results/", "](bench/results/", readme.read_text()) == (ROOT / "README.md").read_text()
+
+
+def test_readme_says_wrong_and_failed(tiny, tmp_path):
+    document = bench.run(preset="readme", candidates=["fused"], budget_s=0.05, train_step=False)
+    for name, fault in (("naive", "wrong"), ("peft", "failed")):
+        document["rows"] += [CASE.facts() | dict(candidate=name, fault=fault, why="of a test")]
+        document["host"] += [dict(candidate=name, fault=fault, why="of a test")]
+    figures = dict(step_ms=2.0, ratio=1.0, step_mib=3.0, tokens=8)
+    document["train_step"] = [
+        figures | dict(candidate="frozen"),
+        dict(candidate="peft", tokens=8, fault="failed", why="of a test"),
+    ]
+    text = script("readme").section(document)
+    assert "** | wrong | failed |" in text and "naive wrong, peft failed." in text
+    assert "| 8 | frozen | 2 | 1.00 | – | 3 |\n| 8 | peft | failed | – | – | – |" in text
+
+
+def test_readme_without_its_block_or_results_is_refused(tmp_path):
+    readme_script, readme = script("readme"), tmp_path / "README.md"
+    readme.write_text("no block")
+    with pytest.raises(ValueError, match="must hold one"):
+        readme_script.update(readme, tmp_path)
+    readme.write_text(f"{readme_script.BEGIN}\n{readme_script.END}\n")
+    with pytest.raises(ValueError, match=r"must hold readme-\*\.json"):
+        readme_script.update(readme, tmp_path)
+    assert readme.read_text() == f"{readme_script.BEGIN}\n{readme_script.END}\n"
+
+
+def test_a_profile_counts_overlapping_kernels_once():
+    """A kernel that starts early and waits for the one before it counts from that one's end; only idle time is a
+    gap."""
+    module = script("profile_kernels")
+    rows = module.summary([("b", 5.0, 20.0), ("a", 0.0, 10.0), ("a", 25.0, 31.0), ("b", 31.0, 41.0)], passes=2)
+    assert rows == [
+        dict(kernel="a", calls=1.0, us=8.0),
+        dict(kernel="b", calls=1.0, us=10.0),
+        dict(kernel="gaps", calls=0.0, us=2.5),
+    ]
+    assert module.parse("16,4096,1024,8,0.1") == Case(16, 4096, 1024, 8, 0.1, torch.bfloat16)
+    with pytest.raises(ArgumentTypeError, match="M,K,N,R,p; got '16,4096'"):
+        module.parse("16,4096")
+
+
+def test_a_llama_step_on_a_small_model(monkeypatch):
+    """Every candidate of bench_llama.py, with dropout and checkpointing, over one set of bf16 weights."""
+    module = script("bench_llama")
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)
+    model = module.base_model(2, "cpu", **shape)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and torch.get_default_dtype() == torch.float32
+    monkeypatch.setattr(memory, "in_fresh_process", lambda *arguments: 1.0)
+    batches = (steps.Batch(1, 8), steps.Batch(2, 8, checkpointing=True))
+    workload = steps.Workload("small", lambda: model, batches, (0.0, module.DROPOUT))
+    plain, checkpointed = steps.run_steps(workload, budget_s=0, least=1)
+    names = ["frozen", "peft", "fused", "peft p=0.05", "fused p=0.05", "addmm"]
+    for rows in (plain, checkpointed):
+        assert [r["candidate"] for r in rows] == names and not any("fault" in r for r in rows), rows
+        by = {r["candidate"]: r for r in rows}
+        assert by["fused p=0.05"]["times_peft"] == by["peft p=0.05"]["step_ms"] / by["fused p=0.05"]["step_ms"]
+        assert by["frozen"]["ratio"] == by["frozen"]["memory_ratio"] == 1.0 < by["fused"]["memory_ratio"]
+    assert checkpointed[0]["checkpointing"] and not plain[0]["checkpointing"]
+    assert module.BATCHES[-1] == steps.Batch(4, 2048, checkpointing=True)

@@ -1,0 +1,96 @@
+"""One training step of a small model: candidates agree, bad ones are dropped, memory is of a process of its own."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fused_lora.bench import memory, report, steps
+from fused_lora.bench.steps import Batch, Candidate, Workload, model_for, run_steps
+
+SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+BASE = functools.partial(LlamaForCausalLM, LlamaConfig(vocab_size=64, use_cache=False, **SHAPE))
+SMALL = Workload("small", BASE, (Batch(1, 8), Batch(2, 16)))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Peak memory is not measured."""
+    monkeypatch.setattr(memory, "in_fresh_process", lambda *arguments: 2.0)
+
+
+def test_a_step_of_every_candidate(quick, capsys):
+    for batch, rows in zip(SMALL.batches, run_steps(SMALL, budget_s=0, least=2)):
+        assert [r["candidate"] for r in rows] == ["frozen", "peft", "fused", "addmm"]
+        for r in rows:
+            assert r["rounds"] == 2 and 0 < r["step_p20_ms"] <= r["step_ms"] <= r["step_p80_ms"]
+            assert abs(r["loss"] - rows[0]["loss"]) < 1e-3 and r["step_mib"] == 2.0
+            assert (r["sequences"], r["tokens"], r["checkpointing"]) == (batch.sequences, batch.tokens, False)
+        assert rows[1]["times_peft"] == 1.0 and rows[2]["memory_ratio"] > rows[0]["memory_ratio"] == 1.0
+    report.print_steps("small", rows)
+    printed = capsys.readouterr().out
+    assert "fused" in printed and all(len(line) <= 80 and line == line.rstrip() for line in printed.splitlines())
+
+
+def test_candidates_share_the_weights_of_the_base():
+    base = BASE()
+    kept = {id(p) for p in base.parameters()}
+    for kind in ("frozen", "peft", "addmm", "fused"):
+        model = model_for(Candidate(kind), base)
+        assert kept <= {id(p) for p in model.parameters()}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert len(trained) == (0 if kind == "frozen" else 2 * 7 * 2)  # A and B on seven linears of two layers
+    assert not any(p.requires_grad for p in base.parameters())
+    assert isinstance(base.model.layers[0].self_attn.q_proj, nn.Linear)
+    with pytest.raises(ValueError, match="kind must be frozen, peft, addmm or fused; got 'fast'"):
+        model_for(Candidate("fast"), base)
+
+
+def test_a_wrong_or_failing_candidate_is_dropped(monkeypatch, quick):
+    real = steps.model_for
+
+    def spoiled(candidate, base):
+        model = real(candidate, base)
+        if candidate.kind == "peft":
+            raise ModuleNotFoundError("No module named 'peft'", name="peft")
+        if candidate.kind == "addmm":
+            nn.init.normal_(model.model.layers[0].mlp.up_proj.lora_B)
+        if candidate.kind == "fused":
+            model.model.layers[1].mlp.up_proj.lora_A["default"].register_hook(lambda grad: grad * float("nan"))
+        return model
+
+    monkeypatch.setattr(steps, "model_for", spoiled)
+    for rows in run_steps(SMALL, budget_s=0, least=1):
+        frozen, peft, fused, addmm = rows
+        assert "fault" not in frozen and peft["fault"] == "failed" and "peft" in peft["why"]
+        assert addmm["fault"] == "wrong" and addmm["why"].startswith("the loss must be ")
+        assert fused["fault"] == "wrong" and "lora_A.default has no finite gradient" in fused["why"]
+
+
+def test_a_failing_frozen_model_ends_the_run(monkeypatch, quick):
+    monkeypatch.setattr(steps, "step_of", lambda *a: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(RuntimeError, match="broken"):
+        list(run_steps(SMALL, budget_s=0))
+
+
+def test_model_memory_counts_a_tensor_once():
+    model = nn.ModuleList([nn.Linear(256, 1024, bias=False), nn.Linear(256, 1024, bias=False)])
+    model[1].weight = model[0].weight
+    assert memory.model_mib(model) == 1.0
+    model[1].weight = nn.Parameter(model[0].weight.detach()[:, :128])
+    assert memory.model_mib(model) == 1.0
+
+
+def test_resident_memory_is_the_peak_of_a_fresh_process():
+    """64 MiB made and dropped three times need 64 MiB, whatever this process has had before."""
+    torch.ones(256, 2**18)
+    step = functools.partial(torch.ones, 64, 2**18)
+    assert 60 < memory.in_fresh_process(memory.resident_mib, step) < 80
+
+
+def test_a_workload_travels_to_the_process_that_measures():
+    assert memory.in_fresh_process(steps.peak_on_cpu, BASE, Candidate("addmm"), Batch(1, 8), 1) >= 0
+    with pytest.raises(OSError, match="process that measures peak memory failed: ValueError: kind must be"):
+        memory.in_fresh_process(steps.peak_on_cpu, BASE, Candidate("fast"), Batch(1, 8), 1)
