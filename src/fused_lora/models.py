@@ -88,7 +88,7 @@ def check_name(path: str | Path) -> None:
     local = Path(path)
     if not str(path):
         raise ValueError("--model must be a model directory, a GGUF file or a hub id; got ''")
-    if not _is_text(str(path)):
+    if not is_text(str(path)):
         raise ValueError(f"--model must have a name in UTF-8, which transformers needs; got {os.fsencode(path)!r}")
     if local.suffix == ".gguf":
         if not local.is_file():
@@ -107,6 +107,13 @@ def check_name(path: str | Path) -> None:
         )
 
 
+def context_of(model: nn.Module) -> int | None:
+    """How many tokens the model was made for, as its configuration says (max_position_embeddings); None if it does
+    not."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context if isinstance(context, int) and context > 0 else None
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out: PyTorch's own on a GPU, MemoryError, and the RuntimeErrors of
     PyTorch's CPU allocator and of sizes beyond any memory."""
@@ -116,7 +123,7 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
     """Whether a name is UTF-8; Python holds other bytes of a file name as lone surrogates."""
     return not re.search("[\ud800-\udfff]", name)
 

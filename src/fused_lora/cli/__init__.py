@@ -1,20 +1,21 @@
 """The command line: fused-lora info | finetune | merge | bench, a file each.
 
-Bad input is one red line on stderr: exit code 2 for the input, 1 for the machine.
+Bad input is one red line on stderr: exit code 2 for the input, 1 for the machine, 128 + its number for a signal.
 """
 
-import typer
+import sys
 
-from fused_lora.cli.bench import bench
-from fused_lora.cli.finetune import finetune
-from fused_lora.cli.info import info
-from fused_lora.cli.merge import merge
+try:
+    import rich  # noqa: F401
+    import typer  # noqa: F401
+except ModuleNotFoundError as error:
+    _missing = error.name
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-    help="LoRA at the price of the frozen layer.",
-)
-for command in (info, finetune, merge, bench):
-    app.command()(command)
+    def app(*args, **kwargs) -> None:
+        """Say what the command line needs; the library needs neither."""
+        sys.exit(f"error: {_missing} is not installed: pip install 'fused-lora[cli]'")
+
+else:
+    from fused_lora.cli.commands import app
+
+__all__ = ["app"]

@@ -1,0 +1,35 @@
+"""The commands as one program."""
+
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from fused_lora.cli.bench import bench
+from fused_lora.cli.finetune import finetune
+from fused_lora.cli.info import info
+from fused_lora.cli.merge import merge
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="LoRA at the price of the frozen layer.",
+)
+for command in (info, finetune, merge, bench):
+    app.command()(command)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fused-lora {metadata.version('fused-lora')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
