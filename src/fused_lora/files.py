@@ -80,6 +80,7 @@ def claimed(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
         say: gets a line where the file system has no locks.
     Raises: OSError naming the directory if another run is at work in it, or nothing can be written there.
     """
+    directory = Path(os.path.realpath(directory))  # the target of a link to nothing can be made, the link cannot
     made = not directory.exists()
     file = None
     try:

@@ -44,40 +44,39 @@ def export_merged(
     if not is_text(os.path.realpath(output)):
         raise ValueError(f"--output must have a name in UTF-8, which transformers needs; got {os.fsencode(output)!r}")
     _check_adapter(adapter)
-    named, revision = base_of(adapter)
-    if model is None:
-        if named is None:
-            raise ValueError(f"--model must be given; {adapter / peft_format.CONFIG_NAME} names no base model")
-        say(f"base model: {named}, which the adapter names")
-    elif named is not None and os.path.realpath(named) != os.path.realpath(model):
-        say(f"base model: {model}; the adapter names {named}")
-    try:
-        check_name(named if model is None else model)
-    except (ValueError, OSError) as error:
-        if model is None:
-            raise ValueError(f"--model must be given; the base model that the adapter names is none: {error}") from None
-        raise
+    chosen, revision = _choose_base(model, adapter, say)
     with claimed(output, say):
         shutil.rmtree(output / _STAGING, ignore_errors=True)  # of a merge that was killed
         _check_empty(output)
-        base, tokenizer = (
-            load_model(named, dtype, "cpu", revision) if model is None else load_model(model, dtype, "cpu")
-        )
+        base, tokenizer = load_model(chosen, dtype, "cpu", revision)
         check_space(output, sum(parameter.numel() * parameter.element_size() for parameter in base.parameters()))
         load_adapter(base, adapter)
         _write(base, tokenizer, output)
 
 
-def base_of(adapter: Path) -> tuple[str | Path | None, str | None]:
-    """The base model that an adapter names, as `models.load_model` takes it, None if it names none; its revision on the
-    hub."""
-    config = json.loads((adapter / peft_format.CONFIG_NAME).read_bytes())
-    name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not isinstance(name, str) or not name:
-        return None, None
-    if name == PACKAGED or Path(name).name == PACKAGED.replace("-", "_"):  # its folder: so wrote version 0.1
+def _choose_base(model: str | Path | None, adapter: Path, say: Callable[[str], None]) -> tuple[str | Path, str | None]:
+    """The base model and its revision on the hub: the one that is given, else the one that the adapter names.
+
+    Raises: FileNotFoundError or ValueError if there is none, or it cannot be one.
+    """
+    path = adapter / peft_format.CONFIG_NAME
+    config = json.loads(path.read_bytes())
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if model is not None:
+        check_name(model)
+        if named and os.path.realpath(named) != os.path.realpath(model):
+            say(f"base model: {model}; the adapter names {named}")
+        return model, None
+    if not named or not isinstance(named, str):
+        raise ValueError(f"--model must be given; {path} names no base model, base_model_name_or_path is {named!r}")
+    say(f"base model: {named}, which the adapter names")
+    if named == PACKAGED or Path(named).name == PACKAGED.replace("-", "_"):  # its folder: so wrote version 0.1
         return packaged_model(), None
-    return name, revision if isinstance(revision, str) else None
+    try:
+        check_name(named)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--model must be given; the base model that {path} names is none: {error}") from None
+    return named, revision if isinstance(revision, str) else None
 
 
 def _check_adapter(adapter: Path) -> None:
