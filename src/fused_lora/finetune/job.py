@@ -72,7 +72,7 @@ def finetune(
         going_on = _going_on(output, settings, resume, overwrite)
         remove_leftovers(output, _OURS)
         model, tokenizer, blocks, measured = _load(settings, say)
-        prompt = prompt or _default_prompt(tokenizer, measured, settings)
+        prompt = prompt or _default_prompt(tokenizer, measured, settings, context_of(model))
         of_base = complete(model, tokenizer, prompt)  # shows here whether the prompt and generate() serve
         torch.manual_seed(settings.seed)
         apply_lora(model, settings.rank, settings.alpha, settings.targets(), settings.dropout, settings.rslora)
@@ -169,9 +169,9 @@ def _check_space(output: Path, model: nn.Module) -> None:
     check_space(output, 4 * size - there)
 
 
-def _default_prompt(tokenizer, measured: Tensor, settings: Settings) -> str:
+def _default_prompt(tokenizer, measured: Tensor, settings: Settings, context: int | None) -> str:
     """The first held-out tokens, or Python code where that is the data, and where the tokens are no words."""
-    first = measured[0, :32]
+    first = measured[0, : min(32, (context or 64) // 2)]
     words = tokenizer.decode(first[first != data.IGNORED])
     return words if settings.data and words.strip() else _PYTHON_PROMPT
 
