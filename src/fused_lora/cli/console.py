@@ -53,7 +53,7 @@ def errors() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        fail(f"out of memory: {error}", 1)
+        fail(f"out of memory: {error}".removesuffix(": "), 1)
 
 
 @contextmanager
