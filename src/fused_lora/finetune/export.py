@@ -123,6 +123,8 @@ def _write(base: torch.nn.Module, tokenizer, output: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if isinstance(error, SafetensorError) or type(error) is Exception:  # so do safetensors and tokenizers put it
             raise OSError(f"{output}: {error}") from error
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(output)) from error
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
