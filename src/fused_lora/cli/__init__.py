@@ -3,19 +3,36 @@
 Bad input is one red line on stderr: exit code 2 for the input, 1 for the machine, 128 + its number for a signal.
 """
 
-import sys
+from typing import Annotated
 
-try:
-    import rich  # noqa: F401
-    import typer  # noqa: F401
-except ModuleNotFoundError as error:
-    _missing = error.name
+import typer
 
-    def app(*args, **kwargs) -> None:
-        """Say what the command line needs; the library needs neither."""
-        sys.exit(f"error: {_missing} is not installed: pip install 'fused-lora[cli]'")
+from fused_lora import __version__
+from fused_lora.cli.bench import bench
+from fused_lora.cli.finetune import finetune
+from fused_lora.cli.info import info
+from fused_lora.cli.merge import merge
 
-else:
-    from fused_lora.cli.commands import app
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="LoRA at the price of the frozen layer.",
+)
+for command in (info, finetune, merge, bench):
+    app.command()(command)
 
-__all__ = ["app"]
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fused-lora {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""

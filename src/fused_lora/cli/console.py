@@ -60,22 +60,23 @@ def errors() -> Iterator[None]:
 def _signals() -> Iterator[None]:
     """SIGTERM (docker stop, Slurm) and SIGHUP (a closed terminal) raise Terminated, the first of them only; what was
     ignored (nohup) stays so."""
-    before = {}
+    replaced: list[signal.Signals] = []
 
     def end(number: int, frame: object) -> None:
-        for each in before:
+        for each in replaced:
             signal.signal(each, signal.SIG_IGN)
         raise Terminated(number)
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:
-                before[number] = signal.signal(number, end)
+                signal.signal(number, end)
+                replaced.append(number)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def missing(error: ImportError) -> str:

@@ -97,7 +97,7 @@ def _check_empty(output: Path) -> None:
         )
 
 
-def _write(base: torch.nn.Module, tokenizer, output: Path) -> None:
+def _write(base, tokenizer, output: Path) -> None:
     """Raises OSError; no file is left then."""
     staging, written = output / _STAGING, []
     try:

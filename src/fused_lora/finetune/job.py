@@ -143,7 +143,7 @@ def _going_on(output: Path, settings: Settings, resume: bool, overwrite: bool) -
     return False
 
 
-def _load(settings: Settings, say: Callable[[str], None]) -> tuple[nn.Module, Any, Tensor, Tensor]:
+def _load(settings: Settings, say: Callable[[str], None]) -> tuple[Any, Any, Tensor, Tensor]:
     """(model, tokenizer, blocks to train on, held-out blocks that are measured)."""
     train, held_out = data.read(settings.data, settings.eval_data, settings.text_field, say)
     model, tokenizer = load_model(settings.model or packaged_model(), DTYPES[settings.dtype], settings.device)
@@ -177,7 +177,7 @@ def _default_prompt(tokenizer, measured: Tensor, settings: Settings, context: in
 
 
 @torch.no_grad()
-def complete(model: nn.Module, tokenizer, prompt: str, tokens: int = 48) -> str:
+def complete(model, tokenizer, prompt: str, tokens: int = 48) -> str:
     """The likeliest continuation of a prompt, at most `tokens` tokens and what the model's context has room for; the
     model is left in eval mode.
 

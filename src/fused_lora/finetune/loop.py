@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +155,7 @@ class Run:
             began = time.perf_counter()
             for group in self.state[1].param_groups:
                 group["lr"] = learning_rate(step - 1, settings)
-            row = {"step": step, "lr": learning_rate(step - 1, settings)}
+            row: dict[str, Any] = {"step": step, "lr": learning_rate(step - 1, settings)}
             passes = self._passes(step - 1)
             row["loss"], norm = train_step(*self.state, passes, settings.max_grad_norm)
             row["grad_norm"] = norm if math.isfinite(norm) else None  # JSON has no infinity
