@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from fused_lora.adapters import load_adapter, merged, peft_format
 from fused_lora.files import LOCK, check_space, claimed
@@ -82,10 +82,14 @@ def _choose_base(model: str | Path | None, adapter: Path, say: Callable[[str], N
 def _check_adapter(adapter: Path) -> None:
     """Raises FileNotFoundError or ValueError for files that are no adapter, whatever the base."""
     peft_format.read_config(adapter)
-    if (adapter / peft_format.WEIGHTS_NAME).exists():
-        peft_format.read_tensors(adapter)
-    else:
-        peft_format.check_tensors(adapter, {})  # says what is there instead
+    path = adapter / peft_format.WEIGHTS_NAME
+    if not path.exists():
+        pickled = path.with_suffix(".bin").exists()
+        raise FileNotFoundError(2, f"No such file{', and a pickle is not read' if pickled else ''}", str(path))
+    try:
+        safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file; got {error}") from None
 
 
 def _check_empty(output: Path) -> None:
