@@ -5,9 +5,14 @@ Everything is a pure function of the files and the seed, so a resumed run needs 
 used.
 """
 
+import codecs
 import hashlib
 import json
+import os
+import reprlib
 import sysconfig
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +20,21 @@ import torch
 from torch import Tensor
 
 IGNORED = -100  # the label that cross_entropy leaves out; fills up a short last block
+_JSONL, _TABLES = (".jsonl", ".ndjson"), (".parquet", ".arrow", ".feather")
+_ARCHIVES = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z")
+_MARKS = (  # UTF-32 first: its mark begins with UTF-16's
+    ("UTF-32", codecs.BOM_UTF32_LE),
+    ("UTF-32", codecs.BOM_UTF32_BE),
+    ("UTF-16", codecs.BOM_UTF16_LE),
+    ("UTF-16", codecs.BOM_UTF16_BE),
+)
 _NOT_CODE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text: a file, or a line of a JSONL file. The name does not depend on where the data lies."""
+    """One text: a file, or a line of a JSONL file. The name does not depend on where the data lies; its bytes that are
+    not UTF-8 are lone surrogates, as Python holds them."""
 
     name: str
     text: str
@@ -35,87 +49,177 @@ def stdlib_documents() -> list[Document]:
     files = [path for path in sorted(root.rglob("*.py")) if not _NOT_CODE & set(path.relative_to(root).parts)]
     if not files:
         raise ValueError(f"--data must be given, the standard library at {root} has no sources (*.py)")
-    found = (_text_document(path, path.relative_to(root).as_posix(), strict=False) for path in files)
-    return [document for document in found if document is not None]
+    documents = []
+    for path in files:
+        with suppress(ValueError):  # a few are in other encodings
+            documents.append(_text_document(path, path.relative_to(root).as_posix()))
+    return documents
 
 
-def read_documents(paths: tuple[str, ...], text_field: str) -> list[Document]:
+def read_documents(paths: tuple[str, ...], text_field: str, say: Callable[[str], None] | None = None) -> list[Document]:
     """The documents of files and directories, in a fixed order.
 
-    A *.jsonl file is a document a line, any other file one document. In a directory hidden files and files that are not
-    UTF-8 text are passed over; a file that is named itself must be text.
+    A *.jsonl or *.ndjson file is a document a line, any other file one document. In a directory hidden files and files
+    that are not UTF-8 text are passed over, links are followed; a file that is named itself must be text.
 
     Args:
         paths: files or directories.
         text_field: the field of a JSONL line that holds its text.
-    Raises: FileNotFoundError naming the path; ValueError naming file and line for bad JSONL, text that is not UTF-8, or
-        no text at all.
+        say: gets a line about files that were passed over.
+    Raises: OSError naming the path; ValueError naming file and line for bad JSONL, text that is not UTF-8, data that
+        must be unpacked first, an empty path, or no text at all.
     """
     documents: list[Document] = []
-    for given in map(Path, paths):
-        if not given.exists():
-            raise FileNotFoundError(2, "No such file or directory", str(given))
-        if given.is_dir():
-            inside = [(path, path.relative_to(given)) for path in sorted(given.rglob("*")) if path.is_file()]
-            files = [
-                (path, name.as_posix()) for path, name in inside if not any(part.startswith(".") for part in name.parts)
-            ]
-        else:
-            files = [(given, given.name)]
-        for path, name in files:
-            if path.suffix == ".jsonl":
+    passed_over: list[str] = []
+    for given in paths:
+        named = not Path(given).is_dir()
+        for path, name in list_files(given)[0]:
+            _check_format(path, named)
+            if path.suffix.lower() in _JSONL:
                 documents += _jsonl_documents(path, name, text_field)
-            else:
-                document = _text_document(path, name, strict=not given.is_dir())
-                documents += [] if document is None else [document]
+                continue
+            try:
+                documents.append(_text_document(path, name))
+            except (ValueError, FileNotFoundError):  # no text, or a link to nothing
+                if named:
+                    raise
+                passed_over.append(name)
     documents = [document for document in documents if document.text.strip()]
+    more = f" and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
+    words = f"{len(passed_over)} files that are no UTF-8 text, or links to nothing: {', '.join(passed_over[:3])}{more}"
     if not documents:
-        raise ValueError(f"data must hold text; got none in {', '.join(paths)}")
+        raise ValueError(
+            f"data must hold text; got none in {', '.join(paths)}{f', but {words}' if passed_over else ''}"
+        )
+    if passed_over and say is not None:
+        say(f"passed over {words}")
     return documents
 
 
-def _text_document(path: Path, name: str, strict: bool) -> Document | None:
+def list_files(given: str) -> tuple[list[tuple[Path, str]], set[str]]:
+    """(files, directories) that a data path stands for: files with the names of their documents, in order; the real
+    paths of the directories that they were looked for in.
+
+    Hidden entries are left out. Links are followed, each real directory is entered once.
+
+    Raises: OSError naming what is missing or cannot be listed; ValueError for an empty path.
+    """
+    if not given:
+        raise ValueError("data must be a file or a directory; got ''")
+    root = Path(given)
+    if not root.exists():
+        raise FileNotFoundError(2, "No such file or directory", given)
+    if not root.is_dir():
+        return [(root, root.name)], set()
+    files, directories = [], set()
+
+    def fail(error: OSError):
+        raise error
+
+    for folder, inner, names in os.walk(root, followlinks=True, onerror=fail):
+        real = os.path.realpath(folder)
+        if real in directories:  # a link back up, or to a directory that was there already
+            inner.clear()
+            continue
+        directories.add(real)
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        found = (Path(folder, name) for name in names if not name.startswith("."))
+        files += [(path, path.relative_to(root)) for path in found if path.is_file() or not path.exists()]
+    return [(path, name.as_posix()) for path, name in sorted(files, key=lambda file: file[1].parts)], directories
+
+
+def check_output(paths: tuple[str, ...], output: Path, own: tuple[str, ...]) -> None:
+    """Raises ValueError if the files that a run writes into its output are data, as in an output inside a directory of
+    data, seen through links too.
+
+    Args:
+        paths: the data, as in `read_documents`.
+        output: the run's directory, which may not exist yet.
+        own: names of the files that the run writes there.
+    """
+    real = Path(os.path.realpath(output))
+    written = {str(real / name) for name in own}
+    for given in paths:
+        files, directories = list_files(given)
+        for folder in (real, *real.parents):
+            inside = real.relative_to(folder).parts
+            if str(folder) in directories and not any(part.startswith(".") for part in inside):
+                raise ValueError(
+                    f"--output must lie outside the data, or its files are data too; got {output} in {given}"
+                )
+        for path, _ in files:
+            if os.path.realpath(path) in written:
+                raise ValueError(f"--output must not write over the data; got {output} and {path}")
+
+
+def _check_format(path: Path, named: bool) -> None:
+    """Raises ValueError for data that is no text before it is unpacked; in a directory other archives are passed over
+    as any other file that is no text."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    last = suffixes[-1] if suffixes else ""
+    packed = last in _ARCHIVES and (named or bool({*_JSONL} & set(suffixes)))
+    if packed or last in _TABLES:
+        raise ValueError(f"{path} must be text or JSONL; got a {last} file: unpack it, or convert it to JSONL")
+
+
+def _text_document(path: Path, name: str) -> Document:
+    """Raises: ValueError naming the file and the byte that is no UTF-8 text."""
     content = path.read_bytes()
+    for encoding, mark in _MARKS:
+        if content.startswith(mark):
+            raise ValueError(f"{path} must be UTF-8 text; got the byte-order mark of {encoding} at byte 0")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if strict:
-            raise ValueError(f"{path} must be UTF-8 text; got {error.reason} at byte {error.start}") from None
-        return None
+        raise ValueError(f"{path} must be UTF-8 text; got {error.reason} at byte {error.start}") from None
     if "\0" in text:
-        if strict:
-            raise ValueError(f"{path} must be UTF-8 text; got a NUL at byte {content.index(0)}")
-        return None
-    return Document(name, text.replace("\r\n", "\n"))
+        raise ValueError(f"{path} must be UTF-8 text; got a NUL at byte {content.index(0)}")
+    return Document(name, text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _jsonl_documents(path: Path, name: str, text_field: str) -> list[Document]:
     documents = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(content.splitlines(), 1):  # of bytes: at LF, CR LF and CR only
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            row = json.loads(line.decode())
+        except RecursionError:
+            raise ValueError(f"{path}, line {number}: must be JSON; got one nested too deep") from None
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: must be JSON; got {error}") from None
         text = row.get(text_field) if isinstance(row, dict) else row
         if not isinstance(row, dict) or not isinstance(text, str):
-            got = f"the fields {sorted(row)}" if isinstance(row, dict) and text_field not in row else repr(text)[:80]
+            names = ", ".join(repr(field) for field in sorted(row)[:8]) if isinstance(row, dict) else ""
+            known = isinstance(row, dict) and text_field in row
+            got = f"the fields [{names[:200]}]" if isinstance(row, dict) and not known else reprlib.repr(text)
             raise ValueError(
                 f"{path}, line {number}: must be an object whose {text_field!r} is a string (--text-field); got {got}"
             )
-        documents.append(Document(f"{name}:{number}", text))
+        documents.append(Document(f"{name}:{number}", _without_halves(text)))
     return documents
 
 
-def read(paths: tuple[str, ...], eval_paths: tuple[str, ...], text_field: str) -> tuple[list[Document], list[Document]]:
+def _without_halves(text: str) -> str:
+    """The text with U+FFFD for every half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def read(
+    paths: tuple[str, ...], eval_paths: tuple[str, ...], text_field: str, say: Callable[[str], None] | None = None
+) -> tuple[list[Document], list[Document]]:
     """(train, held out): what the paths hold; without paths the standard library, without eval_paths a part of the
     first.
 
-    Raises: FileNotFoundError and ValueError as `read_documents`, `stdlib_documents` and `split`.
+    Raises: OSError and ValueError as `read_documents`, `stdlib_documents` and `split`.
     """
-    documents = read_documents(paths, text_field) if paths else stdlib_documents()
-    return (documents, read_documents(eval_paths, text_field)) if eval_paths else split(documents)
+    documents = read_documents(paths, text_field, say) if paths else stdlib_documents()
+    return (documents, read_documents(eval_paths, text_field, say)) if eval_paths else split(documents)
 
 
 def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
@@ -126,14 +230,18 @@ def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     """
     if len(documents) == 1:
         lines = documents[0].text.splitlines(keepends=True)
-        if len(lines) < 2:
+        filled = [i for i, line in enumerate(lines) if line.strip()]
+        if len(filled) < 2:
             raise ValueError(
                 "data must hold a second document or line to hold out, or give --eval-data; got one line in "
                 f"{documents[0].name}"
             )
-        cut = min(len(lines) - 1, len(lines) * 9 // 10 or 1)
+        cut = min(max(len(lines) * 9 // 10, filled[0] + 1), filled[-1])  # words on both sides
         return [Document(documents[0].name, "".join(lines[:cut]))], [Document(documents[0].name, "".join(lines[cut:]))]
-    ranks = [int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:8], "big") for document in documents]
+    ranks = [
+        int.from_bytes(hashlib.sha256(document.name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+        for document in documents
+    ]
     order = sorted(range(len(documents)), key=ranks.__getitem__)
     held_out = {order[0], *(i for i in order if ranks[i] % 20 == 0)} - {order[-1]}
     return [d for i, d in enumerate(documents) if i not in held_out], [documents[i] for i in sorted(held_out)]
@@ -151,7 +259,8 @@ def to_blocks(documents: list[Document], tokenizer, seq_len: int) -> Tensor:
     rows = tokenizer([document.text for document in documents], add_special_tokens=False, verbose=False)["input_ids"]
     tokens = torch.tensor([token for row in rows for token in (*row, *end)], dtype=torch.int64)
     if len(tokens) < 2:
-        raise ValueError(f"data must hold at least 2 tokens; got {len(tokens)} in {len(documents)} documents")
+        names = f"{len(documents)} documents: {', '.join(document.name for document in documents[:3])}"
+        raise ValueError(f"data must hold at least 2 tokens; got {len(tokens)} in {names}")
     if len(tokens) % seq_len == 1:
         tokens = tokens[:-1]
     blocks = torch.full((-(-len(tokens) // seq_len), seq_len), IGNORED)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_LOCK = ".fused-lora.lock"
+LOCK = ".fused-lora.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # some network file systems
 
 
@@ -80,16 +80,17 @@ def claimed(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
         say: gets a line where the file system has no locks.
     Raises: OSError naming the directory if another run is at work in it, or nothing can be written there.
     """
+    directory = Path(os.path.realpath(directory))  # the target of a link to nothing can be made, the link cannot
     made = not directory.exists()
     file = None
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = _locked(directory / _LOCK, say)
+        file = _locked(directory / LOCK, say)
         yield
     finally:
         if file is not None:
             with suppress(OSError):
-                (directory / _LOCK).unlink()  # while the lock is held: nobody else's
+                (directory / LOCK).unlink()  # while the lock is held: nobody else's
             os.close(file)
         if made:
             with suppress(OSError):  # not empty

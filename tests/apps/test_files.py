@@ -75,7 +75,7 @@ def test_the_lock_of_a_killed_run_does_not_stay(tmp_path):
         pytest.fail("claimed twice")
     run.kill()
     run.communicate()
-    assert os.listdir(tmp_path) == [files._LOCK]
+    assert os.listdir(tmp_path) == [files.LOCK]
     with files.claimed(tmp_path, pytest.fail):
         pass
     assert os.listdir(tmp_path) == []
@@ -88,12 +88,12 @@ def test_a_lock_file_that_went_between_open_and_lock_does_not_count(tmp_path, mo
     def flock(file, how):
         calls.append(file)
         if len(calls) == 1:
-            (tmp_path / files._LOCK).unlink()
+            (tmp_path / files.LOCK).unlink()
         return real(file, how)
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with files.claimed(tmp_path, pytest.fail):
-        assert len(calls) == 2 and (tmp_path / files._LOCK).exists()
+        assert len(calls) == 2 and (tmp_path / files.LOCK).exists()
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
 """The command line: fused-lora info | finetune | merge | bench, a file each.
 
-Bad input is one red line on stderr: exit code 2 for the input, 1 for the machine.
+Bad input is one red line on stderr: exit code 2 for the input, 1 for the machine, 128 + its number for a signal.
 """
+
+from typing import Annotated
 
 import typer
 
+from fused_lora import __version__
 from fused_lora.cli.bench import bench
 from fused_lora.cli.finetune import finetune
 from fused_lora.cli.info import info
@@ -18,3 +21,18 @@ app = typer.Typer(
 )
 for command in (info, finetune, merge, bench):
     app.command()(command)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fused-lora {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""

@@ -1,5 +1,7 @@
-"""What the commands share: the two consoles, options, and expected failures as one red line."""
+"""What the commands share: the two consoles, options, and expected failures and signals as one red line."""
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -11,38 +13,104 @@ from rich.text import Text
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 Model = Annotated[
-    str,
+    str | None,
     typer.Option(help="Model directory, GGUF file or hub id; default: the packaged SmolLM2-135M.", show_default=False),
 ]
 Dtype = Annotated[str, typer.Option(help="Of the base model: fp32, bf16 or fp16.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.", show_default=False)]
 
+_EXTRAS = {"typer": "cli", "rich": "cli", "peft": "peft", "pytest_benchmark": "bench"}  # others come with finetune
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP, as an exception so that what is half done is cleaned up."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
 
 @contextmanager
 def errors() -> Iterator[None]:
     """Expected failures as one red line and an exit code; anything else is a bug and keeps its traceback."""
-    import torch
+    from fused_lora.models import out_of_memory
 
     try:
-        yield
+        with _signals():
+            yield
     except KeyboardInterrupt:
         fail("interrupted", 130)
-    except torch.OutOfMemoryError as error:
-        fail(str(error), 1)
+    except Terminated as ended:
+        fail(f"ended by {signal.Signals(ended.number).name}", 128 + ended.number)
+    except BrokenPipeError:  # who read the output has gone, as in `| head`
+        raise typer.Exit(128 + signal.SIGPIPE) from None
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: pip install 'fused-lora[finetune,bench]'", 1)
+    except ImportError as error:
+        fail(missing(error), 1)
     except ValueError as error:
         fail(str(error), 2)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        fail(f"out of memory: {error}".removesuffix(": "), 1)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM (docker stop, Slurm) and SIGHUP (a closed terminal) raise Terminated, the first of them only; what was
+    ignored (nohup) stays so."""
+    replaced: list[signal.Signals] = []
+
+    def end(number: int, frame: object) -> None:
+        for each in replaced:
+            signal.signal(each, signal.SIG_IGN)
+        raise Terminated(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, end)
+                replaced.append(number)
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def missing(error: ImportError) -> str:
+    """What to install for an import that failed; raises the error itself if that is this package's own fault."""
+    name = (error.name or "").partition(".")[0]
+    if name == "fused_lora" or (not isinstance(error, ModuleNotFoundError) and name):
+        raise error
+    what = f"{name} is not installed" if name else str(error)
+    return f"{what}: pip install 'fused-lora[{_EXTRAS.get(name, 'finetune')}]'"
+
+
+def given(**options: str | None) -> None:
+    """Raises ValueError for an option that is there and empty, as an unset variable in a script leaves it."""
+    for name, value in options.items():
+        if value == "":
+            raise ValueError(f"--{name} must not be empty; got ''")
+
+
+def say(line: str) -> None:
+    out.print(Text(printable(line)), soft_wrap=True)
 
 
 def fail(message: str, code: int) -> None:
-    err.print(Text(f"error: {' '.join(message.split())}", style="bold red"), soft_wrap=True)
+    err.print(Text(printable(f"error: {' '.join(message.split())}"), style="bold red"), soft_wrap=True)
     raise typer.Exit(code)
+
+
+def printable(text: str) -> str:
+    """A model's words, or a file's name, without control characters, which a terminal would obey, and without what no
+    encoding holds."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 def default_device(device: str | None) -> str:
     import torch
 
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device

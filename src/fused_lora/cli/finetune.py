@@ -11,12 +11,12 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from fused_lora.cli.console import Device, Dtype, Model, default_device, errors, out
+from fused_lora.cli.console import Device, Dtype, Model, default_device, errors, given, out, printable, say
 from fused_lora.finetune.settings import Settings
 
 
 def finetune(
-    model: Model = Settings.model,
+    model: Model = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="Text or JSONL file or directory, may be repeated; default: Python's own sources."),
@@ -25,9 +25,9 @@ def finetune(
         list[str] | None, typer.Option(help="The same, held out; default: a twentieth of the data's files or lines.")
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field of a JSONL line that holds its text.")] = Settings.text_field,
-    output: Annotated[Path, typer.Option(help="Directory for the adapter, its figures and checkpoint.")] = Path(
-        "fused-lora-finetune"
-    ),
+    output: Annotated[
+        str, typer.Option(help="Directory for the adapter, its figures and checkpoint.")
+    ] = "fused-lora-finetune",
     rank: Annotated[int, typer.Option(help="Rank of the update.")] = Settings.rank,
     alpha: Annotated[float, typer.Option(help="The update is scaled by alpha / rank.")] = Settings.alpha,
     dropout: Annotated[float, typer.Option(help="Dropout on the low-rank path, in [0, 1).")] = Settings.dropout,
@@ -65,20 +65,18 @@ def finetune(
 ) -> None:
     """Train a LoRA adapter on text; perplexity on held-out text before and after. The defaults take a few minutes on
     two CPU cores."""
-    given = locals()
+    options = locals()
     with errors():
+        given(model=model, output=output)
         from fused_lora.finetune import job
 
-        values = {field.name: given[field.name] for field in dataclasses.fields(Settings)}
+        values = {field.name: options[field.name] for field in dataclasses.fields(Settings)}
         values |= {"data": tuple(data or ()), "eval_data": tuple(eval_data or ()), "device": default_device(device)}
-        settings = Settings(**values)
+        settings = Settings(**values | {"model": model or ""})
+        directory = Path(output)
         with _progress(settings.steps) as tick:
-            summary = job.finetune(settings, output, resume, overwrite, save_every, eval_every, prompt, _say, tick)
+            summary = job.finetune(settings, directory, resume, overwrite, save_every, eval_every, prompt, say, tick)
         _print_summary(summary, output)
-
-
-def _say(line: str) -> None:
-    out.print(line, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -107,9 +105,9 @@ def _progress(steps: int) -> Iterator[Callable[[dict], None]]:
         yield tick
 
 
-def _print_summary(summary: dict, output: Path) -> None:
+def _print_summary(summary: dict, output: str) -> None:
     for title, key in (("the base model", "completion_of_base"), ("with the adapter", "completion")):
-        text = Text.assemble((_printable(summary["prompt"]), "dim"), _printable(summary[key]))
+        text = Text.assemble((printable(summary["prompt"]), "dim"), printable(summary[key]))
         out.print(Panel(text, title=f"completion, {title}", title_align="left"))
     before, after = summary["perplexity_before"], summary["perplexity_after"]
     out.print(
@@ -118,9 +116,4 @@ def _print_summary(summary: dict, output: Path) -> None:
         f"{summary['seconds']:.0f} s",
         soft_wrap=True,
     )
-    out.print(Text(f"adapter, metrics.jsonl, loss.png and summary.json are in {output}"), soft_wrap=True)
-
-
-def _printable(text: str) -> str:
-    """A model's words without control characters, which a terminal would obey."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+    say(f"adapter, metrics.jsonl, loss.png and summary.json are in {output}")

@@ -4,24 +4,26 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from fused_lora.cli.console import Dtype, Model, errors, out
+from fused_lora.cli.console import Dtype, errors, given, say
 from fused_lora.models import DTYPES
 
 
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="Directory of an adapter, from fused-lora or PEFT.")],
-    model: Model = "",
-    output: Annotated[Path, typer.Option(help="The new model directory.")] = Path("fused-lora-merged"),
+    adapter: Annotated[str, typer.Argument(help="Directory of an adapter, from fused-lora or PEFT.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model: directory, GGUF file or hub id; default: the one that the adapter names."),
+    ] = None,
+    output: Annotated[str, typer.Option(help="The new model directory.")] = "fused-lora-merged",
     dtype: Dtype = "fp32",
 ) -> None:
     """Fold an adapter into its base model: a directory that plain transformers loads."""
     with errors():
-        from fused_lora.finetune import export as job
-        from fused_lora.models import packaged_model
-
+        given(adapter=adapter, model=model, output=output)
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-        job.merge(model or packaged_model(), adapter, output, DTYPES[dtype])
-        out.print(Text(f"wrote {output}"), soft_wrap=True)
+        from fused_lora.finetune.export import export_merged
+
+        export_merged(model, Path(adapter), Path(output), DTYPES[dtype], say)
+        say(f"wrote {output}")

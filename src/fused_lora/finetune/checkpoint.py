@@ -112,24 +112,29 @@ def read_state(path: Path) -> dict:
     return _open(path)[0]
 
 
-def cut_metrics(path: Path, step: int) -> list[dict]:
-    """The rows of metrics.jsonl up to a step; later ones, of a run that was killed after its last checkpoint, are cut
-    off the file.
+def read_metrics(path: Path, step: int) -> list[dict]:
+    """The rows of metrics.jsonl up to a step.
 
     Raises: ValueError naming the file unless it holds the steps 0 … step, a line each.
     """
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the line in which the run was killed
+        except ValueError:  # the line in which the run was killed
             break
     kept = rows[: step + 1]
-    if [row.get("step") for row in kept] != list(range(step + 1)):
+    if [row.get("step") if isinstance(row, dict) else None for row in kept] != list(range(step + 1)):
         raise ValueError(
             f"{path} must hold the steps 0 to {step} of the checkpoint beside it, a line each; got {len(kept)} lines "
             "that do not"
         )
+    return kept
+
+
+def cut_metrics(path: Path, step: int) -> list[dict]:
+    """`read_metrics`; later rows, of a run that was killed after its last checkpoint, are cut off the file."""
+    kept = read_metrics(path, step)
     write_whole({path: "".join(json.dumps(row) + "\n" for row in kept).encode()})
     return kept
 

@@ -2,30 +2,32 @@
 plot.
 
 Into the output directory: adapter_config.json and adapter_model.safetensors (PEFT's format), checkpoint.safetensors,
-    metrics.jsonl (a line
-a step), loss.png, summary.json.
+metrics.jsonl (a line a step), summary.json, loss.png.
 """
 
-import json
 import math
+import os
 import platform
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_lora import data
 from fused_lora.adapters import peft_format
-from fused_lora.adapters.model import apply_lora, save_adapter, set_adapter
-from fused_lora.files import write_whole
+from fused_lora.adapters.model import apply_lora, save_adapter
+from fused_lora.files import check_space, claimed, remove_leftovers, write_json, write_whole
 from fused_lora.finetune import checkpoint
 from fused_lora.finetune.loop import Run, predicted
 from fused_lora.finetune.settings import Settings
-from fused_lora.models import DTYPES, load_model, packaged_model
+from fused_lora.models import DTYPES, check_name, context_of, is_text, load_model, packaged_model
 
 PLOT, SUMMARY = "loss.png", "summary.json"
 _OURS = (checkpoint.NAME, checkpoint.METRICS, PLOT, SUMMARY, peft_format.CONFIG_NAME, peft_format.WEIGHTS_NAME)
@@ -48,78 +50,148 @@ def finetune(
     Args:
         settings, output: what decides the numbers; directory for the files that this module's head names, other files
             in it stay.
-        resume: go on from the directory's checkpoint; without one the run starts from the beginning.
-        overwrite: replace another run's files, once model and data are loaded.
+        resume: go on from the directory's checkpoint; in a directory without a run the run starts from the beginning.
+        overwrite: replace another run's files, once model and data are loaded and the model has run on them.
         save_every, eval_every: steps between checkpoints and between held-out losses; 0 is none but at the start and
             the end.
         prompt: start of the sample completion; by default Python code with the default data, else the first held-out
             tokens.
         say, tick: get lines of text, and the row of metrics.jsonl of every step, as it is made.
     Returns: what summary.json holds.
-    Raises: ValueError for bad input; OSError naming the file, with the last checkpoint whole.
+    Raises: ValueError for bad input; OSError naming the file, with the last checkpoint whole, also if another run is
+        at work in the directory.
     """
-    began, path = time.perf_counter(), output / checkpoint.NAME
-    _check_options(output, resume, overwrite, save_every, eval_every)
-    import matplotlib  # noqa: F401  its lack shows here, not after the training
+    began = time.perf_counter()
+    _check_options(resume, overwrite, save_every, eval_every, prompt)
+    _check_output(output, settings)
+    data.check_output((*settings.data, *settings.eval_data), output, _OURS)
+    import matplotlib  # noqa: F401  their lack shows here, not after the training
+    import transformers  # noqa: F401
 
-    going_on = resume and path.exists()
-    if going_on:  # before anything that takes long; load_checkpoint compares the data too
-        before = checkpoint.read_state(path)["settings"]
-        checkpoint.check_settings(path, {name: before.get(name) for name in settings.plain()}, settings.plain())
-    output.mkdir(parents=True, exist_ok=True)
-    train, held_out = data.read(settings.data, settings.eval_data, settings.text_field)
-    model, tokenizer = load_model(settings.model or packaged_model(), DTYPES[settings.dtype], settings.device)
-    blocks = data.to_blocks(train, tokenizer, settings.seq_len)
-    measured = data.spread(data.to_blocks(held_out, tokenizer, settings.seq_len), settings.eval_tokens)
-    torch.manual_seed(settings.seed)
-    apply_lora(model, settings.rank, settings.alpha, settings.targets(), settings.dropout, settings.rslora)
-    say(
-        f"{len(train)} documents, {predicted(blocks):,} tokens; held out {len(held_out)}, of which "
-        f"{predicted(measured):,} tokens are measured"
-    )
-    run = Run(settings, output, model.train(), blocks, measured, say, tick)
-    if going_on:
-        run.restore()
-    else:
-        for name in _OURS:
-            (output / name).unlink(missing_ok=True)
-        run.start()
-    run.train(save_every, eval_every)
-    save_adapter(model, output)
-    if prompt is None:
-        first = measured[0, :32]
-        prompt = tokenizer.decode(first[first != data.IGNORED]) if settings.data else _PYTHON_PROMPT
-    summary = _summary(run, prompt, time.perf_counter() - began) | {"completion": complete(model, tokenizer, prompt)}
-    set_adapter(model, None)
-    summary["completion_of_base"] = complete(model, tokenizer, prompt)
-    write_whole({output / PLOT: plot(run.rows)})
-    write_whole({output / SUMMARY: (json.dumps(summary, indent=1) + "\n").encode()})
+    with claimed(output, say):
+        going_on = _going_on(output, settings, resume, overwrite)
+        remove_leftovers(output, _OURS)
+        model, tokenizer, blocks, measured = _load(settings, say)
+        prompt = prompt or _default_prompt(tokenizer, measured, settings, context_of(model))
+        of_base = complete(model, tokenizer, prompt)  # shows here whether the prompt and generate() serve
+        torch.manual_seed(settings.seed)
+        apply_lora(model, settings.rank, settings.alpha, settings.targets(), settings.dropout, settings.rslora)
+        _check_space(output, model)
+        run = Run(settings, output, model.train(), blocks, measured, say, tick)
+        if going_on:
+            run.restore()
+        else:
+            run.start(output / name for name in _OURS)
+        run.train(save_every, eval_every)
+        save_adapter(model, output)
+        summary = _summary(run, prompt, time.perf_counter() - began)
+        summary |= {"completion": complete(model, tokenizer, prompt), "completion_of_base": of_base}
+        write_json(output / SUMMARY, summary)
+        write_whole({output / PLOT: plot(run.rows)})
     return summary
 
 
-def _check_options(output: Path, resume: bool, overwrite: bool, save_every: int, eval_every: int) -> None:
+def _check_options(resume: bool, overwrite: bool, save_every: int, eval_every: int, prompt: str | None) -> None:
     for name, every in (("save_every", save_every), ("eval_every", eval_every)):
         if every < 0:
             raise ValueError(f"{name} must be an int >= 0; got {every}")
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; got both")
+    if prompt is not None and (not prompt or not is_text(prompt)):
+        raise ValueError(f"--prompt must be UTF-8 text that is not empty; got {prompt!r}")
+
+
+def _check_output(output: Path, settings: Settings) -> None:
+    """Raises ValueError if the output cannot be one, or is where the base model lies, which would then be loaded with
+    the adapter."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output must be a directory; got the file {output}")
+    base = settings.model or packaged_model()
+    check_name(base)
+    local = Path(base)
+    if local.exists() and os.path.realpath(local if local.is_dir() else local.parent) == os.path.realpath(output):
+        raise ValueError(f"--output must not be the base model's own directory; got {output}")
+
+
+def _going_on(output: Path, settings: Settings, resume: bool, overwrite: bool) -> bool:
+    """Whether there is a checkpoint to resume from.
+
+    Raises: ValueError if the output holds another run that may not be replaced, or one of other settings;
+        load_checkpoint compares the data too.
+    """
+    path, metrics = output / checkpoint.NAME, output / checkpoint.METRICS
     present = [name for name in _OURS if (output / name).exists()]
     if present and not (resume or overwrite):
         raise ValueError(
             f"--output must hold no other run, or give --resume or --overwrite; got {output} with {', '.join(present)}"
         )
+    if not resume:
+        return False
+    if path.exists():
+        state = checkpoint.read_state(path)
+        before = state["settings"]
+        checkpoint.check_settings(path, {name: before.get(name) for name in settings.plain()}, settings.plain())
+        checkpoint.read_metrics(metrics, state["step"])
+        return True
+    if present == [checkpoint.METRICS] and len(metrics.read_bytes().splitlines()) <= 1:
+        return False  # killed before its first checkpoint
+    if present:
+        raise ValueError(
+            f"--resume needs the checkpoint {path}, which is gone; got {output} with {', '.join(present)}, which "
+            "--overwrite would replace"
+        )
+    return False
+
+
+def _load(settings: Settings, say: Callable[[str], None]) -> tuple[Any, Any, Tensor, Tensor]:
+    """(model, tokenizer, blocks to train on, held-out blocks that are measured)."""
+    train, held_out = data.read(settings.data, settings.eval_data, settings.text_field, say)
+    model, tokenizer = load_model(settings.model or packaged_model(), DTYPES[settings.dtype], settings.device)
+    blocks = data.to_blocks(train, tokenizer, settings.seq_len)
+    measured = data.spread(data.to_blocks(held_out, tokenizer, settings.seq_len), settings.eval_tokens)
+    known, largest = model.get_input_embeddings().num_embeddings, int(max(blocks.max(), measured.max()))
+    if largest >= known:
+        raise ValueError(f"the tokenizer must be the model's, which knows {known} tokens; got token {largest}")
+    say(
+        f"{len(train)} documents, {predicted(blocks):,} tokens; held out {len(held_out)}, of which "
+        f"{predicted(measured):,} tokens are measured"
+    )
+    context = context_of(model)
+    if context is not None and settings.seq_len > context:
+        say(f"blocks of {settings.seq_len} tokens are longer than the model's context of {context}")
+    return model, tokenizer, blocks, measured
+
+
+def _check_space(output: Path, model: nn.Module) -> None:
+    """Raises OSError unless the last checkpoint (values and two moments) and the adapter fit on the disk."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in checkpoint.trained(model).values())
+    there = sum((output / name).stat().st_size for name in _OURS if (output / name).exists())
+    check_space(output, 4 * size - there)
+
+
+def _default_prompt(tokenizer, measured: Tensor, settings: Settings, context: int | None) -> str:
+    """The first held-out tokens, or Python code where that is the data, and where the tokens are no words."""
+    first = measured[0, : min(32, (context or 64) // 2)]
+    words = tokenizer.decode(first[first != data.IGNORED])
+    return words if settings.data and words.strip() else _PYTHON_PROMPT
 
 
 @torch.no_grad()
-def complete(model: nn.Module, tokenizer, prompt: str, tokens: int = 48) -> str:
-    """The likeliest continuation of a prompt, at most `tokens` tokens; the model is left in eval mode."""
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+def complete(model, tokenizer, prompt: str, tokens: int = 48) -> str:
+    """The likeliest continuation of a prompt, at most `tokens` tokens and what the model's context has room for; the
+    model is left in eval mode.
+
+    Raises: ValueError for a prompt without a token or beyond the context.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False).to(model.device)
     inputs.pop("token_type_ids", None)
+    length, context = inputs["input_ids"].shape[1], context_of(model) or sys.maxsize
+    if not 0 < length < context:
+        raise ValueError(f"prompt must have at least one token and less than the model's context; got {length} tokens")
+    tokens = min(tokens, context - length)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     out = model.eval().generate(**inputs, do_sample=False, max_new_tokens=tokens, pad_token_id=pad)
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(out[0, length:], skip_special_tokens=True)
 
 
 def _summary(run: Run, prompt: str, seconds: float) -> dict:
@@ -134,12 +206,17 @@ def _summary(run: Run, prompt: str, seconds: float) -> dict:
         "tokens_per_second": tokens / training,
         "seconds": seconds,
         "settings": run.identity,
-        "versions": {
-            name: metadata.version(name) for name in ("fused-lora", "torch", "transformers", "peft", "safetensors")
-        }
-        | {"python": platform.python_version()},
+        "versions": _versions() | {"python": platform.python_version()},
         "prompt": prompt,
     }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in ("fused-lora", "torch", "transformers", "peft", "safetensors"):
+        with suppress(metadata.PackageNotFoundError):  # peft is not needed
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def plot(rows: list[dict]) -> bytes:

@@ -7,8 +7,9 @@ Bit for bit holds on the same machine, thread count and versions, on a GPU as fa
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from fused_lora import data
 from fused_lora.finetune import checkpoint
 from fused_lora.finetune.settings import Settings
+from fused_lora.models import context_of, out_of_memory
 
 
 def predicted(blocks: Tensor) -> int:
@@ -112,9 +114,28 @@ class Run:
         self.state = (model, optimizer, scaler)
         self.rows: list[dict] = []
 
-    def start(self) -> None:
-        """Measure the base model and write the first row and checkpoint."""
-        self._log({"step": 0, "held_out_loss": self._measure(0)})
+    def start(self, replaced: Iterable[Path]) -> None:
+        """Measure the base model, remove the files of the run that this one replaces, write the first row and
+        checkpoint.
+
+        Raises: ValueError if the model fails on blocks beyond its context, or its loss is not finite; the files are
+            there then.
+        """
+        try:
+            loss = self._measure(0)
+        except (IndexError, RuntimeError) as error:
+            context, length = context_of(self.model), self.settings.seq_len
+            if out_of_memory(error) or (context is not None and length <= context):
+                raise
+            words = f"{context} tokens" if context else "which its configuration does not say"
+            raise ValueError(
+                f"seq_len must be within the model's context, {words}; got {length} ({type(error).__name__}: {error})"
+            ) from error
+        if not math.isfinite(loss):
+            raise ValueError(f"the base model's loss on the held-out data must be finite; got {loss}")
+        for path in replaced:
+            path.unlink(missing_ok=True)
+        self._log({"step": 0, "held_out_loss": loss})
         checkpoint.save_checkpoint(self.checkpoint, *self.state, 0, self.identity)
 
     def restore(self) -> None:
@@ -134,7 +155,7 @@ class Run:
             began = time.perf_counter()
             for group in self.state[1].param_groups:
                 group["lr"] = learning_rate(step - 1, settings)
-            row = {"step": step, "lr": learning_rate(step - 1, settings)}
+            row: dict[str, Any] = {"step": step, "lr": learning_rate(step - 1, settings)}
             passes = self._passes(step - 1)
             row["loss"], norm = train_step(*self.state, passes, settings.max_grad_norm)
             row["grad_norm"] = norm if math.isfinite(norm) else None  # JSON has no infinity

@@ -7,7 +7,10 @@ import re
 
 import torch
 
+from fused_lora.config import LoraConfig
 from fused_lora.models import DTYPES
+
+_INTEGER_END = 2**63  # what a tensor's size can be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +62,15 @@ class Settings:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be an int >= {low}; got {getattr(self, name)}")
+            if getattr(self, name) >= _INTEGER_END:
+                raise ValueError(f"{name} must be less than 2**63; got {getattr(self, name):.6g}")
         if self.seed >= 2**32:
             raise ValueError(f"seed must be less than 2**32; got {self.seed}")
+        if self.batch_size * self.grad_accum * self.seq_len >= _INTEGER_END:
+            raise ValueError(
+                "a step must have less than 2**63 tokens; got "
+                f"{self.batch_size} (batch_size) * {self.grad_accum} (grad_accum) * {self.seq_len} (seq_len)"
+            )
         for name in ("lr", "max_grad_norm", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0; got {getattr(self, name)}")
@@ -69,6 +79,13 @@ class Settings:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         check_device(self.device)
+        for name in ("data", "eval_data"):
+            if "" in getattr(self, name):
+                raise ValueError(f"{name} must be files or directories; got ''")
+        for name in ("text_field", "target_modules"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty; got ''")
+        LoraConfig(self.rank, self.alpha, self.targets(), self.dropout, self.rslora)  # raises
 
     def plain(self) -> dict:
         """The settings as JSON holds them."""
