@@ -100,26 +100,27 @@ class NamePatterns:
 
     def __init__(self, keys: Iterable[str]):
         self.keys = list(keys)
-        self._plain: dict[int, dict[tuple[int, ...], dict[str, list[int]]]] = {}  # length, dots, text: its keys
+        # Whether only a whole name fits, length, places of the dots, text: the keys of that text.
+        self._plain: dict[tuple[bool, int], dict[tuple[int, ...], dict[str, list[int]]]] = {}
         self._regexes: list[tuple[int, re.Pattern]] = []
         for index, key in enumerate(self.keys):
-            anchor, body = ("^", key[1:]) if key.startswith("^") else ("", key)
-            literal = body.replace("\\", "")
-            if "^" not in literal and re.escape(literal) == body:
-                text, dots = anchor + literal, ()
-            elif re.fullmatch(r"[\w.-]+", body):
-                text = anchor + body
-                dots = tuple(position for position, letter in enumerate(text) if letter == ".")
+            text = key.removeprefix("^")
+            literal = text.replace("\\", "")
+            if re.escape(literal) == text:
+                text, dots = literal, ()
+            elif re.fullmatch(r"[\w.-]+", text):
+                dots = tuple(place for place, letter in enumerate(text) if letter == ".")
             else:
                 self._regexes.append((index, re.compile(rf"(.*\.)?({key})$")))
                 continue
-            self._plain.setdefault(len(text), {}).setdefault(dots, {}).setdefault(text, []).append(index)
+            alike = self._plain.setdefault((key.startswith("^"), len(text)), {})
+            alike.setdefault(dots, {}).setdefault(text, []).append(index)
 
     def fitting(self, name: str) -> list[int]:
         """The places of the keys that fit, the deciding one first."""
         found = [index for index, regex in self._regexes if regex.match(name)]
-        for text in (*endings(name), f"^{name}"):
-            for dots, keys in self._plain.get(len(text), {}).items():
+        for whole, text in ((True, name), *((False, end) for end in endings(name))):
+            for dots, keys in self._plain.get((whole, len(text)), {}).items():
                 found += keys.get(_with_dots(text, dots), ())
         return sorted(found)
 

@@ -91,9 +91,7 @@ def _from_fields(config: Mapping) -> LoraConfig:
             raise ValueError(f"{field} is not supported and must be off; got {value!r}")
     given = {field: config[field] for field in _SUPPORTED if config.get(field) is not None}
     if "target_modules" not in given:
-        raise ValueError(
-            f"target_modules must be a list or a regular expression; got {config.get('target_modules')!r}"
-        )
+        raise ValueError(f"target_modules must be a list or a regular expression; got {config.get('target_modules')!r}")
     return LoraConfig(**given)
 
 

@@ -17,7 +17,9 @@ from torch import nn
 from fused_lora.nn.linear import LoRALinear
 from fused_lora.nn.modules_to_save import ModuleToSave
 
-_NO_VALUES = frozenset("data_ptr device dim dtype element_size is_meta layout ndim numel requires_grad shape size".split())
+_NO_VALUES = frozenset(
+    "data_ptr device dim dtype element_size is_meta layout ndim numel requires_grad shape size".split()
+)
 _NO_READERS = frozenset("finfo hasattr id isinstance is_tensor len type".split())
 # Reads in branches that are not taken, by class: what would have to hold for them to be.
 _BRANCHES: dict[str, Callable[[nn.Module], bool]] = {
@@ -47,12 +49,16 @@ def reader_of(target: str, ancestors: Iterable[tuple[str, nn.Module]]) -> str | 
 def call_all_layers(model: nn.Module) -> None:
     """Have nn.TransformerEncoder and its layers call their linear layers where some hold adapters.
 
-    In eval mode they hand linear1.weight and linear2.weight to one fused kernel, unless their activation is neither
-    ReLU nor GELU; the attribute that says so serves nothing else.
+    In eval mode they hand linear1.weight and linear2.weight to one fused kernel, the encoder on nested tensors, unless
+    the activation is neither ReLU nor GELU; the attributes that say so serve nothing else.
     """
-    encoders = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
     for module in model.modules():
-        if isinstance(module, encoders) and any(isinstance(m, LoRALinear | ModuleToSave) for m in module.modules()):
+        encoder = isinstance(module, nn.TransformerEncoder)
+        if not encoder and not isinstance(module, nn.TransformerEncoderLayer):
+            continue
+        if any(isinstance(inner, LoRALinear | ModuleToSave) for inner in module.modules()):
+            if encoder:
+                module.use_nested_tensor = False
             for layer in module.modules():
                 if isinstance(layer, nn.TransformerEncoderLayer):
                     layer.activation_relu_or_gelu = 0
