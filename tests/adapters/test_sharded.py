@@ -1,4 +1,5 @@
-"""Models under FSDP1, FSDP2 and DistributedDataParallel, in two processes: files are whole, values come back, what is not served is refused."""
+"""Models under FSDP1, FSDP2 and DistributedDataParallel, in two processes: files are whole, values come back, what is
+not served is refused."""
 
 import os
 import socket

@@ -1,5 +1,5 @@
-"""Code that reads a layer's weight itself: nn.TransformerEncoder's fast path calls the layers instead, any other code is
-found in the source and the target refused."""
+"""Code that reads a layer's weight itself: nn.TransformerEncoder calls the layers instead, any other code is found in
+the source and the target refused."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""The layers and wrappers of a model that hold adapters, and the tensors of one adapter by their keys in PEFT's file."""
+"""The layers and wrappers of a model that hold adapters, and an adapter's tensors by their keys in PEFT's file."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,9 @@ Wrappers = dict[str, ModuleToSave]
 
 def all_holders(model: nn.Module) -> tuple[Layers, Wrappers]:
     """Every layer and wrapper that can hold an adapter, each once, by the first name it is reached by."""
-    layers, wrappers, seen = {}, {}, set()
+    layers: Layers = {}
+    wrappers: Wrappers = {}
+    seen: set[int] = set()
     for place in walk(model):
         if id(place.module) not in seen:
             seen.add(id(place.module))
@@ -45,7 +47,9 @@ def adapter_names(model: nn.Module) -> list[str]:
     )
 
 
-def tensors_of(layers: Mapping[str, LoRALinear], saved: Mapping[str, ModuleToSave], adapter_name: str):
+def tensors_of(
+    layers: Mapping[str, LoRALinear], saved: Mapping[str, ModuleToSave], adapter_name: str
+) -> dict[str, Tensor]:
     """The adapter's own tensors, not copies, by their keys in the file."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():

@@ -11,7 +11,6 @@ from fused_lora.adapters.model import check_addable, check_not_merged, install, 
 from fused_lora.adapters.plan import Plan, make_plan, walk
 from fused_lora.adapters.wrappers import check_no_peft, fetched, fill, plain_key, unwrapped, whole, whole_tensor
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
-from fused_lora.nn.linear import LoRALinear
 from fused_lora.nn.modules_to_save import ModuleToSave
 
 
@@ -72,10 +71,7 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         check_addable(model)
     config = peft_config.read_config(directory)
     with whole(model, writeback=True):
-        if known:
-            plan = _plan_of_existing(root, directory, config, adapter_name)
-        else:
-            plan = _plan(root, directory, config)
+        plan = _plan_of_existing(root, directory, config, adapter_name) if known else _plan(root, directory, config)
         _check_values_here(plan)
         found = peft_format.find_tensors(directory, _expected(plan, config), lambda: _base_tensors(root))
         values = peft_format.read_tensors(directory, found)
@@ -112,10 +108,10 @@ def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adap
                 "under a new name"
             )
     for name, layer in layers.items():
-        have, want = layer.r[adapter_name], config.layer(name).r
-        if have != want:
+        r, new_r = layer.r[adapter_name], config.layer(name).r
+        if r != new_r:
             raise ValueError(
-                f"adapter {adapter_name!r} exists with r={have} in {name}; got r={want}, load under a new name"
+                f"adapter {adapter_name!r} exists with r={r} in {name}; got r={new_r}, load under a new name"
             )
     return plan
 
@@ -139,7 +135,6 @@ def _expected(plan: Plan, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """The shapes that a file for this plan must have."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in plan.linears.items():
-        assert isinstance(module, nn.Linear | LoRALinear)
         key_A, key_B = peft_format.lora_keys(name)
         r = config.layer(name).r
         shapes[key_A], shapes[key_B] = (r, module.in_features), (module.out_features, r)

@@ -56,8 +56,9 @@ def apply_lora(
         "modules_to_save": modules_to_save or [],
     }
     if config is None and (isinstance(r, LoraConfig) or is_peft_config(r)):
-        r, config = 8, r
-    lora_config = _config({"r": r, **given}, config)
+        lora_config = _config(given, r)
+    else:
+        lora_config = _config({"r": r, **given}, config)
     check_adapter_name(adapter_name)
     check_addable(model)
     known = adapter_names(model)
@@ -102,9 +103,15 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
                 f"{name}: adapter {layer.active_adapter!r} is merged, unmerge before switching; got {adapter_name!r}"
             )
     for layer in layers.values():
-        layer.set_adapter(adapter_name if adapter_name in layer.lora_A else None)
+        layer.set_adapter(_held(adapter_name, layer))
     for wrapper in wrappers.values():
-        wrapper.set_adapter(adapter_name if adapter_name in wrapper.modules_to_save else None)
+        wrapper.set_adapter(_held(adapter_name, wrapper))
+
+
+def _held(adapter_name: str | None, holder: LoRALinear | ModuleToSave) -> str | None:
+    """The adapter's name if the layer or wrapper holds it."""
+    names = holder.lora_A if isinstance(holder, LoRALinear) else holder.modules_to_save
+    return adapter_name if adapter_name is not None and adapter_name in names else None
 
 
 @contextmanager
@@ -127,7 +134,7 @@ def merged(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Mod
             "merge a plain copy; got a sharded one"
         )
     layers, wrappers = all_holders(root)
-    holders = [*layers.values(), *wrappers.values()]
+    holders: list[LoRALinear | ModuleToSave] = [*layers.values(), *wrappers.values()]
     if adapter_name is not None and adapter_name not in adapter_names(root):
         raise unknown_name("adapter_name", adapter_name, adapter_names(root))
     if adapter_name is None and all(holder.active_adapter is None for holder in holders):
@@ -139,8 +146,7 @@ def merged(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Mod
     try:
         # Without touching requires_grad, so an optimizer sees no change.
         for holder in holders if adapter_name is not None else []:
-            has = holder.lora_A if isinstance(holder, LoRALinear) else holder.modules_to_save
-            holder.active_adapter = adapter_name if adapter_name in has else None
+            holder.active_adapter = _held(adapter_name, holder)
         for wrapper in wrappers.values():
             wrapper.merged = True
         for name, layer in layers.items():
@@ -156,8 +162,8 @@ def merged(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Mod
                 layer.unmerge()
         for wrapper in wrappers.values():
             wrapper.merged = False
-        for holder, name in zip(holders, before, strict=True):
-            holder.active_adapter = name
+        for holder, active in zip(holders, before, strict=True):
+            holder.active_adapter = active
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

@@ -35,7 +35,7 @@ _WITHOUT_EFFECT = {
     "layers_pattern",
     "megatron_core",
 }
-_OFF = (None, False, "none", [], {})
+_OFF: tuple = (None, False, "none", [], {})
 _PLAIN_INIT = (True, False, "gaussian", "orthogonal", "eva")
 
 

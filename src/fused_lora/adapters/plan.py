@@ -55,7 +55,7 @@ def walk(model: nn.Module) -> Iterator[Place]:
 class Plan:
     """What an adapter will sit in: modules by the first name they are reached by, and all places of the model."""
 
-    linears: dict[str, nn.Module]
+    linears: dict[str, nn.Linear | LoRALinear]
     saved: dict[str, nn.Module]
     places: list[Place]
 
@@ -90,11 +90,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _find_linears(
     model: nn.Module, config: LoraConfig, places: list[Place], first: dict[int, str]
-) -> dict[str, nn.Module]:
+) -> dict[str, nn.Linear | LoRALinear]:
     """Every nn.Linear or LoRALinear that target_modules names, each once."""
     get_head = getattr(model, "get_output_embeddings", None) if config.all_linear else None
     head = unwrapped(get_head()) if get_head is not None and get_head() is not None else None
-    found = {}
+    found: dict[str, nn.Linear | LoRALinear] = {}
     for place in places:
         name, module = place.name, place.module
         if place.inside or config.excludes(name):
@@ -106,6 +106,7 @@ def _find_linears(
                     check_linear(module)
                 except ValueError as error:
                     raise ValueError(f"target_modules: target {name}: {error}") from None
+            assert isinstance(module, nn.Linear | LoRALinear)
             found[first[id(module)]] = module
     if not found:
         targets = config.target_modules
@@ -120,7 +121,7 @@ def _find_linears(
     return found
 
 
-def _check_saved(saved: dict[str, nn.Module], linears: dict[str, nn.Module]) -> None:
+def _check_saved(saved: dict[str, nn.Module], linears: dict[str, nn.Linear | LoRALinear]) -> None:
     """Raises ValueError for a module that cannot be copied and called in another's place, or that holds adapters."""
     for name, module in saved.items():
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
@@ -140,7 +141,7 @@ def _check_saved(saved: dict[str, nn.Module], linears: dict[str, nn.Module]) -> 
                 )
 
 
-def _check_reachable(linears: dict[str, nn.Module], saved: dict[str, nn.Module], places: list[Place]) -> None:
+def _check_reachable(linears: dict, saved: dict, places: list[Place]) -> None:
     """Raises ValueError for a module that torch.compile has wrapped by itself: it would go on to call the old one."""
     wanted = {id(module) for module in (*linears.values(), *saved.values())}
     for place in places:
@@ -152,12 +153,12 @@ def _check_reachable(linears: dict[str, nn.Module], saved: dict[str, nn.Module],
             )
 
 
-def _check_called(model: nn.Module, linears: dict[str, nn.Module], places: list[Place]) -> None:
+def _check_called(model: nn.Module, linears: dict, places: list[Place]) -> None:
     """Raises ValueError for targets whose weight is read by code that never calls them."""
     modules = {"": model} | {place.name: place.module for place in places}
     readers: dict[tuple[str, str], None] = {}
     for target in linears:
-        around = ["", *list(endings_before(target))]
+        around = ["", *_around(target)]
         reader = reader_of(target, [(name, modules[name]) for name in around if name in modules])
         if reader is not None:
             readers[target.rpartition(".")[2], reader] = None
@@ -169,7 +170,7 @@ def _check_called(model: nn.Module, linears: dict[str, nn.Module], places: list[
         )
 
 
-def endings_before(name: str) -> Iterator[str]:
+def _around(name: str) -> Iterator[str]:
     """The names of the modules around one: a, a.b for a.b.c."""
     for position, letter in enumerate(name):
         if letter == ".":

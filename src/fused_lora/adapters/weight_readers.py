@@ -11,20 +11,38 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any
 
 from torch import nn
 
 from fused_lora.nn.linear import LoRALinear
 from fused_lora.nn.modules_to_save import ModuleToSave
 
-_NO_VALUES = frozenset(
-    "data_ptr device dim dtype element_size is_meta layout ndim numel requires_grad shape size".split()
-)
-_NO_READERS = frozenset("finfo hasattr id isinstance is_tensor len type".split())
+_NO_VALUES = {
+    "data_ptr",
+    "device",
+    "dim",
+    "dtype",
+    "element_size",
+    "is_meta",
+    "layout",
+    "ndim",
+    "numel",
+    "shape",
+    "size",
+}
+_NO_VALUES |= {"requires_grad", "requires_grad_", "grad"}
+_NO_READERS = {"finfo", "hasattr", "id", "isinstance", "is_tensor", "len", "type"}
+
+
+def _slow_but_exact(bloom: Any) -> bool:
+    return bloom.pretraining_tp > 1 and bloom.slow_but_exact
+
+
 # Reads in branches that are not taken, by class: what would have to hold for them to be.
 _BRANCHES: dict[str, Callable[[nn.Module], bool]] = {
-    "BloomAttention": lambda module: module.pretraining_tp > 1 and module.slow_but_exact,
-    "BloomMLP": lambda module: module.pretraining_tp > 1 and module.slow_but_exact,
+    "BloomAttention": _slow_but_exact,
+    "BloomMLP": _slow_but_exact,
     "DisentangledSelfAttention": lambda module: False,  # DeBERTa's query_states, which its encoder never passes
 }
 
@@ -53,11 +71,10 @@ def call_all_layers(model: nn.Module) -> None:
     the activation is neither ReLU nor GELU; the attributes that say so serve nothing else.
     """
     for module in model.modules():
-        encoder = isinstance(module, nn.TransformerEncoder)
-        if not encoder and not isinstance(module, nn.TransformerEncoderLayer):
+        if not isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
             continue
         if any(isinstance(inner, LoRALinear | ModuleToSave) for inner in module.modules()):
-            if encoder:
+            if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False
             for layer in module.modules():
                 if isinstance(layer, nn.TransformerEncoderLayer):
@@ -67,7 +84,9 @@ def call_all_layers(model: nn.Module) -> None:
 def _weights_read(module: nn.Module) -> set[tuple[str, ...]]:
     """The dotted names whose weight the module's forward reads, each as its parts: ("self", "lm_head")."""
     own = vars(module).get("forward")
-    functions, seen, found = [type(module).forward], set(), set()
+    functions: list[Callable] = [type(module).forward]
+    seen: set[Callable] = set()
+    found: set[tuple[str, ...]] = set()
     if own is not None:
         functions.append(getattr(own, "__func__", own))
     while functions:
@@ -89,7 +108,8 @@ def _read_source(function: Callable) -> tuple[frozenset[tuple[str, ...]], frozen
     except (OSError, TypeError, SyntaxError):
         return frozenset(), frozenset()
     harmless: set[ast.AST] = set()
-    reads, calls = set(), set()
+    reads: set[tuple[str, ...]] = set()
+    calls: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in _NO_VALUES:
             harmless.add(node.value)

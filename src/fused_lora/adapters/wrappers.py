@@ -120,8 +120,9 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 def fill(tensor: Tensor, values: Tensor) -> None:
     """Write whole values into a tensor, into this process's part if it is a DTensor."""
     if hasattr(tensor, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
+        assert isinstance(tensor, DTensor)
         values = values.to(device=tensor.device, dtype=tensor.dtype)
         values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(values)

@@ -7,26 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_lora.config import LayerConfig, check_adapter_name, unknown_name
+from fused_lora.nn.adapter_tensors import AdapterTensors, set_trainable
 from fused_lora.nn.base_linear import check_linear, check_weight
+from fused_lora.nn.merged_weight import merged_weight
 from fused_lora.ops.internals import layer_tensors
 from fused_lora.ops.linear import lora_linear
-
-
-def set_trainable(parameter: Tensor, trains: bool) -> None:
-    """requires_grad_ where it changes something: the views that FSDP1 puts in place of a parameter refuse the call."""
-    if parameter.requires_grad != trains:
-        parameter.requires_grad_(trains)
-
-
-class _Tensors(nn.ParameterDict):
-    """The tensors of the adapters by name. Where something brings them from elsewhere when a module is called, as
-    accelerate's offloading does, a call fetches one."""
-
-    def __call__(self, adapter_name: str) -> nn.Parameter:
-        return nn.Module.__call__(self, adapter_name)  # ParameterDict's own refuses
-
-    def forward(self, adapter_name: str) -> nn.Parameter:
-        return self[adapter_name]
 
 
 class LoRALinear(nn.Module):
@@ -111,8 +96,12 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight.requires_grad_(False)  # [N, K]
         self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # [N]
-        self.lora_A, self.lora_B = _Tensors(), _Tensors()  # [R, K], [N, R]
-        self.r, self.lora_alpha, self.scaling, self.lora_dropout, self.use_rslora = {}, {}, {}, {}, {}
+        self.lora_A, self.lora_B = AdapterTensors(), AdapterTensors()  # [R, K], [N, R]
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float | Tensor] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
         self.active_adapter: str | None = None
         self._pristine: nn.Parameter | None = None  # the base weight while self.weight is a merged one
 
@@ -128,7 +117,7 @@ class LoRALinear(nn.Module):
         return lora_linear(x, weight, lora_A, lora_B, self.scaling[name], bias=bias, dropout_p=dropout_p)
 
     def _check_known(self, name: str | None) -> None:
-        if name not in self.lora_A:
+        if name is None or name not in self.lora_A:
             raise unknown_name("adapter_name", name, self.lora_A)
 
     def add_adapter(
@@ -221,7 +210,6 @@ class LoRALinear(nn.Module):
         """Whether `weight` holds weight + scaling * B A of the active adapter."""
         return self._pristine is not None
 
-    @torch.no_grad()
     def merge(self) -> None:
         """Fold the active adapter into the weight: one GEMM per call and no LoRA gradients until `unmerge`.
 
@@ -238,30 +226,12 @@ class LoRALinear(nn.Module):
                 f"merge() needs an active adapter that is not merged yet; got {name!r}, "
                 f"{'merged' if self.merged else 'none active'}"
             )
-        self._check_here(name)
-        compute = torch.promote_types(self.weight.dtype, torch.float32)
-        lora_A, lora_B = self.lora_A[name].to(compute), self.lora_B[name].to(compute)
-        weight = torch.addmm(self.weight.to(compute), lora_B, lora_A, alpha=float(self.scaling[name])).to(
-            self.weight.dtype
-        )  # [N, K]
-        if not torch.isfinite(weight).all():
-            bad = weight.numel() - int(torch.isfinite(weight).sum())
-            raise ValueError(
-                f"the weight merged with adapter {name!r} must be finite in {weight.dtype}; got {bad} elements that "
-                "are not"
-            )
+        tensors = self.weight, self.lora_A[name], self.lora_B[name]
+        weight = merged_weight(*tensors, float(self.scaling[name]), name)  # [N, K]
         object.__setattr__(
             self, "_pristine", self.weight
         )  # past Module.__setattr__, which would register a second parameter
         self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def _check_here(self, name: str) -> None:
-        """Raises ValueError unless the weight and an adapter's tensors are whole, with values, and the layer's own."""
-        check_weight(self.weight, (self.out_features, self.in_features))
-        for what, t in (("weight", self.weight), ("lora_A", self.lora_A[name]), ("lora_B", self.lora_B[name])):
-            if type(t) is not nn.Parameter or t.is_meta:
-                got = "one on the meta device" if t.is_meta else type(t).__name__
-                raise ValueError(f"{what} must be a plain Parameter with values to be merged; got {got}")
 
     def unmerge(self) -> None:
         """Put the base weight back, the very Parameter that `merge` set aside. Raises: ValueError if nothing is

@@ -5,7 +5,7 @@ import copy
 from torch import nn
 
 from fused_lora.config import unknown_name
-from fused_lora.nn.linear import set_trainable
+from fused_lora.nn.adapter_tensors import set_trainable
 
 
 class ModuleToSave(nn.Module):
