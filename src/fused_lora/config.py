@@ -107,7 +107,7 @@ class NamePatterns:
             text = key.removeprefix("^")
             literal = text.replace("\\", "")
             if re.escape(literal) == text:
-                text, dots = literal, ()
+                text, dots = literal, tuple[int, ...]()
             elif re.fullmatch(r"[\w.-]+", text):
                 dots = tuple(place for place, letter in enumerate(text) if letter == ".")
             else:

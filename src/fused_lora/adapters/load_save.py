@@ -138,8 +138,8 @@ def _expected(plan: Plan, config: LoraConfig) -> dict[str, tuple[int, ...]]:
         key_A, key_B = peft_format.lora_keys(name)
         r = config.layer(name).r
         shapes[key_A], shapes[key_B] = (r, module.in_features), (module.out_features, r)
-    for name, module in plan.saved.items():
-        original = module.original_module if isinstance(module, ModuleToSave) else module
+    for name, saved in plan.saved.items():
+        original = saved.original_module if isinstance(saved, ModuleToSave) else saved
         for key, tensor in original.state_dict().items():
             shapes[peft_format.saved_key(name, plain_key(key))] = tuple(tensor.shape)
     return shapes

@@ -204,18 +204,18 @@ def install(root: nn.Module, plan: Plan, config: LoraConfig, adapter_name: str) 
                 module.add_adapter(adapter_name, **layer)
             else:
                 replacement[id(module)] = LoRALinear.from_linear(module, adapter_name=adapter_name, **layer)
-        for module in plan.saved.values():
-            wrapper = module if isinstance(module, ModuleToSave) else ModuleToSave(module)
+        for saved in plan.saved.values():
+            wrapper = saved if isinstance(saved, ModuleToSave) else ModuleToSave(saved)
             wrapper.add_adapter(adapter_name)
-            replacement[id(module)] = wrapper
+            replacement[id(saved)] = wrapper
     except BaseException:
         for module in plan.linears.values():
             if isinstance(module, LoRALinear) and adapter_name in module.lora_A:
                 module.delete_adapter(adapter_name)
-        for module in plan.saved.values():
-            if isinstance(module, ModuleToSave):
+        for saved in plan.saved.values():
+            if isinstance(saved, ModuleToSave):
                 with suppress(KeyError):
-                    del module.modules_to_save[adapter_name]
+                    del saved.modules_to_save[adapter_name]
         for parameter, trained in trains:
             parameter.requires_grad_(trained)
         raise

@@ -95,7 +95,9 @@ class LoRALinear(nn.Module):
         """Take over the base layer's Parameters, frozen, and start without adapters."""
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight.requires_grad_(False)  # [N, K]
-        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # [N]
+        if linear.bias is not None:
+            linear.bias.requires_grad_(False)
+        self.register_parameter("bias", linear.bias)  # [N]
         self.lora_A, self.lora_B = AdapterTensors(), AdapterTensors()  # [R, K], [N, R]
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -236,7 +238,7 @@ class LoRALinear(nn.Module):
     def unmerge(self) -> None:
         """Put the base weight back, the very Parameter that `merge` set aside. Raises: ValueError if nothing is
         merged."""
-        if not self.merged:
+        if self._pristine is None:
             raise ValueError("unmerge() needs a merged adapter; got none")
         self.weight = self._pristine
         self._pristine = None
