@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fused_lora.adapters import apply_lora, load_adapter, merged, print_trainable_parameters, save_adapter, set_adapter
+from fused_lora.adapters import apply_lora, load_adapter, print_trainable_parameters, save_adapter, set_adapter
 from fused_lora.nn import LoRALinear
 from fused_lora.nn.modules_to_save import ModuleToSave
 from fused_lora.testing import assert_close
@@ -68,35 +68,6 @@ def outcome(model: nn.Module) -> dict[str, torch.Tensor]:
             name = name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
             out[name.replace(".default", "").removesuffix(".weight")] = p.grad.clone()
     return out
-
-
-def state(model: nn.Module) -> dict:
-    """Everything that a refused call may not change."""
-    tensors = {
-        name: (t.data_ptr(), t.detach().clone().view(torch.uint8).numpy().tobytes())
-        for name, t in model.state_dict().items()
-    }
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    return {
-        "tensors": tensors,
-        "flags": flags,
-        "modules": [(name, id(m), repr(m)) for name, m in model.named_modules()],
-    }
-
-
-class refuses:
-    """`with refuses(model, message)`: the block raises ValueError with the message and leaves the model as it was."""
-
-    def __init__(self, model: nn.Module, message: str, kind=ValueError):
-        self.model, self.before, self.context = model, state(model), pytest.raises(kind, match=message)
-
-    def __enter__(self):
-        return self.context.__enter__()
-
-    def __exit__(self, *error):
-        raised = self.context.__exit__(*error)
-        assert state(self.model) == self.before
-        return raised
 
 
 CASES = {
@@ -209,10 +180,12 @@ def test_config_is_peft_s(tmp_path):
     get_peft_model(
         llama(), LoraConfig(r=4, lora_alpha=32, use_rslora=True, target_modules=["q_proj", "v_proj"])
     ).save_pretrained(tmp_path / "theirs")
-    ours, theirs = (json.loads((tmp_path / who / CONFIG).read_text()) for who in ("ours", "theirs"))
+    written = json.loads((tmp_path / "ours" / CONFIG).read_text())
+    assert written["target_modules"] == ["q_proj", "v_proj"] and written["peft_type"] == "LORA"
+    ours, theirs = (LoraConfig.from_pretrained(tmp_path / who).to_dict() for who in ("ours", "theirs"))
     assert ours.pop("base_model_name_or_path") == "some/base" and theirs.pop("base_model_name_or_path") is None
-    assert sorted(theirs.pop("target_modules")) == ours.pop("target_modules") == ["q_proj", "v_proj"]
-    assert ours == theirs
+    assert ours.pop("peft_version") is None or theirs.pop("peft_version")  # PEFT's own version, no field of ours
+    assert ours == theirs | {"peft_version": None} if "peft_version" in theirs else ours == theirs
 
 
 def test_several_adapters(tmp_path):
@@ -249,60 +222,6 @@ def test_loading_over_an_adapter_keeps_its_parameters(tmp_path):
     load_adapter(model, tmp_path)
     assert all(dict(model.named_parameters())[name] is p for name, p in optimizer_sees.items())
     assert torch.equal(model(IDS).logits, load_adapter(llama(), tmp_path)(IDS).logits)
-
-
-def test_merged_restores_also_on_exceptions():
-    model = llama()
-    randomise(apply_lora(model, adapter_name="a"), 1)
-    randomise(apply_lora(model, target_modules=["q_proj"], modules_to_save=["lm_head"], adapter_name="b"), 2)
-    want = {}
-    for name in ("a", "b"):
-        set_adapter(model, name)
-        want[name] = model(IDS).logits
-    before = state(model)
-    for name in ("a", "b", None):
-        with pytest.raises(RuntimeError, match="inside"), merged(model, name) as same:
-            assert same is model
-            torch.testing.assert_close(model(IDS).logits, want[name or "b"], atol=1e-5, rtol=1e-5)
-            assert any(m.merged for m in model.modules() if isinstance(m, LoRALinear))
-            raise RuntimeError("inside")
-        assert state(model) == before
-        assert torch.equal(model(IDS).logits, want["b"])
-
-
-def test_merged_model_saves_as_a_plain_one(tmp_path):
-    model = randomise(apply_lora(llama(), modules_to_save=["lm_head"]))
-    with merged(model):
-        want = model(IDS).logits
-        plain = llama()
-        plain.load_state_dict(model.state_dict())
-        model.save_pretrained(tmp_path)
-    assert torch.equal(plain(IDS).logits, want)
-    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, want)
-    assert any("lora_A" in key for key in model.state_dict())
-
-
-def test_merged_undoes_all_layers_if_one_cannot_be_merged():
-    model = randomise(apply_lora(llama()))
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.lora_B["default"][0, 0] = torch.inf
-    with (
-        refuses(model, r"model\.layers\.1\.mlp\.down_proj: the weight merged with adapter 'default' must be finite"),
-        merged(model),
-    ):
-        pass
-
-
-def test_tied_head_leaves_the_embedding_alone():
-    model = llama(tie=True)
-    embedding = model.model.embed_tokens.weight
-    randomise(apply_lora(model, target_modules=["lm_head", "q_proj"]))
-    assert model.lm_head.weight is embedding
-    before, logits = embedding.detach().clone(), model(IDS).logits
-    with merged(model):
-        assert torch.equal(model.model.embed_tokens.weight, before) and not torch.equal(model.lm_head.weight, before)
-        torch.testing.assert_close(model(IDS).logits, logits, atol=1e-5, rtol=1e-5)
-    assert model.lm_head.weight is embedding and torch.equal(embedding, before)
 
 
 def test_modules_to_save_leaves_the_tied_twin_alone(tmp_path):

@@ -42,35 +42,6 @@ def randomise(model: nn.Module, seed=1) -> nn.Module:
     return model
 
 
-def state(model: nn.Module) -> dict:
-    """Everything that a refused call may not change."""
-    tensors = {
-        name: (t.data_ptr(), t.detach().clone().view(torch.uint8).numpy().tobytes())
-        for name, t in model.state_dict().items()
-    }
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    return {
-        "tensors": tensors,
-        "flags": flags,
-        "modules": [(name, id(m), repr(m)) for name, m in model.named_modules()],
-    }
-
-
-class refuses:
-    """`with refuses(model, message)`: the block raises ValueError with the message and leaves the model as it was."""
-
-    def __init__(self, model: nn.Module, message: str, kind=ValueError):
-        self.model, self.before, self.context = model, state(model), pytest.raises(kind, match=message)
-
-    def __enter__(self):
-        return self.context.__enter__()
-
-    def __exit__(self, *error):
-        raised = self.context.__exit__(*error)
-        assert state(self.model) == self.before
-        return raised
-
-
 @pytest.fixture
 def adapter(tmp_path):
     """A good adapter in tmp_path, to be damaged."""
@@ -163,7 +134,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
         (lambda d: edit_config(d, init_lora_weights="mica"), r"init_lora_weights must be one of .*; got 'mica'"),
     ],
 )
-def test_bad_files_are_refused_and_change_nothing(damage, message, into, adapter):
+def test_bad_files_are_refused_and_change_nothing(damage, message, into, adapter, refuses):
     model = llama() if into == "plain" else apply_lora(llama(), r=4, target_modules=["q_proj", "v_proj"])
     damage(adapter)
     if into == "existing" and ("qkv" in message or "missing" in message):
@@ -172,7 +143,7 @@ def test_bad_files_are_refused_and_change_nothing(damage, message, into, adapter
         load_adapter(model, adapter)
 
 
-def test_another_base_is_named(adapter):
+def test_another_base_is_named(adapter, refuses):
     model = llama(hidden=32)
     with refuses(
         model,
@@ -182,7 +153,7 @@ def test_another_base_is_named(adapter):
         load_adapter(model, adapter)
 
 
-def test_an_existing_name_of_other_shape_is_refused(adapter):
+def test_an_existing_name_of_other_shape_is_refused(adapter, refuses):
     model = apply_lora(llama(), r=8, target_modules=["q_proj", "v_proj"])
     with refuses(model, r"'default' exists with r=8 in model\.layers\.0\.self_attn\.q_proj; got r=4"):
         load_adapter(model, adapter)
@@ -194,7 +165,7 @@ def test_an_existing_name_of_other_shape_is_refused(adapter):
         load_adapter(model, adapter)
 
 
-def test_missing_files_are_named(adapter):
+def test_missing_files_are_named(adapter, refuses):
     model = llama()
     (adapter / WEIGHTS).unlink()
     with refuses(model, WEIGHTS, FileNotFoundError):
@@ -204,7 +175,7 @@ def test_missing_files_are_named(adapter):
         load_adapter(model, adapter)
 
 
-def test_pickles_are_never_read(adapter):
+def test_pickles_are_never_read(adapter, refuses):
     class Trap:
         def __reduce__(self):
             return (open, (str(adapter / "sprung"), "w"))

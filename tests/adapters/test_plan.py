@@ -41,35 +41,6 @@ def randomise(model: nn.Module, seed=1) -> nn.Module:
     return model
 
 
-def state(model: nn.Module) -> dict:
-    """Everything that a refused call may not change."""
-    tensors = {
-        name: (t.data_ptr(), t.detach().clone().view(torch.uint8).numpy().tobytes())
-        for name, t in model.state_dict().items()
-    }
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    return {
-        "tensors": tensors,
-        "flags": flags,
-        "modules": [(name, id(m), repr(m)) for name, m in model.named_modules()],
-    }
-
-
-class refuses:
-    """`with refuses(model, message)`: the block raises ValueError with the message and leaves the model as it was."""
-
-    def __init__(self, model: nn.Module, message: str, kind=ValueError):
-        self.model, self.before, self.context = model, state(model), pytest.raises(kind, match=message)
-
-    def __enter__(self):
-        return self.context.__enter__()
-
-    def __exit__(self, *error):
-        raised = self.context.__exit__(*error)
-        assert state(self.model) == self.before
-        return raised
-
-
 def test_saved_targets_select_no_other_module(tmp_path):
     class Block(nn.Module):
         def __init__(self, deep):
@@ -172,7 +143,7 @@ def test_compiled_model_saves_without_the_wrapper_s_names(tmp_path):
         ),
     ],
 )
-def test_apply_refuses_and_changes_nothing(arguments, message):
+def test_apply_refuses_and_changes_nothing(arguments, message, refuses):
     model = llama()
     if "name" in "".join(arguments):
         apply_lora(model, target_modules=["q_proj", "up_proj"], adapter_name="taken")
@@ -180,7 +151,7 @@ def test_apply_refuses_and_changes_nothing(arguments, message):
         apply_lora(model, **arguments)
 
 
-def test_changes_while_merged_are_refused(tmp_path):
+def test_changes_while_merged_are_refused(tmp_path, refuses):
     model = randomise(apply_lora(llama(), target_modules=["q_proj"]))
     save_adapter(model, tmp_path)
     apply_lora(model, target_modules=["v_proj"], adapter_name="other")
@@ -196,7 +167,7 @@ def test_changes_while_merged_are_refused(tmp_path):
             call()
 
 
-def test_unknown_adapters_are_named():
+def test_unknown_adapters_are_named(refuses):
     model = apply_lora(llama(), adapter_name="german", target_modules=["q_proj"])
     for call in (
         lambda: set_adapter(model, "germn"),

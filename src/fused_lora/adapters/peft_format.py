@@ -1,10 +1,7 @@
-"""PEFT's adapter files: adapter_config.json and adapter_model.safetensors, their keys, checked reading and atomic
-writing."""
+"""adapter_model.safetensors as PEFT has it: keys, checked reading, atomic writing."""
 
-import json
-import math
 import re
-from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,32 +9,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fused_lora.config import LoraConfig, lora_scaling, matches
+from fused_lora.adapters.peft_config import CONFIG_NAME
+from fused_lora.adapters.wrappers import plain_key, whole_tensor
 from fused_lora.files import write_whole
 
-CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS_NAME, PICKLE_NAME = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
-_SUPPORTED = tuple(LoraConfig.__dataclass_fields__)
-# Fields that change no number of a plain LoRA forward. loftq_config, eva_config, qalora_group_size, layers_pattern and
-# megatron_core act only with another field, which is checked.
-_WITHOUT_EFFECT = {
-    "peft_type",
-    "peft_version",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "inference_mode",
-    "runtime_config",
-    "init_lora_weights",
-    "loftq_config",
-    "eva_config",
-    "qalora_group_size",
-    "layers_pattern",
-    "megatron_core",
-}
-_OFF = (None, False, "none", [], {})
-_PLAIN_INIT = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def lora_keys(name: str) -> tuple[str, str]:
@@ -50,44 +27,31 @@ def saved_key(name: str, key: str) -> str:
     return f"{_PREFIX}{name}.{key}"
 
 
-def read_config(directory: Path) -> LoraConfig:
-    """The supported part of adapter_config.json.
-
-    Raises: FileNotFoundError naming the file; ValueError for anything that is not a plain LoRA configuration, naming
-        file, field and value.
-    """
-    path = directory / CONFIG_NAME
-    try:
-        config = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be JSON; got {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(config).__name__}")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type must be 'LORA'; got {config.get('peft_type')!r}")
-    init = config.get("init_lora_weights", True)
-    if init not in _PLAIN_INIT:
-        raise ValueError(
-            f"{path}: init_lora_weights must be one of {_PLAIN_INIT}, others rewrite the base weights or the forward; "
-            f"got {init!r}"
-        )
-    for field, value in config.items():
-        if field not in _SUPPORTED and field not in _WITHOUT_EFFECT and value not in _OFF:
-            raise ValueError(f"{path}: {field} is not supported and must be off; got {value!r}")
-    given = {field: config[field] for field in _SUPPORTED if config.get(field) is not None}
-    if "target_modules" not in given:
-        raise ValueError(
-            f"{path}: target_modules must be a list or a regular expression; got {config.get('target_modules')!r}"
-        )
-    try:
-        return LoraConfig(**given)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+def _plain(key: str) -> str:
+    """A file's key as PEFT writes it today: others write the adapter's name, the names of wrappers, or no prefix."""
+    key = plain_key(key.removeprefix("module.").removeprefix(_PREFIX))
+    key = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", key)
+    return _PREFIX + re.sub(r"(^|\.)modules_to_save\.[^.]+\.", r"\1", key)
 
 
-def check_tensors(directory: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Compare the header of adapter_model.safetensors with the keys and shapes that the model needs, reading no tensor.
+def _base_name(key: str) -> str:
+    """The name that a plain key has in the base model: PEFT calls a layer with an adapter on it base_layer."""
+    return re.sub(r"(^|\.)(base_layer|original_module)\.", r"\1", key.removeprefix(_PREFIX))
 
+
+def find_tensors(
+    directory: Path, expected: Mapping[str, tuple[int, ...]], base: Callable[[], Mapping[str, Tensor]]
+) -> dict[str, str]:
+    """Compare the header of adapter_model.safetensors with the keys and shapes that the model needs.
+
+    Only tensors of the base model, which PEFT writes where target_modules names the output head or the vocabulary was
+    resized, are read: PEFT would write them into the base model, here they must be equal to it.
+
+    Args:
+        directory: of the adapter.
+        expected: shapes by key.
+        base: gives the base model's tensors by name, if any are needed.
+    Returns: the key in the file for each expected key.
     Raises: FileNotFoundError naming the file; ValueError for a pickle, a file that is not safetensors, and missing,
         unexpected, wrongly shaped or non-floating tensors.
     """
@@ -100,31 +64,80 @@ def check_tensors(directory: Path, expected: dict[str, tuple[int, ...]]) -> None
             )
         raise FileNotFoundError(2, "No such file", str(path))
     with _open(path) as file:
-        keys = set(file.keys())
-        for what, wrong in (("missing", sorted(set(expected) - keys)), ("unexpected", sorted(keys - set(expected)))):
-            if wrong:
-                raise ValueError(
-                    f"{path} must hold the {len(expected)} tensors that {CONFIG_NAME} asks for in this model; got "
-                    f"{len(keys)}, "
-                    f"{len(wrong)} {what}: {', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''} (an adapter for "
-                    "another base model?)"
-                )
+        found, others = _sort_keys(path, list(file.keys()), expected)
+        missing = sorted(set(expected) - set(found))
+        if missing:
+            raise _wrong_keys(path, len(expected), len(found) + len(others), "missing", missing)
+        tensors = base() if others else {}
+        unexpected = [stored for stored, name in others.items() if name not in tensors]
+        if unexpected:
+            raise _wrong_keys(path, len(expected), len(found) + len(others), "unexpected", sorted(unexpected))
         for key, shape in expected.items():
-            got = file.get_slice(key)
-            if tuple(got.get_shape()) != tuple(shape):
-                name = key.removeprefix(_PREFIX)
-                raise ValueError(
-                    f"{path} is an adapter for another base model: {name} must have shape {list(shape)}; got "
-                    f"{got.get_shape()}"
-                )
-            if got.get_dtype() not in ("F64", "F32", "F16", "BF16") and ".lora_" in key:
-                raise ValueError(f"{path}: {key} must be floating point; got {got.get_dtype()}")
+            _check_header(path, key, file.get_slice(found[key]), tuple(shape))
+        for stored, name in others.items():
+            _check_same(path, stored, file, tensors[name])
+    return found
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of adapter_model.safetensors, on the CPU."""
+def _sort_keys(path: Path, stored: list[str], expected: Mapping) -> tuple[dict[str, str], dict[str, str]]:
+    """The keys of a file by what they are: an expected tensor's, by its plain key; others, with their name in the base
+    model."""
+    found: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for key in stored:
+        plain = _plain(key)
+        if plain not in expected:
+            others[key] = _base_name(plain)
+        elif plain in found:
+            raise ValueError(f"{path} must hold one adapter; got {found[plain]} and {key}")
+        else:
+            found[plain] = key
+    return found, others
+
+
+def _wrong_keys(path: Path, expected: int, got: int, what: str, wrong: list[str]) -> ValueError:
+    return ValueError(
+        f"{path} must hold the {expected} tensors that {CONFIG_NAME} asks for in this model; got {got}, {len(wrong)} "
+        f"{what}: {', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''} (an adapter for another base model?)"
+    )
+
+
+def _check_header(path: Path, key: str, got, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless a tensor of the file, unread, has this shape and is floating point."""
+    if tuple(got.get_shape()) != shape:
+        raise ValueError(
+            f"{path} is an adapter for another base model: {key.removeprefix(_PREFIX)} must have shape {list(shape)}; "
+            f"got {got.get_shape()}"
+        )
+    if got.get_dtype() not in ("F64", "F32", "F16", "BF16") and ".lora_" in key:
+        raise ValueError(f"{path}: {key} must be floating point; got {got.get_dtype()}")
+
+
+def _check_same(path: Path, key: str, file, tensor: Tensor) -> None:
+    """Raises ValueError unless a tensor of the base model that the file repeats is the model's own, up to rounding to
+    the narrower of the two dtypes."""
+    what = f"{path}: {key}, a tensor of the base model, must be the model's own"
+    shape = tuple(file.get_slice(key).get_shape())
+    if shape != tuple(tensor.shape):
+        raise ValueError(
+            f"{what} of shape {list(tensor.shape)}; got {list(shape)} (was the vocabulary resized? then resize the "
+            "model's and fill it alike before load_adapter)"
+        )
+    theirs, ours = file.get_tensor(key), whole_tensor(tensor).detach()
+    if ours.is_meta:
+        raise ValueError(f"{what}, which is not here to compare with; got a model on the meta device")
+    ours = ours.cpu()
+    if not torch.equal(theirs.to(ours.dtype), ours) and not torch.equal(theirs, ours.to(theirs.dtype)):
+        raise ValueError(
+            f"{what}; got other values (PEFT would write them into the base model: copy them there before load_adapter "
+            "if that is meant)"
+        )
+
+
+def read_tensors(directory: Path, found: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors that `find_tensors` found, on the CPU."""
     with _open(directory / WEIGHTS_NAME) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  safe_open has no __iter__
+        return {key: file.get_tensor(stored) for key, stored in found.items()}
 
 
 def _open(path: Path):
@@ -135,83 +148,7 @@ def _open(path: Path):
         raise ValueError(f"{path} must be a whole safetensors file; got {error}") from None
 
 
-def spec_of(layers: dict, saved: list[str], others: list[str], adapter_name: str) -> LoraConfig:
-    """The configuration that describes an adapter as it sits in a model.
-
-    Args:
-        layers: the LoRALinears that hold it, by name.
-        saved: names of the modules that it trains in full.
-        others: names of all modules of the model.
-        adapter_name: the adapter.
-    Raises: ValueError if the layers differ in what PEFT can say only once (lora_dropout, use_rslora), or a scaling was
-        set by hand.
-    """
-    first = next(iter(layers.values()))
-    for name, layer in layers.items():
-        for field in ("lora_dropout", "use_rslora"):
-            want, got = getattr(first, field)[adapter_name], getattr(layer, field)[adapter_name]
-            if want != got:
-                raise ValueError(
-                    f"{field} must be the same in all layers, PEFT's format holds one; got {want} and, in {name}, {got}"
-                )
-        want = lora_scaling(layer.r[adapter_name], layer.lora_alpha[adapter_name], layer.use_rslora[adapter_name])
-        got = float(layer.scaling[adapter_name])
-        if not math.isclose(want, got, rel_tol=1e-6):  # a 0-d fp32 tensor is as good as the float
-            raise ValueError(
-                f"scaling of {name} must be {want}, as its r and lora_alpha say, which is all that the file holds; got "
-                f"{got}"
-            )
-    r = Counter(layer.r[adapter_name] for layer in layers.values()).most_common(1)[0][0]
-    lora_alpha = Counter(layer.lora_alpha[adapter_name] for layer in layers.values()).most_common(1)[0][0]
-    spec = LoraConfig(
-        r,
-        lora_alpha,
-        list(layers),
-        first.lora_dropout[adapter_name],
-        first.use_rslora[adapter_name],
-        {f"^{re.escape(name)}": layer.r[adapter_name] for name, layer in layers.items() if layer.r[adapter_name] != r},
-        {
-            f"^{re.escape(name)}": layer.lora_alpha[adapter_name]
-            for name, layer in layers.items()
-            if layer.lora_alpha[adapter_name] != lora_alpha
-        },
-        saved,
-    )
-    reachable = {name for name in others if not spec.excludes(name)}
-    return LoraConfig(**{**vars(spec), "target_modules": _shortest_targets(set(layers), reachable)})
-
-
-def _shortest_targets(names: set[str], reachable: set[str]) -> str | list[str]:
-    """target_modules that select exactly `names` among `reachable`: their last parts, else whole names, else a regular
-    expression."""
-    for targets in (sorted({name.rpartition(".")[2] for name in names}), sorted(names)):
-        if {name for name in reachable if matches(targets, name)} == names:
-            return targets
-    return "|".join(re.escape(name) for name in sorted(names))
-
-
-def config_bytes(spec: LoraConfig, model: torch.nn.Module) -> bytes:
-    """adapter_config.json as PEFT writes it for this model."""
-    from peft import LoraConfig  # imports transformers, which takes seconds: only who saves pays
-
-    config = LoraConfig(
-        r=spec.r,
-        lora_alpha=spec.lora_alpha,
-        target_modules=spec.target_modules,
-        lora_dropout=spec.lora_dropout,
-        use_rslora=spec.use_rslora,
-        rank_pattern=spec.rank_pattern,
-        alpha_pattern=spec.alpha_pattern,
-        modules_to_save=spec.modules_to_save or None,
-        inference_mode=True,
-        base_model_name_or_path=model.__dict__.get("name_or_path") or None,
-        auto_mapping={"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
-    )
-    plain = {field: sorted(value) if isinstance(value, set) else value for field, value in config.to_dict().items()}
-    return json.dumps(plain, indent=2, sort_keys=True).encode()
-
-
-def write_files(directory: Path, tensors: dict[str, Tensor], config: bytes) -> None:
+def write_files(directory: Path, tensors: Mapping[str, Tensor], config: bytes) -> None:
     """Write both files, see `files.write_whole`. Raises: OSError naming the file."""
     contiguous = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     weights = to_bytes(contiguous, metadata={"format": "pt"})

@@ -1,14 +1,15 @@
-"""Which modules of a model an adapter sits in, by PEFT's rules, and ModuleToSave, the wrapper of those it trains in
-full."""
+"""Which modules of a model an adapter sits in, by PEFT's rules, under the plain model's names."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from fused_lora.config import LoraConfig, matches, unknown_name
-from fused_lora.nn.linear import LoRALinear, check_linear
+from fused_lora.adapters.weight_readers import reader_of
+from fused_lora.adapters.wrappers import inner_attribute, unwrapped
+from fused_lora.config import LoraConfig, endings, unknown_name
+from fused_lora.nn.base_linear import check_linear
+from fused_lora.nn.linear import LoRALinear
 from fused_lora.nn.modules_to_save import ModuleToSave
 
 
@@ -24,48 +25,104 @@ class Place:
     inside: bool
 
 
-def walk(parent: nn.Module, prefix: str = "", inside: bool = False) -> Iterator[Place]:
-    """Every place under `parent` in the order of `named_modules`, a shared module as often as it is reached;
-    LoRALinears are leaves and a ModuleToSave shows the original under its own name."""
-    for attribute, module in parent._modules.items():
-        if module is None:
+def walk(model: nn.Module) -> Iterator[Place]:
+    """Every place of a model in the order of `named_modules`, a shared module as often as it is reached.
+
+    LoRALinears are leaves, a ModuleToSave shows the original under its own name, a wrapper the module in it.
+    """
+    reached: dict[str, tuple[nn.Module, str, bool]] = {}  # what may hold places: module, plain name, inside
+    for path, module in unwrapped(model).named_modules(remove_duplicate=False):
+        if not path:
+            reached[path] = (module, "", False)
             continue
-        name = f"{prefix}{attribute}"
-        yield Place(name, module, parent, attribute, inside)
-        if isinstance(module, ModuleToSave):
-            yield from walk(module.original_module, f"{name}.", True)
-        elif not isinstance(module, LoRALinear):
-            yield from walk(module, f"{name}.", inside)
+        holder_path, _, attribute = path.rpartition(".")
+        if holder_path not in reached:
+            continue
+        holder, name, inside = reached[holder_path]
+        if isinstance(holder, ModuleToSave):
+            if attribute == "original_module":
+                reached[path] = (module, name, True)
+            continue
+        if attribute != inner_attribute(holder):
+            name = f"{name}.{attribute}" if name else attribute
+        if not isinstance(module, LoRALinear):
+            reached[path] = (module, name, inside)
+        if inner_attribute(module) is None:
+            yield Place(name, module, holder, attribute, inside)
 
 
 @dataclass(frozen=True)
 class Plan:
     """What an adapter will sit in: modules by the first name they are reached by, and all places of the model."""
 
-    linears: dict[str, nn.Module]
+    linears: dict[str, nn.Linear | LoRALinear]
     saved: dict[str, nn.Module]
     places: list[Place]
 
 
-def make_plan(model: nn.Module, spec: LoraConfig, strict: bool) -> Plan:
-    """Find the modules that `spec` names, changing nothing.
+def make_plan(model: nn.Module, config: LoraConfig, strict: bool) -> Plan:
+    """Find the modules that `config` names, changing nothing.
 
     Args:
-        model: the model.
-        spec: what to find.
+        model: the model, in wrappers or not.
+        config: what to find.
         strict: whether a name of target_modules, modules_to_save or a pattern that fits no module is an error.
-    Raises: ValueError if a target is no nn.Linear, nothing is found, or the two kinds overlap.
+    Raises: ValueError if a target can hold no adapter, nothing is found, or the two kinds overlap.
     """
     places = list(walk(model))
     first: dict[int, str] = {}
     for place in places:
         first.setdefault(id(place.module), place.name)
-    saved = {
-        first[id(p.module)]: p.module
-        for p in places
-        if not p.inside and any(p.name.endswith(end) for end in spec.modules_to_save)
-    }
-    linears = _find_linears(model, spec, places, first)
+    ends = tuple(config.modules_to_save)
+    saved = {first[id(p.module)]: p.module for p in places if not p.inside and p.name.endswith(ends)} if ends else {}
+    linears = _find_linears(unwrapped(model), config, places, first)
+    _check_saved(saved, linears)
+    if strict:
+        _check_all_used(config, linears, saved, places)
+    _check_reachable(linears, saved, places)
+    _check_called(unwrapped(model), linears, places)
+    return Plan(linears, saved, places)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or isinstance(module, LoRALinear)
+
+
+def _find_linears(
+    model: nn.Module, config: LoraConfig, places: list[Place], first: dict[int, str]
+) -> dict[str, nn.Linear | LoRALinear]:
+    """Every nn.Linear or LoRALinear that target_modules names, each once."""
+    get_head = getattr(model, "get_output_embeddings", None) if config.all_linear else None
+    head = unwrapped(get_head()) if get_head is not None and get_head() is not None else None
+    found: dict[str, nn.Linear | LoRALinear] = {}
+    for place in places:
+        name, module = place.name, place.module
+        if place.inside or config.excludes(name):
+            continue
+        hit = module is not head and _is_linear(module) if config.all_linear else config.targets(name)
+        if hit:
+            if not isinstance(module, LoRALinear):
+                try:
+                    check_linear(module)
+                except ValueError as error:
+                    raise ValueError(f"target_modules: target {name}: {error}") from None
+            assert isinstance(module, nn.Linear | LoRALinear)
+            found[first[id(module)]] = module
+    if not found:
+        targets = config.target_modules
+        known = {place.name.rpartition(".")[2] for place in places if _is_linear(place.module)}
+        if isinstance(targets, list) and targets:
+            raise unknown_name("target_modules", targets[0], known)
+        rule = "'all-linear' or" if config.all_linear else "a list of names, or, being a string,"
+        raise ValueError(
+            f"target_modules must be {rule} a regular expression for the whole name of torch.nn.Linear modules, which "
+            f"end in {sorted(known)}; got {targets!r}, which finds none"
+        )
+    return found
+
+
+def _check_saved(saved: dict[str, nn.Module], linears: dict[str, nn.Linear | LoRALinear]) -> None:
+    """Raises ValueError for a module that cannot be copied and called in another's place, or that holds adapters."""
     for name, module in saved.items():
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
             raise ValueError(f"modules_to_save must name modules with a forward; got {name}, a {type(module).__name__}")
@@ -82,66 +139,56 @@ def make_plan(model: nn.Module, spec: LoraConfig, strict: bool) -> Plan:
                     f"modules_to_save and target_modules must not overlap; got {name} in the first and {linear} in the "
                     "second"
                 )
-    if strict:
-        _check_all_used(spec, linears, saved, places)
-    return Plan(linears, saved, places)
 
 
-def _find_linears(
-    model: nn.Module, spec: LoraConfig, places: list[Place], first: dict[int, str]
-) -> dict[str, nn.Module]:
-    """Every nn.Linear or LoRALinear that target_modules names, each once."""
-    targets = spec.target_modules
-    all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
-    head = model.get_output_embeddings() if all_linear and hasattr(model, "get_output_embeddings") else None
-    found = {}
+def _check_reachable(linears: dict, saved: dict, places: list[Place]) -> None:
+    """Raises ValueError for a module that torch.compile has wrapped by itself: it would go on to call the old one."""
+    wanted = {id(module) for module in (*linears.values(), *saved.values())}
     for place in places:
-        name, module = place.name, place.module
-        if place.inside or spec.excludes(name):
-            continue
-        if all_linear:
-            hit = module is not head and (type(module) is nn.Linear or isinstance(module, LoRALinear))
-        else:
-            hit = matches(targets, name)
-        if hit:
-            if not isinstance(module, LoRALinear):
-                try:
-                    check_linear(module)
-                except ValueError as error:
-                    raise ValueError(f"target {name}: {error}") from None
-            found[first[id(module)]] = module
-    if not found:
-        known = {
-            place.name.rpartition(".")[2]
-            for place in places
-            if type(place.module) is nn.Linear or isinstance(place.module, LoRALinear)
-        }
-        if isinstance(targets, list) and targets:
-            raise unknown_name("target_modules", targets[0], known)
-        rule = "'all-linear' or" if all_linear else "a list of names, or, being a string,"
+        has_place = isinstance(place.module, LoRALinear | ModuleToSave)
+        if place.attribute == "_orig_mod" and id(place.module) in wanted and not has_place:
+            raise ValueError(
+                f"{place.name} must not be compiled by itself before it gets an adapter: apply_lora first, then "
+                "torch.compile; got a compiled one"
+            )
+
+
+def _check_called(model: nn.Module, linears: dict, places: list[Place]) -> None:
+    """Raises ValueError for targets whose weight is read by code that never calls them."""
+    modules = {"": model} | {place.name: place.module for place in places}
+    readers: dict[tuple[str, str], None] = {}
+    for target in linears:
+        around = ["", *_around(target)]
+        reader = reader_of(target, [(name, modules[name]) for name in around if name in modules])
+        if reader is not None:
+            readers[target.rpartition(".")[2], reader] = None
+    if readers:
+        listed = ", ".join(f"{name} of {reader}" for name, reader in readers)
         raise ValueError(
-            f"target_modules must be {rule} a regular expression for the whole name of torch.nn.Linear modules, which "
-            "end in "
-            f"{sorted(known)}; got {targets!r}, which finds none"
+            f"target_modules must leave out {listed}: code there reads the layer's weight itself and would pass by the "
+            "adapter; name the other targets, or exclude_modules in a LoraConfig"
         )
-    return found
 
 
-def _check_all_used(spec: LoraConfig, linears: dict, saved: dict, places: list[Place]) -> None:
+def _around(name: str) -> Iterator[str]:
+    """The names of the modules around one: a, a.b for a.b.c."""
+    for position, letter in enumerate(name):
+        if letter == ".":
+            yield name[:position]
+
+
+def _check_all_used(config: LoraConfig, linears: dict, saved: dict, places: list[Place]) -> None:
     """Raises ValueError for a name or pattern that found nothing: a typing error, most likely."""
-    ends = {
-        place.name.rpartition(".")[2]
-        for place in places
-        if type(place.module) is nn.Linear or isinstance(place.module, LoRALinear)
-    }
-    names = [place.name for place in places]
-    for target in spec.target_modules if isinstance(spec.target_modules, list) else []:
-        if not any(matches([target], name) for name in names):
+    ends = {place.name.rpartition(".")[2] for place in places if _is_linear(place.module)}
+    reached = {end for place in places for end in endings(place.name)}
+    for target in config.target_modules if isinstance(config.target_modules, list) else []:
+        if target not in reached:
             raise unknown_name("target_modules", target, ends)
-    for target in spec.modules_to_save:
+    for target in config.modules_to_save:
         if not any(name.endswith(target) for name in saved):
-            raise unknown_name("modules_to_save", target, {name.rpartition(".")[2] for name in names})
-    for kind, pattern in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
-        for key in pattern:
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in linears):
+            raise unknown_name("modules_to_save", target, {place.name.rpartition(".")[2] for place in places})
+    for kind, patterns in (("rank_pattern", config.ranks), ("alpha_pattern", config.alphas)):
+        used = {index for name in linears for index in patterns.fitting(name)}
+        for index, key in enumerate(patterns.keys):
+            if index not in used:
                 raise unknown_name(f"a key of {kind}", key, {name.rpartition(".")[2] for name in linears})

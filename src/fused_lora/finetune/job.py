@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora import data
-from fused_lora.adapters import peft_format
-from fused_lora.adapters.model import apply_lora, save_adapter
+from fused_lora.adapters import apply_lora, peft_format, save_adapter
 from fused_lora.files import check_space, claimed, remove_leftovers, write_json, write_whole
 from fused_lora.finetune import checkpoint
 from fused_lora.finetune.loop import Run, predicted

@@ -6,27 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_lora.config import check_adapter_name, check_lora_arguments, lora_scaling, unknown_name
+from fused_lora.config import LayerConfig, check_adapter_name, unknown_name
+from fused_lora.nn.adapter_tensors import AdapterTensors, set_trainable
+from fused_lora.nn.base_linear import check_linear, check_weight
+from fused_lora.nn.merged_weight import merged_weight
 from fused_lora.ops.internals import layer_tensors
 from fused_lora.ops.linear import lora_linear
-
-
-def check_linear(linear: nn.Module) -> None:
-    """Raises ValueError unless a LoRALinear can stand for `linear`: exactly nn.Linear, and nothing attached that would
-    be lost."""
-    if type(linear) is not nn.Linear:
-        raise ValueError(
-            f"linear must be exactly torch.nn.Linear; got {type(linear).__module__}.{type(linear).__qualname__}"
-        )
-    hooks = [
-        name
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        if getattr(linear, name)
-    ]
-    if "forward" in vars(linear):
-        hooks.append("forward of its own")
-    if hooks:
-        raise ValueError(f"linear must carry no hooks, a LoRALinear would not run them; got {', '.join(hooks)}")
 
 
 class LoRALinear(nn.Module):
@@ -74,10 +59,10 @@ class LoRALinear(nn.Module):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1; got {value!r}")
         check_adapter_name(adapter_name)
-        check_lora_arguments(r, lora_alpha, lora_dropout)
+        config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora)
         super().__init__()
         self._adopt(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
-        self.add_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
+        self._add(adapter_name, config, adapter_dtype)
 
     @classmethod
     def from_linear(
@@ -99,20 +84,26 @@ class LoRALinear(nn.Module):
         """
         check_linear(linear)
         check_adapter_name(adapter_name)
-        check_lora_arguments(r, lora_alpha, lora_dropout)
+        config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt(linear)
-        layer.add_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
+        layer._add(adapter_name, config, adapter_dtype)
         return layer.train(linear.training)
 
     def _adopt(self, linear: nn.Linear) -> None:
         """Take over the base layer's Parameters, frozen, and start without adapters."""
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight.requires_grad_(False)  # [N, K]
-        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # [N]
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # [R, K], [N, R]
-        self.r, self.lora_alpha, self.scaling, self.lora_dropout, self.use_rslora = {}, {}, {}, {}, {}
+        if linear.bias is not None:
+            linear.bias.requires_grad_(False)
+        self.register_parameter("bias", linear.bias)  # [N]
+        self.lora_A, self.lora_B = AdapterTensors(), AdapterTensors()  # [R, K], [N, R]
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float | Tensor] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
         self.active_adapter: str | None = None
         self._pristine: nn.Parameter | None = None  # the base weight while self.weight is a merged one
 
@@ -122,11 +113,13 @@ class LoRALinear(nn.Module):
         if name is None or self._pristine is not None:
             return F.linear(x, self.weight, self.bias)
         weight, bias, lora_A, lora_B = layer_tensors(self, name)
+        if lora_A.is_meta:  # offloaded, or a model without values
+            lora_A, lora_B = self.lora_A(name), self.lora_B(name)
         dropout_p = self.lora_dropout[name] if self.training else 0.0
         return lora_linear(x, weight, lora_A, lora_B, self.scaling[name], bias=bias, dropout_p=dropout_p)
 
     def _check_known(self, name: str | None) -> None:
-        if name not in self.lora_A:
+        if name is None or name not in self.lora_A:
             raise unknown_name("adapter_name", name, self.lora_A)
 
     def add_adapter(
@@ -144,19 +137,24 @@ class LoRALinear(nn.Module):
         Raises: ValueError if the name is taken or an argument is out of range.
         """
         check_adapter_name(adapter_name)
-        check_lora_arguments(r, lora_alpha, lora_dropout)
+        config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora)
         if adapter_name in self.lora_A:
             raise ValueError(
                 f"adapter_name must be new to the layer, which has {sorted(self.lora_A)}; got {adapter_name!r}"
             )
+        check_weight(self.weight, (self.out_features, self.in_features))
+        self._add(adapter_name, config, adapter_dtype)
+
+    def _add(self, adapter_name: str, config: LayerConfig, adapter_dtype: torch.dtype | None) -> None:
+        """Add a fresh adapter whose arguments are checked."""
         first, base = not self.lora_A, self.weight
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if base.dtype in (torch.bfloat16, torch.float16) else base.dtype
-        lora_A = torch.empty(r, self.in_features, device=base.device, dtype=adapter_dtype)
-        lora_B = torch.empty(self.out_features, r, device=base.device, dtype=adapter_dtype)
+        lora_A = torch.empty(config.r, self.in_features, device=base.device, dtype=adapter_dtype)
+        lora_B = torch.empty(self.out_features, config.r, device=base.device, dtype=adapter_dtype)
         self.lora_A[adapter_name] = nn.Parameter(lora_A, requires_grad=False)
         self.lora_B[adapter_name] = nn.Parameter(lora_B, requires_grad=False)
-        self.set_hyperparameters(adapter_name, lora_alpha, lora_dropout, use_rslora)
+        self._set_config(adapter_name, config)
         self.reset_lora_parameters(adapter_name)
         if first:
             self.set_adapter(adapter_name)
@@ -168,17 +166,12 @@ class LoRALinear(nn.Module):
         Raises: ValueError for an unknown adapter or a value out of range.
         """
         self._check_known(adapter_name)
-        r = self.lora_A[adapter_name].shape[0]
-        check_lora_arguments(r, lora_alpha, lora_dropout)
-        self.r[adapter_name], self.lora_alpha[adapter_name], self.lora_dropout[adapter_name] = (
-            r,
-            lora_alpha,
-            float(lora_dropout),
-        )
-        self.use_rslora[adapter_name], self.scaling[adapter_name] = (
-            bool(use_rslora),
-            lora_scaling(r, lora_alpha, use_rslora),
-        )
+        self._set_config(adapter_name, LayerConfig(self.r[adapter_name], lora_alpha, lora_dropout, use_rslora))
+
+    def _set_config(self, adapter_name: str, config: LayerConfig) -> None:
+        self.r[adapter_name], self.lora_alpha[adapter_name] = config.r, config.lora_alpha
+        self.lora_dropout[adapter_name] = float(config.lora_dropout)
+        self.use_rslora[adapter_name], self.scaling[adapter_name] = config.use_rslora, config.scaling
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, no adapter is. Raises: ValueError if it is unknown or merged."""
@@ -201,8 +194,8 @@ class LoRALinear(nn.Module):
                 f"adapter {self.active_adapter!r} is merged, unmerge() before switching; got {adapter_name!r}"
             )
         for name in self.lora_A:
-            self.lora_A[name].requires_grad_(name == adapter_name)
-            self.lora_B[name].requires_grad_(name == adapter_name)
+            set_trainable(self.lora_A[name], name == adapter_name)
+            set_trainable(self.lora_B[name], name == adapter_name)
         self.active_adapter = adapter_name
 
     def reset_lora_parameters(self, adapter_name: str) -> None:
@@ -219,7 +212,6 @@ class LoRALinear(nn.Module):
         """Whether `weight` holds weight + scaling * B A of the active adapter."""
         return self._pristine is not None
 
-    @torch.no_grad()
     def merge(self) -> None:
         """Fold the active adapter into the weight: one GEMM per call and no LoRA gradients until `unmerge`.
 
@@ -227,8 +219,8 @@ class LoRALinear(nn.Module):
         Parameter: the base weight is kept aside, so `unmerge` restores it bit for bit and a tied twin never sees the
             merged one. Costs a second [N, K] meanwhile.
 
-        Raises: ValueError if no adapter is active, one is merged already, or the merged weight is not finite; nothing
-            changes then.
+        Raises: ValueError if no adapter is active, one is merged already, the tensors are not here (sharded, offloaded,
+            on the meta device), or the merged weight is not finite; nothing changes then.
         """
         name = self.active_adapter
         if name is None or self.merged:
@@ -236,17 +228,8 @@ class LoRALinear(nn.Module):
                 f"merge() needs an active adapter that is not merged yet; got {name!r}, "
                 f"{'merged' if self.merged else 'none active'}"
             )
-        compute = torch.promote_types(self.weight.dtype, torch.float32)
-        lora_A, lora_B = self.lora_A[name].to(compute), self.lora_B[name].to(compute)
-        weight = torch.addmm(self.weight.to(compute), lora_B, lora_A, alpha=float(self.scaling[name])).to(
-            self.weight.dtype
-        )  # [N, K]
-        if not torch.isfinite(weight).all():
-            bad = weight.numel() - int(torch.isfinite(weight).sum())
-            raise ValueError(
-                f"the weight merged with adapter {name!r} must be finite in {weight.dtype}; got {bad} elements that "
-                "are not"
-            )
+        tensors = self.weight, self.lora_A[name], self.lora_B[name]
+        weight = merged_weight(*tensors, float(self.scaling[name]), name)  # [N, K]
         object.__setattr__(
             self, "_pristine", self.weight
         )  # past Module.__setattr__, which would register a second parameter
@@ -255,7 +238,7 @@ class LoRALinear(nn.Module):
     def unmerge(self) -> None:
         """Put the base weight back, the very Parameter that `merge` set aside. Raises: ValueError if nothing is
         merged."""
-        if not self.merged:
+        if self._pristine is None:
             raise ValueError("unmerge() needs a merged adapter; got none")
         self.weight = self._pristine
         self._pristine = None
@@ -284,6 +267,11 @@ class LoRALinear(nn.Module):
                 "merged"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """transformers' save_pretrained writes a tensor of these names once, where a layer is reached by two names."""
+        return {name: name for name, _ in self.named_parameters()}
 
     def extra_repr(self) -> str:
         adapters = ", ".join(

@@ -5,6 +5,7 @@ import copy
 from torch import nn
 
 from fused_lora.config import unknown_name
+from fused_lora.nn.adapter_tensors import set_trainable
 
 
 class ModuleToSave(nn.Module):
@@ -27,8 +28,7 @@ class ModuleToSave(nn.Module):
 
     def current(self) -> nn.Module:
         """The module that a call runs."""
-        name = self.__dict__["active_adapter"]
-        return self._modules["original_module"] if name is None else self._modules["modules_to_save"][name]
+        return self.original_module if self.active_adapter is None else self.modules_to_save[self.active_adapter]
 
     def add_adapter(self, adapter_name: str) -> None:
         """A frozen copy of the original for a new adapter."""
@@ -40,8 +40,15 @@ class ModuleToSave(nn.Module):
             raise unknown_name("adapter_name", adapter_name, self.modules_to_save)
         for name, module in self.modules_to_save.items():
             for parameter in module.parameters():
-                parameter.requires_grad_(name == adapter_name and parameter.is_floating_point())
+                set_trainable(parameter, name == adapter_name and parameter.is_floating_point())
         self.active_adapter = adapter_name
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """transformers' save_pretrained writes a tensor of these names once: the original may be tied to another
+        module, the wrapper be reached by two names."""
+        tensors = (*self.named_parameters(), *self.named_buffers())
+        return {name: name for name, _ in tensors}
 
     def forward(self, *args, **kwargs):
         return self.current()(*args, **kwargs)
@@ -50,7 +57,7 @@ class ModuleToSave(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "active_adapter" not in self.__dict__:  # half-built, in deepcopy or unpickling
+            if "active_adapter" not in vars(self):  # half-built, in deepcopy or unpickling
                 raise
             return getattr(self.current(), name)
 

@@ -1,0 +1,61 @@
+"""The layers and wrappers of a model that hold adapters, and an adapter's tensors by their keys in PEFT's file."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from fused_lora.adapters.peft_format import lora_keys, saved_key
+from fused_lora.adapters.plan import walk
+from fused_lora.adapters.wrappers import plain_key
+from fused_lora.nn.linear import LoRALinear
+from fused_lora.nn.modules_to_save import ModuleToSave
+
+Layers = dict[str, LoRALinear]
+Wrappers = dict[str, ModuleToSave]
+
+
+def all_holders(model: nn.Module) -> tuple[Layers, Wrappers]:
+    """Every layer and wrapper that can hold an adapter, each once, by the first name it is reached by."""
+    layers: Layers = {}
+    wrappers: Wrappers = {}
+    seen: set[int] = set()
+    for place in walk(model):
+        if id(place.module) not in seen:
+            seen.add(id(place.module))
+            if isinstance(place.module, LoRALinear):
+                layers[place.name] = place.module
+            elif isinstance(place.module, ModuleToSave):
+                wrappers[place.name] = place.module
+    return layers, wrappers
+
+
+def holders_of(model: nn.Module, adapter_name: str) -> tuple[Layers, Wrappers]:
+    """The layers and wrappers that hold this adapter."""
+    layers, wrappers = all_holders(model)
+    return (
+        {name: layer for name, layer in layers.items() if adapter_name in layer.lora_A},
+        {name: wrapper for name, wrapper in wrappers.items() if adapter_name in wrapper.modules_to_save},
+    )
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all adapters of a model, sorted."""
+    layers, wrappers = all_holders(model)
+    return sorted(
+        {name for layer in layers.values() for name in layer.lora_A}
+        | {name for wrapper in wrappers.values() for name in wrapper.modules_to_save}
+    )
+
+
+def tensors_of(
+    layers: Mapping[str, LoRALinear], saved: Mapping[str, ModuleToSave], adapter_name: str
+) -> dict[str, Tensor]:
+    """The adapter's own tensors, not copies, by their keys in the file."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        key_A, key_B = lora_keys(name)
+        tensors[key_A], tensors[key_B] = layer.lora_A[adapter_name].detach(), layer.lora_B[adapter_name].detach()
+    for name, wrapper in saved.items():
+        for key, tensor in wrapper.modules_to_save[adapter_name].state_dict().items():
+            tensors[saved_key(name, plain_key(key))] = tensor
+    return tensors

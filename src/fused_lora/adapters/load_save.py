@@ -1,0 +1,145 @@
+"""Adapters to and from PEFT's files."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.adapters import peft_config, peft_format
+from fused_lora.adapters.holders import adapter_names, holders_of, tensors_of
+from fused_lora.adapters.model import check_addable, check_not_merged, install, set_adapter
+from fused_lora.adapters.plan import Plan, make_plan, walk
+from fused_lora.adapters.wrappers import check_no_peft, fetched, fill, plain_key, unwrapped, whole, whole_tensor
+from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
+from fused_lora.nn.modules_to_save import ModuleToSave
+
+
+def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
+    """Write an adapter as PEFT does: adapter_config.json and adapter_model.safetensors, tensors in their own dtype.
+
+    Names are those of the plain model, whatever wraps it or a part of it. Under FSDP every process must call this, and
+    each writes the whole adapter.
+
+    Args:
+        model: a model with adapters.
+        directory: made if missing; adapter files in it are replaced atomically.
+        adapter_name: the adapter; its name is not written.
+    Raises: ValueError for an unknown adapter, or one without values; OSError naming the file, with the old files
+        untouched.
+    """
+    root = unwrapped(model)
+    check_no_peft(root)
+    layers, saved = holders_of(root, adapter_name)
+    if not layers:
+        raise unknown_name("adapter_name", adapter_name, adapter_names(root))
+    config = peft_config.config_of(layers, list(saved), [place.name for place in walk(root)], adapter_name)
+    copies = [wrapper.modules_to_save[adapter_name] for wrapper in saved.values()]
+    with whole(model), fetched([*layers.values(), *copies]):
+        tensors = {key: whole_tensor(t) for key, t in tensors_of(layers, saved, adapter_name).items()}
+        for key, tensor in tensors.items():
+            if tensor.is_meta:
+                raise ValueError(f"adapter {adapter_name!r} must have values to be saved; got {key} on the meta device")
+        peft_format.write_files(Path(directory), tensors, peft_config.config_bytes(config, root))
+
+
+def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> nn.Module:
+    """Read an adapter that PEFT or `save_adapter` wrote, and activate it, trainable. Only safetensors is read, nothing
+    is unpickled.
+
+    A plain model gets the layers that the configuration names; a model with adapters gets one more, or, under a name
+    that it has, new values in the same shapes. Tensors are converted to the dtype that a fresh adapter has (float32
+    over a bf16 or fp16 base). Tensors of the base model that PEFT writes along (an output head that is a target) must
+    be equal to the model's.
+
+    Args:
+        model: the base model, plain or with adapters of this library, in wrappers or not. Under FSDP and
+            DistributedDataParallel only an adapter that it has can be read again.
+        directory: holds adapter_config.json and adapter_model.safetensors.
+        adapter_name: the name to give it.
+    Returns: model.
+    Raises: FileNotFoundError; ValueError for a damaged file, an adapter of another base model, a model on the meta
+        device or offloaded, and configurations beyond plain LoRA, each naming file and field. The model is unchanged
+        then.
+    """
+    directory, root = Path(directory), unwrapped(model)
+    check_adapter_name(adapter_name)
+    known = adapter_name in adapter_names(root)
+    if known:
+        check_no_peft(model)
+        check_not_merged(root)
+    else:
+        check_addable(model)
+    config = peft_config.read_config(directory)
+    with whole(model, writeback=True):
+        plan = _plan_of_existing(root, directory, config, adapter_name) if known else _plan(root, directory, config)
+        _check_values_here(plan)
+        found = peft_format.find_tensors(directory, _expected(plan, config), lambda: _base_tensors(root))
+        values = peft_format.read_tensors(directory, found)
+        if not known:
+            install(root, plan, config, adapter_name)
+        layers, saved = holders_of(root, adapter_name)
+        for name, layer in layers.items():
+            given = config.layer(name)
+            layer.set_hyperparameters(adapter_name, given.lora_alpha, given.lora_dropout, given.use_rslora)
+        with torch.no_grad():
+            for key, tensor in tensors_of(layers, saved, adapter_name).items():
+                fill(tensor, values[key])
+        set_adapter(root, adapter_name)
+    return model
+
+
+def _plan(root: nn.Module, directory: Path, config: LoraConfig) -> Plan:
+    try:
+        return make_plan(root, config, strict=False)
+    except ValueError as error:
+        raise ValueError(f"{directory / peft_config.CONFIG_NAME} does not fit the model: {error}") from None
+
+
+def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adapter_name: str) -> Plan:
+    """The plan of an adapter that the model has. Raises: ValueError unless it sits in the file's places with the
+    file's ranks."""
+    plan = _plan(root, directory, config)
+    layers, saved = holders_of(root, adapter_name)
+    for what, have, want in (("layers", layers, plan.linears), ("modules_to_save", saved, plan.saved)):
+        if set(have) != set(want):
+            differ = sorted(set(have) ^ set(want))
+            raise ValueError(
+                f"adapter {adapter_name!r} exists on other {what} than the file's, which differ in {differ[:3]}; load "
+                "under a new name"
+            )
+    for name, layer in layers.items():
+        r, new_r = layer.r[adapter_name], config.layer(name).r
+        if r != new_r:
+            raise ValueError(
+                f"adapter {adapter_name!r} exists with r={r} in {name}; got r={new_r}, load under a new name"
+            )
+    return plan
+
+
+def _check_values_here(plan: Plan) -> None:
+    """Raises ValueError if what an adapter is to be read into has no values here: they would be dropped in silence."""
+    for name, module in (*plan.linears.items(), *plan.saved.items()):
+        if any(tensor.is_meta for tensor in module.parameters()):
+            raise ValueError(
+                f"model must have its values before load_adapter (load it first; offload it afterwards); got {name} on "
+                "the meta device"
+            )
+
+
+def _base_tensors(root: nn.Module) -> dict[str, Tensor]:
+    """The base model's tensors by the plain model's names."""
+    return {plain_key(key).replace("original_module.", ""): tensor for key, tensor in root.state_dict().items()}
+
+
+def _expected(plan: Plan, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes that a file for this plan must have."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in plan.linears.items():
+        key_A, key_B = peft_format.lora_keys(name)
+        r = config.layer(name).r
+        shapes[key_A], shapes[key_B] = (r, module.in_features), (module.out_features, r)
+    for name, saved in plan.saved.items():
+        original = saved.original_module if isinstance(saved, ModuleToSave) else saved
+        for key, tensor in original.state_dict().items():
+            shapes[peft_format.saved_key(name, plain_key(key))] = tuple(tensor.shape)
+    return shapes

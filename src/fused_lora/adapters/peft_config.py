@@ -1,0 +1,202 @@
+"""adapter_config.json as PEFT has it, without PEFT: read strictly, written with the fields that others read. Also
+PEFT's LoraConfig object, known by its methods."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+
+from torch import nn
+
+from fused_lora.adapters.wrappers import plain_class
+from fused_lora.config import LoraConfig, lora_scaling, matches
+from fused_lora.nn.linear import LoRALinear
+
+CONFIG_NAME = "adapter_config.json"
+_SUPPORTED = tuple(field.name for field in fields(LoraConfig))
+# Fields that change no number of a plain LoRA forward. loftq_config, eva_config, qalora_group_size, layers_pattern and
+# megatron_core act only with another field, which is checked.
+_WITHOUT_EFFECT = {
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "runtime_config",
+    "init_lora_weights",
+    "loftq_config",
+    "eva_config",
+    "qalora_group_size",
+    "layers_pattern",
+    "megatron_core",
+}
+_OFF: tuple = (None, False, "none", [], {})
+_PLAIN_INIT = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def read_config(directory: Path) -> LoraConfig:
+    """The supported part of adapter_config.json.
+
+    Raises: FileNotFoundError naming the file; ValueError for anything that is not a plain LoRA configuration, naming
+        file, field and value.
+    """
+    path = directory / CONFIG_NAME
+    config = _read_object(path)
+    try:
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"peft_type must be 'LORA'; got {config.get('peft_type')!r}")
+        if config.get("init_lora_weights", True) not in _PLAIN_INIT:
+            raise ValueError(
+                f"init_lora_weights must be one of {_PLAIN_INIT}, others rewrite the base weights or the forward; got "
+                f"{config['init_lora_weights']!r}"
+            )
+        return _from_fields(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def is_peft_config(config: object) -> bool:
+    """Whether an object is a configuration of PEFT's, which is not imported to ask it."""
+    return hasattr(config, "peft_type") and hasattr(config, "to_dict")
+
+
+def from_peft(config) -> LoraConfig:
+    """The same configuration, of PEFT's LoraConfig for a fresh adapter.
+
+    Raises: ValueError for anything that is not a plain LoRA configuration, naming field and value.
+    """
+    given = config.to_dict()
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        raise ValueError(f"config: peft_type must be 'LORA'; got {kind!r}")
+    if given.get("init_lora_weights", True) is not True:
+        raise ValueError(
+            f"config: init_lora_weights must be True, as LoRALinear starts; got {given['init_lora_weights']!r}"
+        )
+    try:
+        return _from_fields(given)
+    except ValueError as error:
+        raise ValueError(f"config: {error}") from None
+
+
+def _from_fields(config: Mapping) -> LoraConfig:
+    """PEFT's fields, absent ones at PEFT's defaults; all that is not supported must be off."""
+    for field, value in config.items():
+        if field not in _SUPPORTED and field not in _WITHOUT_EFFECT and value not in _OFF:
+            raise ValueError(f"{field} is not supported and must be off; got {value!r}")
+    given = {field: config[field] for field in _SUPPORTED if config.get(field) is not None}
+    if "target_modules" not in given:
+        raise ValueError(f"target_modules must be a list or a regular expression; got {config.get('target_modules')!r}")
+    return LoraConfig(**given)
+
+
+def _read_object(path: Path) -> dict:
+    """The JSON object of a file. Raises: ValueError naming the file for anything that is not plain JSON in UTF-8,
+    nested too deep, with a key twice, or with a number or a character that JSON does not have."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"the key {key!r} {count} times in one object")
+        return dict(pairs)
+
+    def constant(name: str):
+        raise ValueError(f"the number {name}")
+
+    try:
+        config = json.loads(path.read_bytes(), object_pairs_hook=unique, parse_constant=constant)
+        json.dumps(config, ensure_ascii=False).encode()  # a lone surrogate can neither be printed nor written again
+    except RecursionError:
+        raise ValueError(f"{path} must be JSON; got one nested too deep") from None
+    except ValueError as error:  # of json, of the decoder, of int(), of the two above
+        raise ValueError(f"{path} must be JSON; got {str(error).encode(errors='replace').decode()}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(config).__name__}")
+    return config
+
+
+def config_of(layers: dict[str, LoRALinear], saved: list[str], others: list[str], adapter_name: str) -> LoraConfig:
+    """The configuration that describes an adapter as it sits in a model.
+
+    Args:
+        layers: the LoRALinears that hold it, by name.
+        saved: names of the modules that it trains in full.
+        others: names of all modules of the model.
+        adapter_name: the adapter.
+    Raises: ValueError if the layers differ in what PEFT can say only once (lora_dropout, use_rslora), or a scaling was
+        set by hand.
+    """
+    first = next(iter(layers.values()))
+    for name, layer in layers.items():
+        for field in ("lora_dropout", "use_rslora"):
+            want, got = getattr(first, field)[adapter_name], getattr(layer, field)[adapter_name]
+            if want != got:
+                raise ValueError(
+                    f"{field} must be the same in all layers, PEFT's format holds one; got {want} and, in {name}, {got}"
+                )
+        want = lora_scaling(layer.r[adapter_name], layer.lora_alpha[adapter_name], layer.use_rslora[adapter_name])
+        got = float(layer.scaling[adapter_name])
+        if not math.isclose(want, got, rel_tol=1e-6):  # a 0-d fp32 tensor is as good as the float
+            raise ValueError(
+                f"scaling of {name} must be {want}, as its r and lora_alpha say, which is all that the file holds; got "
+                f"{got}"
+            )
+    ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
+    alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
+    config = LoraConfig(
+        r=_commonest(ranks),
+        lora_alpha=_commonest(alphas),
+        target_modules=list(layers),
+        lora_dropout=first.lora_dropout[adapter_name],
+        use_rslora=first.use_rslora[adapter_name],
+        rank_pattern=_exceptions(ranks),
+        alpha_pattern=_exceptions(alphas),
+        modules_to_save=saved,
+    )
+    reachable = {name for name in others if not config.excludes(name)}
+    return replace(config, target_modules=_shortest_targets(set(layers), reachable))
+
+
+def _commonest(values: dict):
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _exceptions(values: dict) -> dict:
+    """What differs from the commonest value, by a regular expression for the layer's whole name."""
+    usual = _commonest(values)
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
+
+
+def _shortest_targets(names: set[str], reachable: set[str]) -> str | list[str]:
+    """target_modules that select exactly `names` among `reachable`: their last parts, else whole names, else a regular
+    expression."""
+    for targets in ({name.rpartition(".")[2] for name in names}, names):
+        if {name for name in reachable if matches(targets, name)} == names:
+            return sorted(targets)
+    return "|".join(re.escape(name) for name in sorted(names))
+
+
+def config_bytes(config: LoraConfig, model: nn.Module) -> bytes:
+    """adapter_config.json for this model: the fields that PEFT, vLLM, SGLang and TensorRT-LLM read of a plain LoRA
+    adapter. PEFT fills in its defaults for the others."""
+    kind = plain_class(model)
+    content = {
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "base_model_name_or_path": vars(model).get("name_or_path") or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "peft_type": "LORA",
+        "revision": None,
+        "task_type": None,
+        "use_dora": False,
+    }
+    content |= {field: getattr(config, field) for field in _SUPPORTED}
+    content |= {field: getattr(config, field) or None for field in ("modules_to_save", "exclude_modules")}
+    return json.dumps(content, indent=2, sort_keys=True).encode()

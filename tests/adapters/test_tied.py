@@ -1,0 +1,94 @@
+"""Models whose tensors have two names: transformers' save_pretrained and Trainer write each once and read it again."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+
+from fused_lora.adapters import apply_lora, merged
+from fused_lora.testing import assert_exact
+
+IDS = torch.arange(12)[None]
+
+
+def llama(tie=True) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
+    return LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=32, tie_word_embeddings=tie)).eval()
+
+
+def t5() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    shape = dict(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(T5Config(**shape)).eval()
+
+
+class Shared(LlamaForCausalLM):
+    """One linear layer under two names."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = self.model.layers[0].mlp.up_proj
+
+
+def shared() -> Shared:
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
+    return Shared(LlamaConfig(**shape, max_position_embeddings=32)).eval()
+
+
+def randomised(model: nn.Module, seed=1) -> nn.Module:
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.1)
+    return model
+
+
+CASES = {
+    "copied head": (llama, ["q_proj"], ["lm_head"]),
+    "copied embedding": (llama, ["q_proj"], ["embed_tokens"]),
+    "both copied": (llama, ["q_proj"], ["embed_tokens", "lm_head"]),
+    "adapter on the head": (llama, ["q_proj", "lm_head"], []),
+    "not tied": (lambda: llama(False), ["q_proj"], ["lm_head"]),
+    "one embedding under three names": (t5, ["q"], ["shared"]),
+    "one layer under two names": (shared, ["up_proj"], []),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_save_pretrained_writes_all_that_a_state_dict_needs(case, tmp_path):
+    make, targets, saved = CASES[case]
+
+    def adapted(seed):
+        return randomised(apply_lora(make(), r=2, target_modules=targets, modules_to_save=saved), seed)
+
+    model = adapted(1)
+    model.save_pretrained(tmp_path / "adapted")
+    twin = adapted(2)  # what Trainer does with a checkpoint
+    outcome = twin.load_state_dict(load_file(tmp_path / "adapted" / "model.safetensors"), strict=False)
+    assert not outcome.unexpected_keys
+    assert_exact(dict(twin.state_dict()), {key: t.double() for key, t in model.state_dict().items()})
+    with merged(model):
+        model.save_pretrained(tmp_path / "merged")
+    keys = load_file(tmp_path / "merged" / "model.safetensors").keys()
+    assert not [key for key in keys if "lora_" in key or "modules_to_save" in key or "original_module" in key]
+
+
+def test_trainer_s_checkpoint_resumes(tmp_path):
+    def trainer(steps):
+        model = apply_lora(llama(), r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        arguments = dict(max_steps=steps, save_steps=2, per_device_train_batch_size=1, report_to=[], use_cpu=True)
+        arguments |= dict(disable_tqdm=True, lr_scheduler_type="constant", learning_rate=0.01, logging_steps=1)
+        data = [{"input_ids": IDS[0] + i, "labels": IDS[0] + i} for i in range(8)]
+        return Trainer(model, TrainingArguments(str(tmp_path / "run"), **arguments), train_dataset=data)
+
+    whole = trainer(4)
+    whole.train()
+    resumed = trainer(4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert torch.count_nonzero(whole.model.model.layers[0].self_attn.q_proj.lora_B["default"])
+    for (name, want), got in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(got, want, msg=name)
