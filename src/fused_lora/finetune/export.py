@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fused_lora.adapters import load_adapter, merged, peft_format
+from fused_lora.adapters.peft_config import read_config
 from fused_lora.files import LOCK, check_space, claimed
 from fused_lora.models import PACKAGED, check_name, is_text, load_model, packaged_model
 
@@ -81,7 +82,7 @@ def _choose_base(model: str | Path | None, adapter: Path, say: Callable[[str], N
 
 def _check_adapter(adapter: Path) -> None:
     """Raises FileNotFoundError or ValueError for files that are no adapter, whatever the base."""
-    peft_format.read_config(adapter)
+    read_config(adapter)
     path = adapter / peft_format.WEIGHTS_NAME
     if not path.exists():
         pickled = path.with_suffix(".bin").exists()

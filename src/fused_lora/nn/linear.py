@@ -1,6 +1,7 @@
 """LoRALinear: a stand-in for nn.Linear that holds LoRA adapters by name."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,9 @@ class LoRALinear(nn.Module):
     Raises: ValueError naming the argument, what was expected and what was given.
     Source: Hu et al., arXiv 2106.09685; initialisation as in loralib and Hugging Face PEFT; rsLoRA: arXiv 2312.03732.
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -107,7 +111,7 @@ class LoRALinear(nn.Module):
         self.active_adapter: str | None = None
         self._pristine: nn.Parameter | None = None  # the base weight while self.weight is a merged one
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor):
         """y [..., N] of x [..., K]."""
         name = self.active_adapter
         if name is None or self._pristine is not None:
@@ -247,7 +251,7 @@ class LoRALinear(nn.Module):
         """Module.to(), .half() and the like reach the weight kept aside too."""
         super()._apply(fn, recurse)
         if self.merged:
-            aside = nn.Module()
+            aside: Any = nn.Module()
             aside.weight = self._pristine
             object.__setattr__(self, "_pristine", aside._apply(fn).weight)
         return self
