@@ -27,7 +27,7 @@ struct PrepareParams {
 };
 Status prepare(const PrepareParams& p, Target& target);
 
-// lora_gemm_sm90.cuh    out = alpha * left right + low low_right (+ bias), in the backward the low-rank term through
+// lora_gemm/kernel.cuh   out = alpha * left right + low low_right (+ bias), in the backward the low-rank term through
 //                       the dropout mask; with kind.rank_tile also low = scale * left rank, in the same launch, in the
 //                       forward of the masked left; with kind.gradients() also dB += left^T h and dA += drop(x)^T low,
 //                       each unless null.
@@ -53,7 +53,7 @@ struct GemmParams {
 };
 Status lora_gemm(const GemmConfig& config, const GemmParams& p, Target& target);
 
-// lora_gemm_small.cu    y = x W^T + h B^T + bias and h = scale * x A^T in one launch, for small M.
+// lora_gemm/small.cu    y = x W^T + h B^T + bias and h = scale * x A^T in one launch, for small M.
 struct SmallParams {
   const void* x;     // [M, K], row stride ldx
   const void* W;     // [N, K], row stride ldw

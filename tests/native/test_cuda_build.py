@@ -1,5 +1,5 @@
-"""The CUDA sources through nvcc, and what the machine code must and must not hold; needs the CUDA toolkit but no
-GPU."""
+"""The CUDA sources through nvcc, and what the machine code must and must not hold; needs the CUDA toolkit but
+no GPU."""
 
 import importlib.util
 import os
@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-GEMMS = ("lora_gemm_sm90_bf16", "lora_gemm_sm90_f16")
+CUDA = ROOT / "csrc" / "cuda"
+SOURCES = {source.relative_to(CUDA).with_suffix("").as_posix(): source for source in sorted(CUDA.rglob("*.cu"))}
+GEMMS = ("lora_gemm/bf16", "lora_gemm/f16")
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin"]
 NVCC = (
     (os.environ.get("CUDA_HOME") and shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"], "bin"))))
     or shutil.which("nvcc")
@@ -40,44 +42,27 @@ needs_disassembler = pytest.mark.skipif(
 def compile_for(arch: str, source: Path, out: Path) -> SimpleNamespace:
     """One source as machine code for one target, with ptxas's notes."""
     cubin = out / f"{source.stem}.{arch}.cubin"
-    command = [
-        NVCC,
-        "-std=c++20",
-        "-O3",
-        "--expt-relaxed-constexpr",
-        "-Xptxas",
-        "-v",
-        f"-I{ROOT / 'csrc'}",
-        f"-arch={arch}",
-        "-cubin",
-        str(source),
-        "-o",
-        str(cubin),
-    ]
+    command = [NVCC, *FLAGS, f"-I{ROOT / 'csrc'}", f"-arch={arch}", str(source), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True)
     return SimpleNamespace(returncode=done.returncode, notes=done.stdout + done.stderr, cubin=cubin)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """{(arch, source name): result} of every source for both targets."""
+    """{(arch, name of SOURCES): result} of every source for both targets."""
     out = tmp_path_factory.mktemp("cubin")
-    jobs = [
-        (arch, source) for source in sorted(SOURCES, key=lambda s: s.stem not in GEMMS) for arch in ("sm_90a", "sm_80")
-    ]
+    names = sorted(SOURCES, key=lambda name: name not in GEMMS)  # those that take longest first
+    jobs = [(arch, name) for name in names for arch in ("sm_90a", "sm_80")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda job: compile_for(*job, out), jobs)
-        return {(arch, source.stem): result for (arch, source), result in zip(jobs, results)}
+        results = pool.map(lambda job: compile_for(job[0], SOURCES[job[1]], out), jobs)
+        return dict(zip(jobs, results))
 
 
 def kernels(cubin: Path) -> dict[str, list[tuple[int, str]]]:
     """{mangled name: [(address, instruction)]} of a cubin."""
-    path = os.pathsep.join(
-        (str(Path(CUOBJDUMP).parent), os.environ.get("PATH", ""))
-    )  # cuobjdump calls nvdisasm beside it
-    text = subprocess.run(
-        [CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
-    ).stdout
+    # cuobjdump calls nvdisasm beside it
+    env = os.environ | {"PATH": f"{Path(CUOBJDUMP).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    text = subprocess.run([CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, check=True, env=env).stdout
     found = {}
     for function in re.split(r"\n\s*Function : ", text)[1:]:
         lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", function)
@@ -103,7 +88,7 @@ def innermost_loops(code: list[tuple[int, str]], holding: str) -> list[list[str]
 
 @needs_nvcc
 def test_every_source_compiles_for_both_targets(built):
-    assert {source.stem for source in SOURCES} >= {*GEMMS, "lora_gemm_small", "shrink", "wgrad", "prepare"}
+    assert set(SOURCES) >= {*GEMMS, "lora_gemm/small", "shrink", "wgrad", "prepare"}
     for (arch, name), result in built.items():
         assert result.returncode == 0, f"{name} for {arch}:\n{result.notes}"
 
@@ -153,7 +138,7 @@ def test_gemm_machine_code(built, name):
 def test_small_m_machine_code(built):
     """Each number of rows: four wgmma in the loop over K, a TMA load, reads from the cluster's other blocks, no local
     memory."""
-    found = {k: [i for _, i in code] for k, code in kernels(built["sm_90a", "lora_gemm_small"].cubin).items()}
+    found = {k: [i for _, i in code] for k, code in kernels(built["sm_90a", "lora_gemm/small"].cubin).items()}
     assert len(found) == 8
     for kernel, instructions in found.items():
         rows = re.search(r"Li(\d+)E", kernel)[1]
@@ -179,15 +164,12 @@ def test_simple_kernels_use_tensor_cores(built, name, arch):
 @needs_disassembler
 def test_no_kernel_touches_memory_before_it_has_waited_for_the_one_before(built):
     """A call's kernels may overlap: ACQBULK (griddepcontrol.wait) comes first in each."""
-    for source in SOURCES:
-        for kernel, code in kernels(built["sm_90a", source.stem].cubin).items():
+    for name in SOURCES:
+        for kernel, code in kernels(built["sm_90a", name].cubin).items():
             order = [re.sub(r"^@!?U?P\d\s+", "", i).split()[0].split(".")[0] for _, i in code]
-            memory = [
-                i
-                for i, name in enumerate(order)
-                if name in ("LD", "LDG", "LDGSTS", "UTMALDG", "ATOMG", "REDG", "RED", "ST", "STG", "UTMASTG")
-            ]
-            assert "ACQBULK" in order and order.index("ACQBULK") < memory[0], kernel
+            touching = {"LD", "LDG", "LDGSTS", "UTMALDG", "ATOMG", "REDG", "RED", "ST", "STG", "UTMASTG"}
+            first = next(i for i, operation in enumerate(order) if operation in touching)
+            assert "ACQBULK" in order and order.index("ACQBULK") < first, kernel
 
 
 @needs_disassembler
@@ -206,7 +188,7 @@ def test_the_loop_finder_finds_nested_loops():
 
 
 def test_kernel_files_stay_short():
-    for path in (ROOT / "csrc" / "cuda").iterdir():
+    for path in (path for path in CUDA.rglob("*") if path.is_file()):
         lines = path.read_text().splitlines()
         assert len(lines) <= 400, path.name
         head = next(i for i, line in enumerate(lines) if not line.startswith("//"))

@@ -260,38 +260,33 @@ def test_bitwise_determinism(schedule):
     [
         # the loader's wait for h; the wait before the staging tile is written again
         (
-            "lora_gemm_load.cuh",
+            "loader.cuh",
             "while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {",
             "while (false) {",
             (600, 520, 328, 16),
         ),
-        ("lora_gemm_sm90.cuh", "if (thread == 0) ptx::tma_store_wait_read();", "", (600, 520, 328, 16)),
+        ("kernel.cuh", "if (thread == 0) ptx::tma_store_wait_read();", "", (600, 520, 328, 16)),
         # the gradients' wait for h
         (
-            "lora_gemm_gradients.cuh",
+            "gradients.cuh",
             "ptx::wait(&s.thin_full, thin_phase);\n        multiply_rows",
             "multiply_rows",
             (600, 520, 328, 16),
         ),
         # the loader's wait before dh takes the place of h
-        ("lora_gemm_load.cuh", "ptx::wait(&s.thin_empty, phase ^ 1);", "", (600, 520, 328, 16)),
+        ("loader.cuh", "ptx::wait(&s.thin_empty, phase ^ 1);", "", (600, 520, 328, 16)),
         # the sums' waits for the ring to be through and for the other blocks' sums
-        (
-            "lora_gemm_small.cu",
-            "__syncthreads();  // the ring is through: the sums take its place",
-            "",
-            (65, 136, 1000, 16),
-        ),
-        ("lora_gemm_small.cu", "ptx::cluster_sync();\n  const int share", "const int share", (65, 136, 1000, 16)),
+        ("small.cu", "__syncthreads();  // the ring is through: the sums take its place", "", (65, 136, 1000, 16)),
+        ("small.cu", "ptx::cluster_sync();\n  const int share", "const int share", (65, 136, 1000, 16)),
     ],
 )
 def test_a_missing_wait_shows(library, tmp_path, monkeypatch, poison, kernel, line, instead, shape):
     """The tests above can fail: the same sources without one wait."""
     shutil.copytree(library.parent / "csrc", tmp_path / "csrc")
-    file = tmp_path / "csrc" / "cuda" / kernel
+    file = tmp_path / "csrc" / "cuda" / "lora_gemm" / kernel
     assert line in file.read_text()
     file.write_text(file.read_text().replace(line, instead))
-    compile_file(tmp_path / "csrc", file.with_name("lora_gemm_sm90_bf16.cu") if file.suffix == ".cuh" else file)
+    compile_file(tmp_path / "csrc", file.with_name("bf16.cu") if file.suffix == ".cuh" else file)
     schedule = install(link(tmp_path), monkeypatch)
     with pytest.raises((AssertionError, RuntimeError), match="elements differ|deadlock|an mbarrier has more arrivals"):
         for seed in range(1, 11):

@@ -6,8 +6,8 @@
 // own columns of x. All roles go through the ring in this order. Source: PTX ISA 9.0 (cp.async.bulk.tensor, mbarrier)
 #pragma once
 
-#include "../philox.h"
-#include "lora_gemm_tiles.cuh"
+#include "philox.h"
+#include "tiles.cuh"
 
 namespace fused_lora::gemm {
 

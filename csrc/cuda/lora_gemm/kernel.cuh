@@ -9,9 +9,9 @@
 //             two blocks above each
 //             other shares the right operand by multicast: 256 x kBlockN. wgmma m64 n256 (n128) k16, both operands in
 //             shared memory
-// Warps       one thread of warpgroup 0 loads (TMA), and its warps 1-3 draw dx's dropout mask (lora_gemm_load.cuh);
+// Warps       one thread of warpgroup 0 loads (TMA), and its warps 1-3 draw dx's dropout mask (loader.cuh);
 //             warpgroups 1 and 2 multiply and store; a fourth, where there is one, makes dA and dB in dx's launch
-//             (lora_gemm_gradients.cuh), or low of the masked left in the forward's (lora_gemm_dropout.cuh)
+//             (gradients.cuh), or low of the masked left in the forward's (dropped_low.cuh)
 // Low rank    ceil(R / 64) more k-blocks from (low, low_right) through the same ring; columns past R are TMA's zeros.
 //             kMasked: their product goes through an accumulator of its own, 64 columns at a time, and the mask
 // One launch  kRank > 0: in the tiles of column 0 the staged left tile is also multiplied by `rank`, low published and
@@ -25,10 +25,10 @@
 // Source      PTX ISA 9.0 (wgmma, TMA, mbarrier); Hu et al., arXiv 2106.09685
 #pragma once
 
-#include "lora_gemm_dropout.cuh"
-#include "lora_gemm_gradients.cuh"
-#include "lora_gemm_load.cuh"
-#include "lora_gemm_tiles.cuh"
+#include "dropped_low.cuh"
+#include "gradients.cuh"
+#include "loader.cuh"
+#include "tiles.cuh"
 
 namespace fused_lora::gemm {
 

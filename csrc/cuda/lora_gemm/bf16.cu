@@ -1,5 +1,5 @@
-// lora_gemm in bf16; see lora_gemm_sm90.cuh.
-#include "lora_gemm_launch.cuh"
+// lora_gemm in bf16; see kernel.cuh.
+#include "launch.cuh"
 
 namespace fused_lora {
 

@@ -11,8 +11,8 @@
 // Source      Salmon et al., SC 2011 (philox.h); PTX ISA 9.0
 #pragma once
 
-#include "lora_gemm_tiles.cuh"
-#include "tile.cuh"
+#include "cuda/tile.cuh"
+#include "tiles.cuh"
 
 namespace fused_lora::gemm {
 

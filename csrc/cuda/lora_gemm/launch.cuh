@@ -1,11 +1,11 @@
-// How lora_gemm is launched: tensor maps and the choice of an instance of lora_gemm_sm90.cuh. One dtype a translation
+// How lora_gemm is launched: tensor maps and the choice of an instance of kernel.cuh. One dtype a translation
 // unit: each takes half a minute to compile.
 #pragma once
 
-#include "lora_gemm_sm90.cuh"
+#include "kernel.cuh"
 
-#include "kernels.h"
-#include "launch.h"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
 
 namespace fused_lora::gemm {
 

@@ -13,9 +13,9 @@
 //             these are through
 // Bound by    one read of W: 11 us for 33.5 MB at 3.0 TB/s
 // Source      PTX ISA 9.0 (wgmma, TMA, mapa); Hu et al., arXiv 2106.09685
-#include "kernels.h"
-#include "launch.h"
-#include "lora_gemm_tiles.cuh"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "tiles.cuh"
 
 namespace fused_lora {
 namespace {

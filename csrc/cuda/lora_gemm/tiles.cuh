@@ -1,9 +1,9 @@
-// lora_gemm's shared memory, its ring of barriers, and the order in which a cluster takes tiles; lora_gemm_sm90.cuh
+// lora_gemm's shared memory, its ring of barriers, and the order in which a cluster takes tiles; kernel.cuh
 // tells the rest.
 #pragma once
 
-#include "heuristics.h"
-#include "ptx.cuh"
+#include "cuda/heuristics.h"
+#include "cuda/ptx.cuh"
 
 namespace fused_lora::gemm {
 

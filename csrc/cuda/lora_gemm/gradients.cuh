@@ -13,7 +13,7 @@
 // Source      PTX ISA 9.0 (wgmma with an MN-major left operand)
 #pragma once
 
-#include "lora_gemm_tiles.cuh"
+#include "tiles.cuh"
 
 namespace fused_lora::gemm {
 

@@ -1,10 +1,10 @@
 // lora_gemm's door: checks, then the dtype's instances.
-#include "kernels.h"
+#include "cuda/kernels.h"
 
 namespace fused_lora {
 
-Status lora_gemm_f16(const GemmConfig& config, const GemmParams& p, Target& target);   // lora_gemm_sm90_f16.cu
-Status lora_gemm_bf16(const GemmConfig& config, const GemmParams& p, Target& target);  // lora_gemm_sm90_bf16.cu
+Status lora_gemm_f16(const GemmConfig& config, const GemmParams& p, Target& target);   // f16.cu
+Status lora_gemm_bf16(const GemmConfig& config, const GemmParams& p, Target& target);  // bf16.cu
 
 Status lora_gemm(const GemmConfig& c, const GemmParams& p, Target& target) {
   if (!c.valid || p.M < 1 || p.N < 1 || p.K < 1 || p.R < 0 || p.R > kMaxRank || p.K > INT32_MAX - 512)
