@@ -129,7 +129,7 @@ void bind_heuristics(py::module_& m) {
   using namespace py::literals;
   m.def("lora_gemm_config", &lora_gemm_config, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "sms"_a, "compute_h"_a = true,
         "dropout"_a = false, "backward"_a = false,
-        "The tile, stages, shared memory and grid of out[M, N] = left[M, K] right + low[M, R] low_right.");
+        "The tile, stages, shared memory and grid of out[M, N] = left[M, K] right + low[M, R] thin.");
   m.def("lora_gemm_tile", &lora_gemm_tile, "t"_a, "row_tiles"_a, "col_tiles"_a, "column_first"_a,
         "(row, column) of tile number t.");
   m.def("cuda_forward_plan", &plan_forward, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a, "dropout"_a,

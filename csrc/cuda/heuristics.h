@@ -22,7 +22,7 @@ constexpr int64_t padded_rank(int64_t R) {
 }  // TMA wants rows of 16 bytes: row length of h, dh and the kernels' B
 constexpr int rank_tile_for(int64_t R) { return R <= 16 ? 16 : R <= 32 ? 32 : 64; }
 
-// ---- lora_gemm_sm90: out[M, N] = left[M, K] right + low[M, R] low_right
+// ---- lora_gemm_sm90: out[M, N] = left[M, K] right + low[M, R] thin
 // ------------------------------------------------------------------
 constexpr int kGemmBlockM = 128, kGemmBlockK = 64, kGemmCluster = 2;
 
@@ -152,7 +152,7 @@ inline SmallConfig small_config(int64_t M, int64_t N, int64_t K, int64_t R, int 
   return c;
 }
 
-// ---- shrink: out[M, R] = scale * drop(left[M, K]) right
+// ---- shrink: low[M, R] = scale * drop(left[M, K]) down
 // ----------------------------------------------------------------------------------
 constexpr int kShrinkRows = 32, kShrinkBlockK = 128, kShrinkStages = 4;
 constexpr int shrink_smem_bytes(int rank_tile) {

@@ -27,24 +27,24 @@ struct PrepareParams {
 };
 Status prepare(const PrepareParams& p, Target& target);
 
-// lora_gemm/kernel.cuh   out = alpha * left right + low low_right (+ bias), in the backward the low-rank term through
-//                       the dropout mask; with kind.rank_tile also low = scale * left rank, in the same launch, in the
+// lora_gemm/kernel.cuh   out = alpha * left right + low thin (+ bias), in the backward the low-rank term through
+//                       the dropout mask; with kind.rank_tile also low = scale * left down, in the same launch, in the
 //                       forward of the masked left; with kind.gradients() also dB += left^T h and dA += drop(x)^T low,
 //                       each unless null.
 struct GemmParams {
-  const void* left;       // [M, K], row stride ld_left
-  const void* right;      // [N, K], or [K, N] in the backward: row stride ld_right
-  const void* low_right;  // [N, R], or [R, N] in the backward: row stride ld_low_right; null if R is 0
-  const void* rank;       // [R, K], or [K, R] in the backward: row stride ld_rank; read if kind.rank_tile
-  const void* bias;       // [N], or null
-  void* low;              // [M, R], row stride ld_low; written if kind.rank_tile, else read
-  void* out;              // [M, N], row stride ld_out
-  const void* h;          // [M, R], row stride ld_h; read if dB
-  const void* x;          // [M, N], row stride ld_x; read if dA
-  float* dB;              // [K, R], sums in no fixed order; only if kind.gradients()
-  float* dA;              // [R, N], the same, dropout's factor included
-  int* control;           // zeros, control_bytes(config); used if kind.rank_tile
-  int64_t ld_left, ld_right, ld_low_right, ld_rank, ld_low, ld_out, ld_h, ld_x;
+  const void* left;   // [M, K], row stride ld_left
+  const void* right;  // [N, K], or [K, N] in the backward: row stride ld_right
+  const void* thin;   // [N, R], or [R, N] in the backward: row stride ld_thin; null if R is 0
+  const void* down;   // [R, K], or [K, R] in the backward: row stride ld_down; read if kind.rank_tile
+  const void* bias;   // [N], or null
+  void* low;          // [M, R], row stride ld_low; written if kind.rank_tile, else read
+  void* out;          // [M, N], row stride ld_out
+  const void* h;      // [M, R], row stride ld_h; read if dB
+  const void* x;      // [M, N], row stride ld_x; read if dA
+  float* dB;          // [K, R], sums in no fixed order; only if kind.gradients()
+  float* dA;          // [R, N], the same, dropout's factor included
+  int* control;       // zeros, control_bytes(config); used if kind.rank_tile
+  int64_t ld_left, ld_right, ld_thin, ld_down, ld_low, ld_out, ld_h, ld_x;
   int64_t M, N, K, R;
   float alpha, scale;
   Dropout dropout;  // backward: over [M, N], of the low-rank term and x; forward: over [M, K], of left for low, its
@@ -68,13 +68,13 @@ struct SmallParams {
 };
 Status lora_gemm_small(const SmallConfig& config, const SmallParams& p, Target& target);
 
-// shrink.cu      out = scale * drop(left) right
+// shrink.cu      low = scale * drop(left) down
 struct ShrinkParams {
-  const void* left;   // [M, K], row stride ld_left
-  const void* right;  // [R, K], or [K, R] if right_mn: row stride ld_right, a multiple of 8 columns, those past R zero
-  void* out;          // [M, R], row stride padded_rank(R), columns past R zero
-  int64_t M, K, R, ld_left, ld_right;
-  bool right_mn;
+  const void* left;  // [M, K], row stride ld_left
+  const void* down;  // [R, K], or [K, R] if down_mn: row stride ld_down, a multiple of 8 columns, those past R zero
+  void* low;         // [M, R], row stride padded_rank(R), columns past R zero
+  int64_t M, K, R, ld_left, ld_down;
+  bool down_mn;
   float scale;
   Dropout dropout;  // over [M, K]
   Dtype dtype;

@@ -49,16 +49,16 @@ Status use_device(int device, int* sms) {
   return Status::ok;
 }
 
-// h = scale * left rank^T (in the backward: scale * left rank) as a GEMM of its own, for ranks above 64 without
+// h = scale * left right^T (in the backward: scale * left right) as a GEMM of its own, for ranks above 64 without
 // dropout.
-Status h_by_gemm(const GemmConfig& config, const void* left, int64_t ld_left, const void* rank, int64_t ld_rank,
+Status h_by_gemm(const GemmConfig& config, const void* left, int64_t ld_left, const void* right, int64_t ld_right,
                  void* h, int64_t M, int64_t K, int64_t R, float scale, Dtype dtype, Target& target) {
   GemmParams g{};
   g.left = left;
-  g.right = rank;
+  g.right = right;
   g.out = h;
   g.ld_left = ld_left;
-  g.ld_right = ld_rank;
+  g.ld_right = ld_right;
   g.ld_out = padded_rank(R);
   g.M = M;
   g.N = R;
@@ -72,16 +72,16 @@ GemmParams forward_gemm(const CudaForwardParams& p, const ForwardPlan& plan, con
   GemmParams g{};
   g.left = p.x;
   g.right = p.W;
-  g.low_right = B;
-  g.rank = A;
+  g.thin = B;
+  g.down = A;
   g.bias = p.bias;
   g.low = p.h;
   g.out = p.y;
   g.control = at<int>(p.workspace, plan.control);
   g.ld_left = p.ldx;
   g.ld_right = p.ldw;
-  g.ld_low_right = g.ld_low = padded_rank(p.R);
-  g.ld_rank = p.K;
+  g.ld_thin = g.ld_low = padded_rank(p.R);
+  g.ld_down = p.K;
   g.ld_out = p.N;
   g.M = p.M;
   g.N = p.N;
@@ -108,8 +108,8 @@ GemmParams backward_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, 
   GemmParams g{};
   g.left = p.dy;
   g.right = p.W;
-  g.low_right = A;
-  g.rank = B;
+  g.thin = A;
+  g.down = B;
   g.low = dh;
   g.out = p.dx;
   g.h = p.h;
@@ -121,8 +121,8 @@ GemmParams backward_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, 
   g.control = at<int>(p.workspace, plan.control);
   g.ld_left = p.lddy;
   g.ld_right = p.ldw;
-  g.ld_low_right = g.ld_out = p.K;
-  g.ld_rank = g.ld_low = padded_rank(p.R);
+  g.ld_thin = g.ld_out = p.K;
+  g.ld_down = g.ld_low = padded_rank(p.R);
   g.M = p.M;
   g.N = p.K;  // of the product: dy [M, N] W [N, K] sums over the layer's N
   g.K = p.N;

@@ -108,10 +108,10 @@ PTX_FN void start_next_kernel() {
 
 // ---- sm_90: Parallel Synchronization, barrier.cluster and bar
 // --------------------------------------------------------------------------
-PTX_FN uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
+PTX_FN uint32_t cta_in_cluster() {
+  uint32_t cta;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(cta));
+  return cta;
 }
 PTX_FN void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
@@ -130,12 +130,12 @@ PTX_FN void arrive(uint64_t* bar) {
 PTX_FN void arrive_expect(uint64_t* bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared(bar)), "r"(bytes) : "memory");
 }
-// On the same barrier of block `rank` of the cluster. Spelled .release.cluster it compiles to a GPU-wide MEMBAR.
-PTX_FN void arrive_remote(uint64_t* bar, uint32_t rank) {
+// On the same barrier of block `cta` of the cluster. Spelled .release.cluster it compiles to a GPU-wide MEMBAR.
+PTX_FN void arrive_remote(uint64_t* bar, uint32_t cta) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, "
       "[remote];\n}" ::"r"(shared(bar)),
-      "r"(rank)
+      "r"(cta)
       : "memory");
 }
 // Until the phase of this parity is complete; a fresh barrier's phase 1 counts as complete.
@@ -154,23 +154,23 @@ PTX_FN void wait_cluster(uint64_t* bar, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
-// *p in block `rank` of the cluster.
-PTX_FN float4 load_remote(const float4* p, uint32_t rank) {
+// *p in block `cta` of the cluster.
+PTX_FN float4 load_remote(const float4* p, uint32_t cta) {
   float4 v;
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, "
       "[remote];\n}"
       : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(shared(p)), "r"(rank)
+      : "r"(shared(p)), "r"(cta)
       : "memory");
   return v;
 }
-// *slot = value in block `rank` of the cluster, and 4 bytes to the barrier there.
-PTX_FN void store_remote(int* slot, int value, uint64_t* bar, uint32_t rank) {
+// *slot = value in block `cta` of the cluster, and 4 bytes to the barrier there.
+PTX_FN void store_remote(int* slot, int value, uint64_t* bar, uint32_t cta) {
   asm volatile(
       "{\n.reg .b32 a, b;\nmapa.shared::cluster.u32 a, %0, %3;\nmapa.shared::cluster.u32 b, %2, %3;\n"
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.s32 [a], %1, [b];\n}" ::"r"(shared(slot)),
-      "r"(value), "r"(shared(bar)), "r"(rank)
+      "r"(value), "r"(shared(bar)), "r"(cta)
       : "memory");
 }
 

@@ -1,6 +1,6 @@
-// shrink:     out[M, R] = scale * drop(left[M, K]) right
+// shrink:     low[M, R] = scale * drop(left[M, K]) down
 //
-// Used for    h = s * drop(x) A^T (right = A [R, K]: reduction along its rows) and dh = s * dy B (right = B [N, R]:
+// Used for    h = s * drop(x) A^T (down = A [R, K]: reduction along its rows) and dh = s * dy B (down = B [N, R]:
 //             reduction down its rows),
 //             where lora_gemm does not compute them on the way: with dropout above 64 ranks, for dA without dx
 // Types       fp16 or bf16, fp32 accumulators, rounded once; scale holds the dropout's 1 / (1 - p)
@@ -21,20 +21,19 @@ namespace {
 constexpr int kThreads = 128, kRows = kShrinkRows, kBlockK = kShrinkBlockK, kStages = kShrinkStages;
 
 template <class T> struct Args {
-  const T* left;   // [M, K], row stride ld_left
-  const T* right;  // [R, K] or [K, R], row stride ld_right
-  T* out;          // [M, R], row stride ld_out
+  const T* left;  // [M, K], row stride ld_left
+  const T* down;  // [R, K] or [K, R], row stride ld_down
+  T* low;         // [M, R], row stride ld_low
   const int64_t* seed;
-  int64_t M, K, R, ld_left, ld_right, ld_out;
+  int64_t M, K, R, ld_left, ld_down, ld_low;
   uint32_t threshold;
   float scale;
 };
 
-template <class T, int kRank, bool kRightMN>
-__global__ void __launch_bounds__(kThreads) shrink_kernel(const Args<T> p) {
+template <class T, int kRank, bool kDownMN> __global__ void __launch_bounds__(kThreads) shrink_kernel(const Args<T> p) {
   using Left = Tile<kRows, kBlockK>;
-  using Right = std::conditional_t<kRightMN, Tile<kBlockK, kRank>, Tile<kRank, kBlockK>>;
-  constexpr int kStageBytes = Left::kBytes + Right::kBytes;
+  using Down = std::conditional_t<kDownMN, Tile<kBlockK, kRank>, Tile<kRank, kBlockK>>;
+  constexpr int kStageBytes = Left::kBytes + Down::kBytes;
   static_assert(kStages * kStageBytes + 1024 == shrink_smem_bytes(kRank) && kRows * kRank * 4 <= kStages * kStageBytes);
   uint8_t* const smem = ptx::dynamic_smem();
   const int thread = threadIdx.x, lane = thread % 32, row_half = thread / 32 % 2, k_half = thread / 64;
@@ -48,12 +47,11 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(const Args<T> p) {
     if (step < steps) {
       uint8_t* const stage = smem + step % kStages * kStageBytes;
       Left::template load<kThreads>(stage, p.left, p.ld_left, row0, step * kBlockK, p.M, p.K, thread);
-      if constexpr (kRightMN)
-        Right::template load<kThreads>(stage + Left::kBytes, p.right, p.ld_right, step * kBlockK, rank0, p.K, padded,
-                                       thread);
+      if constexpr (kDownMN)
+        Down::template load<kThreads>(stage + Left::kBytes, p.down, p.ld_down, step * kBlockK, rank0, p.K, padded,
+                                      thread);
       else
-        Right::template load<kThreads>(stage + Left::kBytes, p.right, p.ld_right, rank0, step * kBlockK, p.R, p.K,
-                                       thread);
+        Down::template load<kThreads>(stage + Left::kBytes, p.down, p.ld_down, rank0, step * kBlockK, p.R, p.K, thread);
     }
     ptx::cp_async_commit();
   };
@@ -75,9 +73,9 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(const Args<T> p) {
 #pragma unroll
       for (int n = 0; n < kRank; n += 16) {
         uint32_t b[4];
-        if constexpr (kRightMN)
-          ptx::ldmatrix<true>(b, stage + Left::kBytes + Right::offset(k + i % 2 * 8 + j, n / 8 + i / 2));
-        else ptx::ldmatrix<false>(b, stage + Left::kBytes + Right::offset(n + i / 2 * 8 + j, k / 8 + i % 2));
+        if constexpr (kDownMN)
+          ptx::ldmatrix<true>(b, stage + Left::kBytes + Down::offset(k + i % 2 * 8 + j, n / 8 + i / 2));
+        else ptx::ldmatrix<false>(b, stage + Left::kBytes + Down::offset(n + i / 2 * 8 + j, k / 8 + i % 2));
         ptx::mma<T>(acc[n / 8], a, b[0], b[1]);
         ptx::mma<T>(acc[n / 8 + 1], a, b[2], b[3]);
       }
@@ -103,30 +101,30 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(const Args<T> p) {
       const float lo = acc[n][2 * half] + partial[(n * 4 + 2 * half) * 32 + lane],
                   hi = acc[n][2 * half + 1] + partial[(n * 4 + 2 * half + 1) * 32 + lane];
       if (row < p.M && col < padded)
-        *reinterpret_cast<uint32_t*>(p.out + row * p.ld_out + col) = ptx::pack<T>(lo * p.scale, hi * p.scale);
+        *reinterpret_cast<uint32_t*>(p.low + row * p.ld_low + col) = ptx::pack<T>(lo * p.scale, hi * p.scale);
     }
   }
 }
 
-template <class T, int kRank, bool kRightMN> Status run(const ShrinkParams& p, Target& target) {
+template <class T, int kRank, bool kDownMN> Status run(const ShrinkParams& p, Target& target) {
   const Args<T> args{static_cast<const T*>(p.left),
-                     static_cast<const T*>(p.right),
-                     static_cast<T*>(p.out),
+                     static_cast<const T*>(p.down),
+                     static_cast<T*>(p.low),
                      p.dropout.seed,
                      p.M,
                      p.K,
                      p.R,
                      p.ld_left,
-                     p.ld_right,
+                     p.ld_down,
                      padded_rank(p.R),
                      p.dropout.threshold,
                      p.dropout.threshold ? p.scale * p.dropout.scale() : p.scale};
   const Grid grid{ceil_div(p.M, kRows) * ceil_div(p.R, kRank), kThreads, shrink_smem_bytes(kRank), 1};
-  return launch<shrink_kernel<T, kRank, kRightMN>>(grid, target, args);
+  return launch<shrink_kernel<T, kRank, kDownMN>>(grid, target, args);
 }
 
 template <class T> Status choose_rank(const ShrinkParams& p, Target& target) {
-  if (!p.right_mn) return run<T, 64, false>(p, target);  // h of more than 64 ranks: lora_gemm makes the others itself
+  if (!p.down_mn) return run<T, 64, false>(p, target);  // h of more than 64 ranks: lora_gemm makes the others itself
   switch (rank_tile_for(p.R)) {
     case 16: return run<T, 16, true>(p, target);
     case 32: return run<T, 32, true>(p, target);
@@ -141,12 +139,11 @@ Status shrink(const ShrinkParams& p, Target& target) {
   if (p.M < 1 || p.M > INT32_MAX || p.K < 1 || p.K % 8 || p.R < 1 || p.R > kMaxRank ||
       (p.dropout.threshold && !p.dropout.seed))
     return Status::bad_shape;
-  if (p.ld_left % 8 || p.ld_right % 8 ||
-      (reinterpret_cast<uintptr_t>(p.left) | reinterpret_cast<uintptr_t>(p.right) |
-       reinterpret_cast<uintptr_t>(p.out)) %
+  if (p.ld_left % 8 || p.ld_down % 8 ||
+      (reinterpret_cast<uintptr_t>(p.left) | reinterpret_cast<uintptr_t>(p.down) | reinterpret_cast<uintptr_t>(p.low)) %
           16)
     return Status::bad_alignment;
-  if (p.right_mn && p.ld_right < padded_rank(p.R)) return Status::bad_shape;
+  if (p.down_mn && p.ld_down < padded_rank(p.R)) return Status::bad_shape;
   switch (p.dtype) {
     case Dtype::f16: return choose_rank<__half>(p, target);
     case Dtype::bf16: return choose_rank<__nv_bfloat16>(p, target);

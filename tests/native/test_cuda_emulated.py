@@ -269,12 +269,12 @@ def test_bitwise_determinism(schedule):
         # the gradients' wait for h
         (
             "gradients.cuh",
-            "ptx::wait(&s.thin_full, thin_phase);\n        multiply_rows",
+            "ptx::wait(&s.side_full, side_phase);\n        multiply_rows",
             "multiply_rows",
             (600, 520, 328, 16),
         ),
         # the loader's wait before dh takes the place of h
-        ("loader.cuh", "ptx::wait(&s.thin_empty, phase ^ 1);", "", (600, 520, 328, 16)),
+        ("loader.cuh", "ptx::wait(&s.side_empty, phase ^ 1);", "", (600, 520, 328, 16)),
         # the sums' waits for the ring to be through and for the other blocks' sums
         ("small.cu", "__syncthreads();  // the ring is through: the sums take its place", "", (65, 136, 1000, 16)),
         ("small.cu", "ptx::cluster_sync();\n  const int share", "const int share", (65, 136, 1000, 16)),

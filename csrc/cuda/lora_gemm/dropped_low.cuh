@@ -31,24 +31,23 @@ PTX_FN void drop_tile(Smem<C>& s, int slot, uint64_t seed, uint32_t threshold, i
   ptx::named_barrier(kFourthBarrier, 128);
 }
 
-// low (+)= dropped rank^T for the upper and the lower 64 rows.
+// low (+)= dropped down^T for the upper and the lower 64 rows.
 template <class C>
 PTX_FN void multiply_dropped(float (&upper)[C::kRank / 2], float (&lower)[C::kRank / 2], Smem<C>& s, int slot,
                              bool accumulate) {
-  const uint64_t left = ptx::descriptor(s.side, 16, 1024, 128), rank = ptx::descriptor(s.rank[slot], 16, 1024, 128);
+  const uint64_t left = ptx::descriptor(s.side, 16, 1024, 128), down = ptx::descriptor(s.down[slot], 16, 1024, 128);
   ptx::wgmma_fence();
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
-    ptx::wgmma<typename C::T, C::kRank, false>(upper, left + q * 2, rank + q * 2, accumulate || q > 0);
-    ptx::wgmma<typename C::T, C::kRank, false>(lower, left + 64 * 128 / 16 + q * 2, rank + q * 2, accumulate || q > 0);
+    ptx::wgmma<typename C::T, C::kRank, false>(upper, left + q * 2, down + q * 2, accumulate || q > 0);
+    ptx::wgmma<typename C::T, C::kRank, false>(lower, left + 64 * 128 / 16 + q * 2, down + q * 2, accumulate || q > 0);
   }
   ptx::wgmma_commit();
   ptx::wgmma_wait();
 }
 
 // Warpgroup 3.
-template <class C>
-PTX_FN void make_dropped_low(Smem<C>& s, const Args<typename C::T>& args, uint32_t rank, int thread) {
+template <class C> PTX_FN void make_dropped_low(Smem<C>& s, const Args<typename C::T>& args, uint32_t cta, int thread) {
   const int k_blocks = (args.K + kBlockK - 1) / kBlockK, low_blocks = (args.R + kBlockK - 1) / kBlockK;
   const uint64_t seed = static_cast<uint64_t>(*args.seed);
   Ring<C::kStages> ring;
@@ -57,7 +56,7 @@ PTX_FN void make_dropped_low(Smem<C>& s, const Args<typename C::T>& args, uint32
   tiles.read();
   while (tiles.number < tiles.count()) {
     const TileIndex tile = tiles.index();
-    const int row = (tile.row * kCluster + rank) * kBlockM, makes = tile.col == 0 && row < args.M ? k_blocks : 0;
+    const int row = (tile.row * kCluster + cta) * kBlockM, makes = tile.col == 0 && row < args.M ? k_blocks : 0;
     for (int k = 0; k < k_blocks + low_blocks; ++k, ring.next()) {
       ptx::wait(&s.full[ring.slot], ring.phase);
       ptx::named_barrier(kFourthBarrier,

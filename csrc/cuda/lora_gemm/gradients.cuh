@@ -17,16 +17,16 @@
 
 namespace fused_lora::gemm {
 
-// d[64, kRank] = left^T thin over the 128 rows of a staged tile.
+// d[64, kRank] = left^T side over the 128 rows of a staged tile.
 template <class C> PTX_FN void multiply_rows(float (&d)[C::kRank / 2], Smem<C>& s, int slot) {
-  constexpr int kThinBytes = C::kRank * 2, kStep = 16;  // bytes of a row of thin; rows of a product
+  constexpr int kSideBytes = C::kRank * 2, kStep = 16;  // bytes of a row of side; rows of a product
   const uint64_t left = ptx::descriptor(s.left[slot], 64 * 128, 1024, 128),
-                 thin = ptx::descriptor(s.side, 16, 8 * kThinBytes, kThinBytes);
+                 side = ptx::descriptor(s.side, 16, 8 * kSideBytes, kSideBytes);
   ptx::wgmma_fence();
 #pragma unroll
   for (int q = 0; q < kBlockM / kStep; ++q)
     ptx::wgmma<typename C::T, C::kRank, true, true>(d, left + q * (kStep * 128 / 16),
-                                                    thin + q * (kStep * kThinBytes / 16), q > 0);
+                                                    side + q * (kStep * kSideBytes / 16), q > 0);
   ptx::wgmma_commit();
   ptx::wgmma_wait();
 }
@@ -62,22 +62,22 @@ template <class C> PTX_FN void mask_rows(Smem<C>& s, int slot, int chunk, int th
 }
 
 // Warpgroup 3.
-template <class C> PTX_FN void add_gradients(Smem<C>& s, const Args<typename C::T>& args, uint32_t rank, int thread) {
+template <class C> PTX_FN void add_gradients(Smem<C>& s, const Args<typename C::T>& args, uint32_t cta, int thread) {
   const int k_blocks = (args.K + kBlockK - 1) / kBlockK;
   Ring<C::kStages> ring;
   Tiles<C> tiles(s, args.M, args.N);
-  uint32_t mask_phase = 0, thin_phase = 0;
+  uint32_t mask_phase = 0, side_phase = 0;
   float d[C::kRank / 2];
   tiles.read();
   while (tiles.number < tiles.count()) {
     const TileIndex tile = tiles.index();
     const int col = tile.col * C::kBlockN;
-    const bool rows = (tile.row * kCluster + rank) * kBlockM < args.M;  // else all there is is zeros
+    const bool rows = (tile.row * kCluster + cta) * kBlockM < args.M;  // else all there is is zeros
     for (int k = 0, mine = args.dB ? tile.col : k_blocks; k < k_blocks + 1;
          ++k, ring.next()) {  // the last one is the low-rank block
       ptx::wait(&s.full[ring.slot], ring.phase);
       if (k == mine && k < k_blocks) {
-        ptx::wait(&s.thin_full, thin_phase);
+        ptx::wait(&s.side_full, side_phase);
         multiply_rows<C>(d, s, ring.slot);
         free_slot<C>(s, ring.slot, thread);
         add_to<C>(args.dB, args.R, 1, k * kBlockK, rows ? args.K : 0, args.R, 1.0f, d, thread);
@@ -88,14 +88,14 @@ template <class C> PTX_FN void add_gradients(Smem<C>& s, const Args<typename C::
       }
     }
     if (args.dB) {
-      ptx::wait(&s.thin_full, thin_phase);  // a tile without a step of its own
+      ptx::wait(&s.side_full, side_phase);  // a tile without a step of its own
       ptx::named_barrier(kFourthBarrier, 128);
-      if (thread == 0) ptx::arrive(&s.thin_empty);
-      thin_phase ^= 1;
+      if (thread == 0) ptx::arrive(&s.side_empty);
+      side_phase ^= 1;
     }
     if (C::kMasked) ptx::wait(&s.mask_full, mask_phase);
     if (args.dA) {
-      ptx::wait(&s.thin_full, thin_phase);
+      ptx::wait(&s.side_full, side_phase);
       for (int chunk = 0; chunk < C::kBlockN / 64; ++chunk, ring.next()) {
         ptx::wait(&s.full[ring.slot], ring.phase);
         if constexpr (C::kMasked) mask_rows<C>(s, ring.slot, chunk, thread);
@@ -105,8 +105,8 @@ template <class C> PTX_FN void add_gradients(Smem<C>& s, const Args<typename C::
                   d, thread);
       }
       ptx::named_barrier(kFourthBarrier, 128);
-      if (thread == 0) ptx::arrive(&s.thin_empty);
-      thin_phase ^= 1;
+      if (thread == 0) ptx::arrive(&s.side_empty);
+      side_phase ^= 1;
     }
     ptx::named_barrier(kFourthBarrier, 128);  // the whole warpgroup has read the mask and the tile's number
     if (C::kMasked && thread == 0) ptx::arrive(&s.mask_empty);

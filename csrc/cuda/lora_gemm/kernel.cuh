@@ -1,8 +1,8 @@
-// lora_gemm:  out = alpha * left right + mask * (low low_right) / (1 - p) + bias,   and in the same launch low = scale
-//             * left rank
+// lora_gemm:  out = alpha * left right + mask * (low thin) / (1 - p) + bias,   and in the same launch low = scale
+//             * left down
 //
-// Used for    y  = x W^T + h B^T + bias   (left x, right W, low h, low_right B, rank A; right operands K-major)
-//             dx = dy W + mask * (dh A)   (left dy, right W, low dh, low_right A, rank B; right operands MN-major, as
+// Used for    y  = x W^T + h B^T + bias   (left x, right W, low h, thin B, down A; right operands K-major)
+//             dx = dy W + mask * (dh A)   (left dy, right W, low dh, thin A, down B; right operands MN-major, as
 //                                         they are stored)
 // Types       fp16 or bf16, fp32 accumulators, one rounding at each store
 // Tile        a block 128 x kBlockN, two warpgroups of 64 rows, k-steps of 64 through a ring of kStages; a cluster of
@@ -12,9 +12,9 @@
 // Warps       one thread of warpgroup 0 loads (TMA), and its warps 1-3 draw dx's dropout mask (loader.cuh);
 //             warpgroups 1 and 2 multiply and store; a fourth, where there is one, makes dA and dB in dx's launch
 //             (gradients.cuh), or low of the masked left in the forward's (dropped_low.cuh)
-// Low rank    ceil(R / 64) more k-blocks from (low, low_right) through the same ring; columns past R are TMA's zeros.
+// Low rank    ceil(R / 64) more k-blocks from (low, thin) through the same ring; columns past R are TMA's zeros.
 //             kMasked: their product goes through an accumulator of its own, 64 columns at a time, and the mask
-// One launch  kRank > 0: in the tiles of column 0 the staged left tile is also multiplied by `rank`, low published and
+// One launch  kRank > 0: in the tiles of column 0 the staged left tile is also multiplied by `down`, low published and
 //             a flag raised for each 64 rows; the loader of any tile waits for its rows' flags before the low-rank
 //             block. A block takes its next tile from a counter, and a tile depends on lower numbers only, so whoever
 //             is resident makes progress, however many blocks are. Flags and counter
@@ -36,15 +36,15 @@ namespace fused_lora::gemm {
 // bytes further. MN-major right: chunks of 64 columns, 64 k-rows of 128 bytes each; k16 is 16 rows further.
 template <class C> struct Operands {
   static constexpr int kLeftStep = 32 / 16, kRightStep = (C::kRightMN ? 16 * 128 : 32) / 16;
-  static constexpr int kRankBytes = C::kRightMN ? C::kRank * 2 : 128;  // of a row of the rank tile, and its swizzle
-  static constexpr int kRankStep = (C::kRightMN ? 16 * kRankBytes : 32) / 16;
+  static constexpr int kDownBytes = C::kRightMN ? C::kRank * 2 : 128;  // of a row of the tile of down, and its swizzle
+  static constexpr int kDownStep = (C::kRightMN ? 16 * kDownBytes : 32) / 16;
   uint64_t left, right;
 
   PTX_FN Operands(Smem<C>& s, int slot, int group)
       : left(ptx::descriptor(&s.left[slot][group * 64 * kBlockK], 16, 1024, 128)),
         right(ptx::descriptor(s.right[slot], C::kRightMN ? 64 * kBlockK * 2 : 16, 1024, 128)) {}
-  static PTX_FN uint64_t rank(Smem<C>& s, int slot) {
-    return ptx::descriptor(s.rank[slot], 16, 8 * kRankBytes, kRankBytes);
+  static PTX_FN uint64_t down(Smem<C>& s, int slot) {
+    return ptx::descriptor(s.down[slot], 16, 8 * kDownBytes, kDownBytes);
   }
 };
 
@@ -60,7 +60,7 @@ template <class C, int kN> PTX_FN void product(float (&d)[kN / 2], uint64_t left
   }
 }
 
-// acc += left right over all k-blocks; with kFirst also low_acc += left rank.
+// acc += left right over all k-blocks; with kFirst also low_acc += left down.
 template <class C, bool kFirst, int kLow>
 PTX_FN void multiply(float (&acc)[C::kBlockN / 2], float (&low_acc)[kLow], Smem<C>& s, Ring<C::kStages>& ring,
                      int k_blocks, int group, int thread) {
@@ -74,7 +74,7 @@ PTX_FN void multiply(float (&acc)[C::kBlockN / 2], float (&low_acc)[kLow], Smem<
       product<C, C::kBlockN>(acc, op.left + q * Op::kLeftStep, op.right + q * Op::kRightStep, q > 0 || k > 0);
       if constexpr (kFirst)
         ptx::wgmma<typename C::T, C::kRank, C::kRightMN>(low_acc, op.left + q * Op::kLeftStep,
-                                                         Op::rank(s, ring.slot) + q * Op::kRankStep, q > 0 || k > 0);
+                                                         Op::down(s, ring.slot) + q * Op::kDownStep, q > 0 || k > 0);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait();
@@ -104,7 +104,7 @@ PTX_FN void multiply_low(float (&d)[kN / 2], uint64_t left, uint64_t right, int 
   else multiply_steps<C, kN, 1>(d, left, right, accumulate);
 }
 
-// acc += low low_right, straight into the accumulators.
+// acc += low thin, straight into the accumulators.
 template <class C>
 PTX_FN void add_low(float (&acc)[C::kBlockN / 2], Smem<C>& s, Ring<C::kStages>& ring, int R, int group, int thread) {
 #pragma unroll 1
@@ -117,7 +117,7 @@ PTX_FN void add_low(float (&acc)[C::kBlockN / 2], Smem<C>& s, Ring<C::kStages>& 
   }
 }
 
-// 64 columns of acc += mask * (low low_right) / (1 - p). All low-rank blocks of the tile wait in the ring together.
+// 64 columns of acc += mask * (low thin) / (1 - p). All low-rank blocks of the tile wait in the ring together.
 template <class C>
 PTX_FN void add_masked_low(float (&acc)[C::kBlockN / 2], float (&low)[32], int chunk, Smem<C>& s, Ring<C::kStages> ring,
                            const Args<typename C::T>& args, int group, int thread) {
@@ -221,7 +221,7 @@ PTX_FN void compute_tile(Smem<C>& s, Ring<C::kStages>& ring, const CUtensorMap* 
 
 // Warpgroups 1 and 2: group 0 the upper 64 rows of a tile, group 1 the lower.
 template <class C>
-PTX_FN void consume_tiles(Smem<C>& s, const CUtensorMap* out, const Args<typename C::T>& args, uint32_t rank, int group,
+PTX_FN void consume_tiles(Smem<C>& s, const CUtensorMap* out, const Args<typename C::T>& args, uint32_t cta, int group,
                           int thread) {
   const int k_blocks = (args.K + kBlockK - 1) / kBlockK, low_blocks = (args.R + kBlockK - 1) / kBlockK;
   Ring<C::kStages> ring;
@@ -230,7 +230,7 @@ PTX_FN void consume_tiles(Smem<C>& s, const CUtensorMap* out, const Args<typenam
   if constexpr (C::kOneLaunch) tiles.read();
   while (tiles.number < tiles.count()) {
     const TileIndex tile = tiles.index();
-    const int row = (tile.row * kCluster + rank) * kBlockM + group * 64, col = tile.col * C::kBlockN;
+    const int row = (tile.row * kCluster + cta) * kBlockM + group * 64, col = tile.col * C::kBlockN;
     if (row < args.M) {
       compute_tile<C>(s, ring, out, args, mask_phase, k_blocks, row, col, group, thread);
     } else {
@@ -254,14 +254,14 @@ PTX_FN void consume_tiles(Smem<C>& s, const CUtensorMap* out, const Args<typenam
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     lora_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant__ CUtensorMap right,
-                     const __grid_constant__ CUtensorMap low, const __grid_constant__ CUtensorMap low_right,
-                     const __grid_constant__ CUtensorMap rank_map, const __grid_constant__ CUtensorMap out,
+                     const __grid_constant__ CUtensorMap low, const __grid_constant__ CUtensorMap thin,
+                     const __grid_constant__ CUtensorMap down, const __grid_constant__ CUtensorMap out,
                      const __grid_constant__ CUtensorMap h, const __grid_constant__ CUtensorMap dh,
                      const __grid_constant__ CUtensorMap x, const __grid_constant__ Args<typename C::T> args) {
 #ifdef FUSED_LORA_SM90A
   static_assert(sizeof(Smem<C>) + 1024 <= C::kKind.smem_bytes());
   Smem<C>& s = *reinterpret_cast<Smem<C>*>(ptx::dynamic_smem());
-  const uint32_t rank = ptx::cluster_rank();
+  const uint32_t cta = ptx::cta_in_cluster();
   const int group = threadIdx.x / 128;
   int drawn = 0;
   if (threadIdx.x == 0) {
@@ -275,26 +275,25 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
     ptx::barrier_init(&s.mask_full, kMaskThreads);
     ptx::barrier_init(&s.mask_empty, C::kConsumers);
-    ptx::barrier_init(&s.thin_full, 1);
-    ptx::barrier_init(&s.thin_empty, 1);
+    ptx::barrier_init(&s.side_full, 1);
+    ptx::barrier_init(&s.side_empty, 1);
     ptx::barrier_init_fence();
   }
   ptx::wait_for_previous_kernel();
-  if (C::kOneLaunch && threadIdx.x == 0 && rank == 0) drawn = atomicAdd(args.control, 1);
+  if (C::kOneLaunch && threadIdx.x == 0 && cta == 0) drawn = atomicAdd(args.control, 1);
   ptx::cluster_sync();
   if (group == 0) {
     ptx::registers_down<C::kLoaderRegisters>();
-    if (threadIdx.x == 0)
-      load_tiles<C>(s, Maps{&left, &right, &low, &low_right, &rank_map, &h, &dh, &x}, args, rank, drawn);
-    else if (C::kMasked && threadIdx.x >= 32) draw_masks<C>(s, args, rank);
+    if (threadIdx.x == 0) load_tiles<C>(s, Maps{&left, &right, &low, &thin, &down, &h, &dh, &x}, args, cta, drawn);
+    else if (C::kMasked && threadIdx.x >= 32) draw_masks<C>(s, args, cta);
     __syncwarp();
   } else if (C::kConsumers == 3 && group == 3) {
     if constexpr (C::kConsumers == 3) ptx::registers_down<C::kFourthRegisters>();
-    if constexpr (C::kGradients) add_gradients<C>(s, args, rank, threadIdx.x % 128);
-    if constexpr (C::kDropsLeft) make_dropped_low<C>(s, args, rank, threadIdx.x % 128);
+    if constexpr (C::kGradients) add_gradients<C>(s, args, cta, threadIdx.x % 128);
+    if constexpr (C::kDropsLeft) make_dropped_low<C>(s, args, cta, threadIdx.x % 128);
   } else {
     ptx::registers_up<C::kConsumerRegisters>();
-    consume_tiles<C>(s, &out, args, rank, group - 1, threadIdx.x % 128);
+    consume_tiles<C>(s, &out, args, cta, group - 1, threadIdx.x % 128);
   }
   ptx::cluster_sync();  // nobody leaves while the other block may still write here
 #endif

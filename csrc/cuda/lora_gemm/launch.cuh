@@ -11,7 +11,7 @@ namespace fused_lora::gemm {
 
 // The maps of a launch; a map that the instance does not read is a copy of the left one.
 struct AllMaps {
-  CUtensorMap left, right, low, low_right, rank, out, h, dh, x;
+  CUtensorMap left, right, low, thin, down, out, h, dh, x;
 };
 
 inline Status make_maps(const GemmConfig& c, const GemmParams& p, AllMaps* maps) {
@@ -24,15 +24,14 @@ inline Status make_maps(const GemmConfig& c, const GemmParams& p, AllMaps* maps)
   Status status = tensor_map({p.left, p.M, p.K, p.ld_left, kGemmBlockM, kGemmBlockK, p.dtype}, &maps->left);
   if (status == Status::ok) status = tensor_map(right_view(p.right, p.K, p.ld_right), &maps->right);
   if (status == Status::ok) status = tensor_map({p.out, p.M, p.N, p.ld_out, 64, 64, p.dtype}, &maps->out);
-  maps->low = maps->low_right = maps->rank = maps->h = maps->dh = maps->x = maps->left;
+  maps->low = maps->thin = maps->down = maps->h = maps->dh = maps->x = maps->left;
   if (status == Status::ok && p.R > 0)
     status = tensor_map({p.low, p.M, p.R, p.ld_low, kGemmBlockM, kGemmBlockK, p.dtype}, &maps->low);
-  if (status == Status::ok && p.R > 0)
-    status = tensor_map(right_view(p.low_right, p.R, p.ld_low_right), &maps->low_right);
+  if (status == Status::ok && p.R > 0) status = tensor_map(right_view(p.thin, p.R, p.ld_thin), &maps->thin);
   if (status == Status::ok && c.kind.rank_tile) {
-    const MatrixView rank = backward ? MatrixView{p.rank, p.K, p.R, p.ld_rank, kGemmBlockK, c.kind.rank_tile, p.dtype}
-                                     : MatrixView{p.rank, p.R, p.K, p.ld_rank, c.kind.rank_tile, kGemmBlockK, p.dtype};
-    status = tensor_map(rank, &maps->rank);
+    const MatrixView down = backward ? MatrixView{p.down, p.K, p.R, p.ld_down, kGemmBlockK, c.kind.rank_tile, p.dtype}
+                                     : MatrixView{p.down, p.R, p.K, p.ld_down, c.kind.rank_tile, kGemmBlockK, p.dtype};
+    status = tensor_map(down, &maps->down);
   }
   if (status == Status::ok && p.dB)
     status = tensor_map({p.h, p.M, p.R, p.ld_h, kGemmBlockM, c.kind.rank_tile, p.dtype}, &maps->h);
@@ -64,7 +63,7 @@ template <class C> Status run(const GemmConfig& c, const GemmParams& p, Target& 
                      p.scale,
                      p.dropout.scale()};
   return launch<lora_gemm_kernel<C>>(Grid{c.grid, C::kThreads, C::kKind.smem_bytes(), kGemmCluster}, target, maps.left,
-                                     maps.right, maps.low, maps.low_right, maps.rank, maps.out, maps.h, maps.dh, maps.x,
+                                     maps.right, maps.low, maps.thin, maps.down, maps.out, maps.h, maps.dh, maps.x,
                                      args);
 }
 

@@ -12,62 +12,62 @@
 namespace fused_lora::gemm {
 
 struct Maps {
-  const CUtensorMap *left, *right, *low, *low_right, *rank, *h, *dh, *x;
+  const CUtensorMap *left, *right, *low, *thin, *down, *h, *dh, *x;
 };
 
 // 128 rows of h or dh for the gradients.
-template <class C> PTX_FN void load_thin(Smem<C>& s, const CUtensorMap* map, int row, uint32_t& phase) {
-  ptx::wait(&s.thin_empty, phase ^ 1);
-  ptx::arrive_expect(&s.thin_full, sizeof s.side);
-  ptx::tma_load(s.side, map, &s.thin_full, row, 0);
+template <class C> PTX_FN void load_side(Smem<C>& s, const CUtensorMap* map, int row, uint32_t& phase) {
+  ptx::wait(&s.side_empty, phase ^ 1);
+  ptx::arrive_expect(&s.side_full, sizeof s.side);
+  ptx::tma_load(s.side, map, &s.side_full, row, 0);
   phase ^= 1;
 }
 
 // One k-block of a left and a right operand; this block's half of the right one goes to both blocks.
 template <class C>
 PTX_FN void load_block(Smem<C>& s, int slot, const CUtensorMap* left, const CUtensorMap* right, int row, int col, int k,
-                       uint32_t rank) {
+                       uint32_t cta) {
   constexpr uint16_t kBoth = (1 << kCluster) - 1;
   ptx::tma_load(s.left[slot], left, &s.full[slot], row, k);
   if constexpr (C::kRightMN) {
     for (int i = 0; i < C::kLoadRows / 64; ++i) {  // 64 columns, 64 k
-      const int chunk = rank * (C::kLoadRows / 64) + i;
+      const int chunk = cta * (C::kLoadRows / 64) + i;
       ptx::tma_load_multicast(&s.right[slot][chunk * 64 * kBlockK], right, &s.full[slot], k, col + chunk * 64, kBoth);
     }
   } else {
-    const int first = rank * C::kLoadRows;
+    const int first = cta * C::kLoadRows;
     ptx::tma_load_multicast(&s.right[slot][first * kBlockK], right, &s.full[slot], col + first, k, kBoth);
   }
 }
 
 // Warpgroup 0, thread 0: keeps the ring full.
 template <class C>
-PTX_FN void load_tiles(Smem<C>& s, const Maps& maps, const Args<typename C::T>& args, uint32_t rank, int drawn) {
+PTX_FN void load_tiles(Smem<C>& s, const Maps& maps, const Args<typename C::T>& args, uint32_t cta, int drawn) {
   constexpr uint32_t kBytes = (kBlockM + C::kBlockN) * kBlockK * 2;
   const int k_blocks = (args.K + kBlockK - 1) / kBlockK, low_blocks = (args.R + kBlockK - 1) / kBlockK;
   Ring<C::kStages> ring;
   Tiles<C> tiles(s, args.M, args.N);
-  uint32_t thin_phase = 0;
+  uint32_t side_phase = 0;
   ptx::prefetch(maps.left);
   ptx::prefetch(maps.right);
-  if constexpr (C::kOneLaunch) tiles.hand_out(rank, drawn);
+  if constexpr (C::kOneLaunch) tiles.hand_out(cta, drawn);
   while (tiles.number < tiles.count()) {
     const TileIndex tile = tiles.index();
-    const int row = (tile.row * kCluster + rank) * kBlockM, col = tile.col * C::kBlockN;
+    const int row = (tile.row * kCluster + cta) * kBlockM, col = tile.col * C::kBlockN;
     const bool first = C::kOneLaunch && tile.col == 0;
     for (int k = 0; k < k_blocks; ++k) {
       ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);
       ptx::arrive_expect(&s.full[ring.slot], kBytes + (first ? C::kRank * kBlockK * 2 : 0));
-      load_block<C>(s, ring.slot, maps.left, maps.right, row, col, k * kBlockK, rank);
+      load_block<C>(s, ring.slot, maps.left, maps.right, row, col, k * kBlockK, cta);
       if (first)
-        ptx::tma_load(s.rank[ring.slot], maps.rank, &s.full[ring.slot], C::kRightMN ? k * kBlockK : 0,
+        ptx::tma_load(s.down[ring.slot], maps.down, &s.full[ring.slot], C::kRightMN ? k * kBlockK : 0,
                       C::kRightMN ? 0 : k * kBlockK);
       ring.next();
       if (C::kGradients && args.dB && k == min(C::kStages, k_blocks) - 1)
-        load_thin<C>(s, maps.h, row, thin_phase);  // may wait: the ring is full first
+        load_side<C>(s, maps.h, row, side_phase);  // may wait: the ring is full first
     }
     if constexpr (C::kOneLaunch) {
-      if (rank == 0) drawn = atomicAdd(args.control, 1);
+      if (cta == 0) drawn = atomicAdd(args.control, 1);
       for (int r = row; r < min(row + kBlockM, args.M); r += 64) {
         while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {}
       }
@@ -76,24 +76,24 @@ PTX_FN void load_tiles(Smem<C>& s, const Maps& maps, const Args<typename C::T>& 
     for (int b = 0; b < low_blocks; ++b) {
       ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);
       ptx::arrive_expect(&s.full[ring.slot], kBytes);
-      load_block<C>(s, ring.slot, maps.low, maps.low_right, row, col, b * kBlockK, rank);
+      load_block<C>(s, ring.slot, maps.low, maps.thin, row, col, b * kBlockK, cta);
       ring.next();
     }
     if (C::kGradients && args.dA) {
-      load_thin<C>(s, maps.dh, row, thin_phase);
+      load_side<C>(s, maps.dh, row, side_phase);
       for (int c = 0; c < C::kBlockN; c += 64, ring.next()) {
         ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);
         ptx::arrive_expect(&s.full[ring.slot], kBlockM * kBlockK * 2);
         ptx::tma_load(s.left[ring.slot], maps.x, &s.full[ring.slot], row, col + c);
       }
     }
-    if constexpr (C::kOneLaunch) tiles.hand_out(rank, drawn);
+    if constexpr (C::kOneLaunch) tiles.hand_out(cta, drawn);
     else tiles.step();
   }
 }
 
 // Warpgroup 0, warps 1-3: the mask bits of each tile, one Philox call for 8 columns, while the consumers multiply.
-template <class C> PTX_FN void draw_masks(Smem<C>& s, const Args<typename C::T>& args, uint32_t rank) {
+template <class C> PTX_FN void draw_masks(Smem<C>& s, const Args<typename C::T>& args, uint32_t cta) {
   const int thread = threadIdx.x - 32;
   const uint64_t seed = static_cast<uint64_t>(*args.seed);
   Tiles<C> tiles(s, args.M, args.N);
@@ -101,7 +101,7 @@ template <class C> PTX_FN void draw_masks(Smem<C>& s, const Args<typename C::T>&
   uint32_t phase = 0;
   while (tiles.number < tiles.count()) {
     const TileIndex tile = tiles.index();
-    const int row = (tile.row * kCluster + rank) * kBlockM, col = tile.col * C::kBlockN;
+    const int row = (tile.row * kCluster + cta) * kBlockM, col = tile.col * C::kBlockN;
     ptx::wait(&s.mask_empty, phase ^ 1);
     for (int w = thread; w < kBlockM * C::kMaskWords; w += kMaskThreads) {
       uint32_t bits = 0;

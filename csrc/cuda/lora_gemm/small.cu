@@ -135,9 +135,9 @@ __global__ void __launch_bounds__(kThreads, kRows > 64 ? 1 : 2)
 #ifdef FUSED_LORA_SM90A
   static_assert(sizeof(Smem<T, kRows>) + 1024 <= small_smem_bytes(kRows));
   Smem<T, kRows>& s = *reinterpret_cast<Smem<T, kRows>*>(ptx::dynamic_smem());
-  const int group = threadIdx.x / 128, thread = threadIdx.x % 128, rank = static_cast<int>(ptx::cluster_rank());
+  const int group = threadIdx.x / 128, thread = threadIdx.x % 128, cta = static_cast<int>(ptx::cta_in_cluster());
   const int col = blockIdx.x / p.splits * kCols, k_blocks = (p.K + kBlockK - 1) / kBlockK,
-            begin = rank * k_blocks / p.splits, end = (rank + 1) * k_blocks / p.splits;
+            begin = cta * k_blocks / p.splits, end = (cta + 1) * k_blocks / p.splits;
   if (threadIdx.x == 0) {
     for (int i = 0; i < s.kStages; ++i) {
       ptx::barrier_init(&s.full[i], 1);
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, kRows > 64 ? 1 : 2)
   }
   ptx::cluster_sync();
   const int share = kCols / p.splits;
-  finish(s, p, col, rank * share, share, col == 0 && rank == 0);
+  finish(s, p, col, cta * share, share, col == 0 && cta == 0);
   ptx::cluster_sync();  // nobody leaves while the others may still read here
 #endif
 }

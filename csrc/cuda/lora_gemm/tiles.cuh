@@ -32,7 +32,7 @@ template <class T_, int kBlockN_, int kRank_, bool kBackward, bool kDropout> str
   static_assert(kRank == 0 || kRank == 16 || kRank == 32 || kRank == 64);
   static_assert(!kDropsLeft || kOneLaunch);
   static_assert(kStages >= 3 && (!kMasked || kRank || kStages >= kMaxRank / kBlockK),
-                "all low-rank blocks of a masked tile must fit into the ring");
+                "all low-cta blocks of a masked tile must fit into the ring");
 };
 
 constexpr int kFourthBarrier = 3;  // the named barrier of the fourth warpgroup; 1 and 2 are the consumers'
@@ -42,12 +42,12 @@ template <class C> struct __align__(1024) Smem {
   typename C::T left[C::kStages][kBlockM * kBlockK];
   typename C::T right[C::kStages][C::kBlockN * kBlockK];
   typename C::T out[2][64 * 64];  // one for each warpgroup
-  typename C::T rank[C::kOneLaunch ? C::kStages : 1][C::kOneLaunch ? C::kRank * kBlockK : 8];
+  typename C::T down[C::kOneLaunch ? C::kStages : 1][C::kOneLaunch ? C::kRank * kBlockK : 8];
   // The fourth warpgroup's: the masked left tile; or 128 rows of h, then of dh.
   typename C::T side[C::kDropsLeft ? kBlockM * kBlockK : C::kGradients ? kBlockM * C::kRank : 8];
   uint32_t mask[C::kMasked ? kBlockM * C::kMaskWords : 1];
   uint64_t full[C::kStages], empty[C::kStages];
-  uint64_t tile_full[2], tile_empty[2], mask_full, mask_empty, thin_full, thin_empty;
+  uint64_t tile_full[2], tile_empty[2], mask_full, mask_empty, side_full, side_empty;
   int tile[2];
 };
 
@@ -107,8 +107,8 @@ template <class C> struct Tiles {
     ring.next();
   }
   // The loader's turn: block 0 hands out `drawn`, and each block expects it.
-  PTX_FN void hand_out(uint32_t rank, int drawn) {
-    if (rank == 0) {
+  PTX_FN void hand_out(uint32_t cta, int drawn) {
+    if (cta == 0) {
       ptx::wait(&s.tile_empty[ring.slot], ring.phase ^ 1);
       for (int block = 0; block < kCluster; ++block)
         ptx::store_remote(&s.tile[ring.slot], drawn, &s.tile_full[ring.slot], block);

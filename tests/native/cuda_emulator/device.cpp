@@ -86,11 +86,11 @@ Thread* new_thread(Block* block, int index) {
 
 Cluster* new_cluster(int first_block, int blocks, int threads, int smem_bytes) {
   auto* cluster = new Cluster;
-  for (int rank = 0; rank < blocks; ++rank) {
+  for (int cta = 0; cta < blocks; ++cta) {
     auto* b = new Block{};
     b->cluster = cluster;
-    b->rank = rank;
-    b->index = first_block + rank;
+    b->cta = cta;
+    b->index = first_block + cta;
     b->smem_bytes = smem_bytes;
     b->smem = take(free_smem, kSmemBytes);
     std::memset(b->smem, 0xff, kSmemBytes);  // NaN

@@ -63,7 +63,7 @@ struct Cluster;
 
 struct Block {
   Cluster* cluster;
-  int rank, index, smem_bytes;
+  int cta, index, smem_bytes;  // cta: place in the cluster
   uint8_t* smem;
   std::vector<Thread*> threads;
   int running;

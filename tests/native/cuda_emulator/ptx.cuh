@@ -142,7 +142,7 @@ template <class T> void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
 
 // ---- clusters, barriers
 // ---------------------------------------------------------------------------------------------------------------------
-inline uint32_t cluster_rank() { return static_cast<uint32_t>(self().block->rank); }
+inline uint32_t cta_in_cluster() { return static_cast<uint32_t>(self().block->cta); }
 inline void cluster_sync() {
   emulator::Cluster& c = *self().block->cluster;
   emulator::meet(c.meet, static_cast<int>(c.blocks.size() * c.blocks[0]->threads.size()));
@@ -166,10 +166,10 @@ struct Mbarrier {
 };
 static_assert(sizeof(Mbarrier) == 8);
 inline Mbarrier& mbarrier(void* p) { return *static_cast<Mbarrier*>(p); }
-inline void* in_block(const void* p, uint32_t rank) {
+inline void* in_block(const void* p, uint32_t cta) {
   const auto& blocks = self().block->cluster->blocks;
-  if (rank >= blocks.size()) fail("no block %u in the cluster", rank);
-  return blocks[rank]->smem + shared(p);
+  if (cta >= blocks.size()) fail("no block %u in the cluster", cta);
+  return blocks[cta]->smem + shared(p);
 }
 
 inline void barrier_init(uint64_t* bar, int arrivals) {
@@ -179,23 +179,23 @@ inline void barrier_init(uint64_t* bar, int arrivals) {
   mbarrier(bar) = fresh;
 }
 inline void barrier_init_fence() {}
-inline void arrive_remote(uint64_t* bar, uint32_t rank) { mbarrier(in_block(bar, rank)).change(1, 0); }
-inline void arrive(uint64_t* bar) { arrive_remote(bar, cluster_rank()); }
-inline void arrive_expect(uint64_t* bar, uint32_t bytes) { mbarrier(in_block(bar, cluster_rank())).change(1, bytes); }
+inline void arrive_remote(uint64_t* bar, uint32_t cta) { mbarrier(in_block(bar, cta)).change(1, 0); }
+inline void arrive(uint64_t* bar) { arrive_remote(bar, cta_in_cluster()); }
+inline void arrive_expect(uint64_t* bar, uint32_t bytes) { mbarrier(in_block(bar, cta_in_cluster())).change(1, bytes); }
 inline void wait(uint64_t* bar, uint32_t parity) {
-  const Mbarrier* b = &mbarrier(in_block(bar, cluster_rank()));
+  const Mbarrier* b = &mbarrier(in_block(bar, cta_in_cluster()));
   if (b->phase == parity) emulator::wait_until([b, parity] { return b->phase != parity; });
 }
 inline void wait_cluster(uint64_t* bar, uint32_t parity) { wait(bar, parity); }
-inline float4 load_remote(const float4* p, uint32_t rank) {
+inline float4 load_remote(const float4* p, uint32_t cta) {
   aligned(shared(p), 16, "ld.shared::cluster.v4 from");
   float4 v;
-  std::memcpy(&v, in_block(p, rank), sizeof v);
+  std::memcpy(&v, in_block(p, cta), sizeof v);
   return v;
 }
-inline void store_remote(int* slot, int value, uint64_t* bar, uint32_t rank) {
-  int* const to = static_cast<int*>(in_block(slot, rank));
-  void* const there = in_block(bar, rank);
+inline void store_remote(int* slot, int value, uint64_t* bar, uint32_t cta) {
+  int* const to = static_cast<int*>(in_block(slot, cta));
+  void* const there = in_block(bar, cta);
   emulator::later([=] {
     *to = value;
     mbarrier(there).change(0, -4);
@@ -235,10 +235,10 @@ inline void tma_load_multicast(void* dst, const CUtensorMap* map, uint64_t* bar,
   const uint32_t to = shared(dst);
   aligned(to, static_cast<uint32_t>(m.box_cols * 2 * 8), "TMA load to");
   shared(static_cast<uint8_t*>(dst) + m.bytes() - 1);
-  for (uint32_t rank = 0; rank < self().block->cluster->blocks.size(); ++rank)
-    if (blocks >> rank & 1) {
-      uint8_t* const smem = self().block->cluster->blocks[rank]->smem;
-      void* const there = in_block(bar, rank);
+  for (uint32_t cta = 0; cta < self().block->cluster->blocks.size(); ++cta)
+    if (blocks >> cta & 1) {
+      uint8_t* const smem = self().block->cluster->blocks[cta]->smem;
+      void* const there = in_block(bar, cta);
       emulator::later([=] {
         load_box(smem, to, m, row, col);
         mbarrier(there).change(0, -m.bytes());
@@ -246,7 +246,7 @@ inline void tma_load_multicast(void* dst, const CUtensorMap* map, uint64_t* bar,
     }
 }
 inline void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, int row, int col) {
-  tma_load_multicast(dst, map, bar, row, col, static_cast<uint16_t>(1u << cluster_rank()));
+  tma_load_multicast(dst, map, bar, row, col, static_cast<uint16_t>(1u << cta_in_cluster()));
 }
 inline void tma_store(const CUtensorMap* map, const void* src, int row, int col) {
   touch_memory();
