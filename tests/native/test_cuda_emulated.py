@@ -255,31 +255,23 @@ def test_bitwise_determinism(schedule):
         )
 
 
-@pytest.mark.parametrize(
-    "kernel, line, instead, shape",
-    [
-        # the loader's wait for h; the wait before the staging tile is written again
-        (
-            "loader.cuh",
-            "while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {",
-            "while (false) {",
-            (600, 520, 328, 16),
-        ),
-        ("kernel.cuh", "if (thread == 0) ptx::tma_store_wait_read();", "", (600, 520, 328, 16)),
-        # the gradients' wait for h
-        (
-            "gradients.cuh",
-            "ptx::wait(&s.side_full, side_phase);\n        multiply_rows",
-            "multiply_rows",
-            (600, 520, 328, 16),
-        ),
-        # the loader's wait before dh takes the place of h
-        ("loader.cuh", "ptx::wait(&s.side_empty, phase ^ 1);", "", (600, 520, 328, 16)),
-        # the sums' waits for the ring to be through and for the other blocks' sums
-        ("small.cu", "__syncthreads();  // the ring is through: the sums take its place", "", (65, 136, 1000, 16)),
-        ("small.cu", "ptx::cluster_sync();\n  const int share", "const int share", (65, 136, 1000, 16)),
-    ],
-)
+LARGE, SMALL = (600, 520, 328, 16), (65, 136, 1000, 16)
+# A kernel file, a wait of it, what stands there instead, and a shape whose result it spoils.
+WAITS = [
+    # the loader's wait for h; the wait before the staging tile is written again
+    ("loader.cuh", "while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {", "while (false) {", LARGE),
+    ("consumer.cuh", "if (thread == 0) ptx::tma_store_wait_read();", "", LARGE),
+    # the gradients' wait for h
+    ("gradients.cuh", "ptx::wait(&s.side_full, side_phase);\n        multiply_rows", "multiply_rows", LARGE),
+    # the loader's wait before dh takes the place of h
+    ("loader.cuh", "ptx::wait(&s.side_empty, side_phase ^ 1);", "", LARGE),
+    # the sums' waits for the ring to be through and for the other blocks' sums
+    ("small.cu", "__syncthreads();  // the ring is through: the sums take its place", "", SMALL),
+    ("small.cu", "ptx::cluster_sync();\n  const int share", "const int share", SMALL),
+]
+
+
+@pytest.mark.parametrize("kernel, line, instead, shape", WAITS)
 def test_a_missing_wait_shows(library, tmp_path, monkeypatch, poison, kernel, line, instead, shape):
     """The tests above can fail: the same sources without one wait."""
     shutil.copytree(library.parent / "csrc", tmp_path / "csrc")
@@ -291,6 +283,5 @@ def test_a_missing_wait_shows(library, tmp_path, monkeypatch, poison, kernel, li
     with pytest.raises((AssertionError, RuntimeError), match="elements differ|deadlock|an mbarrier has more arrivals"):
         for seed in range(1, 11):
             schedule(resident_blocks=8, delay=400, freeze=3000, seed=seed)
-            check(
-                shape, torch.bfloat16, seed=seed
-            )  # other values each time: memory used again must not hold the right ones
+            # other values each time: memory used again must not hold the right ones
+            check(shape, torch.bfloat16, seed=seed)

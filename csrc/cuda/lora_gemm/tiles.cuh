@@ -1,5 +1,5 @@
-// lora_gemm's shared memory, its ring of barriers, and the order in which a cluster takes tiles; kernel.cuh
-// tells the rest.
+// What the roles of lora_gemm share: an instance's traits, its arguments and shared memory, and the order in which a
+// cluster takes tiles. schedule.cuh has the order of a tile's blocks, kernel.cuh tells the rest.
 #pragma once
 
 #include "cuda/heuristics.h"
@@ -8,16 +8,19 @@
 namespace fused_lora::gemm {
 
 constexpr int kMaskThreads = 96, kBlockM = kGemmBlockM, kBlockK = kGemmBlockK, kCluster = kGemmCluster;
+constexpr int kFourth = 2;  // the fourth warpgroup's number among those that read staged tiles; 0 and 1 multiply
 
 template <class T_, int kBlockN_, int kRank_, bool kBackward, bool kDropout> struct Traits {
   using T = T_;
-  static constexpr GemmKind kKind{kBlockN_, kRank_, kBackward, kDropout};
-  static constexpr int kBlockN = kBlockN_, kRank = kRank_, kStages = kKind.stages(),
-                       kMaskWords = kBlockN / 32;  // of one row
+  static constexpr GemmKind kKind{.block_n = kBlockN_, .rank_tile = kRank_, .backward = kBackward, .dropout = kDropout};
+  static constexpr int kBlockN = kBlockN_, kRank = kRank_, kStages = kKind.stages();
+  static constexpr int kChunks = kBlockN / 64;     // of 64 columns, in which a tile is stored and x comes
+  static constexpr int kMaskWords = kBlockN / 32;  // of one row
   static constexpr bool kRightMN = kBackward, kMasked = kBackward && kDropout, kOneLaunch = kRank > 0;
   static constexpr bool kGradients = kKind.gradients(), kDropsLeft = kKind.drops_left();
-  static constexpr int kThreads = 128 * kKind.warpgroups(),
-                       kConsumers = kKind.warpgroups() - 1;  // warpgroups that read a staged tile
+  static constexpr bool kMakesLow = kOneLaunch && !kDropsLeft;  // in the warpgroups that multiply
+  static constexpr int kThreads = 128 * kKind.warpgroups();
+  static constexpr int kConsumers = kKind.warpgroups() - 1;  // warpgroups that read a staged tile
   // Registers of a thread in each role: an SM has 512 for four of them.
   static constexpr int kLoaderRegisters = kMasked ? 56 : 40;
   static constexpr int kFourthRegisters = kConsumers < 3   ? 0
@@ -26,16 +29,13 @@ template <class T_, int kBlockN_, int kRank_, bool kBackward, bool kDropout> str
                                           : kBlockN == 128 ? 104
                                                            : 56;
   static constexpr int kConsumerRegisters = (512 - kLoaderRegisters - kFourthRegisters) / 16 * 8;
-  static constexpr int kLoadRows =
-      kBlockN / kCluster;  // rows or columns of the right operand that each block loads for both
+  static constexpr int kLoadRows = kBlockN / kCluster;  // of the right operand, rows or columns that each block loads
   static_assert(kBlockN == 128 || kBlockN == 256);
   static_assert(kRank == 0 || kRank == 16 || kRank == 32 || kRank == 64);
   static_assert(!kDropsLeft || kOneLaunch);
   static_assert(kStages >= 3 && (!kMasked || kRank || kStages >= kMaxRank / kBlockK),
-                "all low-cta blocks of a masked tile must fit into the ring");
+                "all low-rank blocks of a masked tile must fit into the ring");
 };
-
-constexpr int kFourthBarrier = 3;  // the named barrier of the fourth warpgroup; 1 and 2 are the consumers'
 
 // Every tile starts on 1024 bytes, where the swizzle's pattern starts.
 template <class C> struct __align__(1024) Smem {
@@ -76,38 +76,51 @@ template <int kSlots> struct Ring {
   }
 };
 
-// The tiles of this cluster, one object in each role (loader, mask, consumers). Without flags to wait for every cluster
-// takes each n-th tile; with them the first block's loader draws numbers from the counter and hands them to both
-// blocks.
+// This block's part of a tile: 128 rows and kBlockN columns of out.
+struct Place {
+  int row, col;  // the first of each
+  int col_tile;  // the tile's column among tiles
+};
+
+// The tiles of this cluster, one object in each role. Without flags to wait for every cluster takes each n-th tile;
+// with them the first block's loader draws numbers from the counter and hands them to both blocks.
 template <class C> struct Tiles {
   Smem<C>& s;
   const int row_tiles, col_tiles;
+  const uint32_t cta;
   Ring<2> ring;
   int number;
 
-  PTX_FN Tiles(Smem<C>& smem, int M, int N)
+  PTX_FN Tiles(Smem<C>& smem, const Args<typename C::T>& args, uint32_t cta)
       : s(smem),
-        row_tiles((M + kBlockM * kCluster - 1) / (kBlockM * kCluster)),
-        col_tiles((N + C::kBlockN - 1) / C::kBlockN),
+        row_tiles((args.M + kBlockM * kCluster - 1) / (kBlockM * kCluster)),
+        col_tiles((args.N + C::kBlockN - 1) / C::kBlockN),
+        cta(cta),
         number(blockIdx.x / kCluster) {
     if constexpr (C::kOneLaunch) number = 0;
   }
-  PTX_FN int count() const { return row_tiles * col_tiles; }
-  PTX_FN TileIndex index() const { return gemm_tile(number, row_tiles, col_tiles, C::kOneLaunch); }
-  PTX_FN void step() { number += gridDim.x / kCluster; }
-
-  // Readers: read() the number of the next tile; release() when the role is through with it, in all its threads, one of
-  // which speaks.
-  PTX_FN void read() {
-    ptx::wait_cluster(&s.tile_full[ring.slot], ring.phase);
-    number = *const_cast<volatile int*>(&s.tile[ring.slot]);
+  PTX_FN bool more() const { return number < row_tiles * col_tiles; }
+  PTX_FN Place place() const {
+    const TileIndex tile = gemm_tile(number, row_tiles, col_tiles, C::kOneLaunch);
+    return {.row = static_cast<int>((tile.row * kCluster + cta) * kBlockM),
+            .col = tile.col * C::kBlockN,
+            .col_tile = tile.col};
   }
-  PTX_FN void release(bool speaks) {
-    if (speaks) ptx::arrive_remote(&s.tile_empty[ring.slot], 0);
-    ring.next();
+
+  // For all roles but the loader. All threads of a role call both; the one that `speaks` says when they are through.
+  PTX_FN void first() {
+    if constexpr (C::kOneLaunch) read();
+  }
+  PTX_FN void next(bool speaks) {
+    if constexpr (C::kOneLaunch) {
+      release(speaks);
+      read();
+    } else {
+      step();
+    }
   }
   // The loader's turn: block 0 hands out `drawn`, and each block expects it.
-  PTX_FN void hand_out(uint32_t cta, int drawn) {
+  PTX_FN void hand_out(int drawn) {
     if (cta == 0) {
       ptx::wait(&s.tile_empty[ring.slot], ring.phase ^ 1);
       for (int block = 0; block < kCluster; ++block)
@@ -117,18 +130,25 @@ template <class C> struct Tiles {
     read();
     release(true);
   }
-  // Consumers of the number in a block: the loader, the warpgroups, three mask warps.
+  PTX_FN void step() { number += gridDim.x / kCluster; }
+  // Readers of a number in the cluster: the loaders, the warpgroups, three mask warps.
   static constexpr int kReaders = kCluster * (1 + C::kConsumers + (C::kMasked ? 3 : 0));
+
+ private:
+  PTX_FN void read() {
+    ptx::wait_cluster(&s.tile_full[ring.slot], ring.phase);
+    number = *const_cast<volatile int*>(&s.tile[ring.slot]);
+  }
+  PTX_FN void release(bool speaks) {
+    if (speaks) ptx::arrive_remote(&s.tile_empty[ring.slot], 0);
+    ring.next();
+  }
 };
 
-// A consumer warpgroup is through with a slot: both blocks' loaders write to it. All its warps must have seen the slot
-// full, by a product or a
-// barrier: one that looks when the slot is full again sees the other parity, and waits for ever.
-template <class C> PTX_FN void free_slot(Smem<C>& s, int slot, int thread) {
-  if (thread < kCluster) ptx::arrive_remote(&s.empty[slot], thread);
-}
+// The named barrier of a warpgroup that reads staged tiles: number `group` among these.
+PTX_FN void sync_group(int group) { ptx::named_barrier(1 + group, 128); }
 
-// low = scale * low_acc in dtype for 64 rows, and their flag. One warpgroup, its named barrier 1 + group.
+// low = scale * low_acc in dtype for 64 rows, and their flag. One warpgroup.
 template <class C, int kLow>
 PTX_FN void publish(const float (&low_acc)[kLow], const Args<typename C::T>& args, int row, int group, int thread) {
   const int r0 = row + thread / 32 * 16 + thread % 32 / 4, c0 = thread % 4 * 2;
@@ -144,7 +164,7 @@ PTX_FN void publish(const float (&low_acc)[kLow], const Args<typename C::T>& arg
   }
   __threadfence();
   ptx::fence_proxy();
-  ptx::named_barrier(1 + group, 128);
+  sync_group(group);
   if (thread == 0) ptx::store_release(args.control + kControlFlags + row / 64, 1);
 }
 

@@ -1,0 +1,79 @@
+// The ring of staged blocks: what goes through it for one tile, and in which order. Every role walks this schedule.
+//
+//   k_blocks     left and right, 64 deep; in column 0 of a one-launch GEMM the same part of down, too
+//   low_blocks   64 ranks of low and thin
+//   x_blocks     64 of the tile's columns of x, where dA is made in dx's launch
+//
+// A role has a method for each of the three and takes every block that it is given, in order. It may hold as many
+// blocks at once as the ring has slots: what waits for a block behind those, waits for ever.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace fused_lora::gemm {
+
+// So many blocks that come next in the ring; `for (const int i : blocks)` walks them and leaves the ring behind them.
+template <class C> struct Blocks {
+  Ring<C::kStages>& ring;
+  int count;
+
+  struct Iterator {
+    Ring<C::kStages>& ring;
+    int i;
+    PTX_FN int operator*() const { return i; }
+    PTX_FN bool operator!=(int end) const { return i < end; }
+    PTX_FN void operator++() {
+      ++i;
+      ring.next();
+    }
+  };
+  PTX_FN Iterator begin() const { return {ring, 0}; }
+  PTX_FN int end() const { return count; }
+};
+
+// The same of x, whose number is known: all of a tile's, if `any`.
+template <class C> struct XBlocks {
+  Ring<C::kStages>& ring;
+  bool any;
+
+  PTX_FN typename Blocks<C>::Iterator begin() const { return {ring, 0}; }
+  PTX_FN constexpr int end() const { return C::kChunks; }
+};
+
+template <class C> struct Schedule {
+  const Args<typename C::T>& args;
+
+  PTX_FN int k_blocks() const { return (args.K + kBlockK - 1) / kBlockK; }
+  PTX_FN int low_blocks() const { return (args.R + kBlockK - 1) / kBlockK; }
+  PTX_FN bool any_x() const { return C::kGradients && args.dA; }
+
+  template <class Role> PTX_FN void walk(Role& role, Ring<C::kStages>& ring, const Place& at) const {
+    role.k_blocks(Blocks<C>{ring, k_blocks()}, at);
+    role.low_blocks(Blocks<C>{ring, low_blocks()}, at);
+    role.x_blocks(XBlocks<C>{ring, any_x()}, at);
+  }
+  PTX_FN Blocks<C> all(Ring<C::kStages>& ring) const {
+    return {ring, k_blocks() + low_blocks() + (any_x() ? C::kChunks : 0)};
+  }
+};
+
+// A warpgroup is through with a slot, to which the loaders of both blocks write. All its warps must have seen the slot
+// full, by a product or a barrier: one that looks when the slot is full again sees the other parity, and waits for
+// ever.
+template <class C> PTX_FN void free_slot(Smem<C>& s, int slot, int thread) {
+  if (thread < kCluster) ptx::arrive_remote(&s.empty[slot], thread);
+}
+
+// A block that a warpgroup does not use.
+template <class C> PTX_FN void pass_block(Smem<C>& s, const Ring<C::kStages>& ring, int group, int thread) {
+  ptx::wait(&s.full[ring.slot], ring.phase);
+  sync_group(group);
+  free_slot<C>(s, ring.slot, thread);
+}
+
+template <class C> PTX_FN void pass_blocks(Smem<C>& s, const Blocks<C>& blocks, int group, int thread) {
+#pragma unroll 1
+  for ([[maybe_unused]] const int i : blocks) pass_block<C>(s, blocks.ring, group, thread);
+}
+
+}  // namespace fused_lora::gemm
