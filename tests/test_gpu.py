@@ -53,10 +53,10 @@ def test_several_tiles_a_program(name, M, N, K, width, R, dropout_p):
     """The sizes that are timed: exact integers, and the error of dense inputs."""
     if name == "cuda":
         sms = torch.cuda.get_device_properties(0).multi_processor_count
-        both = [
-            _C.cuda_forward_plan(M, N, K, R, 2, 2, False, sms),
-            _C.cuda_backward_plan(M, N, K, R, 2, 2, False, True, True, True, True, False, sms),
-        ]
+        bf16 = _C.dtype_codes["bfloat16"]
+        sizes = dict(M=M, N=N, K=K, R=R, dtype=bf16, adapter_dtype=bf16, dropout=False, sms=sms)
+        needs = dict(need_x=True, need_A=True, need_B=True, need_bias=True, deterministic=False)
+        both = [_C.cuda_forward_plan(**sizes), _C.cuda_backward_plan(**sizes, **needs)]
         for gemm in (plan["gemm"] for plan in both):
             assert gemm["block_n"] == width and 2 * gemm["row_tiles"] * gemm["col_tiles"] > gemm["grid"], (
                 "the case no longer tests what it is for"

@@ -1,9 +1,11 @@
-// pybind11 only: integers in, Status -> exception. In builds with CUDA.
+// The CUDA back end's two calls for Python: addresses, sizes and strides in by keyword, Status -> exception. In builds
+// with CUDA.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
 
+#include "keywords.h"
 #include "lora.h"
 
 namespace py = pybind11;
@@ -11,77 +13,58 @@ using namespace fused_lora;
 
 namespace {
 
-template <class T> T* ptr(uintptr_t address) { return reinterpret_cast<T*>(address); }
-
 void check(Status status) {
   if (status == Status::ok) return;
   if (status == Status::launch_failed) throw std::runtime_error(std::string(message(status)) + ": " + cuda_failure());
   throw std::invalid_argument(message(status));
 }
+void forward(const CudaForwardParams& p) { check(cuda_forward(p)); }
+void backward(const CudaBackwardParams& p) { check(cuda_backward(p)); }
 
-void forward(uintptr_t x, int64_t ldx, uintptr_t W, int64_t ldw, uintptr_t A, uintptr_t B, uintptr_t bias, uintptr_t h,
-             uintptr_t y, uintptr_t workspace, int64_t workspace_bytes, int64_t M, int64_t N, int64_t K, int64_t R,
-             int dtype, int adapter_dtype, float scaling, uintptr_t seed, uint32_t threshold, int device,
-             uintptr_t stream) {
-  check(cuda_forward({ptr<void>(x),
-                      ptr<void>(W),
-                      ptr<void>(A),
-                      ptr<void>(B),
-                      ptr<void>(bias),
-                      ptr<void>(h),
-                      ptr<void>(y),
-                      ptr<void>(workspace),
-                      workspace_bytes,
-                      M,
-                      N,
-                      K,
-                      R,
-                      ldx,
-                      ldw,
-                      Dtype(dtype),
-                      Dtype(adapter_dtype),
-                      scaling,
-                      {ptr<int64_t>(seed), threshold},
-                      device,
-                      ptr<void>(stream)}));
-}
+using F = CudaForwardParams;
+constexpr Keyword<F> kForward[] = {
+    {"x", put<F, &F::x, &F::ldx>},
+    {"W", put<F, &F::W, &F::ldw>},
+    {"A", put<F, &F::A>},
+    {"B", put<F, &F::B>},
+    {"bias", put<F, &F::bias>},
+    {"h", put<F, &F::h>},
+    {"y", put<F, &F::y>},
+    {"workspace", put<F, &F::workspace, &F::workspace_bytes>},
+    {"sizes", put<F, &F::M, &F::N, &F::K, &F::R>},
+    {"dtypes", put<F, &F::dtype, &F::adapter_dtype>},
+    {"scaling", put<F, &F::scaling>},
+    {"dropout", put<F, &F::dropout>},
+    {"device", put<F, &F::device>},
+    {"stream", put<F, &F::stream>},
+};
 
-void backward(uintptr_t dy, int64_t lddy, uintptr_t x, int64_t ldx, uintptr_t W, int64_t ldw, uintptr_t A, uintptr_t B,
-              uintptr_t h, int64_t ldh, uintptr_t dx, uintptr_t dA, uintptr_t dB, uintptr_t dbias, uintptr_t workspace,
-              int64_t workspace_bytes, int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int adapter_dtype,
-              float scaling, uintptr_t seed, uint32_t threshold, bool deterministic, int device, uintptr_t stream) {
-  check(cuda_backward({ptr<void>(dy),
-                       ptr<void>(x),
-                       ptr<void>(W),
-                       ptr<void>(A),
-                       ptr<void>(B),
-                       ptr<void>(h),
-                       ptr<void>(dx),
-                       ptr<void>(dA),
-                       ptr<void>(dB),
-                       ptr<void>(dbias),
-                       ptr<void>(workspace),
-                       workspace_bytes,
-                       M,
-                       N,
-                       K,
-                       R,
-                       lddy,
-                       ldx,
-                       ldw,
-                       ldh,
-                       Dtype(dtype),
-                       Dtype(adapter_dtype),
-                       scaling,
-                       {ptr<int64_t>(seed), threshold},
-                       deterministic,
-                       device,
-                       ptr<void>(stream)}));
-}
+using D = CudaBackwardParams;
+constexpr Keyword<D> kBackward[] = {
+    {"dy", put<D, &D::dy, &D::lddy>},
+    {"x", put<D, &D::x, &D::ldx>},
+    {"W", put<D, &D::W, &D::ldw>},
+    {"A", put<D, &D::A>},
+    {"B", put<D, &D::B>},
+    {"h", put<D, &D::h, &D::ldh>},
+    {"dx", put<D, &D::dx>},
+    {"dA", put<D, &D::dA>},
+    {"dB", put<D, &D::dB>},
+    {"dbias", put<D, &D::dbias>},
+    {"workspace", put<D, &D::workspace, &D::workspace_bytes>},
+    {"sizes", put<D, &D::M, &D::N, &D::K, &D::R>},
+    {"dtypes", put<D, &D::dtype, &D::adapter_dtype>},
+    {"scaling", put<D, &D::scaling>},
+    {"dropout", put<D, &D::dropout>},
+    {"deterministic", put<D, &D::deterministic>},
+    {"device", put<D, &D::device>},
+    {"stream", put<D, &D::stream>},
+};
 
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  m.def("cuda_forward", &forward, py::call_guard<py::gil_scoped_release>());
-  m.def("cuda_backward", &backward, py::call_guard<py::gil_scoped_release>());
+  def_keywords<kForward, forward>(m, "cuda_forward", "Writes h and y; CudaForwardParams of csrc/lora.h.");
+  def_keywords<kBackward, backward>(m, "cuda_backward",
+                                    "Writes the gradients that are not null; CudaBackwardParams of csrc/lora.h.");
 }

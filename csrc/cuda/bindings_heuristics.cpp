@@ -3,7 +3,7 @@
 
 #include <stdexcept>
 
-#include "heuristics.h"
+#include "plans.h"
 
 namespace py = pybind11;
 using namespace fused_lora;
@@ -62,11 +62,12 @@ py::dict describe(const SmallConfig& c) {
 
 py::tuple describe(const Region& r) { return py::make_tuple(r.offset, r.bytes); }
 
-py::dict lora_gemm_config(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int sms, bool compute_h, bool dropout,
+py::dict lora_gemm_config(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int sms, bool makes_low, bool dropout,
                           bool backward) {
   half_dtype(dtype);
   require(K >= 1, "K must be at least 1");
-  const GemmConfig c = gemm_config(M, N, R, sms, compute_h, dropout, backward);
+  const GemmConfig c = gemm_config(
+      {.M = M, .N = N, .R = R, .sms = sms, .makes_low = makes_low, .dropout = dropout, .backward = backward});
   require(c.valid,
           "sizes must be 1 <= M, N < 2**31 - 512 and 0 <= R <= 256, with at least 2 SMs and fewer than 2**31 tiles");
   return describe(c);
@@ -80,7 +81,14 @@ py::tuple lora_gemm_tile(int t, int row_tiles, int col_tiles, bool column_first)
 }
 
 py::dict plan_forward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int adapter_dtype, bool dropout, int sms) {
-  const ForwardPlan p = forward_plan(M, N, K, R, half_dtype(dtype), Dtype(adapter_dtype), dropout, sms);
+  const ForwardPlan p = forward_plan({.M = M,
+                                      .N = N,
+                                      .K = K,
+                                      .R = R,
+                                      .dtype = half_dtype(dtype),
+                                      .adapter_dtype = Dtype(adapter_dtype),
+                                      .dropout = dropout,
+                                      .sms = sms});
   require(p.valid, "no plan for these sizes");
   static const char* const names[] = {"small", "gemm", "shrink", "h_gemm"};
   py::dict d;
@@ -99,8 +107,19 @@ py::dict plan_forward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int
 
 py::dict plan_backward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int adapter_dtype, bool dropout,
                        bool need_x, bool need_A, bool need_B, bool need_bias, bool deterministic, int sms) {
-  const BackwardPlan p = backward_plan(M, N, K, R, half_dtype(dtype), Dtype(adapter_dtype), dropout, need_x, need_A,
-                                       need_B, need_bias, deterministic, sms);
+  const BackwardPlan p = backward_plan({.M = M,
+                                        .N = N,
+                                        .K = K,
+                                        .R = R,
+                                        .dtype = half_dtype(dtype),
+                                        .adapter_dtype = Dtype(adapter_dtype),
+                                        .dropout = dropout,
+                                        .need_x = need_x,
+                                        .need_A = need_A,
+                                        .need_B = need_B,
+                                        .need_bias = need_bias,
+                                        .deterministic = deterministic,
+                                        .sms = sms});
   require(p.valid, "no plan for these sizes");
   static const char* const names[] = {"", "gemm", "shrink", "h_gemm"};
   py::dict d;
@@ -127,16 +146,21 @@ py::dict plan_backward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, in
 
 void bind_heuristics(py::module_& m) {
   using namespace py::literals;
-  m.def("lora_gemm_config", &lora_gemm_config, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "sms"_a, "compute_h"_a = true,
-        "dropout"_a = false, "backward"_a = false,
+  m.def("lora_gemm_config", &lora_gemm_config, py::kw_only(), "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "sms"_a,
+        "makes_low"_a = true, "dropout"_a = false, "backward"_a = false,
         "The tile, stages, shared memory and grid of out[M, N] = left[M, K] right + low[M, R] thin.");
-  m.def("lora_gemm_tile", &lora_gemm_tile, "t"_a, "row_tiles"_a, "col_tiles"_a, "column_first"_a,
+  m.def("lora_gemm_tile", &lora_gemm_tile, py::kw_only(), "t"_a, "row_tiles"_a, "col_tiles"_a, "column_first"_a,
         "(row, column) of tile number t.");
-  m.def("cuda_forward_plan", &plan_forward, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a, "dropout"_a,
-        "sms"_a, "What the CUDA forward launches and the workspace it needs.");
-  m.def("cuda_backward_plan", &plan_backward, "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a, "dropout"_a,
-        "need_x"_a, "need_A"_a, "need_B"_a, "need_bias"_a, "deterministic"_a, "sms"_a,
+  m.def("cuda_forward_plan", &plan_forward, py::kw_only(), "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a,
+        "dropout"_a, "sms"_a, "What the CUDA forward launches and the workspace it needs.");
+  m.def("cuda_backward_plan", &plan_backward, py::kw_only(), "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a,
+        "dropout"_a, "need_x"_a, "need_A"_a, "need_B"_a, "need_bias"_a, "deterministic"_a, "sms"_a,
         "What the CUDA backward launches and the workspace it needs.");
+  py::dict codes;
+  codes["float32"] = static_cast<int>(Dtype::f32);
+  codes["float16"] = static_cast<int>(Dtype::f16);
+  codes["bfloat16"] = static_cast<int>(Dtype::bf16);
+  m.attr("dtype_codes") = codes;  // torch's name of each dtype: its number in csrc/lora.h
   m.attr("cuda_max_rank") = kMaxRank;
   m.attr("cuda_smem_limit") = kSmemLimit;
 }

@@ -1,8 +1,7 @@
-// Which kernel, tile, grid and workspace a request gets: pure host functions of sizes, dtypes and the number of SMs.
+// Which kernel, tile and grid a request gets: pure host functions of sizes, dtypes and the number of SMs.
 //
 // Compiled in every build, exported by bindings_heuristics.cpp and tested without a GPU. The kernels take their
 // constants from here, so a plan and the kernel it names cannot disagree about shared memory or the order of tiles.
-// Sizes of regions are bytes.
 #pragma once
 
 #include <algorithm>
@@ -17,13 +16,11 @@ constexpr int kSmemLimit = 232448;  // dynamic shared memory of one block, compu
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
-constexpr int64_t padded_rank(int64_t R) {
-  return round_up(R, 8);
-}  // TMA wants rows of 16 bytes: row length of h, dh and the kernels' B
+// The row length of h, dh and the kernels' B: TMA wants rows of 16 bytes.
+constexpr int64_t padded_rank(int64_t R) { return round_up(R, 8); }
 constexpr int rank_tile_for(int64_t R) { return R <= 16 ? 16 : R <= 32 ? 32 : 64; }
 
-// ---- lora_gemm_sm90: out[M, N] = left[M, K] right + low[M, R] thin
-// ------------------------------------------------------------------
+// ---- lora_gemm: out[M, N] = left[M, K] right + low[M, R] thin
 constexpr int kGemmBlockM = 128, kGemmBlockK = 64, kGemmCluster = 2;
 
 // dA and dB inside dx's launch save a read of dy and overlap the read of x; predicted, not yet measured against wgrad's
@@ -65,8 +62,7 @@ struct TileIndex {
 };
 
 // Tile number t of a launch. Groups of 8 tile rows share their columns of the right operand in L2. With column_first
-// the tiles of column 0
-// lead: they publish h, so every tile depends on lower numbers only.
+// the tiles of column 0 lead: they publish low, so every tile depends on lower numbers only.
 constexpr TileIndex gemm_tile(int t, int row_tiles, int col_tiles, bool column_first) {
   int first_col = 0;
   if (column_first) {
@@ -88,7 +84,15 @@ struct GemmConfig {
 };
 
 // K does not enter: both tile widths walk the whole of it.
-inline GemmConfig gemm_config(int64_t M, int64_t N, int64_t R, int sms, bool compute_h, bool dropout, bool backward) {
+struct GemmRequest {
+  int64_t M, N, R;
+  int sms;
+  bool makes_low;  // in the same launch, where it can
+  bool dropout, backward;
+};
+
+inline GemmConfig gemm_config(const GemmRequest& request) {
+  const auto [M, N, R, sms, makes_low, dropout, backward] = request;
   GemmConfig c{};
   const int64_t rows = ceil_div(M, kGemmBlockM * kGemmCluster), clusters = sms / kGemmCluster;
   if (M < 1 || N < 1 || R < 0 || R > kMaxRank || clusters < 1) return c;
@@ -100,7 +104,7 @@ inline GemmConfig gemm_config(int64_t M, int64_t N, int64_t R, int sms, bool com
   c.kind.block_n = cost(128, 59) < cost(256, 100) ? 128 : 256;
   // One launch costs 3-5 % of the GEMM, a pass over x of its own 13 % (same shape, R = 16, H100, 2026-11-23). Above 64
   // ranks the accumulators don't fit.
-  c.kind.rank_tile = compute_h && R >= 1 && R <= 64 ? rank_tile_for(R) : 0;
+  c.kind.rank_tile = makes_low && R >= 1 && R <= 64 ? rank_tile_for(R) : 0;
   c.kind.backward = backward;
   c.kind.dropout = dropout && (backward || c.kind.rank_tile);  // the forward's mask matters to h alone
   const int64_t cols = ceil_div(N, c.kind.block_n);
@@ -113,8 +117,13 @@ inline GemmConfig gemm_config(int64_t M, int64_t N, int64_t R, int sms, bool com
   return c;
 }
 
+// What one launch needs zeroed: the tile counter, then (from 32 ints on) one flag for every 64 rows.
+constexpr int kControlFlags = 32;
+inline int64_t control_bytes(const GemmConfig& c) {
+  return c.kind.rank_tile ? 4 * (kControlFlags + int64_t{4} * c.row_tiles) : 0;
+}
+
 // ---- lora_gemm_small: y[M, N] and h for M <= 128, R <= 64
-// ---------------------------------------------------------------------------------
 constexpr int kSmallRows = 128, kSmallCols = 128, kSmallRank = 64,
               kSmallSplits = 8;         // 8: the largest cluster that every device takes
 constexpr int kSmemPerSm = 228 * 1024;  // of which every block takes 1 KiB for the system
@@ -153,14 +162,12 @@ inline SmallConfig small_config(int64_t M, int64_t N, int64_t K, int64_t R, int 
 }
 
 // ---- shrink: low[M, R] = scale * drop(left[M, K]) down
-// ----------------------------------------------------------------------------------
 constexpr int kShrinkRows = 32, kShrinkBlockK = 128, kShrinkStages = 4;
 constexpr int shrink_smem_bytes(int rank_tile) {
   return kShrinkStages * (kShrinkRows + rank_tile) * kShrinkBlockK * 2 + 1024;
 }
 
 // ---- wgrad: out[C, R] = left[M, C]^T low[M, R]
-// -------------------------------------------------------------------------------------------
 constexpr int kWgradCols = 128, kWgradRows = 64;
 constexpr int wgrad_stages(int rank_tile) { return rank_tile > 64 ? 3 : 4; }  // 3: two blocks fit an SM
 constexpr int wgrad_smem_bytes(int rank_tile) {
@@ -186,116 +193,6 @@ inline WgradConfig wgrad_config(int64_t M, int64_t col_tiles, int64_t R, int sms
       std::max<int64_t>(ceil_div(steps, wanted), std::min<int64_t>(steps, 4)) * kWgradRows;  // at least 4 steps each
   c.splits = static_cast<int>(ceil_div(std::max<int64_t>(1, M), c.rows_per_split));
   return c;
-}
-
-// ---- workspaces
-// ---------------------------------------------------------------------------------------------------------------------
-struct Region {
-  int64_t offset, bytes;  // bytes 0: not used
-};
-
-class Layout {
- public:
-  Region take(int64_t bytes) {
-    const Region r{end_, bytes};
-    end_ += round_up(bytes, 256);
-    return r;
-  }
-  int64_t bytes() const { return end_; }
-
- private:
-  int64_t end_ = 0;
-};
-
-// What one launch needs zeroed: the tile counter, then (from 32 ints on) one flag for every 64 rows.
-constexpr int kControlFlags = 32;
-inline int64_t control_bytes(const GemmConfig& c) {
-  return c.kind.rank_tile ? 4 * (kControlFlags + int64_t{4} * c.row_tiles) : 0;
-}
-
-struct ForwardPlan {
-  SmallConfig small;  // y and h, where `h_by` is in_small
-  GemmConfig gemm;    // y otherwise
-  GemmConfig h_gemm;  // h, where `h_by` is by_gemm
-  enum { in_small, in_gemm, shrink, by_gemm } h_by;
-  Region control, A, B;  // A and B in x's dtype with padded rows, where the caller's don't serve
-  int64_t bytes;
-  bool valid;
-};
-
-inline bool needs_copy_A(Dtype dtype, Dtype adapter_dtype) { return dtype != adapter_dtype; }
-inline bool needs_copy_B(int64_t R, Dtype dtype, Dtype adapter_dtype) { return dtype != adapter_dtype || R % 8 != 0; }
-inline bool fused_dtype(Dtype dtype) { return dtype == Dtype::f16 || dtype == Dtype::bf16; }
-
-inline ForwardPlan forward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dtype dtype, Dtype adapter_dtype,
-                                bool dropout, int sms) {
-  ForwardPlan p{};
-  if (!fused_dtype(dtype) || R < 1 || K < 1 || K > INT32_MAX - 512) return p;
-  if (!dropout) p.small = small_config(M, N, K, R, sms);
-  if (!p.small.valid) p.gemm = gemm_config(M, N, R, sms, true, dropout, false);
-  p.h_by = p.small.valid           ? ForwardPlan::in_small
-           : p.gemm.kind.rank_tile ? ForwardPlan::in_gemm
-           : dropout               ? ForwardPlan::shrink
-                                   : ForwardPlan::by_gemm;
-  if (p.h_by == ForwardPlan::by_gemm) p.h_gemm = gemm_config(M, R, 0, sms, false, false, false);
-  Layout layout;
-  p.control = layout.take(control_bytes(p.gemm));
-  p.A = layout.take(needs_copy_A(dtype, adapter_dtype) ? R * K * 2 : 0);
-  p.B = layout.take(needs_copy_B(R, dtype, adapter_dtype) ? N * padded_rank(R) * 2 : 0);
-  p.bytes = layout.bytes();
-  p.valid = p.small.valid || (p.gemm.valid && (p.h_by != ForwardPlan::by_gemm || p.h_gemm.valid));
-  return p;
-}
-
-struct BackwardPlan {
-  GemmConfig gemm;    // dx
-  GemmConfig h_gemm;  // dh, where `h_by` is by_gemm
-  enum { nobody, in_gemm, shrink, by_gemm } h_by;
-  bool bias_apart;         // dbias has a launch of its own
-  bool gradients;          // dA and dB come out of dx's launch, added up by atomics
-  WgradConfig wgrad;       // else both in one launch of their own, in a fixed order
-  WgradConfig bias_wgrad;  // dbias where wgrad does not have it
-  Region control, A, B, dh, dA, dB,
-      dbias;  // dA and dB: fp32 sums, one slab for every split of wgrad; dbias: one for every split
-  int64_t bytes;
-  bool valid;
-};
-
-inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int64_t R, Dtype dtype, Dtype adapter_dtype,
-                                  bool dropout, bool need_x, bool need_A, bool need_B, bool need_bias,
-                                  bool deterministic, int sms) {
-  BackwardPlan p{};
-  if (!fused_dtype(dtype) || M < 1 || N < 1 || K < 1 || R < 1 || R > kMaxRank || sms < kGemmCluster) return p;
-  p.valid = M <= INT32_MAX - 512 && N <= INT32_MAX - 512 && K <= INT32_MAX - 512;
-  p.h_by = BackwardPlan::nobody;
-  if (need_x) {
-    p.gemm = gemm_config(M, K, R, sms, true, dropout, true);
-    p.valid = p.valid && p.gemm.valid;
-  }
-  if (need_x || need_A)
-    p.h_by = p.gemm.kind.rank_tile ? BackwardPlan::in_gemm : R > 64 ? BackwardPlan::by_gemm : BackwardPlan::shrink;
-  if (p.h_by == BackwardPlan::by_gemm) {
-    p.h_gemm = gemm_config(M, R, 0, sms, false, false, true);
-    p.valid = p.valid && p.h_gemm.valid;
-  }
-  p.gradients = p.gemm.kind.gradients() && !deterministic && (need_A || need_B);
-  p.bias_apart = need_bias && (p.gradients || !need_B);
-  const int64_t tiles = (need_A ? ceil_div(K, kWgradCols) : 0) + (need_B ? ceil_div(N, kWgradCols) : 0);
-  p.wgrad = wgrad_config(M, tiles, R, sms);
-  p.bias_wgrad = wgrad_config(M, ceil_div(N, kWgradCols), 0, sms);
-  Layout layout;
-  const bool dh = p.h_by != BackwardPlan::nobody;
-  p.control = layout.take(control_bytes(p.gemm));
-  p.A = layout.take(need_x && needs_copy_A(dtype, adapter_dtype) ? R * K * 2 : 0);
-  p.B = layout.take(dh && needs_copy_B(R, dtype, adapter_dtype) ? N * padded_rank(R) * 2 : 0);
-  p.dh = layout.take(dh ? M * padded_rank(R) * 2 : 0);
-  // What dx's launch adds up in fp32 goes straight to fp32 outputs.
-  const int64_t slabs = !p.gradients ? p.wgrad.splits : adapter_dtype == Dtype::f32 ? 0 : 1;
-  p.dA = layout.take(need_A ? slabs * R * K * 4 : 0);
-  p.dB = layout.take(need_B ? slabs * N * R * 4 : 0);
-  p.dbias = layout.take(need_bias ? (p.bias_apart ? p.bias_wgrad : p.wgrad).splits * N * 4 : 0);
-  p.bytes = layout.bytes();
-  return p;
 }
 
 }  // namespace fused_lora

@@ -15,13 +15,13 @@ namespace fused_lora {
 // prepare.cu     A and B in dtype with padded rows, and the zeros that a one-launch GEMM starts from; null outputs are
 //                left out.
 struct PrepareParams {
-  const void* A;  // [R, K], contiguous, adapter_dtype, any alignment
-  const void* B;  // [N, R], contiguous, adapter_dtype, any alignment
-  void* out_A;    // [R, K]
-  void* out_B;    // [N, padded_rank(R)], columns past R zero
-  int* control;   // [control_ints], zeroed
-  float* dA;      // [R, K], zeroed
-  float* dB;      // [N, R], zeroed
+  const void* A;        // [R, K], contiguous, adapter_dtype, any alignment
+  const void* B;        // [N, R], contiguous, adapter_dtype, any alignment
+  void* out_A;          // [R, K]
+  void* out_B;          // [N, padded_rank(R)], columns past R zero
+  int* control;         // [control_ints], zeroed
+  float* dA = nullptr;  // [R, K], zeroed
+  float* dB = nullptr;  // [N, R], zeroed
   int64_t control_ints, N, K, R;
   Dtype dtype, adapter_dtype;
 };
@@ -32,23 +32,24 @@ Status prepare(const PrepareParams& p, Target& target);
 //                       forward of the masked left; with kind.gradients() also dB += left^T h and dA += drop(x)^T low,
 //                       each unless null.
 struct GemmParams {
-  const void* left;   // [M, K], row stride ld_left
-  const void* right;  // [N, K], or [K, N] in the backward: row stride ld_right
-  const void* thin;   // [N, R], or [R, N] in the backward: row stride ld_thin; null if R is 0
-  const void* down;   // [R, K], or [K, R] in the backward: row stride ld_down; read if kind.rank_tile
-  const void* bias;   // [N], or null
-  void* low;          // [M, R], row stride ld_low; written if kind.rank_tile, else read
-  void* out;          // [M, N], row stride ld_out
-  const void* h;      // [M, R], row stride ld_h; read if dB
-  const void* x;      // [M, N], row stride ld_x; read if dA
-  float* dB;          // [K, R], sums in no fixed order; only if kind.gradients()
-  float* dA;          // [R, N], the same, dropout's factor included
-  int* control;       // zeros, control_bytes(config); used if kind.rank_tile
-  int64_t ld_left, ld_right, ld_thin, ld_down, ld_low, ld_out, ld_h, ld_x;
-  int64_t M, N, K, R;
-  float alpha, scale;
-  Dropout dropout;  // backward: over [M, N], of the low-rank term and x; forward: over [M, K], of left for low, its
-                    // factor in scale
+  const void* left;            // [M, K], row stride ld_left
+  const void* right;           // [N, K], or [K, N] in the backward: row stride ld_right
+  const void* thin = nullptr;  // [N, R], or [R, N] in the backward: row stride ld_thin; null if R is 0
+  const void* down = nullptr;  // [R, K], or [K, R] in the backward: row stride ld_down; read if kind.rank_tile
+  const void* bias = nullptr;  // [N], or null
+  void* low = nullptr;         // [M, R], row stride ld_low; written if kind.rank_tile, else read
+  void* out;                   // [M, N], row stride ld_out
+  const void* h = nullptr;     // [M, R], row stride ld_h; read if dB
+  const void* x = nullptr;     // [M, N], row stride ld_x; read if dA
+  float* dB = nullptr;         // [K, R], sums in no fixed order; only if kind.gradients()
+  float* dA = nullptr;         // [R, N], the same, dropout's factor included
+  int* control = nullptr;      // zeros, control_bytes(config); used if kind.rank_tile
+  int64_t ld_left, ld_right, ld_thin = 0, ld_down = 0, ld_low = 0, ld_out, ld_h = 0, ld_x = 0;
+  int64_t M, N, K, R = 0;
+  float alpha, scale = 0.0f;
+  Dropout dropout =
+      {};  // backward: over [M, N], of the low-rank term and x; forward: over [M, K], of left for low, its
+           // factor in scale
   Dtype dtype;
 };
 Status lora_gemm(const GemmConfig& config, const GemmParams& p, Target& target);
@@ -72,11 +73,11 @@ Status lora_gemm_small(const SmallConfig& config, const SmallParams& p, Target& 
 struct ShrinkParams {
   const void* left;  // [M, K], row stride ld_left
   const void* down;  // [R, K], or [K, R] if down_mn: row stride ld_down, a multiple of 8 columns, those past R zero
-  void* low;         // [M, R], row stride padded_rank(R), columns past R zero
+  void* low;         // [M, R], row stride padded_rank(R); columns past R hold nothing of use
   int64_t M, K, R, ld_left, ld_down;
   bool down_mn;
   float scale;
-  Dropout dropout;  // over [M, K]
+  Dropout dropout = {};  // over [M, K]
   Dtype dtype;
 };
 Status shrink(const ShrinkParams& p, Target& target);
@@ -84,20 +85,20 @@ Status shrink(const ShrinkParams& p, Target& target);
 // wgrad.cu       out = scale * drop(left)^T low and column_sums = sum over M of left, for up to two products in one
 //                launch and one more for the sums.
 struct WgradJob {
-  const void* left;   // [M, C], row stride ld_left
-  const void* low;    // [M, R], row stride ld_low; not read if R is 0
-  float* slabs;       // [splits, C, R], or [splits, R, C] if transposed; workspace
-  float* sum_slabs;   // [splits, C], or null: no column sums
-  void* out;          // [C, R], or [R, C] if transposed, contiguous, out_dtype; null if R is 0
-  void* column_sums;  // [C], dtype
-  int64_t C, ld_left, ld_low;
-  bool transposed;
+  const void* left;             // [M, C], row stride ld_left
+  const void* low = nullptr;    // [M, R], row stride ld_low; not read if R is 0
+  float* slabs = nullptr;       // [splits, C, R], or [splits, R, C] if transposed; workspace
+  float* sum_slabs = nullptr;   // [splits, C], or null: no column sums
+  void* out = nullptr;          // [C, R], or [R, C] if transposed, contiguous, out_dtype; null if R is 0
+  void* column_sums = nullptr;  // [C], dtype
+  int64_t C, ld_left, ld_low = 0;
+  bool transposed = false;
   float scale;
-  Dropout dropout;  // over [M, C]
+  Dropout dropout = {};  // over [M, C]
 };
 struct WgradParams {
-  WgradJob jobs[2];
-  int count;
+  WgradJob jobs[2] = {};
+  int count = 0;
   int64_t M, R;
   Dtype dtype, out_dtype;
 };

@@ -1,4 +1,4 @@
-// Tensor maps and CUDA's error messages; host code only.
+// The device, tensor maps and CUDA's error messages; host code only.
 #include "launch.h"
 
 #include <array>
@@ -52,11 +52,16 @@ Status encode_map(const MatrixView& v, CUtensorMap* map) {
                                                         : CU_TENSOR_MAP_SWIZZLE_32B;
   const cuuint64_t dims[2] = {static_cast<cuuint64_t>(v.cols), static_cast<cuuint64_t>(v.rows)},
                    strides[1] = {static_cast<cuuint64_t>(v.ld) * 2};
+  CUtensorMapDataType type{};
+  switch (v.dtype) {
+    case Dtype::f16: type = CU_TENSOR_MAP_DATA_TYPE_FLOAT16; break;
+    case Dtype::bf16: type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16; break;
+    default: return Status::bad_dtype;
+  }
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(v.box_cols), static_cast<cuuint32_t>(v.box_rows)},
                    steps[2] = {1, 1};
   const CUresult result =
-      encode(map, v.dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-             const_cast<void*>(v.data), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+      encode(map, type, 2, const_cast<void*>(v.data), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return Status::ok;
   failure = "cuTensorMapEncodeTiled returned " + std::to_string(result) + " for a matrix of " + std::to_string(v.rows) +
@@ -74,6 +79,30 @@ Status from_cuda(cudaError_t error, const char* what) {
   failure = std::string(what) + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
   cudaGetLastError();  // it is reported here and must not surface in the next caller's launch
   return Status::launch_failed;
+}
+
+Status use_device(int device, int* sms) {
+  struct Known {
+    std::atomic<int> sms{0};
+  };
+  static Known known[64];
+  if (device < 0 || device >= 64) return Status::unsupported_device;
+  Status status = from_cuda(cudaSetDevice(device), "cudaSetDevice");
+  if (status != Status::ok) return status;
+  *sms = known[device].sms.load(std::memory_order_relaxed);
+  if (*sms) return Status::ok;
+  int major = 0, minor = 0;
+  status =
+      from_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  if (status == Status::ok)
+    status =
+        from_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  if (status == Status::ok)
+    status = from_cuda(cudaDeviceGetAttribute(sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  if (status != Status::ok) return status;
+  if (major != 9 || minor != 0) return Status::unsupported_device;
+  known[device].sms.store(*sms, std::memory_order_relaxed);
+  return Status::ok;
 }
 
 Status tensor_map(const MatrixView& v, CUtensorMap* map) {

@@ -14,6 +14,10 @@ namespace fused_lora {
 // Status::launch_failed with CUDA's own words kept for cuda_failure(), or Status::ok.
 Status from_cuda(cudaError_t error, const char* what);
 
+// This thread's device from here on, and its number of SMs; only compute capability 9.0 has the instructions of
+// lora_gemm.
+Status use_device(int device, int* sms);
+
 // Where a call's kernels go, one after another: only the first of them waits for all that was on the stream before.
 struct Target {
   int device;

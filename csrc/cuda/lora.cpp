@@ -5,9 +5,9 @@
 //
 // Bracketed launches only where heuristics.h plans them. What lora_gemm wants zeroed is zeroed in stream order: a
 // captured graph replays that too. Each kernel but the first may start while the one before it ends (launch.h).
-#include "heuristics.h"
 #include "kernels.h"
 #include "launch.h"
+#include "plans.h"
 
 namespace fused_lora {
 namespace {
@@ -24,77 +24,93 @@ bool aligned(std::initializer_list<const void*> pointers, std::initializer_list<
   return true;
 }
 
-// This thread's device and its number of SMs; only compute capability 9.0 has the instructions of lora_gemm.
-Status use_device(int device, int* sms) {
-  struct Known {
-    std::atomic<int> sms{0};
-  };
-  static Known known[64];
-  if (device < 0 || device >= 64) return Status::unsupported_device;
-  Status status = from_cuda(cudaSetDevice(device), "cudaSetDevice");
-  if (status != Status::ok) return status;
-  *sms = known[device].sms.load(std::memory_order_relaxed);
-  if (*sms) return Status::ok;
-  int major = 0, minor = 0;
-  status =
-      from_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  if (status == Status::ok)
-    status =
-        from_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  if (status == Status::ok)
-    status = from_cuda(cudaDeviceGetAttribute(sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  if (status != Status::ok) return status;
-  if (major != 9 || minor != 0) return Status::unsupported_device;
-  known[device].sms.store(*sms, std::memory_order_relaxed);
-  return Status::ok;
+// low = scale * left down as a GEMM of its own, for ranks above 64 without dropout: down is its right operand.
+Status h_by_gemm(const GemmConfig& config, const ShrinkParams& p, Target& target) {
+  const GemmParams gemm{.left = p.left,
+                        .right = p.down,
+                        .out = p.low,
+                        .ld_left = p.ld_left,
+                        .ld_right = p.ld_down,
+                        .ld_out = padded_rank(p.R),
+                        .M = p.M,
+                        .N = p.R,
+                        .K = p.K,
+                        .alpha = p.scale,
+                        .dtype = p.dtype};
+  return lora_gemm(config, gemm, target);
 }
 
-// h = scale * left right^T (in the backward: scale * left right) as a GEMM of its own, for ranks above 64 without
-// dropout.
-Status h_by_gemm(const GemmConfig& config, const void* left, int64_t ld_left, const void* right, int64_t ld_right,
-                 void* h, int64_t M, int64_t K, int64_t R, float scale, Dtype dtype, Target& target) {
-  GemmParams g{};
-  g.left = left;
-  g.right = right;
-  g.out = h;
-  g.ld_left = ld_left;
-  g.ld_right = ld_right;
-  g.ld_out = padded_rank(R);
-  g.M = M;
-  g.N = R;
-  g.K = K;
-  g.alpha = scale;
-  g.dtype = dtype;
-  return lora_gemm(config, g, target);
+PrepareParams forward_prepare(const CudaForwardParams& p, const ForwardPlan& plan) {
+  return {.A = p.A,
+          .B = p.B,
+          .out_A = at(p.workspace, plan.A),
+          .out_B = at(p.workspace, plan.B),
+          .control = at<int>(p.workspace, plan.control),
+          .control_ints = plan.control.bytes / 4,
+          .N = p.N,
+          .K = p.K,
+          .R = p.R,
+          .dtype = p.dtype,
+          .adapter_dtype = p.adapter_dtype};
+}
+
+SmallParams forward_small(const CudaForwardParams& p, const void* A, const void* B) {
+  return {.x = p.x,
+          .W = p.W,
+          .A = A,
+          .B = B,
+          .bias = p.bias,
+          .h = p.h,
+          .y = p.y,
+          .M = p.M,
+          .N = p.N,
+          .K = p.K,
+          .R = p.R,
+          .ldx = p.ldx,
+          .ldw = p.ldw,
+          .scale = p.scaling,
+          .dtype = p.dtype};
+}
+
+ShrinkParams forward_shrink(const CudaForwardParams& p, const void* A) {
+  return {.left = p.x,
+          .down = A,
+          .low = p.h,
+          .M = p.M,
+          .K = p.K,
+          .R = p.R,
+          .ld_left = p.ldx,
+          .ld_down = p.K,
+          .down_mn = false,
+          .scale = p.scaling,
+          .dropout = p.dropout,
+          .dtype = p.dtype};
 }
 
 GemmParams forward_gemm(const CudaForwardParams& p, const ForwardPlan& plan, const void* A, const void* B) {
-  GemmParams g{};
-  g.left = p.x;
-  g.right = p.W;
-  g.thin = B;
-  g.down = A;
-  g.bias = p.bias;
-  g.low = p.h;
-  g.out = p.y;
-  g.control = at<int>(p.workspace, plan.control);
-  g.ld_left = p.ldx;
-  g.ld_right = p.ldw;
-  g.ld_thin = g.ld_low = padded_rank(p.R);
-  g.ld_down = p.K;
-  g.ld_out = p.N;
-  g.M = p.M;
-  g.N = p.N;
-  g.K = p.K;
-  g.R = p.R;
-  g.alpha = 1.0f;
-  g.scale = p.scaling;
-  if (plan.gemm.kind.dropout) {
-    g.scale *= p.dropout.scale();
-    g.dropout = p.dropout;
-  }
-  g.dtype = p.dtype;
-  return g;
+  const bool masked = plan.gemm.kind.dropout;
+  return {.left = p.x,
+          .right = p.W,
+          .thin = B,
+          .down = A,
+          .bias = p.bias,
+          .low = p.h,
+          .out = p.y,
+          .control = at<int>(p.workspace, plan.control),
+          .ld_left = p.ldx,
+          .ld_right = p.ldw,
+          .ld_thin = padded_rank(p.R),
+          .ld_down = p.K,
+          .ld_low = padded_rank(p.R),
+          .ld_out = p.N,
+          .M = p.M,
+          .N = p.N,
+          .K = p.K,
+          .R = p.R,
+          .alpha = 1.0f,
+          .scale = masked ? p.scaling * p.dropout.scale() : p.scaling,
+          .dropout = masked ? p.dropout : Dropout{},
+          .dtype = p.dtype};
 }
 
 // The sums that lora_gemm adds dA or dB up in: the output itself if that is fp32.
@@ -103,85 +119,115 @@ float* sums_in_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, void*
   return p.adapter_dtype == Dtype::f32 ? static_cast<float*>(out) : at<float>(p.workspace, region);
 }
 
-GemmParams backward_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, const void* A, const void* B,
-                         void* dh) {
-  GemmParams g{};
-  g.left = p.dy;
-  g.right = p.W;
-  g.thin = A;
-  g.down = B;
-  g.low = dh;
-  g.out = p.dx;
-  g.h = p.h;
-  g.x = p.x;
-  g.dB = sums_in_gemm(p, plan, p.dB, plan.dB);
-  g.dA = sums_in_gemm(p, plan, p.dA, plan.dA);
-  g.ld_h = p.ldh;
-  g.ld_x = p.ldx;
-  g.control = at<int>(p.workspace, plan.control);
-  g.ld_left = p.lddy;
-  g.ld_right = p.ldw;
-  g.ld_thin = g.ld_out = p.K;
-  g.ld_down = g.ld_low = padded_rank(p.R);
-  g.M = p.M;
-  g.N = p.K;  // of the product: dy [M, N] W [N, K] sums over the layer's N
-  g.K = p.N;
-  g.R = p.R;
-  g.alpha = 1.0f;
-  g.scale = p.scaling;
-  g.dropout = p.dropout;
-  g.dtype = p.dtype;
-  return g;
+PrepareParams backward_prepare(const CudaBackwardParams& p, const BackwardPlan& plan) {
+  return {.A = p.A,
+          .B = p.B,
+          .out_A = at(p.workspace, plan.A),
+          .out_B = at(p.workspace, plan.B),
+          .control = at<int>(p.workspace, plan.control),
+          .dA = sums_in_gemm(p, plan, p.dA, plan.dA),
+          .dB = sums_in_gemm(p, plan, p.dB, plan.dB),
+          .control_ints = plan.control.bytes / 4,
+          .N = p.N,
+          .K = p.K,
+          .R = p.R,
+          .dtype = p.dtype,
+          .adapter_dtype = p.adapter_dtype};
 }
 
-// wgrad's jobs: dA, dB and, unless it comes apart, dbias; `bias_alone`: dbias.
-WgradParams wgrad_jobs(const CudaBackwardParams& p, const BackwardPlan& plan, void* dh, bool bias_alone) {
-  WgradParams w{};
-  w.M = p.M;
-  w.R = bias_alone ? 0 : p.R;
-  w.dtype = p.dtype;
-  w.out_dtype = p.adapter_dtype;
-  float* const bias_slabs = bias_alone == plan.bias_apart ? at<float>(p.workspace, plan.dbias) : nullptr;
-  if (bias_alone || p.dB) {
-    WgradJob& job = w.jobs[w.count++];
-    job.left = p.dy;
-    job.low = bias_alone ? nullptr : p.h;
-    job.slabs = bias_alone ? nullptr : at<float>(p.workspace, plan.dB);
-    job.out = bias_alone ? nullptr : p.dB;
-    job.sum_slabs = bias_slabs;
-    job.column_sums = p.dbias;
-    job.C = p.N;
-    job.ld_left = p.lddy;
-    job.ld_low = p.ldh;
-    job.scale = 1.0f;
-  }
-  if (!bias_alone && p.dA) {
-    WgradJob& job = w.jobs[w.count++];
-    job.left = p.x;
-    job.low = dh;
-    job.slabs = at<float>(p.workspace, plan.dA);
-    job.out = p.dA;
-    job.C = p.K;
-    job.ld_left = p.ldx;
-    job.ld_low = padded_rank(p.R);
-    job.transposed = true;
-    job.scale = 1.0f;
-    job.dropout = p.dropout;
-  }
+ShrinkParams backward_shrink(const CudaBackwardParams& p, const void* B, void* dh) {
+  return {.left = p.dy,
+          .down = B,
+          .low = dh,
+          .M = p.M,
+          .K = p.N,
+          .R = p.R,
+          .ld_left = p.lddy,
+          .ld_down = padded_rank(p.R),
+          .down_mn = true,
+          .scale = p.scaling,
+          .dtype = p.dtype};
+}
+
+GemmParams backward_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, const void* A, const void* B,
+                         void* dh) {
+  return {.left = p.dy,
+          .right = p.W,
+          .thin = A,
+          .down = B,
+          .low = dh,
+          .out = p.dx,
+          .h = p.h,
+          .x = p.x,
+          .dB = sums_in_gemm(p, plan, p.dB, plan.dB),
+          .dA = sums_in_gemm(p, plan, p.dA, plan.dA),
+          .control = at<int>(p.workspace, plan.control),
+          .ld_left = p.lddy,
+          .ld_right = p.ldw,
+          .ld_thin = p.K,
+          .ld_down = padded_rank(p.R),
+          .ld_low = padded_rank(p.R),
+          .ld_out = p.K,
+          .ld_h = p.ldh,
+          .ld_x = p.ldx,
+          .M = p.M,
+          .N = p.K,  // of the product: dy [M, N] W [N, K] sums over the layer's N
+          .K = p.N,
+          .R = p.R,
+          .alpha = 1.0f,
+          .scale = p.scaling,
+          .dropout = p.dropout,
+          .dtype = p.dtype};
+}
+
+// dA and dB, and dbias with dB unless it comes apart; `dropout`: of dA.
+WgradParams adapter_gradients(const CudaBackwardParams& p, const BackwardPlan& plan, void* dh, Dropout dropout) {
+  WgradParams w{.M = p.M, .R = p.R, .dtype = p.dtype, .out_dtype = p.adapter_dtype};
+  if (p.dB)
+    w.jobs[w.count++] = {.left = p.dy,
+                         .low = p.h,
+                         .slabs = at<float>(p.workspace, plan.dB),
+                         .sum_slabs = plan.bias_apart ? nullptr : at<float>(p.workspace, plan.dbias),
+                         .out = p.dB,
+                         .column_sums = p.dbias,
+                         .C = p.N,
+                         .ld_left = p.lddy,
+                         .ld_low = p.ldh,
+                         .scale = 1.0f};
+  if (p.dA)
+    w.jobs[w.count++] = {.left = p.x,
+                         .low = dh,
+                         .slabs = at<float>(p.workspace, plan.dA),
+                         .out = p.dA,
+                         .C = p.K,
+                         .ld_left = p.ldx,
+                         .ld_low = padded_rank(p.R),
+                         .transposed = true,
+                         .scale = 1.0f,
+                         .dropout = dropout};
+  return w;
+}
+
+// dbias alone: no ranks.
+WgradParams bias_gradient(const CudaBackwardParams& p, const BackwardPlan& plan) {
+  WgradParams w{.count = 1, .M = p.M, .R = 0, .dtype = p.dtype, .out_dtype = p.adapter_dtype};
+  w.jobs[0] = {.left = p.dy,
+               .sum_slabs = at<float>(p.workspace, plan.dbias),
+               .column_sums = p.dbias,
+               .C = p.N,
+               .ld_left = p.lddy,
+               .scale = 1.0f};
   return w;
 }
 
 // dA and dB after dx, from the sums of its launch or by a launch of their own; dbias with them or apart.
 Status weight_gradients(const CudaBackwardParams& p, const BackwardPlan& plan, void* dh, Target& target) {
   Status status = Status::ok;
-  if (plan.gradients && p.adapter_dtype != Dtype::f32) {
-    WgradParams rounding = wgrad_jobs(p, plan, dh, false);
-    for (WgradJob& job : rounding.jobs) job.dropout = {};  // its factor is in the sums
-    status = add_slabs(1, rounding, target);
-  } else if (!plan.gradients && (p.dA || p.dB)) {
-    status = wgrad(plan.wgrad, wgrad_jobs(p, plan, dh, false), target);
-  }
-  if (status == Status::ok && plan.bias_apart) status = wgrad(plan.bias_wgrad, wgrad_jobs(p, plan, dh, true), target);
+  if (plan.gradients && p.adapter_dtype != Dtype::f32)  // the dropout's factor is in the sums
+    status = add_slabs(1, adapter_gradients(p, plan, dh, Dropout{}), target);
+  else if (!plan.gradients && (p.dA || p.dB))
+    status = wgrad(plan.wgrad, adapter_gradients(p, plan, dh, p.dropout), target);
+  if (status == Status::ok && plan.bias_apart) status = wgrad(plan.bias_wgrad, bias_gradient(p, plan), target);
   return status;
 }
 
@@ -193,40 +239,28 @@ Status cuda_forward(const CudaForwardParams& p) {
   Status status = use_device(p.device, &sms);
   if (status != Status::ok) return status;
   if (p.N % 8 || p.K % 8 || (p.dropout.threshold && !p.dropout.seed)) return Status::bad_shape;
-  const ForwardPlan plan = forward_plan(p.M, p.N, p.K, p.R, p.dtype, p.adapter_dtype, p.dropout.threshold > 0, sms);
+  const ForwardPlan plan = forward_plan({.M = p.M,
+                                         .N = p.N,
+                                         .K = p.K,
+                                         .R = p.R,
+                                         .dtype = p.dtype,
+                                         .adapter_dtype = p.adapter_dtype,
+                                         .dropout = p.dropout.threshold > 0,
+                                         .sms = sms});
   if (!plan.valid || p.workspace_bytes < plan.bytes)
     return fused_dtype(p.dtype) ? Status::bad_shape : Status::bad_dtype;
   if (!aligned({p.x, p.W, p.A, p.B, p.bias, p.h, p.y, p.workspace}, {p.ldx, p.ldw})) return Status::bad_alignment;
   Target target{p.device, p.stream};
 
-  const PrepareParams prep{p.A,
-                           p.B,
-                           at(p.workspace, plan.A),
-                           at(p.workspace, plan.B),
-                           at<int>(p.workspace, plan.control),
-                           nullptr,
-                           nullptr,
-                           plan.control.bytes / 4,
-                           p.N,
-                           p.K,
-                           p.R,
-                           p.dtype,
-                           p.adapter_dtype};
+  const PrepareParams prep = forward_prepare(p, plan);
   status = prepare(prep, target);
   const void* const A = prep.out_A ? prep.out_A : p.A;
   const void* const B = prep.out_B ? prep.out_B : p.B;
-  if (plan.h_by == ForwardPlan::in_small)
-    return status == Status::ok
-               ? lora_gemm_small(
-                     plan.small,
-                     {p.x, p.W, A, B, p.bias, p.h, p.y, p.M, p.N, p.K, p.R, p.ldx, p.ldw, p.scaling, p.dtype}, target)
-               : status;
-  if (status == Status::ok && plan.h_by == ForwardPlan::shrink)
-    status = shrink({p.x, A, p.h, p.M, p.K, p.R, p.ldx, p.K, false, p.scaling, p.dropout, p.dtype}, target);
-  if (status == Status::ok && plan.h_by == ForwardPlan::by_gemm)
-    status = h_by_gemm(plan.h_gemm, p.x, p.ldx, A, p.K, p.h, p.M, p.K, p.R, p.scaling, p.dtype, target);
-  if (status == Status::ok) status = lora_gemm(plan.gemm, forward_gemm(p, plan, A, B), target);
-  return status;
+  if (status != Status::ok) return status;
+  if (plan.h_by == ForwardPlan::in_small) return lora_gemm_small(plan.small, forward_small(p, A, B), target);
+  if (plan.h_by == ForwardPlan::shrink) status = shrink(forward_shrink(p, A), target);
+  if (plan.h_by == ForwardPlan::by_gemm) status = h_by_gemm(plan.h_gemm, forward_shrink(p, A), target);
+  return status == Status::ok ? lora_gemm(plan.gemm, forward_gemm(p, plan, A, B), target) : status;
 }
 
 Status cuda_backward(const CudaBackwardParams& p) {
@@ -235,36 +269,33 @@ Status cuda_backward(const CudaBackwardParams& p) {
   Status status = use_device(p.device, &sms);
   if (status != Status::ok) return status;
   if (p.N % 8 || p.K % 8 || (p.dropout.threshold && !p.dropout.seed)) return Status::bad_shape;
-  const BackwardPlan plan = backward_plan(p.M, p.N, p.K, p.R, p.dtype, p.adapter_dtype, p.dropout.threshold > 0, p.dx,
-                                          p.dA, p.dB, p.dbias, p.deterministic, sms);
+  const BackwardPlan plan = backward_plan({.M = p.M,
+                                           .N = p.N,
+                                           .K = p.K,
+                                           .R = p.R,
+                                           .dtype = p.dtype,
+                                           .adapter_dtype = p.adapter_dtype,
+                                           .dropout = p.dropout.threshold > 0,
+                                           .need_x = p.dx != nullptr,
+                                           .need_A = p.dA != nullptr,
+                                           .need_B = p.dB != nullptr,
+                                           .need_bias = p.dbias != nullptr,
+                                           .deterministic = p.deterministic,
+                                           .sms = sms});
   if (!plan.valid || p.workspace_bytes < plan.bytes)
     return fused_dtype(p.dtype) ? Status::bad_shape : Status::bad_dtype;
   if (!aligned({p.dy, p.x, p.W, p.A, p.B, p.h, p.dx, p.dA, p.dB, p.dbias, p.workspace}, {p.lddy, p.ldx, p.ldw, p.ldh}))
     return Status::bad_alignment;
   Target target{p.device, p.stream};
 
-  const PrepareParams prep{p.A,
-                           p.B,
-                           at(p.workspace, plan.A),
-                           at(p.workspace, plan.B),
-                           at<int>(p.workspace, plan.control),
-                           sums_in_gemm(p, plan, p.dA, plan.dA),
-                           sums_in_gemm(p, plan, p.dB, plan.dB),
-                           plan.control.bytes / 4,
-                           p.N,
-                           p.K,
-                           p.R,
-                           p.dtype,
-                           p.adapter_dtype};
+  const PrepareParams prep = backward_prepare(p, plan);
   status = prepare(prep, target);
   const void* const A = prep.out_A ? prep.out_A : p.A;
   const void* const B = prep.out_B ? prep.out_B : p.B;
   void* const dh = at(p.workspace, plan.dh);
-  const int64_t ldb = padded_rank(p.R);
-  if (status == Status::ok && plan.h_by == BackwardPlan::shrink)
-    status = shrink({p.dy, B, dh, p.M, p.N, p.R, p.lddy, ldb, true, p.scaling, {}, p.dtype}, target);
-  if (status == Status::ok && plan.h_by == BackwardPlan::by_gemm)
-    status = h_by_gemm(plan.h_gemm, p.dy, p.lddy, B, ldb, dh, p.M, p.N, p.R, p.scaling, p.dtype, target);
+  if (status != Status::ok) return status;
+  if (plan.h_by == BackwardPlan::shrink) status = shrink(backward_shrink(p, B, dh), target);
+  if (plan.h_by == BackwardPlan::by_gemm) status = h_by_gemm(plan.h_gemm, backward_shrink(p, B, dh), target);
   if (status == Status::ok && p.dx) status = lora_gemm(plan.gemm, backward_gemm(p, plan, A, B, dh), target);
   return status == Status::ok ? weight_gradients(p, plan, dh, target) : status;
 }

@@ -67,28 +67,33 @@ template <class T, class From> __global__ void __launch_bounds__(256) prepare_ke
 
 template <class T, class From> Status run(const PrepareParams& p, Target& target) {
   const int64_t padded = padded_rank(p.R);
-  const Args args{p.A,
-                  p.B,
-                  static_cast<uint4*>(p.out_A),
-                  static_cast<uint4*>(p.out_B),
-                  reinterpret_cast<float4*>(p.dA),
-                  reinterpret_cast<float4*>(p.dB),
-                  p.control,
-                  p.out_A ? p.R * p.K / 8 : 0,
-                  p.out_B ? p.N * padded / 8 : 0,
-                  p.dA ? p.R * p.K / 8 : 0,
-                  p.dB ? p.N * p.R / 8 : 0,
-                  p.control ? p.control_ints : 0,
-                  p.R,
-                  padded};
+  const Args args{.A = p.A,
+                  .B = p.B,
+                  .out_A = static_cast<uint4*>(p.out_A),
+                  .out_B = static_cast<uint4*>(p.out_B),
+                  .dA = reinterpret_cast<float4*>(p.dA),
+                  .dB = reinterpret_cast<float4*>(p.dB),
+                  .control = p.control,
+                  .groups_A = p.out_A ? p.R * p.K / 8 : 0,
+                  .groups_B = p.out_B ? p.N * padded / 8 : 0,
+                  .groups_dA = p.dA ? p.R * p.K / 8 : 0,
+                  .groups_dB = p.dB ? p.N * p.R / 8 : 0,
+                  .control_ints = p.control ? p.control_ints : 0,
+                  .R = p.R,
+                  .padded = padded};
   const int64_t threads =
       args.groups_A + args.groups_B + args.groups_dA + args.groups_dB + ceil_div(args.control_ints, 8);
-  return launch<prepare_kernel<T, From>>(Grid{ceil_div(threads, 256), 256, 0, 1}, target, args);
+  const Grid grid{.blocks = ceil_div(threads, 256), .threads = 256, .smem = 0, .cluster = 1};
+  return launch<prepare_kernel<T, From>>(grid, target, args);
 }
 
 template <class T> Status choose_from(const PrepareParams& p, Target& target) {
-  if (p.adapter_dtype == Dtype::f32) return run<T, float>(p, target);
-  return p.adapter_dtype == p.dtype ? run<T, T>(p, target) : Status::bad_dtype;
+  switch (p.adapter_dtype) {
+    case Dtype::f32: return run<T, float>(p, target);
+    case Dtype::f16:
+    case Dtype::bf16: return p.adapter_dtype == p.dtype ? run<T, T>(p, target) : Status::bad_dtype;
+    default: return Status::bad_dtype;
+  }
 }
 
 }  // namespace

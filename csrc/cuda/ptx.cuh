@@ -1,5 +1,5 @@
-// The PTX that the kernels use, one function an instruction, under the headings of the PTX ISA manual's instruction set
-// (version 9.0).
+// The PTX that the kernels use, one function an instruction, under the headings of the PTX ISA manual's instruction
+// set (version 9.0).
 //
 // Shared-memory addresses are generic pointers here and 32-bit in PTX. Functions from sm_90 on are for kernel bodies
 // under FUSED_LORA_SM90A.
@@ -12,9 +12,11 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "descriptor.h"
+
+// A kernel body that needs Hopper's own instructions is empty without it, and the host refuses the device.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define FUSED_LORA_SM90A \
-  1  // a kernel body that needs Hopper's own instructions is empty without it, and the host refuses the device
+#define FUSED_LORA_SM90A 1
 #endif
 
 namespace fused_lora::ptx {
@@ -53,8 +55,7 @@ PTX_FN void fma_if(float& d, float a, float b, uint32_t condition) {
 template <class T> constexpr uint32_t kOnes = std::is_same_v<T, __nv_bfloat16> ? 0x3f803f80u : 0x3c003c00u;  // two ones
 
 // ---- sm_80: Data Movement, cp.async; Warp-level Matrix Instructions, ldmatrix and mma
-// -------------------------------------------------- 16 bytes from global to shared memory, zeros if not valid (src
-// must be a legal address all the same).
+// 16 bytes from global to shared memory, zeros if not valid (src must be a legal address all the same).
 PTX_FN void cp_async(void* dst, const void* src, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared(dst)), "l"(src),
                "r"(valid ? 16 : 0)
@@ -92,8 +93,8 @@ template <class T> PTX_FN void mma(float (&d)[4], const uint32_t (&a)[4], uint32
 }
 
 // ---- sm_90: Parallel Synchronization, griddepcontrol
-// ------------------------------------------------------------------------------------ Until the kernel before this one
-// is complete and what it wrote is seen, if this one was launched to overlap with it; else nothing.
+// Until the kernel before this one is complete and what it wrote is seen, if this one was launched to overlap with it;
+// else nothing.
 PTX_FN void wait_for_previous_kernel() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -107,7 +108,6 @@ PTX_FN void start_next_kernel() {
 }
 
 // ---- sm_90: Parallel Synchronization, barrier.cluster and bar
-// --------------------------------------------------------------------------
 PTX_FN uint32_t cta_in_cluster() {
   uint32_t cta;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(cta));
@@ -119,7 +119,6 @@ PTX_FN void cluster_sync() {
 PTX_FN void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ---- sm_90: Parallel Synchronization, mbarrier; Data Movement, mapa, ld and st.async
-// -------------------------------------------------------
 PTX_FN void barrier_init(uint64_t* bar, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(bar)), "r"(arrivals) : "memory");
 }
@@ -175,7 +174,6 @@ PTX_FN void store_remote(int* slot, int value, uint64_t* bar, uint32_t cta) {
 }
 
 // ---- sm_90: Data Movement, cp.async.bulk.tensor (TMA); Parallel Synchronization, fence.proxy
-// -------------------------------------------
 PTX_FN void prefetch(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 // The box at (row, col) of a [rows, cols] matrix, to this block.
 PTX_FN void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, int row, int col) {
@@ -199,15 +197,13 @@ PTX_FN void tma_store(const CUtensorMap* map, const void* src, int row, int col)
                : "memory");
 }
 PTX_FN void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-PTX_FN void tma_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}  // shared memory may be written again
+// Until shared memory may be written again.
+PTX_FN void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 PTX_FN void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 PTX_FN void fence_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
 PTX_FN void fence_proxy_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- sm_90: Data Movement, ld.acquire, st.release and red; Warp-level Matrix Instructions, stmatrix
-// -----------------------------------------
 PTX_FN int load_acquire(const int* p) {
   int v;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -229,7 +225,6 @@ PTX_FN void stmatrix(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t 
 }
 
 // ---- sm_90a: Miscellaneous, setmaxnreg; Asynchronous Warpgroup Level Matrix Instructions, wgmma
-// ----------------------------------------
 template <int kRegisters> PTX_FN void registers_down() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
@@ -241,12 +236,8 @@ PTX_FN void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory
 PTX_FN void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 PTX_FN void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// Matrix descriptor: address, leading and stride byte offsets in units of 16 bytes, swizzle in bits 62-63 (1: 128, 2:
-// 64, 3: 32 bytes).
 PTX_FN uint64_t descriptor(const void* p, uint32_t leading_bytes, uint32_t stride_bytes, int swizzle_bytes) {
-  const uint64_t mode = swizzle_bytes == 128 ? 1 : swizzle_bytes == 64 ? 2 : 3;
-  return uint64_t{(shared(p) & 0x3ffff) >> 4} | uint64_t{leading_bytes >> 4} << 16 | uint64_t{stride_bytes >> 4} << 32 |
-         mode << 62;
+  return matrix_descriptor(shared(p), leading_bytes, stride_bytes, swizzle_bytes);
 }
 
 // Lists of "%i" and of the accumulators, by tens and eights.

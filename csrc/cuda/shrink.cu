@@ -1,8 +1,8 @@
 // shrink:     low[M, R] = scale * drop(left[M, K]) down
 //
 // Used for    h = s * drop(x) A^T (down = A [R, K]: reduction along its rows) and dh = s * dy B (down = B [N, R]:
-//             reduction down its rows),
-//             where lora_gemm does not compute them on the way: with dropout above 64 ranks, for dA without dx
+//             reduction down its rows), where lora_gemm does not compute them on the way: with dropout above 64
+//             ranks, for dA without dx
 // Types       fp16 or bf16, fp32 accumulators, rounded once; scale holds the dropout's 1 / (1 - p)
 // Tile        a block takes 32 rows and up to 64 ranks over the whole of K, in steps of 128 through 4 stages of
 //             cp.async; 4 warps: 2 row halves x 2 halves of each step, summed at the end in a fixed order. mma.sync
@@ -107,19 +107,22 @@ template <class T, int kRank, bool kDownMN> __global__ void __launch_bounds__(kT
 }
 
 template <class T, int kRank, bool kDownMN> Status run(const ShrinkParams& p, Target& target) {
-  const Args<T> args{static_cast<const T*>(p.left),
-                     static_cast<const T*>(p.down),
-                     static_cast<T*>(p.low),
-                     p.dropout.seed,
-                     p.M,
-                     p.K,
-                     p.R,
-                     p.ld_left,
-                     p.ld_down,
-                     padded_rank(p.R),
-                     p.dropout.threshold,
-                     p.dropout.threshold ? p.scale * p.dropout.scale() : p.scale};
-  const Grid grid{ceil_div(p.M, kRows) * ceil_div(p.R, kRank), kThreads, shrink_smem_bytes(kRank), 1};
+  const Args<T> args{.left = static_cast<const T*>(p.left),
+                     .down = static_cast<const T*>(p.down),
+                     .low = static_cast<T*>(p.low),
+                     .seed = p.dropout.seed,
+                     .M = p.M,
+                     .K = p.K,
+                     .R = p.R,
+                     .ld_left = p.ld_left,
+                     .ld_down = p.ld_down,
+                     .ld_low = padded_rank(p.R),
+                     .threshold = p.dropout.threshold,
+                     .scale = p.scale * p.dropout.scale()};
+  const Grid grid{.blocks = ceil_div(p.M, kRows) * ceil_div(p.R, kRank),
+                  .threads = kThreads,
+                  .smem = shrink_smem_bytes(kRank),
+                  .cluster = 1};
   return launch<shrink_kernel<T, kRank, kDownMN>>(grid, target, args);
 }
 
@@ -129,8 +132,8 @@ template <class T> Status choose_rank(const ShrinkParams& p, Target& target) {
     case 16: return run<T, 16, true>(p, target);
     case 32: return run<T, 32, true>(p, target);
     case 64: return run<T, 64, true>(p, target);
+    default: return Status::bad_shape;
   }
-  return Status::bad_shape;
 }
 
 }  // namespace

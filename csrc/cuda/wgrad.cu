@@ -164,16 +164,16 @@ template <class T, int kRank> Status run(const WgradConfig& c, const WgradParams
   int64_t blocks = 0;
   for (int i = 0; i < p.count; ++i) {
     const WgradJob& job = p.jobs[i];
-    args.jobs[i] = {static_cast<const T*>(job.left),
-                    static_cast<const T*>(job.low),
-                    job.slabs,
-                    job.sum_slabs,
-                    job.dropout.seed,
-                    job.C,
-                    job.ld_left,
-                    job.ld_low,
-                    job.dropout.threshold,
-                    job.transposed};
+    args.jobs[i] = {.left = static_cast<const T*>(job.left),
+                    .low = static_cast<const T*>(job.low),
+                    .slabs = job.slabs,
+                    .sum_slabs = job.sum_slabs,
+                    .seed = job.dropout.seed,
+                    .C = job.C,
+                    .ld_left = job.ld_left,
+                    .ld_low = job.ld_low,
+                    .threshold = job.dropout.threshold,
+                    .transposed = job.transposed};
     blocks += ceil_div(job.C, kCols) * c.rank_chunks * c.splits;
     if (i == 0) args.first_blocks = blocks;
   }
@@ -181,7 +181,8 @@ template <class T, int kRank> Status run(const WgradConfig& c, const WgradParams
   args.R = p.R;
   args.rows_per_split = c.rows_per_split;
   args.rank_chunks = c.rank_chunks;
-  return launch<wgrad_kernel<T, kRank>>(Grid{blocks, kThreads, wgrad_smem_bytes(kRank), 1}, target, args);
+  const Grid grid{.blocks = blocks, .threads = kThreads, .smem = wgrad_smem_bytes(kRank), .cluster = 1};
+  return launch<wgrad_kernel<T, kRank>>(grid, target, args);
 }
 
 template <class T> Status choose_rank(const WgradConfig& c, const WgradParams& p, Target& target) {
@@ -191,8 +192,8 @@ template <class T> Status choose_rank(const WgradConfig& c, const WgradParams& p
     case 32: return run<T, 32>(c, p, target);
     case 64: return run<T, 64>(c, p, target);
     case 128: return run<T, 128>(c, p, target);
+    default: return Status::bad_shape;
   }
-  return Status::bad_shape;
 }
 
 Status check(const WgradConfig& c, const WgradParams& p) {
@@ -222,20 +223,32 @@ Status check(const WgradConfig& c, const WgradParams& p) {
 }  // namespace
 
 Status add_slabs(int splits, const WgradParams& p, Target& target) {
+  if (p.out_dtype != Dtype::f32 && p.out_dtype != p.dtype) return Status::bad_dtype;
   Sums sums{};
   int64_t quads = 0;
-  const auto add = [&](const float* slabs, void* out, int64_t size, float scale, Dtype dtype) {
-    sums.part[sums.count++] = {slabs, out, size, splits, scale, dtype};
-    quads += size / 4;
+  const auto add = [&](const Sum& sum) {
+    sums.part[sums.count++] = sum;
+    quads += sum.size / 4;
   };
   for (int i = 0; i < p.count; ++i) {
     const WgradJob& job = p.jobs[i];
     if (job.out)
-      add(job.slabs, job.out, job.C * p.R, job.dropout.threshold ? job.scale * job.dropout.scale() : job.scale,
-          p.out_dtype);
-    if (job.sum_slabs) add(job.sum_slabs, job.column_sums, job.C, 1.0f, p.dtype);
+      add({.slabs = job.slabs,
+           .out = job.out,
+           .size = job.C * p.R,
+           .splits = splits,
+           .scale = job.scale * job.dropout.scale(),
+           .dtype = p.out_dtype});
+    if (job.sum_slabs)
+      add({.slabs = job.sum_slabs,
+           .out = job.column_sums,
+           .size = job.C,
+           .splits = splits,
+           .scale = 1.0f,
+           .dtype = p.dtype});
   }
-  return launch<add_slabs_kernel>(Grid{ceil_div(quads, 256), 256, 0, 1}, target, sums);
+  const Grid grid{.blocks = ceil_div(quads, 256), .threads = 256, .smem = 0, .cluster = 1};
+  return launch<add_slabs_kernel>(grid, target, sums);
 }
 
 Status wgrad(const WgradConfig& c, const WgradParams& p, Target& target) {

@@ -94,7 +94,7 @@ def install(library, monkeypatch):
     monkeypatch.setattr(cuda, "_C", module)
     monkeypatch.setattr(cuda, "refusal", lambda x, weight, lora_A: None)
     monkeypatch.setattr(cuda, "_sms", lambda index: SMS)
-    monkeypatch.setattr(cuda, "_launch", lambda function, device, *args: function(*args, 0, 0))
+    monkeypatch.setattr(cuda, "_launch", lambda function, on, **given: function(**given, device=0, stream=0))
 
     def schedule(resident_blocks=8, delay=4, freeze=0, seed=1):
         configure(SMS, resident_blocks, delay, freeze, seed)
@@ -140,7 +140,8 @@ def test_small_m(schedule, poison, M, rows):
     resident blocks."""
     seen = set()
     for i, (N, K, R) in enumerate([(8, 64, 1), (136, 1000, 16), (264, 136, 12), (392, 1160, 64), (2056, 512, 40)]):
-        plan = cuda._C.cuda_forward_plan(M, N, K, R, 2, 2, False, SMS)
+        code = cuda._C.dtype_codes["bfloat16"]
+        plan = cuda._C.cuda_forward_plan(M=M, N=N, K=K, R=R, dtype=code, adapter_dtype=code, dropout=False, sms=SMS)
         assert plan["h"] == "small" and plan["small"]["rows"] == rows
         seen.add(plan["small"]["splits"])
         schedule(resident_blocks=8 if i % 2 else 2, delay=200, freeze=500, seed=i + 1)

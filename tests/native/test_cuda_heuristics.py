@@ -10,19 +10,34 @@ import torch
 from fused_lora import _C
 from fused_lora.backends import cuda
 
-F32, F16, BF16 = 0, 1, 2
+F32, F16, BF16 = (_C.dtype_codes[name] for name in ("float32", "float16", "bfloat16"))
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024), (8192, 8192), (2048, 2048), (8, 8), (136, 264)]
 ROWS = [1, 16, 127, 128, 129, 512, 2048, 8192, 16384, 262144]
 RANKS = [1, 8, 12, 16, 17, 32, 33, 64, 65, 100, 128, 256]
 SMS = [2, 13, 114, 132]
 
 
+def gemm_config(M=128, N=128, K=128, R=16, dtype=BF16, sms=132, **kind):
+    return _C.lora_gemm_config(M=M, N=N, K=K, R=R, dtype=dtype, sms=sms, **kind)
+
+
+def forward_plan(M=128, N=128, K=128, R=16, dtype=BF16, adapter_dtype=BF16, dropout=False, sms=132):
+    return _C.cuda_forward_plan(M=M, N=N, K=K, R=R, dtype=dtype, adapter_dtype=adapter_dtype, dropout=dropout, sms=sms)
+
+
+def backward_plan(needs, M=128, N=128, K=128, R=16, dtype=BF16, adapter_dtype=BF16, sms=132, **settings):
+    """`needs`: of dx, dA, dB and dbias."""
+    settings = dict(dropout=False, deterministic=False) | settings
+    settings |= dict(zip(("need_x", "need_A", "need_B", "need_bias"), needs))
+    return _C.cuda_backward_plan(M=M, N=N, K=K, R=R, dtype=dtype, adapter_dtype=adapter_dtype, sms=sms, **settings)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("compute_h", [False, True])
-def test_gemm_configs_are_legal(compute_h, dropout, backward):
+@pytest.mark.parametrize("makes_low", [False, True])
+def test_gemm_configs_are_legal(makes_low, dropout, backward):
     for (K, N), M, R, sms in itertools.product(SHAPES, ROWS, RANKS, SMS):
-        c = _C.lora_gemm_config(M, N, K, R, BF16, sms, compute_h, dropout, backward)
+        c = gemm_config(M, N, K, R, sms=sms, makes_low=makes_low, dropout=dropout, backward=backward)
         assert c["smem_bytes"] <= _C.cuda_smem_limit == 227 * 1024
         tiles = c["stages"] * (c["block_m"] + c["block_n"] + c["rank_tile"]) * c["block_k"] * 2 + 2 * 64 * 64 * 2
         drops_left = dropout and not backward and c["one_launch"]
@@ -42,7 +57,7 @@ def test_gemm_configs_are_legal(compute_h, dropout, backward):
         assert c["col_tiles"] * c["block_n"] >= N > (c["col_tiles"] - 1) * c["block_n"]
         assert c["grid"] % c["cluster"] == 0 and 0 < c["grid"] <= sms
         assert c["low_blocks"] == -(-R // 64)
-        assert c["one_launch"] == (compute_h and R <= 64)
+        assert c["one_launch"] == (makes_low and R <= 64)
         assert c["rank_tile"] in ((16, 32, 64) if c["one_launch"] else (0,)) and (
             not c["one_launch"] or c["rank_tile"] >= R
         )
@@ -53,7 +68,7 @@ def test_gemm_configs_are_legal(compute_h, dropout, backward):
 
 def test_narrow_tiles_fill_the_card_where_wide_ones_cannot():
     def width(M, N):
-        return _C.lora_gemm_config(M, N, 4096, 16, BF16, 132)["block_n"]
+        return gemm_config(M, N)["block_n"]
 
     assert width(8192, 4096) == width(8192, 14336) == width(8192, 1024) == width(2048, 4096) == 256
     assert width(512, 4096) == width(2048, 1024) == width(8192, 128) == 128
@@ -62,7 +77,8 @@ def test_narrow_tiles_fill_the_card_where_wide_ones_cannot():
 @pytest.mark.parametrize("column_first", [False, True])
 def test_every_tile_comes_once_and_after_what_it_waits_for(column_first):
     for row_tiles, col_tiles in itertools.product((1, 2, 7, 8, 9, 32, 67), (1, 2, 5, 16)):
-        order = [_C.lora_gemm_tile(t, row_tiles, col_tiles, column_first) for t in range(row_tiles * col_tiles)]
+        grid = dict(row_tiles=row_tiles, col_tiles=col_tiles, column_first=column_first)
+        order = [_C.lora_gemm_tile(t=t, **grid) for t in range(row_tiles * col_tiles)]
         assert sorted(order) == sorted(itertools.product(range(row_tiles), range(col_tiles)))
         if (
             column_first
@@ -80,7 +96,7 @@ def check_regions(plan):
 
 def test_forward_plans():
     for (K, N), M, R, adapter, dropout in itertools.product(SHAPES, ROWS, RANKS, (BF16, F32), (False, True)):
-        plan = _C.cuda_forward_plan(M, N, K, R, BF16, adapter, dropout, 132)
+        plan = forward_plan(M, N, K, R, adapter_dtype=adapter, dropout=dropout)
         check_regions(plan)
         small = M <= 128 and R <= 64 and not dropout
         assert plan["h"] == ("small" if small else "gemm" if R <= 64 else "shrink" if dropout else "h_gemm")
@@ -95,7 +111,7 @@ def test_forward_plans():
 
 def test_small_m_runs_in_one_wave_over_the_whole_card():
     for (K, N), M, R, sms in itertools.product(SHAPES, (1, 16, 17, 32, 33, 64, 65, 128), (1, 16, 64), SMS):
-        c = _C.cuda_forward_plan(M, N, K, R, BF16, BF16, False, sms)["small"]
+        c = forward_plan(M, N, K, R, sms=sms)["small"]
         assert c["rows"] >= M and c["rows"] in (16, 32, 64, 128) and c["stages"] >= 3
         assert c["stages"] * (c["rows"] + 192) * 128 < c["smem_bytes"] <= _C.cuda_smem_limit
         assert c["strips"] * c["cols"] >= N > (c["strips"] - 1) * c["cols"]
@@ -106,7 +122,7 @@ def test_small_m_runs_in_one_wave_over_the_whole_card():
     for M, (K, N) in itertools.product(
         (16, 128), SHAPES[:4]
     ):  # W's rows lie with at least half of the SMs, except where 8 parts are not enough
-        c = _C.cuda_forward_plan(M, N, K, 16, BF16, BF16, False, 132)["small"]
+        c = forward_plan(M, N, K)["small"]
         assert c["strips"] * c["splits"] >= 66 or c["splits"] == 8
 
 
@@ -122,7 +138,7 @@ def test_backward_plans_ask_only_for_what_is_needed():
     for M, R, dropout, adapter, deterministic, needs in every:
         N, K = 1024, 4096
         need_x, need_A, need_B, need_bias = needs
-        plan = _C.cuda_backward_plan(M, N, K, R, F16, adapter, dropout, *needs, deterministic, 132)
+        plan = backward_plan(needs, M, N, K, R, F16, adapter, dropout=dropout, deterministic=deterministic)
         check_regions(plan)
         size = {name: size for name, (_, size) in plan["regions"].items()}
         assert ("gemm" in plan) == need_x and plan.get("gemm", {}).get("dropout", dropout) == dropout
@@ -141,29 +157,26 @@ def test_backward_plans_ask_only_for_what_is_needed():
 
 def test_wgrad_covers_every_row_once_and_fills_the_card():
     for M, R, (K, N) in itertools.product(ROWS, RANKS, SHAPES):
-        w = _C.cuda_backward_plan(M, N, K, R, BF16, BF16, False, False, True, True, False, False, 132)["wgrad"]
+        w = backward_plan((False, True, True, False), M, N, K, R)["wgrad"]
         assert w["rows_per_split"] % 64 == 0 and w["smem_bytes"] <= _C.cuda_smem_limit
         assert (w["splits"] - 1) * w["rows_per_split"] < M <= w["splits"] * w["rows_per_split"]
         assert w["rank_tile"] * w["rank_chunks"] >= R > w["rank_tile"] * (w["rank_chunks"] - 1)
         blocks = w["splits"] * w["rank_chunks"] * (-(-K // 128) + -(-N // 128))
         assert w["splits"] == 1 or blocks <= 132 * (228 * 1024 // (w["smem_bytes"] + 1024)), "more than one wave"
-    w = _C.cuda_backward_plan(8192, 4096, 4096, 16, BF16, BF16, False, False, True, True, False, False, 132)["wgrad"]
+    w = backward_plan((False, True, True, False), 8192, 4096, 4096)["wgrad"]
     assert w["splits"] * 64 >= 2 * 132
 
 
 def test_what_has_no_plan_is_an_error():
     for call, match in (
-        (lambda: _C.lora_gemm_config(128, 128, 128, 16, F32, 132), "dtype must be 1"),
-        (lambda: _C.lora_gemm_config(128, 128, 128, 257, BF16, 132), "R <= 256"),
-        (lambda: _C.lora_gemm_config(0, 128, 128, 16, BF16, 132), "1 <= M"),
-        (lambda: _C.lora_gemm_config(2**31, 128, 128, 16, BF16, 132), r"2\*\*31"),
-        (lambda: _C.lora_gemm_config(128, 128, 128, 16, BF16, 1), "2 SMs"),
-        (lambda: _C.lora_gemm_tile(4, 2, 2, True), "one of row_tiles"),
-        (lambda: _C.cuda_forward_plan(128, 128, 128, 300, BF16, BF16, False, 132), "no plan"),
-        (
-            lambda: _C.cuda_backward_plan(0, 128, 128, 16, BF16, BF16, False, True, True, True, True, False, 132),
-            "no plan",
-        ),
+        (lambda: gemm_config(dtype=F32), "dtype must be 1"),
+        (lambda: gemm_config(R=257), "R <= 256"),
+        (lambda: gemm_config(M=0), "1 <= M"),
+        (lambda: gemm_config(M=2**31), r"2\*\*31"),
+        (lambda: gemm_config(sms=1), "2 SMs"),
+        (lambda: _C.lora_gemm_tile(t=4, row_tiles=2, col_tiles=2, column_first=True), "one of row_tiles"),
+        (lambda: forward_plan(R=300), "no plan"),
+        (lambda: backward_plan((True,) * 4, M=0), "no plan"),
     ):
         with pytest.raises(ValueError, match=match):
             call()

@@ -15,29 +15,54 @@ struct AllMaps {
 };
 
 inline Status make_maps(const GemmConfig& c, const GemmParams& p, AllMaps* maps) {
-  const bool backward = c.kind.backward;
-  const int load_rows = c.kind.block_n / kGemmCluster;
-  const auto right_view = [&](const void* data, int64_t k, int64_t ld) {
-    return backward ? MatrixView{data, k, p.N, ld, kGemmBlockK, 64, p.dtype}
-                    : MatrixView{data, p.N, k, ld, load_rows, kGemmBlockK, p.dtype};
+  Status status = Status::ok;
+  const auto make = [&](CUtensorMap* map, const MatrixView& view) {
+    if (status == Status::ok) status = tensor_map(view, map);
   };
-  Status status = tensor_map({p.left, p.M, p.K, p.ld_left, kGemmBlockM, kGemmBlockK, p.dtype}, &maps->left);
-  if (status == Status::ok) status = tensor_map(right_view(p.right, p.K, p.ld_right), &maps->right);
-  if (status == Status::ok) status = tensor_map({p.out, p.M, p.N, p.ld_out, 64, 64, p.dtype}, &maps->out);
+  // [M, cols], read or written in boxes of so many rows and columns.
+  const auto rows = [&](const void* data, int64_t cols, int64_t ld, int box_rows, int box_cols) {
+    return MatrixView{.data = data,
+                      .rows = p.M,
+                      .cols = cols,
+                      .ld = ld,
+                      .box_rows = box_rows,
+                      .box_cols = box_cols,
+                      .dtype = p.dtype};
+  };
+  // A right operand of `cols` columns that is `deep` along the reduction: stored [cols, deep], in the backward
+  // [deep, cols].
+  const auto right = [&](const void* data, int64_t cols, int64_t deep, int64_t ld, int box_cols) {
+    if (c.kind.backward)
+      return MatrixView{.data = data,
+                        .rows = deep,
+                        .cols = cols,
+                        .ld = ld,
+                        .box_rows = kGemmBlockK,
+                        .box_cols = std::min(box_cols, 64),
+                        .dtype = p.dtype};
+    return MatrixView{.data = data,
+                      .rows = cols,
+                      .cols = deep,
+                      .ld = ld,
+                      .box_rows = box_cols,
+                      .box_cols = kGemmBlockK,
+                      .dtype = p.dtype};
+  };
+  const int load_rows = c.kind.block_n / kGemmCluster, rank_tile = c.kind.rank_tile;
+  make(&maps->left, rows(p.left, p.K, p.ld_left, kGemmBlockM, kGemmBlockK));
+  make(&maps->right, right(p.right, p.N, p.K, p.ld_right, load_rows));
+  make(&maps->out, rows(p.out, p.N, p.ld_out, 64, 64));
   maps->low = maps->thin = maps->down = maps->h = maps->dh = maps->x = maps->left;
-  if (status == Status::ok && p.R > 0)
-    status = tensor_map({p.low, p.M, p.R, p.ld_low, kGemmBlockM, kGemmBlockK, p.dtype}, &maps->low);
-  if (status == Status::ok && p.R > 0) status = tensor_map(right_view(p.thin, p.R, p.ld_thin), &maps->thin);
-  if (status == Status::ok && c.kind.rank_tile) {
-    const MatrixView down = backward ? MatrixView{p.down, p.K, p.R, p.ld_down, kGemmBlockK, c.kind.rank_tile, p.dtype}
-                                     : MatrixView{p.down, p.R, p.K, p.ld_down, c.kind.rank_tile, kGemmBlockK, p.dtype};
-    status = tensor_map(down, &maps->down);
+  if (p.R > 0) {
+    make(&maps->low, rows(p.low, p.R, p.ld_low, kGemmBlockM, kGemmBlockK));
+    make(&maps->thin, right(p.thin, p.N, p.R, p.ld_thin, load_rows));
   }
-  if (status == Status::ok && p.dB)
-    status = tensor_map({p.h, p.M, p.R, p.ld_h, kGemmBlockM, c.kind.rank_tile, p.dtype}, &maps->h);
-  if (status == Status::ok && p.dA)
-    status = tensor_map({p.low, p.M, p.R, p.ld_low, kGemmBlockM, c.kind.rank_tile, p.dtype}, &maps->dh);
-  if (status == Status::ok && p.dA) status = tensor_map({p.x, p.M, p.N, p.ld_x, kGemmBlockM, 64, p.dtype}, &maps->x);
+  if (rank_tile) make(&maps->down, right(p.down, p.R, p.K, p.ld_down, rank_tile));
+  if (p.dB) make(&maps->h, rows(p.h, p.R, p.ld_h, kGemmBlockM, rank_tile));
+  if (p.dA) {
+    make(&maps->dh, rows(p.low, p.R, p.ld_low, kGemmBlockM, rank_tile));
+    make(&maps->x, rows(p.x, p.N, p.ld_x, kGemmBlockM, 64));
+  }
   return status;
 }
 
@@ -47,24 +72,24 @@ template <class C> Status run(const GemmConfig& c, const GemmParams& p, Target& 
   const Status status = make_maps(c, p, &maps);
   if (status != Status::ok) return status;
   using T = typename C::T;
-  const Args<T> args{static_cast<T*>(p.low),
-                     static_cast<const T*>(p.bias),
-                     p.dB,
-                     p.dA,
-                     p.control,
-                     p.dropout.seed,
-                     p.ld_low,
-                     static_cast<int>(p.M),
-                     static_cast<int>(p.N),
-                     static_cast<int>(p.K),
-                     static_cast<int>(p.R),
-                     p.dropout.threshold,
-                     p.alpha,
-                     p.scale,
-                     p.dropout.scale()};
-  return launch<lora_gemm_kernel<C>>(Grid{c.grid, C::kThreads, C::kKind.smem_bytes(), kGemmCluster}, target, maps.left,
-                                     maps.right, maps.low, maps.thin, maps.down, maps.out, maps.h, maps.dh, maps.x,
-                                     args);
+  const Args<T> args{.low = static_cast<T*>(p.low),
+                     .bias = static_cast<const T*>(p.bias),
+                     .dB = p.dB,
+                     .dA = p.dA,
+                     .control = p.control,
+                     .seed = p.dropout.seed,
+                     .ld_low = p.ld_low,
+                     .M = static_cast<int>(p.M),
+                     .N = static_cast<int>(p.N),
+                     .K = static_cast<int>(p.K),
+                     .R = static_cast<int>(p.R),
+                     .threshold = p.dropout.threshold,
+                     .alpha = p.alpha,
+                     .scale = p.scale,
+                     .drop_scale = p.dropout.scale()};
+  const Grid grid{.blocks = c.grid, .threads = C::kThreads, .smem = C::kKind.smem_bytes(), .cluster = kGemmCluster};
+  return launch<lora_gemm_kernel<C>>(grid, target, maps.left, maps.right, maps.low, maps.thin, maps.down, maps.out,
+                                     maps.h, maps.dh, maps.x, args);
 }
 
 template <class T, int kBlockN, bool kBackward, bool kDropout>
@@ -72,12 +97,12 @@ Status choose_rank(const GemmConfig& c, const GemmParams& p, Target& target) {
   switch (c.kind.rank_tile) {
     case 0:
       if constexpr (kBackward || !kDropout) return run<Traits<T, kBlockN, 0, kBackward, kDropout>>(c, p, target);
-      break;
+      else return Status::bad_shape;  // the forward's mask matters to low alone
     case 16: return run<Traits<T, kBlockN, 16, kBackward, kDropout>>(c, p, target);
     case 32: return run<Traits<T, kBlockN, 32, kBackward, kDropout>>(c, p, target);
     case 64: return run<Traits<T, kBlockN, 64, kBackward, kDropout>>(c, p, target);
+    default: return Status::bad_shape;
   }
-  return Status::bad_shape;
 }
 
 template <class T, int kBlockN> Status choose_layout(const GemmConfig& c, const GemmParams& p, Target& target) {
@@ -92,8 +117,8 @@ template <class T> Status choose_width(const GemmConfig& c, const GemmParams& p,
   switch (c.kind.block_n) {
     case 128: return choose_layout<T, 128>(c, p, target);
     case 256: return choose_layout<T, 256>(c, p, target);
+    default: return Status::bad_shape;
   }
-  return Status::bad_shape;
 }
 
 }  // namespace fused_lora::gemm

@@ -15,9 +15,9 @@ from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import current_device, current_stream
 from fused_lora.ops.reference import Gradients
 
-_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 _DTYPES = (torch.bfloat16, torch.float16)
-_MAX_RANK = 256
+_MAX_RANK = _C.cuda_max_rank
 
 
 @functools.cache
@@ -35,14 +35,20 @@ def _sms(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-@functools.lru_cache(4096)
-def _forward_bytes(*sizes) -> int:
-    return _C.cuda_forward_plan(*sizes)["bytes"]
+def _request(sizes, dtypes) -> dict[str, int]:
+    return dict(zip(("M", "N", "K", "R", "dtype", "adapter_dtype"), (*sizes, *dtypes)))
 
 
 @functools.lru_cache(4096)
-def _backward_bytes(*sizes) -> int:
-    return _C.cuda_backward_plan(*sizes)["bytes"]
+def _forward_bytes(sizes, dtypes, dropout, sms) -> int:
+    return _C.cuda_forward_plan(**_request(sizes, dtypes), dropout=dropout, sms=sms)["bytes"]
+
+
+@functools.lru_cache(4096)
+def _backward_bytes(sizes, dtypes, dropout, needs, deterministic, sms) -> int:
+    needed = dict(zip(("need_x", "need_A", "need_B", "need_bias"), needs))
+    request = _request(sizes, dtypes) | needed
+    return _C.cuda_backward_plan(**request, dropout=dropout, deterministic=deterministic, sms=sms)["bytes"]
 
 
 @functools.cache
@@ -105,13 +111,13 @@ def _workspace(nbytes: int, device: torch.device) -> torch.Tensor:
     return torch.empty((nbytes + 3) // 4, dtype=torch.float32, device=device)
 
 
-def _launch(function, device: torch.device, *args) -> None:
-    """function(*args, device, stream) with `device` current."""
-    index = device.index
+def _launch(function, on: torch.device, **arguments) -> None:
+    """function(**arguments, device, stream) with the device `on` current and its current stream."""
+    index = on.index
     if current_device() == index:
-        return function(*args, index, current_stream(index))
+        return function(**arguments, device=index, stream=current_stream(index))
     with torch.cuda.device(index):
-        function(*args, index, current_stream(index))
+        function(**arguments, device=index, stream=current_stream(index))
 
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
@@ -121,33 +127,25 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
     if M == 0:
         return y, h[:, :R].contiguous()
     x, lora_A, lora_B, bias = _rows(x), _flat(lora_A), _flat(lora_B), None if bias is None else _flat(bias)
-    code, adapter = _CODE[dtype], _CODE[lora_A.dtype]
-    threshold = dropout_threshold(dropout_p) if seed is not None else 0
-    nbytes = _forward_bytes(M, N, K, R, code, adapter, threshold > 0, _sms(device.index))
+    sizes, dtypes = (M, N, K, R), (_CODE[dtype], _CODE[lora_A.dtype])
+    dropout = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
+    nbytes = _forward_bytes(sizes, dtypes, dropout[1] > 0, _sms(device.index))
     workspace = _workspace(nbytes, device)  # a name, so that it lives until the launches are on the stream
     _launch(
         _C.cuda_forward,
         device,
-        x.data_ptr(),
-        x.stride(0),
-        weight.data_ptr(),
-        weight.stride(0),
-        lora_A.data_ptr(),
-        lora_B.data_ptr(),
-        _ptr(bias),
-        h.data_ptr(),
-        y.data_ptr(),
-        workspace.data_ptr(),
-        nbytes,
-        M,
-        N,
-        K,
-        R,
-        code,
-        adapter,
-        scaling,
-        _ptr(seed),
-        threshold,
+        x=(x.data_ptr(), x.stride(0)),
+        W=(weight.data_ptr(), weight.stride(0)),
+        A=lora_A.data_ptr(),
+        B=lora_B.data_ptr(),
+        bias=_ptr(bias),
+        h=h.data_ptr(),
+        y=y.data_ptr(),
+        workspace=(workspace.data_ptr(), nbytes),
+        sizes=sizes,
+        dtypes=dtypes,
+        scaling=scaling,
+        dropout=dropout,
     )
     return y, h if h.shape[1] == R else h[:, :R].contiguous()
 
@@ -167,41 +165,30 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, nee
     x = _rows(x) if need_A else None
     if need_B:
         h = _rows(h) if R % 8 == 0 else torch.nn.functional.pad(h, (0, _padded(R) - R))
-    code, adapter = _CODE[dtype], _CODE[lora_A.dtype]
-    threshold = dropout_threshold(dropout_p) if seed is not None else 0
+    sizes, dtypes = (M, N, K, R), (_CODE[dtype], _CODE[lora_A.dtype])
+    dropout = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     deterministic = torch.are_deterministic_algorithms_enabled()
-    nbytes = _backward_bytes(
-        M, N, K, R, code, adapter, threshold > 0, need_x, need_A, need_B, need_bias, deterministic, _sms(device.index)
-    )
+    needs = (need_x, need_A, need_B, need_bias)
+    nbytes = _backward_bytes(sizes, dtypes, dropout[1] > 0, needs, deterministic, _sms(device.index))
     workspace = _workspace(nbytes, device)
     _launch(
         _C.cuda_backward,
         device,
-        dy.data_ptr(),
-        dy.stride(0),
-        _ptr(x),
-        x.stride(0) if need_A else 0,
-        weight.data_ptr(),
-        weight.stride(0),
-        lora_A.data_ptr(),
-        lora_B.data_ptr(),
-        h.data_ptr() if need_B else 0,
-        h.stride(0) if need_B else 0,
-        _ptr(dx),
-        _ptr(dA),
-        _ptr(dB),
-        _ptr(dbias),
-        workspace.data_ptr(),
-        nbytes,
-        M,
-        N,
-        K,
-        R,
-        code,
-        adapter,
-        scaling,
-        _ptr(seed),
-        threshold,
-        deterministic,
+        dy=(dy.data_ptr(), dy.stride(0)),
+        x=(x.data_ptr(), x.stride(0)) if need_A else (0, 0),
+        W=(weight.data_ptr(), weight.stride(0)),
+        A=lora_A.data_ptr(),
+        B=lora_B.data_ptr(),
+        h=(h.data_ptr(), h.stride(0)) if need_B else (0, 0),
+        dx=_ptr(dx),
+        dA=_ptr(dA),
+        dB=_ptr(dB),
+        dbias=_ptr(dbias),
+        workspace=(workspace.data_ptr(), nbytes),
+        sizes=sizes,
+        dtypes=dtypes,
+        scaling=scaling,
+        dropout=dropout,
+        deterministic=deterministic,
     )
     return Gradients(dx, None, dA, dB, dbias)

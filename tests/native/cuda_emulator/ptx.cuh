@@ -9,6 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cuda/descriptor.h"
 #include "device.h"
 
 #define FUSED_LORA_SM90A 1
@@ -76,7 +77,6 @@ inline void aligned(uint32_t address, uint32_t to, const char* what) {
 }
 
 // ---- sm_80
-// ---------------------------------------------------------------------------------------------------------------------
 inline void cp_async(void* dst, const void* src, bool valid) {
   touch_memory();
   aligned(shared(dst), 16, "cp.async to");
@@ -141,7 +141,6 @@ template <class T> void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
 }
 
 // ---- clusters, barriers
-// ---------------------------------------------------------------------------------------------------------------------
 inline uint32_t cta_in_cluster() { return static_cast<uint32_t>(self().block->cta); }
 inline void cluster_sync() {
   emulator::Cluster& c = *self().block->cluster;
@@ -203,7 +202,6 @@ inline void store_remote(int* slot, int value, uint64_t* bar, uint32_t cta) {
 }
 
 // ---- TMA
-// ---------------------------------------------------------------------------------------------------------------------
 struct Map {
   uint16_t* data;
   int64_t rows, cols, ld, box_rows, box_cols;
@@ -305,15 +303,13 @@ inline void stmatrix(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t 
 }
 
 // ---- wgmma
-// ---------------------------------------------------------------------------------------------------------------------
 template <int> void registers_down() {}
 template <int> void registers_up() {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
 
 inline uint64_t descriptor(const void* p, uint32_t leading_bytes, uint32_t stride_bytes, int swizzle_bytes) {
-  const uint64_t mode = swizzle_bytes == 128 ? 1 : swizzle_bytes == 64 ? 2 : 3;
-  return uint64_t{shared(p) >> 4} | uint64_t{leading_bytes >> 4} << 16 | uint64_t{stride_bytes >> 4} << 32 | mode << 62;
+  return matrix_descriptor(shared(p), leading_bytes, stride_bytes, swizzle_bytes);
 }
 
 // Where element (mn, k) of a 16-deep operand lies. K-major: rows of `span` bytes, 8 of them a stride apart from the
