@@ -7,8 +7,8 @@
 //             multiplies A's rows alike: h for one more read of A from L2
 // Warps       warpgroups 0 and 1: W, 2: A; warp 12 loads (TMA) through a ring of k-steps of 64
 // Sum         the parts' sums lie in each block's shared memory. Each block adds up h and its share of the columns of y
-//             from the whole cluster's,
-//             in the order of K: results repeat bit for bit, and no flag, workspace or second launch is needed
+//             from the whole cluster's, in the order of K: results repeat bit for bit, and no flag, workspace or second
+//             launch is needed
 // Shared      stages * (192 + rows) * 128 bytes, two blocks an SM up to 64 rows; sums and h lie over the stages when
 //             these are through
 // Bound by    one read of W: 11 us for 33.5 MB at 3.0 TB/s
@@ -39,7 +39,7 @@ template <class T> struct Args {
   const T* bias;  // [N], or null
   T* h;           // [M, padded_rank(R)]
   T* y;           // [M, N]
-  int M, N, K, padded, splits;
+  int M, N, K, R, padded, splits;
   float scale;
 };
 
@@ -106,7 +106,9 @@ PTX_FN void finish(Smem<T, kRows>& s, const Args<T>& p, int col, int first, int 
   for (int i = threadIdx.x; i < p.M * (p.padded / 4); i += kThreads) {
     const int m = i / (p.padded / 4), r = i % (p.padded / 4) * 4;
     const float4 sum = cluster_sum(s.sums() + m * kLd + kCols + r, p.splits);
-    const uint2 packed = pack4<T>(float4{sum.x * p.scale, sum.y * p.scale, sum.z * p.scale, sum.w * p.scale});
+    // An infinity in x times A's padding is no number: padding ranks are set to zero.
+    const uint2 packed = pack4<T>(float4{r < p.R ? sum.x * p.scale : 0.0f, r + 1 < p.R ? sum.y * p.scale : 0.0f,
+                                         r + 2 < p.R ? sum.z * p.scale : 0.0f, r + 3 < p.R ? sum.w * p.scale : 0.0f});
     *reinterpret_cast<uint2*>(s.h() + m * kSmallRank + r) = packed;
     if (writes_h) *reinterpret_cast<uint2*>(p.h + m * p.padded + r) = packed;
   }
@@ -168,23 +170,30 @@ __global__ void __launch_bounds__(kThreads, kRows > 64 ? 1 : 2)
 }
 
 template <class T, int kRows> Status run(const SmallConfig& c, const SmallParams& p, Target& target) {
+  Status status = Status::ok;
+  const auto make = [&](CUtensorMap* map, const void* data, int64_t rows, int64_t ld, int box_rows) {
+    const MatrixView view{
+        .data = data, .rows = rows, .cols = p.K, .ld = ld, .box_rows = box_rows, .box_cols = kBlockK, .dtype = p.dtype};
+    if (status == Status::ok) status = tensor_map(view, map);
+  };
   CUtensorMap x, W, A;
-  Status status = tensor_map({p.x, p.M, p.K, p.ldx, kRows, kBlockK, p.dtype}, &x);
-  if (status == Status::ok) status = tensor_map({p.W, p.N, p.K, p.ldw, kCols, kBlockK, p.dtype}, &W);
-  if (status == Status::ok) status = tensor_map({p.A, p.R, p.K, p.K, kSmallRank, kBlockK, p.dtype}, &A);
+  make(&x, p.x, p.M, p.ldx, kRows);
+  make(&W, p.W, p.N, p.ldw, kCols);
+  make(&A, p.A, p.R, p.K, kSmallRank);
   if (status != Status::ok) return status;
-  const Args<T> args{static_cast<const T*>(p.B),
-                     static_cast<const T*>(p.bias),
-                     static_cast<T*>(p.h),
-                     static_cast<T*>(p.y),
-                     static_cast<int>(p.M),
-                     static_cast<int>(p.N),
-                     static_cast<int>(p.K),
-                     static_cast<int>(padded_rank(p.R)),
-                     c.splits,
-                     p.scale};
-  return launch<lora_gemm_small_kernel<T, kRows>>(Grid{c.strips * c.splits, kThreads, c.smem, c.splits}, target, x, W,
-                                                  A, args);
+  const Args<T> args{.B = static_cast<const T*>(p.B),
+                     .bias = static_cast<const T*>(p.bias),
+                     .h = static_cast<T*>(p.h),
+                     .y = static_cast<T*>(p.y),
+                     .M = static_cast<int>(p.M),
+                     .N = static_cast<int>(p.N),
+                     .K = static_cast<int>(p.K),
+                     .R = static_cast<int>(p.R),
+                     .padded = static_cast<int>(padded_rank(p.R)),
+                     .splits = c.splits,
+                     .scale = p.scale};
+  const Grid grid{.blocks = c.strips * c.splits, .threads = kThreads, .smem = c.smem, .cluster = c.splits};
+  return launch<lora_gemm_small_kernel<T, kRows>>(grid, target, x, W, A, args);
 }
 
 template <class T> Status choose_rows(const SmallConfig& c, const SmallParams& p, Target& target) {
@@ -193,8 +202,8 @@ template <class T> Status choose_rows(const SmallConfig& c, const SmallParams& p
     case 32: return run<T, 32>(c, p, target);
     case 64: return run<T, 64>(c, p, target);
     case 128: return run<T, 128>(c, p, target);
+    default: return Status::bad_shape;
   }
-  return Status::bad_shape;
 }
 
 }  // namespace
