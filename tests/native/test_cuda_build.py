@@ -135,6 +135,21 @@ def test_gemm_machine_code(built, name):
 
 
 @needs_disassembler
+@pytest.mark.parametrize("name", GEMMS)
+def test_the_roles_registers_fit_those_at_entry(built, name):
+    """setmaxnreg waits for ever where the warpgroups of a block ask for more than the block started with."""
+    entry = dict(re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", built["sm_90a", name].notes, re.DOTALL))
+    for kernel, code in kernels(built["sm_90a", name].cubin).items():
+        moves = re.findall(r"USETMAXREG\.(DEALLOC|TRY_ALLOC)\S* (?:UP\d, )?0x(\w+)", "\n".join(i for _, i in code))
+        down = [int(registers, 16) for way, registers in moves if way == "DEALLOC"]
+        up = [int(registers, 16) for way, registers in moves if way == "TRY_ALLOC"]
+        assert len(down) in (1, 2) and len(up) == 1, f"{kernel}: {moves}"
+        warpgroups = len(down) + 2  # both that multiply run the same code
+        assert sum(down) + 2 * up[0] <= warpgroups * int(entry[kernel]), f"{kernel}: {moves} of {entry[kernel]}"
+        assert max(down) <= int(entry[kernel]) <= up[0], f"{kernel}: {moves} of {entry[kernel]}"
+
+
+@needs_disassembler
 def test_small_m_machine_code(built):
     """Each number of rows: four wgmma in the loop over K, a TMA load, reads from the cluster's other blocks, no local
     memory."""
