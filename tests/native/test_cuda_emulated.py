@@ -23,6 +23,7 @@ import torch
 
 from fused_lora.backends import cuda
 from fused_lora.ops.dropout import dropout_mask
+from fused_lora.ops.reference import PLAIN, Gradients
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +93,7 @@ def install(library, monkeypatch):
     loader.exec_module(module)
     configure = ctypes.CDLL(str(library)).emulator_configure
     monkeypatch.setattr(cuda, "_C", module)
-    monkeypatch.setattr(cuda, "refusal", lambda x, weight, lora_A: None)
+    monkeypatch.setattr(cuda, "refusal", lambda request: None)
     monkeypatch.setattr(cuda, "_sms", lambda index: SMS)
     monkeypatch.setattr(cuda, "_launch", lambda function, on, **given: function(**given, device=0, stream=0))
 
@@ -190,20 +191,10 @@ def test_what_is_not_needed_is_not_there(schedule, poison):
     p = exact_problem(70, 40, 136, 16, torch.bfloat16)
     exact, h = truth(p), run(p, backend="cuda", needs=(False,) * 4)["h"]
     for need_x, need_A, need_B in itertools.product((False, True), repeat=3):
-        needs = (need_x, need_A, need_B, False)
-        got = cuda.backward(
-            p.dy,
-            p.x if need_A else None,
-            p.weight,
-            p.lora_A,
-            p.lora_B,
-            h if need_B else None,
-            p.scaling,
-            0.0,
-            None,
-            needs,
-        )
-        assert_exact(dict(zip(("dx", "dA", "dB"), got)), exact)
+        x, given_h = p.x if need_A else None, h if need_B else None
+        needs = Gradients(x=need_x, lora_A=need_A, lora_B=need_B, bias=False)
+        got = cuda.backward(p.dy, None, x, p.weight, p.lora_A, p.lora_B, given_h, p.scaling, 0.0, None, needs, PLAIN)
+        assert_exact({"dx": got.x, "dA": got.lora_A, "dB": got.lora_B}, exact)
 
 
 def test_strided_and_misaligned_inputs(schedule, poison):
@@ -268,7 +259,7 @@ def test_an_infinity_meets_no_padding(schedule, poison, name, M, R, dropout_p):
     for tensor in (p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.dy):
         tensor.fill_(1.0)
     masked = dict(dropout_p=dropout_p, seed=dropout_seed() if dropout_p else None)
-    kept = reference.dropout_mask(dropout_seed(), M, 136, dropout_p or 0.0)[3].nonzero()[0] if name == "x" else 2
+    kept = dropout_mask(dropout_seed(), M, 136, dropout_p or 0.0)[3].nonzero()[0] if name == "x" else 2
     getattr(p, name)[(kept,) if name == "bias" else (3, kept)] = float("inf")
     exact = truth(p, **masked)
     for key, got in run(p, backend="cuda", **masked).items():
