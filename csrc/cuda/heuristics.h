@@ -34,9 +34,7 @@ struct GemmKind {
   bool backward;  // dx: the right operands lie with their reduction dimension in rows
   bool dropout;   // backward: the low-rank term and x go through the mask; forward: low is that of the masked left
 
-  constexpr bool operator==(const GemmKind& o) const {
-    return block_n == o.block_n && rank_tile == o.rank_tile && backward == o.backward && dropout == o.dropout;
-  }
+  constexpr bool operator==(const GemmKind&) const = default;
   // Whether a warpgroup of its own makes dA and dB, too. With a mask, 256 columns and more than 16 ranks the
   // accumulators don't fit.
   constexpr bool gradients() const {

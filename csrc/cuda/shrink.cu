@@ -30,6 +30,31 @@ template <class T> struct Args {
   float scale;
 };
 
+// low[16, kRank] = scale * (acc of the warp of the first half of each step + acc of that of the second), the second's
+// through `partial`, lane by lane.
+template <class T, int kRank>
+PTX_FN void add_and_store(const float (&acc)[kRank / 8][4], float* partial, const Args<T>& p, int64_t row0,
+                          int64_t rank0, int k_half, int lane) {
+#pragma unroll
+  for (int n = 0; n < kRank / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (k_half == 1) partial[(n * 4 + i) * 32 + lane] = acc[n][i];
+  __syncthreads();
+  if (k_half == 1) return;
+#pragma unroll
+  for (int n = 0; n < kRank / 8; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = row0 + half * 8 + lane / 4, col = rank0 + n * 8 + lane % 4 * 2;
+      const float lo = acc[n][2 * half] + partial[(n * 4 + 2 * half) * 32 + lane],
+                  hi = acc[n][2 * half + 1] + partial[(n * 4 + 2 * half + 1) * 32 + lane];
+      if (row < p.M && col < (p.R + 7) / 8 * 8)
+        *reinterpret_cast<uint32_t*>(p.low + row * p.ld_low + col) = ptx::pack<T>(lo * p.scale, hi * p.scale);
+    }
+  }
+}
+
 template <class T, int kRank, bool kDownMN> __global__ void __launch_bounds__(kThreads) shrink_kernel(const Args<T> p) {
   using Left = Tile<kRows, kBlockK>;
   using Down = std::conditional_t<kDownMN, Tile<kBlockK, kRank>, Tile<kRank, kBlockK>>;
@@ -84,26 +109,8 @@ template <class T, int kRank, bool kDownMN> __global__ void __launch_bounds__(kT
 
   ptx::cp_async_wait<0>();
   __syncthreads();
-  float* const partial =
-      reinterpret_cast<float*>(smem) + row_half * 16 * kRank;  // of the second half of each step, lane by lane
-#pragma unroll
-  for (int n = 0; n < kRank / 8; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (k_half == 1) partial[(n * 4 + i) * 32 + lane] = acc[n][i];
-  __syncthreads();
-  if (k_half == 1) return;
-#pragma unroll
-  for (int n = 0; n < kRank / 8; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = row0 + row_half * 16 + half * 8 + lane / 4, col = rank0 + n * 8 + lane % 4 * 2;
-      const float lo = acc[n][2 * half] + partial[(n * 4 + 2 * half) * 32 + lane],
-                  hi = acc[n][2 * half + 1] + partial[(n * 4 + 2 * half + 1) * 32 + lane];
-      if (row < p.M && col < padded)
-        *reinterpret_cast<uint32_t*>(p.low + row * p.ld_low + col) = ptx::pack<T>(lo * p.scale, hi * p.scale);
-    }
-  }
+  float* const partial = reinterpret_cast<float*>(smem) + row_half * 16 * kRank;
+  add_and_store<T, kRank>(acc, partial, p, row0 + row_half * 16, rank0, k_half, lane);
 }
 
 template <class T, int kRank, bool kDownMN> Status run(const ShrinkParams& p, Target& target) {

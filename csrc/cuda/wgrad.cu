@@ -39,10 +39,62 @@ template <class T> struct Args {
   int rank_chunks;
 };
 
+template <int kRank> using LowTile = Tile<kRows, kRank ? kRank : 16>;
+
+// acc += left^T low over the 64 rows of a stage for one warp's 32 columns; with `sums` also sum += left^T 1.
+template <class T, int kRank>
+PTX_FN void multiply(float (&acc)[2][kRank ? kRank / 8 : 1][4], float (&sum)[2][4], const uint8_t* stage, int warp_col,
+                     bool sums, int lane) {
+  using Left = Tile<kRows, kCols>;
+  using Low = LowTile<kRank>;
+  const int i = lane / 8, j = lane % 8;  // this lane's matrix of four, and its row there
+#pragma unroll
+  for (int m = 0; m < kRows; m += 16) {
+    uint32_t a[2][4];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      ptx::ldmatrix<true>(a[t], stage + Left::offset(m + i / 2 * 8 + j, (warp_col + t * 16) / 8 + i % 2));
+      if (sums) ptx::mma<T>(sum[t], a[t], ptx::kOnes<T>, ptx::kOnes<T>);
+    }
+#pragma unroll
+    for (int n = 0; n < kRank; n += 16) {
+      uint32_t b[4];
+      ptx::ldmatrix<true>(b, stage + Left::kBytes + Low::offset(m + i % 2 * 8 + j, n / 8 + i / 2));
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        ptx::mma<T>(acc[t][n / 8], a[t], b[0], b[1]);
+        ptx::mma<T>(acc[t][n / 8 + 1], a[t], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// One warp's 32 columns of a part's slabs.
+template <class T, int kRank>
+PTX_FN void store(const float (&acc)[2][kRank ? kRank / 8 : 1][4], const float (&sum)[2][4], const Job<T>& job,
+                  int64_t R, int64_t split, int64_t col0, int64_t rank0, bool sums, int lane) {
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t col = col0 + t * 16 + i / 2 * 8 + lane / 4;
+      if (col >= job.C) continue;
+      if (sums && lane % 4 == 0 && i % 2 == 0) job.sum_slabs[split * job.C + col] = sum[t][i];
+#pragma unroll
+      for (int n = 0; n < kRank / 8; ++n) {
+        const int64_t rank = rank0 + n * 8 + lane % 4 * 2 + i % 2;
+        if (rank < R)
+          job.slabs[job.transposed ? (split * R + rank) * job.C + col : (split * job.C + col) * R + rank] =
+              acc[t][n][i];
+      }
+    }
+  }
+}
+
 template <class T, int kRank>
 __global__ void __launch_bounds__(kThreads) wgrad_kernel(const __grid_constant__ Args<T> p) {
   using Left = Tile<kRows, kCols>;
-  using Low = Tile<kRows, kRank ? kRank : 16>;
+  using Low = LowTile<kRank>;
   constexpr int kStages = wgrad_stages(kRank), kStageBytes = Left::kBytes + (kRank ? Low::kBytes : 0);
   static_assert(kStages * kStageBytes + 1024 == wgrad_smem_bytes(kRank));
   uint8_t* const smem = ptx::dynamic_smem();
@@ -79,45 +131,11 @@ __global__ void __launch_bounds__(kThreads) wgrad_kernel(const __grid_constant__
       Left::template drop<kThreads>(stage, seed, job.threshold, row_begin + step * kRows, col0, thread);
     __syncthreads();
     load(step + kStages - 1);
-    const int i = lane / 8, j = lane % 8;  // this lane's matrix of four, and its row there
-#pragma unroll
-    for (int m = 0; m < kRows; m += 16) {
-      uint32_t a[2][4];
-#pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        ptx::ldmatrix<true>(a[t], stage + Left::offset(m + i / 2 * 8 + j, (warp_col + t * 16) / 8 + i % 2));
-        if (sums) ptx::mma<T>(sum[t], a[t], ptx::kOnes<T>, ptx::kOnes<T>);
-      }
-#pragma unroll
-      for (int n = 0; n < kRank; n += 16) {
-        uint32_t b[4];
-        ptx::ldmatrix<true>(b, stage + Left::kBytes + Low::offset(m + i % 2 * 8 + j, n / 8 + i / 2));
-#pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          ptx::mma<T>(acc[t][n / 8], a[t], b[0], b[1]);
-          ptx::mma<T>(acc[t][n / 8 + 1], a[t], b[2], b[3]);
-        }
-      }
-    }
+    multiply<T, kRank>(acc, sum, stage, warp_col, sums, lane);
   }
   ptx::cp_async_wait<0>();
 
-#pragma unroll
-  for (int t = 0; t < 2; ++t) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t col = col0 + warp_col + t * 16 + i / 2 * 8 + lane / 4;
-      if (col >= job.C) continue;
-      if (sums && lane % 4 == 0 && i % 2 == 0) job.sum_slabs[split * job.C + col] = sum[t][i];
-#pragma unroll
-      for (int n = 0; n < kRank / 8; ++n) {
-        const int64_t rank = rank0 + n * 8 + lane % 4 * 2 + i % 2;
-        if (rank < p.R)
-          job.slabs[job.transposed ? (split * p.R + rank) * job.C + col : (split * job.C + col) * p.R + rank] =
-              acc[t][n][i];
-      }
-    }
-  }
+  store<T, kRank>(acc, sum, job, p.R, split, col0 + warp_col, rank0, sums, lane);
 }
 
 // out[size] = scale * (slabs[0] + slabs[1] + ...), size a multiple of 4.
