@@ -21,6 +21,7 @@ import pybind11
 import pytest
 import torch
 
+from fused_lora import backends
 from fused_lora.backends import cuda
 from fused_lora.ops.dropout import dropout_mask
 from fused_lora.ops.reference import PLAIN, Gradients
@@ -102,6 +103,14 @@ def install(library, monkeypatch):
 
     schedule()
     return schedule
+
+
+@pytest.fixture(autouse=True)
+def no_remembered_choice():
+    """`pick` remembers answers, which are others on the emulated device."""
+    backends.pick.cache_clear()
+    yield
+    backends.pick.cache_clear()
 
 
 @pytest.fixture

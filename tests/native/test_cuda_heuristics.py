@@ -2,13 +2,12 @@
 request is refused."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fused_lora import _C
-from fused_lora.backends import cuda
+from fused_lora.backends import Request, cuda
 
 F32, F16, BF16 = (_C.dtype_codes[name] for name in ("float32", "float16", "bfloat16"))
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024), (8192, 8192), (2048, 2048), (8, 8), (136, 264)]
@@ -182,49 +181,52 @@ def test_what_has_no_plan_is_an_error():
             call()
 
 
-def request_of(M=4, N=16, K=32, R=8, dtype=torch.bfloat16, device="cuda", stride=None, address=0):
-    """What `refusal` looks at, for tensors that this machine need not have."""
-    on = SimpleNamespace(type=device, index=0)
-    weight = SimpleNamespace(
-        shape=(N, K),
-        stride=lambda d=None: (stride or (K, 1)) if d is None else (stride or (K, 1))[d],
-        data_ptr=lambda: address,
-    )
-    return SimpleNamespace(device=on, dtype=dtype, shape=(M, K)), weight, SimpleNamespace(shape=(R, K))
+def request_of(device="cuda", **others):
+    """A request that the back end serves, for a device that this machine need not have, but for `others`."""
+    served = dict(dtype=torch.bfloat16, adapter_dtype=torch.float32, N=16, K=32, R=8, aligned=True, optional=())
+    return Request(device=torch.device(device, 0) if device == "cuda" else torch.device(device), **(served | others))
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The back end as in a build for compute capability 9.0, on such a device."""
+    monkeypatch.setattr(cuda, "_built", lambda: True)
+    monkeypatch.setattr(cuda, "_architectures", lambda: ("80", "90a"))
+    monkeypatch.setattr(cuda, "_capability", lambda index: (9, 0))
 
 
 @pytest.mark.parametrize(
-    "change, capability, says",
+    "change, says",
     [
-        ({"device": "cpu"}, (9, 0), "GPU tensors; got"),
-        ({}, (8, 0), r"compute capability 9\.0 \(H100, H200\); got 8\.0"),
-        ({}, (12, 0), r"got 12\.0"),
-        ({"dtype": torch.float32}, (9, 0), "bfloat16 and float16; got torch.float32"),
-        ({"N": 33}, (9, 0), "multiples of 8; got N = 33, K = 32"),
-        ({"K": 65}, (9, 0), "multiples of 8; got N = 16, K = 65"),
-        ({"R": 257}, (9, 0), "ranks up to 256; got 257"),
-        ({"stride": (1, 16)}, (9, 0), "contiguous rows that start on 16 bytes"),
-        ({"stride": (36, 1)}, (9, 0), "contiguous rows that start on 16 bytes"),
-        ({"address": 8}, (9, 0), "contiguous rows that start on 16 bytes"),
+        ({"device": "cpu"}, "GPU tensors; got"),
+        ({"dtype": torch.float32}, "bfloat16 and float16; got torch.float32"),
+        ({"N": 33}, "multiples of 8; got N = 33, K = 32"),
+        ({"K": 65}, "multiples of 8; got N = 16, K = 65"),
+        ({"R": 257}, "ranks up to 256; got 257"),
+        ({"aligned": False}, "contiguous rows that start on 16 bytes"),
+        ({"optional": ("gate",)}, "plain LoRA only; got gate"),
     ],
 )
-def test_refusals_say_what_is_supported(monkeypatch, change, capability, says):
-    monkeypatch.setattr(cuda, "_built", lambda: True)
+def test_refusals_say_what_is_supported(built, change, says):
+    assert says in cuda.refusal(request_of(**change))
+
+
+@pytest.mark.parametrize("capability, got", [((8, 0), "8.0"), ((12, 0), "12.0")])
+def test_other_devices_are_refused(built, monkeypatch, capability, got):
     monkeypatch.setattr(cuda, "_capability", lambda index: capability)
-    with pytest.raises(ValueError, match=f"backend 'cuda' supports .*{says}"):
-        raise ValueError(f"backend 'cuda' supports {cuda.refusal(*request_of(**change))}")
+    assert cuda.refusal(request_of()) == f"GPUs of compute capability 9.0 (H100, H200); got {got}"
 
 
-def test_a_servable_request_is_not_refused(monkeypatch):
-    monkeypatch.setattr(cuda, "_built", lambda: True)
-    monkeypatch.setattr(cuda, "_capability", lambda index: (9, 0))
-    assert cuda.refusal(*request_of()) is None
-    assert cuda.refusal(*request_of(stride=(40, 1), R=256, dtype=torch.float16)) is None
+def test_a_servable_request_is_not_refused(built):
+    assert cuda.refusal(request_of()) is None
+    assert cuda.refusal(request_of(R=256, dtype=torch.float16, adapter_dtype=torch.float16)) is None
 
 
-def test_a_build_without_cuda_says_so(monkeypatch):
+def test_a_build_without_the_machine_code_says_so(built, monkeypatch):
+    monkeypatch.setattr(cuda, "_architectures", lambda: ("80",))
+    assert "a build for 90a; this one is for 80" in cuda.refusal(request_of())
     monkeypatch.setattr(cuda, "_built", lambda: False)
-    assert "this one has none" in cuda.refusal(*request_of())
+    assert "this one has none" in cuda.refusal(request_of())
 
 
 def test_operands_that_tma_cannot_read_are_copied():
