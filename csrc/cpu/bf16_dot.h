@@ -25,7 +25,11 @@ inline bool has_bf16_dot() {
 BF16_DOT_INLINE __m512bh broadcast_pair(const void* p) {
   int pair;
   __builtin_memcpy(&pair, p, 4);
-  return (__m512bh)_mm512_set1_epi32(pair);
+  __m512i pairs = _mm512_set1_epi32(pair);
+#if __clang_major__ >= 16 && __clang_major__ < 19
+  asm("" : "+v"(pairs));  // clang 16 crashes where it folds a broadcast into vdpbf16ps; 14, 15 and 19 do not
+#endif
+  return (__m512bh)pairs;
 }
 BF16_DOT_INLINE __m512bh load_pairs(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
 BF16_DOT_INLINE __m512 to_fp32(__m256i bf16) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16); }

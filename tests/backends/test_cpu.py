@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from fused_lora import _C, lora_linear
 from fused_lora.backends import cpu
+from fused_lora.ops import internals
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
 
 
@@ -103,7 +104,9 @@ def test_y_is_the_base_layer_where_B_is_zero(monkeypatch, dtype):
 
 def test_onednn_is_left_alone_where_it_is_switched_off(monkeypatch):
     calls, p = [], random_problem(8, 16, 24, 4, torch.bfloat16)
-    monkeypatch.setattr(cpu, "_LINEAR_BIAS", lambda x, weight, bias, *_: calls.append(x) or F.linear(x, weight, bias))
+    monkeypatch.setattr(
+        internals, "_bf16_linear", lambda x, weight, bias, *_: calls.append(x) or F.linear(x, weight, bias)
+    )
     run(p, backend="cpu")
     assert len(calls) == 1
     torch._C._set_mkldnn_enabled(False)  # what torch.backends.mkldnn.flags(enabled=False) does
