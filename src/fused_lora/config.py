@@ -104,15 +104,11 @@ class NamePatterns:
         self._plain: dict[tuple[bool, int], dict[tuple[int, ...], dict[str, list[int]]]] = {}
         self._regexes: list[tuple[int, re.Pattern]] = []
         for index, key in enumerate(self.keys):
-            text = key.removeprefix("^")
-            literal = text.replace("\\", "")
-            if re.escape(literal) == text:
-                text, dots = literal, tuple[int, ...]()
-            elif re.fullmatch(r"[\w.-]+", text):
-                dots = tuple(place for place, letter in enumerate(text) if letter == ".")
-            else:
-                self._regexes.append((index, re.compile(rf"(.*\.)?({key})$")))
+            plain = _as_plain_name(key)
+            if plain is None:
+                self._regexes.append((index, re.compile(_for_ends(key))))
                 continue
+            text, dots = plain
             alike = self._plain.setdefault((key.startswith("^"), len(text)), {})
             alike.setdefault(dots, {}).setdefault(text, []).append(index)
 
@@ -123,6 +119,23 @@ class NamePatterns:
             for dots, keys in self._plain.get((whole, len(text)), {}).items():
                 found += keys.get(_with_dots(text, dots), ())
         return sorted(found)
+
+
+def _as_plain_name(key: str) -> tuple[str, tuple[int, ...]] | None:
+    """A key as the text that it stands for and the places in it where a dot stands for any character; None for a
+    regular expression beyond that."""
+    text = key.removeprefix("^")
+    literal = text.replace("\\", "")
+    if re.escape(literal) == text:
+        return literal, ()
+    if re.fullmatch(r"[\w.-]+", text):
+        return text, tuple(place for place, letter in enumerate(text) if letter == ".")
+    return None
+
+
+def _for_ends(key: str) -> str:
+    """PEFT's regular expression for the names that a key of a pattern fits."""
+    return rf"(.*\.)?({key})$"
 
 
 def _with_dots(text: str, places: tuple[int, ...]) -> str:
@@ -182,7 +195,8 @@ class LoraConfig:
                 raise ValueError(f"{name} must be a dict from regular expressions to numbers; got {pattern!r}")
             object.__setattr__(self, name, dict(pattern))
             for key, value in pattern.items():
-                _check_regex(f"{name} key", key, rf"(.*\.)?({key})$")
+                if _as_plain_name(key) is None:
+                    _check_regex(f"{name} key", key, _for_ends(key))
                 LayerConfig(r=value) if name == "rank_pattern" else LayerConfig(lora_alpha=value)
 
     @cached_property
