@@ -1,9 +1,13 @@
-"""Fixtures of the fine-tuning tests: a tiny model with its data, settings for it, and a run that was killed."""
+"""Fixtures of the applications: a tiny model with its data, settings, a run that was killed, the command line."""
 
+import json
+import re
 import shutil
 
 import pytest
+from typer.testing import CliRunner
 
+from fused_lora.cli import app
 from fused_lora.finetune import job
 from fused_lora.finetune.settings import Settings
 
@@ -64,3 +68,38 @@ def stopped(tiny_files, settings_of, run, tmp_path_factory):
 def stopped_copy(stopped, tmp_path):
     """The output of the killed run, to be worked on."""
     return shutil.copytree(stopped, tmp_path / "out")
+
+
+@pytest.fixture
+def tiny_options(tiny_model, one_thread, tmp_path_factory):
+    """The options --model and --data of a tiny model and a file of lines of JSON."""
+    data = tmp_path_factory.mktemp("data") / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"the square of {i} is {i * i}"}) for i in range(60)))
+    return ["--model", tiny_model, "--data", str(data), "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def call():
+    """Runs the command line in this process; gives (stdout, stderr)."""
+    colour = re.compile(r"\x1b\[[0-9;]*m")  # typer colours its help wherever it believes to be in a CI service
+
+    def make(*arguments, code=0):
+        result = CliRunner().invoke(app, [str(a) for a in arguments], prog_name="fused-lora", terminal_width=200)
+        words = f"exit {result.exit_code}\n{result.stdout}\n{result.stderr}\n{result.exception!r}"
+        assert result.exit_code == code, words
+        return colour.sub("", result.stdout), colour.sub("", result.stderr)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def refused(call):
+    """Runs a command that fails; gives its one red line."""
+
+    def make(code, *arguments):
+        out, err = call(*arguments, code=code)
+        lines = err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in out + err, err
+        return lines[0]
+
+    return make

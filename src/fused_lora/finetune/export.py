@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fused_lora.adapters import load_adapter, merged, peft_format
-from fused_lora.adapters.peft_config import read_config
+from fused_lora.adapters import load_adapter, merged
+from fused_lora.adapters.peft_config import CONFIG_NAME, read_config
+from fused_lora.adapters.peft_format import WEIGHTS_NAME
 from fused_lora.files import LOCK, check_space, claimed
 from fused_lora.models import PACKAGED, check_name, is_text, load_model, packaged_model
 
@@ -60,7 +61,7 @@ def _choose_base(model: str | Path | None, adapter: Path, say: Callable[[str], N
 
     Raises: FileNotFoundError or ValueError if there is none, or it cannot be one.
     """
-    path = adapter / peft_format.CONFIG_NAME
+    path = adapter / CONFIG_NAME
     config = json.loads(path.read_bytes())
     named, revision = config.get("base_model_name_or_path"), config.get("revision")
     if model is not None:
@@ -83,7 +84,7 @@ def _choose_base(model: str | Path | None, adapter: Path, say: Callable[[str], N
 def _check_adapter(adapter: Path) -> None:
     """Raises FileNotFoundError or ValueError for files that are no adapter, whatever the base."""
     read_config(adapter)
-    path = adapter / peft_format.WEIGHTS_NAME
+    path = adapter / WEIGHTS_NAME
     if not path.exists():
         pickled = path.with_suffix(".bin").exists()
         raise FileNotFoundError(2, f"No such file{', and a pickle is not read' if pickled else ''}", str(path))

@@ -98,9 +98,8 @@ class LoRALinear(nn.Module):
     def _adopt(self, linear: nn.Linear) -> None:
         """Take over the base layer's Parameters, frozen, and start without adapters."""
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = linear.weight.requires_grad_(False)  # [N, K]
-        if linear.bias is not None:
-            linear.bias.requires_grad_(False)
+        linear.requires_grad_(False)
+        self.weight = linear.weight  # [N, K]
         self.register_parameter("bias", linear.bias)  # [N]
         self.lora_A, self.lora_B = AdapterTensors(), AdapterTensors()  # [R, K], [N, R]
         self.r: dict[str, int] = {}
