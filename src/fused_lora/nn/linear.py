@@ -42,8 +42,8 @@ class LoRALinear(nn.Module):
     Source: Hu et al., arXiv 2106.09685; initialisation as in loralib and Hugging Face PEFT; rsLoRA: arXiv 2312.03732.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
