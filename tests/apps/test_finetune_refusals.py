@@ -88,6 +88,8 @@ def test_the_models_own_directory_is_no_output(tiny, settings_of, tmp_path, monk
         (tmp_path / "link").symlink_to(tiny[0])
         output = tmp_path / "link"
     refused_unloaded(monkeypatch, "--output must not be the base model's own", settings_of(tiny), finetune.Path(output))
+    linked = settings_of((str(output), tiny[1])) if link else settings_of(tiny)
+    refused_unloaded(monkeypatch, "--output must not be the base model's own", linked, finetune.Path(tiny[0]))
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf/model.gguf").write_bytes(b"")
     settings = settings_of(tiny, model=str(tmp_path / "gguf/model.gguf"))
