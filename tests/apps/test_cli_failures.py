@@ -159,7 +159,9 @@ def test_a_signal_ends_with_its_code_after_the_cleaning(refused, monkeypatch, nu
 def test_nohup_holds(call, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        monkeypatch.setattr(bench, "run", lambda *args: os.kill(os.getpid(), signal.SIGHUP) or {"rows": []})
+        monkeypatch.setattr(
+            bench, "run", lambda *args: os.kill(os.getpid(), signal.SIGHUP) or dict(rows=[], host=[], train_step=[])
+        )
         call("bench")
     finally:
         signal.signal(signal.SIGHUP, before)
