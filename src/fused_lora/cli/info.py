@@ -44,9 +44,9 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     indent = sum(widths) + 2 * len(widths)
     for row in rows:
         start = "".join(f"{cell:{width}}  " for cell, width in zip(row, widths))
-        wrapped = textwrap.wrap(row[-1], max(20, out.width - indent), break_on_hyphens=False) or [""]
+        wrapped = textwrap.wrap(row[-1], max(20, out.width - indent), break_on_hyphens=False)
         for head, line in zip([start, *[" " * indent] * len(wrapped)], wrapped):
-            out.print(f"{head}{line}".rstrip(), markup=False, soft_wrap=True)
+            out.print(f"{head}{line}", markup=False, soft_wrap=True)
 
 
 def _version(package: str) -> str | None:
