@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
+from tiny_llama import randomise
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fused_lora.adapters import apply_lora, load_adapter, save_adapter, set_adapter
@@ -28,18 +28,9 @@ def llama(dtype=torch.float32, tie=False, vocab=40) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def randomised(model: nn.Module) -> nn.Module:
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.1)
-    return model
-
-
 def peft_saved(directory, model=None, targets=("q_proj", "lm_head"), **options) -> PeftModel:
     theirs = get_peft_model(model or llama(), PeftConfig(r=2, target_modules=list(targets), **options))
-    randomised(theirs).eval().save_pretrained(directory)
+    randomise(theirs).eval().save_pretrained(directory)
     return theirs
 
 
@@ -92,7 +83,7 @@ def test_a_resized_vocabulary_is_named(tmp_path):
     base = llama()
     base.resize_token_embeddings(48)
     theirs = get_peft_model(base, PeftConfig(r=2, target_modules=["q_proj"]))
-    randomised(theirs).eval().save_pretrained(tmp_path, save_embedding_layers=True)
+    randomise(theirs).eval().save_pretrained(tmp_path, save_embedding_layers=True)
     assert "base_model.model.model.embed_tokens.weight" in load_file(tmp_path / WEIGHTS)
     refused(
         llama(),

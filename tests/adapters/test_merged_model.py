@@ -2,38 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import llama, randomise
+from transformers import LlamaForCausalLM
 
 from fused_lora.adapters import apply_lora, merged, set_adapter
 from fused_lora.nn import LoRALinear
 
 IDS = torch.arange(48).reshape(2, 24) * 7 % 128
-
-
-def llama(dtype=torch.float32, tie=False, hidden=64) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=hidden,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=tie,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
-def randomise(model: nn.Module, seed=1) -> nn.Module:
-    """Trained-looking values in everything that trains."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=g) * 0.1)
-    return model
 
 
 def test_merged_restores_also_on_exceptions(state):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from tiny_llama import randomise
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
 from fused_lora.adapters import apply_lora, merged
@@ -38,15 +38,6 @@ def shared() -> Shared:
     return Shared(LlamaConfig(**shape, max_position_embeddings=32)).eval()
 
 
-def randomised(model: nn.Module, seed=1) -> nn.Module:
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.1)
-    return model
-
-
 CASES = {
     "copied head": (llama, ["q_proj"], ["lm_head"]),
     "copied embedding": (llama, ["q_proj"], ["embed_tokens"]),
@@ -63,7 +54,7 @@ def test_save_pretrained_writes_all_that_a_state_dict_needs(case, tmp_path):
     make, targets, saved = CASES[case]
 
     def adapted(seed):
-        return randomised(apply_lora(make(), r=2, target_modules=targets, modules_to_save=saved), seed)
+        return randomise(apply_lora(make(), r=2, target_modules=targets, modules_to_save=saved), seed)
 
     model = adapted(1)
     model.save_pretrained(tmp_path / "adapted")
