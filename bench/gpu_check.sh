@@ -25,8 +25,8 @@ part() { # part NAME SECONDS COMMAND...: runs it under a limit, log in OUT/NAME.
 
 run_tests() { # every test that a GPU changes; the compiled kernels first and alone, then eight processes at once: most of their time Triton compiles
   local jobs=() file pytest="$PYTHON -m pytest -v --maxfail=5 -p no:cacheprovider -o faulthandler_timeout=60"
-  timeout -k 5 100 $pytest tests/test_gpu.py tests/test_backends.py -k "cuda and not triton" || return # a test that hangs is the log's last line
-  for file in tests/test_*.py; do
+  timeout -k 5 100 $pytest tests/test_gpu.py tests/backends/test_backends.py -k "cuda and not triton" || return # a test that hangs is the log's last line
+  for file in $(find tests -name "test_*.py" | sort); do
     case $file in
       */test_packaging.py | */test_cuda_build.py | */test_cuda_emulated.py | */test_triton_compile.py) ;; # the same without a GPU
       */test_gpu.py) jobs+=("$file -k triton") ;;
@@ -41,7 +41,7 @@ run_tests() { # every test that a GPU changes; the compiled kernels first and al
 
 sanitize() { # sanitize TOOL: the exact tests of both GPU back ends; racecheck may report mbarriers that it does not follow (s.mask, s.tile)
   compute-sanitizer --tool "$1" --error-exitcode 9 --kernel-regex-exclude kns=at:: "$PYTHON" -m pytest -v -p no:cacheprovider \
-    tests/test_backends.py -k "exact_integers and (cuda or triton)"
+    tests/backends/test_backends.py -k "exact_integers and (cuda or triton)"
 }
 
 export -f run_tests sanitize
