@@ -12,7 +12,7 @@ from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import linear_with_bias
 from fused_lora.ops.reference import Gradients
 
-_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 _LORA_GEMM = _C.cpu_prefers_lora_gemm()
 _LEAST_ROWS = 4  # below, packing W costs more than MKL's product without it (EPYC 9004, 2026-11-24)
 
