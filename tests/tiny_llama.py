@@ -1,8 +1,13 @@
-"""A random two-layer Llama and trained-looking values for it."""
+"""Random tiny Llamas with trained-looking adapters."""
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from fused_lora import LoRALinear, apply_lora, save_adapter
+from fused_lora.models import load_model
+
+TOKENS = torch.arange(40).view(2, 20)
 
 
 def llama(dtype=torch.float32, tie=False, hidden=64) -> LlamaForCausalLM:
@@ -28,3 +33,23 @@ def randomise(model: nn.Module, seed=1) -> nn.Module:
             if p.requires_grad:
                 p.copy_(torch.randn(p.shape, generator=g) * 0.1)
     return model
+
+
+def adapted(directory, adapter, dtype=torch.float32, **lora):
+    """The model with an adapter that is far from nothing, saved in `adapter`; returns its logits."""
+    model, _ = load_model(directory, dtype, "cpu")
+    apply_lora(model, 4, 8, **lora)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    save_adapter(model, adapter)
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def logits_of(directory, dtype=torch.float32):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    assert not [module for module in model.modules() if isinstance(module, LoRALinear)]
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits

@@ -5,6 +5,8 @@ import re
 import shutil
 
 import pytest
+import torch
+from transformers import AutoConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from fused_lora.cli import app
@@ -101,5 +103,18 @@ def refused(call):
         lines = err.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in out + err, err
         return lines[0]
+
+    return make
+
+
+@pytest.fixture
+def base(tiny_model, tmp_path):
+    """Makes the directory of a tiny model, its head tied to the embedding or not."""
+
+    def make(tied=True):
+        directory = shutil.copytree(tiny_model, tmp_path / "base")
+        torch.manual_seed(0)
+        LlamaForCausalLM(AutoConfig.from_pretrained(directory, tie_word_embeddings=tied)).save_pretrained(directory)
+        return directory
 
     return make

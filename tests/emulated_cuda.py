@@ -1,0 +1,57 @@
+"""Builds the CUDA sources as C++ for the emulated GPU of native/cuda_emulator."""
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = ROOT / "tests" / "native" / "cuda_emulator"
+TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+
+
+def compile_file(source: Path, file: Path) -> Path:
+    """One C++ or CUDA source as an object beside it; `source` is the csrc folder that it includes from."""
+    includes = [HERE / "include", HERE, source, TOOLKIT, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    flags = [
+        "-std=c++20",
+        "-O2",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-w",
+        "-DFUSED_LORA_CUDA",
+        '-DFUSED_LORA_CUDA_ARCHS="emulated"',
+        "-D__launch_bounds__(...)=",
+    ]
+    done = subprocess.run(
+        ["c++", *flags, *(f"-I{i}" for i in includes), "-x", "c++", "-c", str(file), "-o", f"{file}.o"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{file}\n{done.stderr[-4000:]}"
+    return Path(f"{file}.o")
+
+
+def build(folder: Path) -> Path:
+    """The extension for the emulated device, linked in `folder` from a copy of the sources."""
+    source = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", source)
+    for name in ("ptx.cuh", "device.cpp"):
+        shutil.copy(HERE / name, source / "cuda" / name)
+    files = sorted(source.rglob("*.cu")) + sorted(source.rglob("*.cpp"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda file: compile_file(source, file), files))
+    return link(folder)
+
+
+def link(folder: Path) -> Path:
+    library = folder / "_C.so"
+    subprocess.run(
+        ["c++", "-shared", *map(str, sorted((folder / "csrc").rglob("*.o"))), "-o", str(library), "-lpthread"],
+        check=True,
+    )
+    return library

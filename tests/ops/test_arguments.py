@@ -1,0 +1,112 @@
+"""What lora_linear() refuses, and that every way of asking gives the same verdict."""
+
+import random
+
+import pytest
+import torch
+
+from fused_lora import lora_linear
+from fused_lora.testing import random_problem
+
+GOOD = dict(x=(4, 32), weight=(24, 32), lora_A=(8, 32), lora_B=(24, 8), bias=(24,))
+BAD = [
+    (dict(x=(4, 31)), r"x must have shape \[\.\.\., 32\] to match weight \[24, 32\]; got \[4, 31\]"),
+    (dict(lora_A=(16, 31)), r"lora_A must have shape \[R, 32\] with R >= 1 to match x\[\.\.\., 32\]; got \[16, 31\]"),
+    (dict(lora_A=(0, 32), lora_B=(24, 0)), r"lora_A must have shape \[R, 32\] with R >= 1"),
+    (dict(lora_B=(24, 9)), r"lora_B must have shape \[24, 8\].*got \[24, 9\]"),
+    (dict(bias=(23,)), r"bias must have shape \[24\].*got \[23\]"),
+    (dict(weight=(24,)), r"weight must have shape \[N, K\]"),
+    (dict(x=()), r"x must have shape \[\.\.\., 32\]"),
+    (dict(dropout_p=1.0), r"dropout_p must be in \[0, 1\); got 1.0"),
+    (dict(dropout_p=-0.1), r"dropout_p must be in \[0, 1\); got -0.1"),
+    (dict(dropout_p=float("nan")), r"dropout_p must be in \[0, 1\); got nan"),
+    (
+        dict(backend="trition"),
+        r"backend must be one of auto, cuda, triton, cpu, reference; got 'trition' \(did you mean 'triton'\?\)",
+    ),
+    (dict(dtype_weight=torch.float16), r"weight must have x's dtype torch.float32; got torch.float16"),
+    (dict(dtype_x=torch.int64), r"x must be bfloat16, float16, float32 or float64; got torch.int64"),
+    (dict(dtype_lora_A=torch.float16), r"lora_A must have x's dtype torch.float32 or float32; got torch.float16"),
+    (dict(dtype_bias=torch.float16), r"bias must have x's dtype"),
+    (dict(device_weight="meta"), r"weight must be on x's device cpu; got meta"),
+    (dict(gate=(4, 3)), r"gate must have shape \[4, 'k'\] with k dividing R = 8; got \[4, 3\]"),
+    (dict(h_in=(4, 7)), r"h_in must have shape \[4, 8\]"),
+    (dict(out_scale=(23,)), r"out_scale must have shape \[24\] and dtype float32; got \[23\]"),
+    (dict(x_lora=(3, 32)), r"x_lora must have x's shape \[4, 32\]"),
+    (dict(scaling=torch.ones(2)), r"scaling must be a number or a 0-d tensor; got a tensor of shape \[2\]"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=[m[:40] for _, m in BAD])
+def test_bad_input_is_named(change, message):
+    change = dict(change)
+    dtypes = {k[6:]: change.pop(k) for k in list(change) if k.startswith("dtype_")}
+    devices = {k[7:]: change.pop(k) for k in list(change) if k.startswith("device_")}
+    shapes = GOOD | {k: v for k, v in change.items() if isinstance(v, tuple)}
+    other = {k: v for k, v in change.items() if not isinstance(v, tuple)}
+    t = {k: torch.zeros(v, dtype=dtypes.get(k, torch.float32), device=devices.get(k, "cpu")) for k, v in shapes.items()}
+    scaling = other.pop("scaling", 1.0)
+    with pytest.raises(ValueError, match=message):
+        lora_linear(t.pop("x"), t.pop("weight"), t.pop("lora_A"), t.pop("lora_B"), scaling, **t, **other)
+
+
+def test_named_back_end_refuses_and_says_what_it_supports():
+    p = random_problem(4, 24, 32, 8)
+    with pytest.raises(ValueError, match="backend 'cpu' supports plain LoRA only"):
+        lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0, out_scale=torch.ones(24), backend="cpu")
+    with pytest.raises(ValueError, match="backend 'cpu' supports bfloat16, float16 and float32; got torch.float64"):
+        d = p.to(torch.float64)
+        lora_linear(d.x, d.weight, d.lora_A, d.lora_B, 1.0, backend="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="backend 'cuda' supports"):
+            lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0, backend="cuda")
+
+
+class Listener(torch.utils._python_dispatch.TorchDispatchMode):
+    """Sees every operator and lets it pass."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def outcome(call):
+    """What a call says: the error's text, or that it ran."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "ran"
+
+
+def test_the_remembered_verdict_and_the_explained_one_agree():
+    """Plain calls are checked once for each kind of arguments and remembered; calls that somebody listens to are
+    checked each time. Random arguments, good and bad, in random order: both say the same, the first time and again."""
+    g = random.Random(0)
+    N, K, R = 6, 10, 3
+    shapes = dict(x=(4, K), weight=(N, K), lora_A=(R, K), lora_B=(N, R), bias=(N,))
+    ran = 0
+    for _ in range(400):
+        drawn = {}
+        for name, shape in shapes.items():
+            wrong = g.random() < 0.12
+            others = [(), shape[:-1], (*shape[:-1], shape[-1] + 1), (0,) * len(shape), (1, *shape)]
+            size = g.choice(others) if wrong else shape
+            dtype = g.choice([torch.float16, torch.int32, torch.float64]) if g.random() < 0.08 else torch.float32
+            device = "meta" if g.random() < 0.03 else "cpu"
+            drawn[name] = torch.zeros(size, dtype=dtype, device=device)
+        drawn["bias"] = drawn["bias"] if g.random() < 0.7 else None
+        if g.random() < 0.05:  # no tensor at all, or another's
+            drawn[g.choice(list(shapes))] = g.choice([None, *drawn.values()])
+        dropout_p = g.choice([0.0, 0.5, 1.0, -0.1, float("nan"), "0.1", None]) if g.random() < 0.1 else 0.0
+        backend = g.choice(["cpu", "reference", "gpu", None, 3, "cuda"]) if g.random() < 0.1 else "auto"
+        bias = drawn.pop("bias")
+
+        def call():
+            lora_linear(*drawn.values(), 1.0, bias=bias, dropout_p=dropout_p, backend=backend)
+
+        first, again = outcome(call), outcome(call)
+        with Listener():
+            explained = outcome(call)
+        assert first == again == explained, (drawn, bias, dropout_p, backend)
+        ran += first == "ran"
+    assert 50 < ran < 350
