@@ -123,7 +123,8 @@ def test_subclasses_bring_their_own_rules():
 
 
 def test_lazy_negation_is_seen():
-    """The imaginary part of a conjugate is a view whose memory holds the negated values."""
+    """The imaginary part of a conjugate is a view whose memory holds the negated values; its rows are never in one
+    piece, so a back end copies it, and the copy has the right ones."""
     p = random_problem(M, N, K, R)
     x = torch.randn(M, K, dtype=torch.complex64).conj().imag
     assert x.is_neg()

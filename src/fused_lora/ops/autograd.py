@@ -153,7 +153,7 @@ class _EagerFunction(torch.autograd.Function):
         if lead is not None:
             dy, x = matrix(dy), x if x is None else matrix(x)
         needs = _needs(ctx.needs_input_grad)
-        if dispatch_modes_active() or dy.is_neg() or has_no_memory(dy):  # who came up after the forward sees it, too
+        if dispatch_modes_active() or has_no_memory(dy):  # who came up after the forward sees it, too
             grads = composed_gradients(dy, None, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs, PLAIN)
         else:
             grads = backend.backward(dy, None, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, PLAIN)
@@ -171,7 +171,7 @@ eager_apply = function_apply(_EagerFunction)
 
 def nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
     """Whether this is plain eager mode over a frozen layer: no tracing, torch.compile, torch.func, selective
-    checkpointing or other dispatch mode, no tensor subclass and no lazy negation. Otherwise calls go through
+    checkpointing or other dispatch mode, no tensor subclass. Otherwise calls go through
     torch.ops.fused_lora.*, which all of those see."""
     return (
         type(x) in _PLAIN_TENSORS
@@ -181,7 +181,6 @@ def nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bi
         and (bias is None or (type(bias) in _PLAIN_TENSORS and not bias.requires_grad))
         and not weight.requires_grad
         and not (is_dynamo_compiling() or dispatch_modes_active() or transforms_active() or is_tracing())
-        and not (x.is_neg() or weight.is_neg() or lora_A.is_neg() or lora_B.is_neg())
     )
 
 
