@@ -153,10 +153,16 @@ class _EagerFunction(torch.autograd.Function):
         if lead is not None:
             dy, x = matrix(dy), x if x is None else matrix(x)
         needs = _needs(ctx.needs_input_grad)
-        if dispatch_modes_active() or has_no_memory(dy):  # who came up after the forward sees it, too
+        try:
+            seen = dispatch_modes_active()  # who came up after the forward sees its backward, too
+            if not seen:
+                grads = backend.backward(dy, None, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, PLAIN)
+        except RuntimeError:  # a batched dy has no address; asked only now, since each look costs
+            seen = has_no_memory(dy)
+            if not seen:
+                raise
+        if seen:
             grads = composed_gradients(dy, None, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs, PLAIN)
-        else:
-            grads = backend.backward(dy, None, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, PLAIN)
         dx = grads.x
         if lead is not None and dx is not None:
             dx = dx.view(*lead, dx.shape[1])
