@@ -110,7 +110,7 @@ def files(folder, *suffixes):
 
 def test_sdist_holds_what_a_build_needs_and_nothing_else(source):
     expected = {f"csrc/{name}" for name in files("csrc", ".h", ".cuh", ".cpp", ".cu")}
-    expected |= {f"src/{name}" for name in files("src", ".py", ".typed")}
+    expected |= {f"src/{name}" for name in files("src", ".py", ".pyi", ".typed")}
     expected |= {f"triton_kernels/{name}" for name in files("triton_kernels", ".py")}
     expected |= {"setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"}
     expected |= {"CHANGELOG.md"} & {p.name for p in ROOT.iterdir()}
