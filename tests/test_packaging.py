@@ -120,7 +120,7 @@ def test_sdist_holds_what_a_build_needs_and_nothing_else(source):
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
-    expected = {f"fused_lora/{name}" for name in files("src/fused_lora", ".py", ".typed")}
+    expected = {f"fused_lora/{name}" for name in files("src/fused_lora", ".py", ".pyi", ".typed")}
     expected |= {f"fused_lora/triton_kernels/{name}" for name in files("triton_kernels", ".py")}
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     library = {name for name in held if re.fullmatch(r"fused_lora/_C\.[^/]*\.so", name)}
