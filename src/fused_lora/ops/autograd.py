@@ -125,8 +125,7 @@ class _EagerFunction(torch.autograd.Function):
     back end that `plan` names, which serves the backward, too.
 
     After a GEMM has emptied the caches, each step on the way costs microseconds: the dispatcher and its Python bridge,
-        a
-    second output, a context set up apart, and every argument that autograd looks at. So `plan` carries what needs no
+    a second output, a context set up apart, and every argument that autograd looks at. So `plan` carries what needs no
     gradient.
     """
 
@@ -177,8 +176,8 @@ eager_apply = function_apply(_EagerFunction)
 
 def nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
     """Whether this is plain eager mode over a frozen layer: no tracing, torch.compile, torch.func, selective
-    checkpointing or other dispatch mode, no tensor subclass. Otherwise calls go through
-    torch.ops.fused_lora.*, which all of those see."""
+    checkpointing or other dispatch mode, no tensor subclass. Otherwise calls go through torch.ops.fused_lora.*, which
+    all of those see."""
     return (
         type(x) in _PLAIN_TENSORS
         and type(weight) in _PLAIN_TENSORS
