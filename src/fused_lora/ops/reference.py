@@ -143,9 +143,8 @@ def composition(x, weight, lora_A, lora_B, bias, scaling, mask, variant=PLAIN) -
     """(y, h) as PyTorch's autograd differentiates them, x and the optional tensors with any leading dimensions.
 
     For who must see plain PyTorch operators: torch.func transforms and vmap, torch.jit.trace, and tensor subclasses
-        with
-    rules of their own (DTensor, jagged and quantised tensors). h is x_lora At, without the scaling; mask is dropout's,
-    of x's shape, or None.
+    with rules of their own (DTensor, jagged and quantised tensors). h is x_lora At, without the scaling; mask is
+    dropout's, of x's shape, or None.
     """
     A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     h = F.linear(_lora_input(x, variant, mask), A)
