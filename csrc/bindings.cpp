@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 
+#include "cpu/features.h"
 #include "keywords.h"
 #include "lora.h"
 
@@ -71,15 +72,28 @@ py::dict build_info() {
   return info;
 }
 
+py::dict cpu_features() {
+  const cpu::Features& f = cpu::features;
+  py::dict used;
+  used["avx2"] = f.avx2;
+  used["avx512"] = f.avx512;
+  used["bf16_dot"] = f.bf16_dot;
+  used["amx"] = f.amx;
+  return used;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  cpu::check_max_isa();
   m.doc() = "fused-lora's native kernels; addresses, sizes and strides in, nothing out";
   def_keywords<kForward, forward>(m, "cpu_forward", "Writes h and y, or updates y; CpuForwardParams of csrc/lora.h.");
   def_keywords<kBackward, backward>(
       m, "cpu_backward", "Writes dA, dB and dbias, and writes or updates dx; CpuBackwardParams of csrc/lora.h.");
   m.def("cpu_prefers_lora_gemm", &cpu_prefers_lora_gemm,
         "Whether cpu_forward and cpu_backward should be given W for fp32 x.");
+  m.def("cpu_features", &cpu_features,
+        "Which of avx2, avx512, bf16_dot, amx the CPU kernels use; FUSED_LORA_MAX_CPU_ISA caps them.");
   m.def("build_info", &build_info, "What this build holds: compiler, cuda, cuda_archs.");
   bind_heuristics(m);
 #ifdef FUSED_LORA_CUDA

@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 10 || __clang_major__ >= 12)
-#define FUSED_LORA_BF16_DOT  // the compiler can make the code; has_bf16_dot() says whether the CPU can run it
+#define FUSED_LORA_BF16_DOT  // the compiler can make the code; features.bf16_dot says whether the CPU can run it
 #include <immintrin.h>
 
 // Not a whole-file option: an inline function of a header compiled for AVX-512 could serve the other files too.
@@ -16,11 +16,6 @@
 #define BF16_DOT_INLINE BF16_DOT inline __attribute__((always_inline))
 
 namespace fused_lora::cpu {
-
-inline bool has_bf16_dot() {
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
-}
 
 BF16_DOT_INLINE __m512bh broadcast_pair(const void* p) {
   int pair;

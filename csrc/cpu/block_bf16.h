@@ -6,6 +6,7 @@
 
 #include "bf16_dot.h"
 #include "block_fp32.h"
+#include "features.h"
 
 namespace fused_lora::cpu {
 
@@ -146,7 +147,7 @@ class BlockBf16 {
 };
 
 // Whether x of this dtype is multiplied in bf16.
-inline bool in_bf16(Dtype dtype) { return dtype == Dtype::bf16 && has_bf16_dot(); }
+inline bool in_bf16(Dtype dtype) { return dtype == Dtype::bf16 && features.bf16_dot; }
 
 #else
 

@@ -38,7 +38,7 @@ void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t
 //                out[cols] += sum over rows of panel (row stride ld): one panel's share of dbias.
 void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64_t cols);
 
-// The same for bf16 where has_bf16_dot(): pairs along the summed dimension, ranks padded to a multiple of kLanes.
+// The same for bf16 where features.bf16_dot: pairs along the summed dimension, ranks padded to a multiple of kLanes.
 // low[rows, Rp] += panel[rows, 2 * pairs (row stride ld)] down[pairs, Rp]; rows a multiple of kStrip.
 void shrink_bf16(const uint16_t* panel, int64_t ld, const uint32_t* down, float* low, int64_t rows, int64_t pairs,
                  int64_t Rp);
@@ -87,7 +87,7 @@ void load_matrix(const void* src, Dtype dtype, float* out, int64_t rows, int64_t
 // out[cols, ldo] = src[rows, cols]^T in fp32; columns past rows up to ldo zero.
 void load_transposed(const void* src, Dtype dtype, float* out, int64_t rows, int64_t cols, int64_t ldo);
 // out[pairs, cols] = (src[2p, n], src[2p + 1, n]), of bf16 src[2 * pairs, cols]; cols a multiple of kLanes, and only
-// where has_bf16_dot().
+// where features.bf16_dot.
 void pair_rows(const uint16_t* src, uint32_t* out, int64_t pairs, int64_t cols);
 
 }  // namespace fused_lora::cpu

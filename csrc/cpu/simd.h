@@ -9,21 +9,17 @@
 
 #include <cstdint>
 
+#include "features.h"
+
 // clang passes no vector by value to a function that is compiled for less, inlined or not: by reference throughout.
 #define INLINED __attribute__((always_inline))
 #define INLINE inline INLINED
 
 namespace fused_lora::cpu {
 
-#if defined(__x86_64__) && defined(__GNUC__)
+INLINE bool avx512() { return features.avx512; }
 
-INLINE bool avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-INLINE bool avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-}
+#if defined(__x86_64__) && defined(__GNUC__)
 
 // By value: a body's captures are then locals of the loops, which no store can change.
 template <class Body>
@@ -35,13 +31,12 @@ template <class Body> __attribute__((target("avx2,fma,bmi2"))) void run_avx2(Bod
 // Calls a body, a lambda that is INLINED and captures by value.
 template <class Body> void widest(Body body) {
   if (avx512()) run_avx512(body);
-  else if (avx2()) run_avx2(body);
+  else if (features.avx2) run_avx2(body);
   else body();
 }
 
 #else
 
-INLINE bool avx512() { return false; }
 template <class Body> void widest(Body body) { body(); }
 
 #endif

@@ -1,0 +1,71 @@
+// Detects what features.h describes, once.
+#include "features.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace fused_lora::cpu {
+namespace {
+
+// The place of FUSED_LORA_MAX_CPU_ISA's value in the list: 4 without it, -1 for a word that is not in the list.
+int highest() {
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
+  const char* wanted = std::getenv("FUSED_LORA_MAX_CPU_ISA");
+  if (!wanted) return 4;
+  for (int i = 0; i < 5; ++i)
+    if (std::strcmp(wanted, kNames[i]) == 0) return i;
+  return -1;
+}
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+
+// AMX-BF16 and AMX-TILE of CPUID, and the permission that the kernel gives a process on request. It refuses where a
+// thread has a signal stack too small for the tiles' state, and where it is too old.
+bool amx_permitted() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+Features detect() {
+  __builtin_cpu_init();
+  const int most = highest();
+  Features f;
+  f.avx2 =
+      most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  f.avx512 = most >= 2 && f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if __GNUC__ >= 10 || __clang_major__ >= 12  // the compiler knows the name, and can make the code
+  f.bf16_dot = most >= 3 && f.avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  f.amx = most >= 4 && f.bf16_dot && amx_permitted();
+  return f;
+}
+
+#else
+
+Features detect() { return {}; }
+
+#endif
+
+}  // namespace
+
+const Features features = detect();
+
+void check_max_isa() {
+  if (highest() < 0)
+    throw std::invalid_argument(
+        std::string("FUSED_LORA_MAX_CPU_ISA must be baseline, avx2, avx512, avx512_bf16 or amx; got ") +
+        std::getenv("FUSED_LORA_MAX_CPU_ISA"));
+}
+
+}  // namespace fused_lora::cpu
