@@ -4,7 +4,7 @@
 
 #include <stdexcept>
 
-#include "cpu/features.h"
+#include "cpu/cpu_features.h"
 #include "keywords.h"
 #include "lora.h"
 

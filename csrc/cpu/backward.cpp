@@ -4,6 +4,7 @@
 // One walk for all dtypes. Each thread takes a run of rows in blocks of kRows: dy is read once, in panels of kPanel
 // columns, for dh, dB and dbias; then x is read and dx updated once, under one dropout mask. dA, dB and dbias gather in
 // one fp32 slab a thread; the slabs are summed in thread order, so results repeat bit for bit.
+#include "amx.h"
 #include "block_bf16.h"
 #include "block_fp32.h"
 #include "walk.h"
@@ -116,6 +117,9 @@ using namespace cpu;
 Status cpu_backward(const CpuBackwardParams& p) {
   if (const Status status = check(p); status != Status::ok) return status;
   Buffers buffers;
+#ifdef FUSED_LORA_AMX
+  if (p.dtype == Dtype::bf16 && features.amx) return amx_backward(p, buffers), Status::ok;
+#endif
   if (in_bf16(p.dtype)) {
     low_rank<BlockBf16>(p, buffers, p.dx, nullptr);
     return Status::ok;

@@ -6,7 +6,7 @@
 
 #include "bf16_dot.h"
 #include "block_fp32.h"
-#include "features.h"
+#include "cpu_features.h"
 
 namespace fused_lora::cpu {
 

@@ -3,6 +3,7 @@
 // One walk for all dtypes. Each thread takes a run of rows in blocks of kRows: x is read once, in panels of kPanel
 // columns, for h; then the block's rows of y are updated once, while h is in L1. Nothing is summed across threads, so
 // results repeat bit for bit whatever their number is.
+#include "amx.h"
 #include "block_bf16.h"
 #include "block_fp32.h"
 #include "walk.h"
@@ -57,6 +58,9 @@ bool cpu_prefers_lora_gemm() {
 Status cpu_forward(const CpuForwardParams& p) {
   if (const Status status = check(p); status != Status::ok) return status;
   Buffers buffers;
+#ifdef FUSED_LORA_AMX
+  if (p.dtype == Dtype::bf16 && features.amx) return amx_forward(p, buffers), Status::ok;
+#endif
   if (in_bf16(p.dtype)) low_rank<BlockBf16>(p, buffers);
   else low_rank<BlockFp32>(p, buffers);
   if (p.W) {

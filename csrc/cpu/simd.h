@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "features.h"
+#include "cpu_features.h"
 
 // clang passes no vector by value to a function that is compiled for less, inlined or not: by reference throughout.
 #define INLINED __attribute__((always_inline))

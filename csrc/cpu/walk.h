@@ -10,6 +10,7 @@
 #include <memory_resource>
 #include <vector>
 
+#include "cpu_features.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -30,8 +31,10 @@ class Buffers {
 // What is wrong with a call's numbers.
 template <class Params> Status check(const Params& p) {
   const auto known = [](Dtype dtype) { return dtype == Dtype::f32 || dtype == Dtype::f16 || dtype == Dtype::bf16; };
-  if (!known(p.dtype) || !known(p.adapter_dtype) || (p.W && (p.dtype != Dtype::f32 || p.adapter_dtype != Dtype::f32)))
-    return Status::bad_dtype;
+  if (!known(p.dtype) || !known(p.adapter_dtype)) return Status::bad_dtype;
+  const bool own_product =
+      p.dtype == Dtype::f32 ? p.adapter_dtype == Dtype::f32 : p.dtype == Dtype::bf16 && features.amx;
+  if (p.W && !own_product) return Status::bad_dtype;
   return p.M < 0 || p.N < 1 || p.K < 1 || p.R < 1 ? Status::bad_shape : Status::ok;
 }
 
@@ -91,6 +94,13 @@ class Slabs {
   float* operator[](int t) { return slabs_[static_cast<size_t>(t)]; }
   void clear(int t) {
     if (!slabs_.empty()) std::fill_n((*this)[t], n_, 0.0f);
+  }
+  // to[n] = factor * the sum in thread order of n elements from `begin`.
+  void sum(int64_t begin, int64_t n, float factor, float* to) const {
+    std::copy_n(slabs_[0] + begin, n, to);
+    for (size_t t = 1; t < slabs_.size(); ++t)
+      for (int64_t i = 0; i < n; ++i) to[i] += slabs_[t][begin + i];
+    for (int64_t i = 0; i < n; ++i) to[i] *= factor;
   }
   // The sum in thread order, in thread 0's buffer.
   float* sum() {

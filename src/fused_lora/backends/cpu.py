@@ -14,12 +14,15 @@ from fused_lora.ops.reference import Gradients
 
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 _LORA_GEMM = _C.cpu_prefers_lora_gemm()
+_AMX_INSIDE = _C.cpu_features()["amx"]
 _LEAST_ROWS = 4  # below, packing W costs more than MKL's product without it (EPYC 9004, 2026-11-24)
 
 
 def _own_product(x: torch.Tensor, M: int) -> bool:
     """Whether csrc/cpu/lora_gemm.cpp computes the base product, in one pass with the update: 1.03 to 2 times as fast as
     MKL (bench/NOTES.md)."""
+    if x.dtype is torch.bfloat16:
+        return _AMX_INSIDE and M >= _LEAST_ROWS
     return _LORA_GEMM and M >= _LEAST_ROWS and x.dtype is torch.float32
 
 

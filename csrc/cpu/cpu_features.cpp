@@ -1,5 +1,5 @@
-// Detects what features.h describes, once.
-#include "features.h"
+// Detects what cpu_features.h describes, once.
+#include "cpu_features.h"
 
 #include <cstdlib>
 #include <cstring>

@@ -1,0 +1,114 @@
+// bf16 on AMX tiles: eight registers of 16 rows by 64 bytes each, and a product of two of them.
+//
+//   dot   c[16, 16] += a[16, 32] b[32, 16]       c fp32, a bf16 as it lies, b bf16 in pairs of rows
+//
+// So an operand lies in blocks or in pairs, both padded with zeros to whole tiles:
+//   blocks  [rows / 32][depth / 32] blocks of 32 rows by 32: what stands left of a product, two tiles a block
+//   pairs   [depth / 32][columns / 16] tiles of 16 pairs of rows by 16 columns: what stands right of it
+// A thread's tile state is set by a Tiles on entering a task and released on leaving: other libraries (oneDNN) set
+// their own. Assembly rather than the compiler's intrinsics: GCC 12's _tile_loadd does not say that it reads memory,
+// nor its _tile_loadconfig that it reads more than 8 bytes of it.
+#pragma once
+
+#include "bf16_dot.h"
+#include "kernels.h"
+#include "simd.h"
+
+#if defined(FUSED_LORA_BF16_DOT) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define FUSED_LORA_AMX  // the assembler knows the instructions; features.amx says whether the CPU can run them
+
+namespace fused_lora::cpu {
+
+constexpr int64_t kTile = 512;            // bf16 of a tile
+constexpr int64_t kSide = 32;             // rows and columns of a block
+constexpr int64_t kBlock = 2 * kTile;     // bf16 of a block
+constexpr int64_t kSums = kSide * kSide;  // fp32 sums of four tiles
+
+// Rows of a tile lie `stride` bytes apart.
+template <int t> INLINE void tile_load(const void* p, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(t) : "memory");
+}
+// The same past L1, from L2: a step of four products takes 78 cycles instead of 95.
+template <int t> INLINE void tile_stream(const void* p, int64_t stride) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(t) : "memory");
+}
+template <int t> INLINE void tile_store(void* p, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(t) : "memory");
+}
+template <int t> INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(t)); }
+template <int c, int a, int b> INLINE void tile_dot() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+}
+
+class Tiles {
+ public:
+  Tiles() {
+    struct alignas(64) Config {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+    static constexpr Config config;
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+// Two tiles of 16 columns each from an even and an odd row of 32: unpacking works within 128 bits, so its input is
+// brought in the order that leaves columns in theirs.
+BF16_DOT_INLINE void store_pair(uint16_t* to, __m512i even, __m512i odd) {
+  const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+  const __m512i e = _mm512_permutexvar_epi64(order, even), o = _mm512_permutexvar_epi64(order, odd);
+  _mm512_store_si512(to, _mm512_unpacklo_epi16(e, o));
+  _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(e, o));
+}
+
+// Blocks or pairs of n rows or columns, in units of 32.
+inline int64_t sides(int64_t n) { return (n + kSide - 1) / kSide; }
+
+// amx_pack.cpp
+// blocks[sides(rows)][sides(cols)] = src[rows, cols (row stride ld)], 0 where `keep` has no bit: [rows, sides(cols)].
+void to_blocks(const uint16_t* src, int64_t ld, const uint32_t* keep, uint16_t* blocks, int64_t rows, int64_t cols);
+// pairs of src[depth, cols (row stride ld)], panels of 32 columns `panel` bf16 apart: [cols / 32][depth / 32][2 tiles].
+void pair_panels(const void* src, Dtype dtype, int64_t ld, uint16_t* pairs, int64_t panel, int64_t depth, int64_t cols);
+// The same of src^T, where src is [cols, depth (row stride ld)].
+void pair_panels_transposed(const void* src, Dtype dtype, int64_t ld, uint16_t* pairs, int64_t panel, int64_t depth,
+                            int64_t cols);
+// tiles[Rp / 16][rows / 32] of 16 ranks by 32 rows, of low[rows, Rp]: the left side of wgrad. Both multiples of 32.
+void transpose_low(const uint16_t* low, int64_t Rp, uint16_t* tiles, int64_t rows);
+
+// amx_low_rank.cpp, within a Tiles
+// low[32 * n, Rp] = factor * blocks[n][steps] down, in bf16; down: pairs, panels of 32 ranks `steps * kBlock` apart.
+void shrink_amx(const uint16_t* blocks, const uint16_t* down, float factor, uint16_t* low, int64_t Rp, int64_t n,
+                int64_t steps, int64_t R);
+// slab[R rounded up to 16, 32 * steps] += lowT blocks[n][steps] for lowT of transpose_low; pairs: [n][4 tiles] scratch.
+void wgrad_amx(const uint16_t* blocks, const uint16_t* lowT, float* slab, uint16_t* pairs, int64_t n, int64_t steps,
+               int64_t R);
+// out[cols] += sum over the 32 * n rows of blocks[n][steps].
+void column_sums_amx(const uint16_t* blocks, float* out, int64_t n, int64_t steps);
+
+// amx_gemm.cpp: out = left right + scale * keep * (low thin) + bias, or out += scale * keep * (low thin) without right.
+struct AmxGemm {
+  const uint16_t* left;   // blocks[sides(M)][sides(K)]
+  const uint16_t* right;  // by_rows: [K, N], else its transpose [N, K]; row stride ld_right; or null
+  const uint16_t* low;    // [M rounded up to 32, Rp], bf16
+  const void* thin;       // by_rows: [R, N], else its transpose [N, R]; contiguous, thin_dtype
+  const uint16_t* bias;   // [N] or null
+  const uint32_t* keep;   // [M, sides(N)] bits, or null
+  uint16_t* out;          // [M, N], contiguous
+  int64_t M, N, K, R, ld_right;
+  Dtype thin_dtype;
+  float scale;
+  bool by_rows;
+};
+void amx_gemm(const AmxGemm& g, Buffers& buffers, int threads);
+
+// amx_walk.cpp: the whole forward or backward for bf16 x.
+void amx_forward(const CpuForwardParams& p, Buffers& buffers);
+void amx_backward(const CpuBackwardParams& p, Buffers& buffers);
+
+}  // namespace fused_lora::cpu
+
+#endif

@@ -1,0 +1,157 @@
+// Copies of bf16 and fp32 matrices into blocks and pairs, as the products on AMX tiles read them (amx.h).
+//
+// Layouts and padding as in amx.h. A row of the source is read from end to end wherever it comes from memory: the
+// hardware fetches ahead within a row, and not where it sees 32 rows at once.
+// Numerics: fp32 is rounded to nearest even.
+#include <algorithm>
+
+#include "amx.h"
+
+#ifdef FUSED_LORA_AMX
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own shuffles
+#endif
+
+namespace fused_lora::cpu {
+namespace {
+
+// The first n of 16, none for n <= 0.
+BF16_DOT_INLINE __mmask16 first16(int64_t n) {
+  return static_cast<__mmask16>(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0);
+}
+BF16_DOT_INLINE __mmask32 first32(int64_t n) { return n >= 32 ? ~0u : n > 0 ? (1u << n) - 1 : 0; }
+
+// n of 32 elements as bf16, the others zero.
+BF16_DOT_INLINE __m512i load32(const uint16_t* p, int64_t n) {
+  return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(first32(n), p);
+}
+BF16_DOT_INLINE __m512i load32(const float* p, int64_t n) {
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(first16(n - 16), p + 16),
+                                      _mm512_maskz_loadu_ps(first16(n), p));
+}
+
+// a[i][j] -> a[j][i] of 32 bits each.
+BF16_DOT_INLINE void transpose16(__m512i* a) {
+  __m512i b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88), odd = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd),
+                  even8 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88),
+                  odd8 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
+    b[j] = _mm512_shuffle_i32x4(even, even8, 0x88);
+    b[j + 8] = _mm512_shuffle_i32x4(even, even8, 0xdd);
+    b[j + 4] = _mm512_shuffle_i32x4(odd, odd8, 0x88);
+    b[j + 12] = _mm512_shuffle_i32x4(odd, odd8, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = b[i];
+}
+
+template <class T>
+BF16_DOT void pair_panels_of(const T* src, int64_t ld, uint16_t* pairs, int64_t panel, int64_t depth, int64_t cols) {
+  for (int64_t k = 0; k < depth; k += kSide)
+    for (int64_t n = 0; n < cols; n += kSide) {
+      uint16_t* to = pairs + n / kSide * panel + k * kSide;
+      for (int64_t row = k; row < k + kSide; row += 2, to += kSide) {
+        const T *even = src + row * ld + n, *odd = even + ld;
+        _mm_prefetch(reinterpret_cast<const char*>(even + kSide * ld), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(odd + kSide * ld), _MM_HINT_T0);
+        store_pair(to, load32(even, row < depth ? cols - n : 0), load32(odd, row + 1 < depth ? cols - n : 0));
+      }
+    }
+}
+
+template <class T>
+BF16_DOT void pair_panels_transposed_of(const T* src, int64_t ld, uint16_t* pairs, int64_t panel, int64_t depth,
+                                        int64_t cols) {
+  for (int64_t n = 0; n < cols; n += 16) {
+    uint16_t* to = pairs + n / kSide * panel + n % kSide / 16 * kTile;
+    for (int64_t k = 0; k < depth; k += kSide, to += kBlock) {
+      __m512i a[16];
+      const T* from = src + n * ld + k;
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        a[i] = load32(from + i * ld, n + i < cols ? depth - k : 0);
+        _mm_prefetch(reinterpret_cast<const char*>(from + i * ld) + 512, _MM_HINT_T0);
+      }
+      transpose16(a);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(to + kSide * i, a[i]);
+    }
+  }
+  if (cols % kSide > 0 && cols % kSide <= 16) {  // the last panel's second tile
+    uint16_t* to = pairs + cols / kSide * panel + kTile;
+    for (int64_t k = 0; k < depth; k += kSide, to += kBlock) std::fill_n(to, kTile, uint16_t{0});
+  }
+}
+
+}  // namespace
+
+BF16_DOT void to_blocks(const uint16_t* src, int64_t ld, const uint32_t* keep, uint16_t* blocks, int64_t rows,
+                        int64_t cols) {
+  const int64_t steps = sides(cols);
+  for (int64_t m = 0; m < sides(rows) * kSide; ++m) {
+    const uint16_t* row = src + m * ld;
+    uint16_t* to = blocks + m / kSide * steps * kBlock + m % kSide * kSide;
+    const uint32_t* bits = keep ? keep + m * steps : nullptr;
+    if (m >= rows) {
+      for (int64_t k = 0; k < steps; ++k) _mm512_store_si512(to + k * kBlock, __m512i{});
+      continue;
+    }
+    const int64_t whole = cols / kSide;
+    for (int64_t k = 0; k < whole; ++k) {
+      _mm_prefetch(row + k * kSide + 1024, _MM_HINT_T0);
+      _mm512_store_si512(to + k * kBlock, keep ? _mm512_maskz_loadu_epi16(bits[k], row + k * kSide)
+                                               : _mm512_loadu_si512(row + k * kSide));
+    }
+    if (whole < steps) {
+      const __mmask32 there = first32(cols % kSide) & (keep ? bits[whole] : ~0u);
+      _mm512_store_si512(to + whole * kBlock, _mm512_maskz_loadu_epi16(there, row + whole * kSide));
+    }
+  }
+}
+
+void pair_panels(const void* src, Dtype dtype, int64_t ld, uint16_t* pairs, int64_t panel, int64_t depth,
+                 int64_t cols) {
+  if (dtype == Dtype::f32) pair_panels_of(static_cast<const float*>(src), ld, pairs, panel, depth, cols);
+  else pair_panels_of(static_cast<const uint16_t*>(src), ld, pairs, panel, depth, cols);
+}
+
+void pair_panels_transposed(const void* src, Dtype dtype, int64_t ld, uint16_t* pairs, int64_t panel, int64_t depth,
+                            int64_t cols) {
+  if (dtype == Dtype::f32) pair_panels_transposed_of(static_cast<const float*>(src), ld, pairs, panel, depth, cols);
+  else pair_panels_transposed_of(static_cast<const uint16_t*>(src), ld, pairs, panel, depth, cols);
+}
+
+BF16_DOT void transpose_low(const uint16_t* low, int64_t Rp, uint16_t* tiles, int64_t rows) {
+  for (int64_t r = 0; r < Rp; r += 16)
+    for (int64_t m = 0; m < rows; m += kSide, tiles += kTile) {
+      __m512i a[2][16];
+      for (int j = 0; j < 2; ++j) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          a[j][i] =
+              (__m512i)to_fp32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low + (m + 16 * j + i) * Rp + r)));
+        transpose16(a[j]);
+      }
+      for (int i = 0; i < 16; ++i)
+        _mm512_store_si512(tiles + kSide * i, (__m512i)_mm512_cvtne2ps_pbh((__m512)a[1][i], (__m512)a[0][i]));
+    }
+}
+
+}  // namespace fused_lora::cpu
+
+#endif
