@@ -44,6 +44,18 @@ template <class Body> void widest(Body body) { body(); }
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef float Vec16 __attribute__((vector_size(64)));
 
+// The same for a body that is written for one vector type: called with Lanes<Vec16> for AVX-512, else Lanes<Vec8>.
+template <class V> struct Lanes {
+  using Vector = V;
+};
+template <class Body> void widest_vector(Body body) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (avx512()) return run_avx512([=]() INLINED { body(Lanes<Vec16>{}); });
+  if (avx2()) return run_avx2([=]() INLINED { body(Lanes<Vec8>{}); });
+#endif
+  body(Lanes<Vec8>{});
+}
+
 // Unaligned.
 template <class V> INLINE void load(V& v, const float* p) { __builtin_memcpy(&v, p, sizeof v); }
 template <class V> INLINE void store(float* p, const V& v) { __builtin_memcpy(p, &v, sizeof v); }

@@ -4,7 +4,8 @@
 // Layouts: rows of the panel with a row stride. The fp32 kernel reads `low` as it lies and sums out[cols, Rp]; the bf16
 // one reads `low` with its rows in pairs, [rows / 2, Rp], pairs the panel's in registers and sums out[Rp, cols].
 // Tiles: 12 columns by 16 ranks of sums in registers, in bf16 8 ranks by 32 columns.
-// Numerics: products and sums in fp32; a block's sum starts at zero and joins `out` at its end.
+// Numerics: products and sums in fp32; a block's sum starts at zero and joins `out` at its end, that of column_sums in
+// four chains.
 #include "bf16_dot.h"
 #include "kernels.h"
 #include "simd.h"
@@ -17,8 +18,24 @@ void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t
 
 void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64_t cols) {
   widest([=]() INLINED {
-    for (int64_t m = 0; m < rows; ++m)
-      for (int64_t n = 0; n < cols; ++n) out[n] += panel[m * ld + n];
+    constexpr int kChains = 4;
+    const int64_t quads = rows / kChains * kChains;
+    int64_t n = 0;
+    for (; n + 16 <= cols; n += 16) {
+      Vec16 sums[kChains] = {}, row, total;
+      for (int64_t m = 0; m < quads; m += kChains)
+#pragma GCC unroll 4
+        for (int i = 0; i < kChains; ++i) load(row, panel + (m + i) * ld + n), sums[i] += row;
+      for (int64_t m = quads; m < rows; ++m) load(row, panel + m * ld + n), sums[0] += row;
+      load(total, out + n);
+      total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      store(out + n, total);
+    }
+    for (; n < cols; ++n) {
+      float sums[kChains] = {};
+      for (int64_t m = 0; m < rows; ++m) sums[m % kChains] += panel[m * ld + n];
+      out[n] += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
   });
 }
 
