@@ -33,7 +33,17 @@ struct Strip {
   int64_t ldo;
   bool add;           // to what out holds
   const float* bias;  // [width] or null
+  const float* next;  // the rows of `left` that the next strip is copied from, [height, depth (row stride ld_next)]
+  int64_t ld_next;
 };
+
+// Fetches into L2 what the next strip is copied from, the share of the panel at column n.
+template <int H> INLINE void fetch_ahead(const Strip& s, int64_t n) {
+  const int64_t end = s.depth * std::min(n + kColumns, s.width) / s.width;
+  for (int64_t k = s.depth * n / s.width; k < end; k += 16)
+#pragma GCC unroll 12
+    for (int i = 0; i < H; ++i) __builtin_prefetch(s.next + i * s.ld_next + k, 0, 2);
+}
 
 // out[H, two vectors] (= or, where add, +=) rows[H, depth] panel[depth, two vectors] + bias.
 template <int H, class V>
@@ -89,6 +99,7 @@ template <int H, class V> INLINE void multiply(const Strip& s) {
   for (int64_t n = 0; n < s.width; n += kColumns) {
     const float *panel = s.panels + n * s.depth, *bias = s.bias ? s.bias + n : nullptr;
     const int64_t cols = s.width - n;
+    fetch_ahead<H>(s, n);
     if (cols >= kColumns) {
       tiles<H, V>(s.rows, panel, s.depth, s.out + n, s.ldo, s.add, bias);
       continue;
@@ -143,14 +154,16 @@ struct Block {
   INLINE int64_t first_rank(const LoraGemm& g) const { return std::max<int64_t>(k - g.K, 0); }
 };
 
+// panels[width / 32, depth, 32], columns past width zero.
 template <class V> INLINE void pack_block(const LoraGemm& g, const Block& b, float* panels) {
-  const int64_t base = b.base(g), ranks = b.depth - base;
-  for (int64_t c = 0; c < b.width; c += kColumns) {
-    const int64_t cols = std::min(kColumns, b.width - c);
-    float* panel = panels + c * b.depth;
-    if (base) pack<V>(g.by_rows, g.right, g.ld_right, b.k, b.n + c, panel, base, cols);
-    panel += base * kColumns;
-    if (ranks) pack<V>(g.by_rows, g.thin, g.ld_thin, b.first_rank(g), b.n + c, panel, ranks, cols);
+  const int64_t base = b.base(g), ranks = b.depth - base, r = b.first_rank(g), stride = b.depth * kColumns;
+  float* below = panels + base * kColumns;
+  if (g.by_rows) {
+    pack_rows(g.right + b.k * g.ld_right + b.n, g.ld_right, panels, stride, base, b.width);
+    if (ranks) pack_rows(g.thin + r * g.ld_thin + b.n, g.ld_thin, below, stride, ranks, b.width);
+  } else {
+    pack_columns<V>(g.right + b.n * g.ld_right + b.k, g.ld_right, panels, stride, base, b.width);
+    if (ranks) pack_columns<V>(g.thin + b.n * g.ld_thin + r, g.ld_thin, below, stride, ranks, b.width);
   }
 }
 
@@ -184,7 +197,9 @@ template <class V> INLINE void task(const LoraGemm& g, Range rows, Range cols, f
                              .out = g.out + m * g.N + n,
                              .ldo = g.N,
                              .add = k > 0,
-                             .bias = k == 0 && g.bias ? g.bias + n : nullptr});
+                             .bias = k == 0 && g.bias ? g.bias + n : nullptr,
+                             .next = g.left + (m + height) * g.ld_left + k,
+                             .ld_next = g.ld_left});
       }
     }
 }

@@ -73,7 +73,7 @@ INLINE void transpose(Vec16* a) {
 }
 
 // panel[depth, 32] = right[cols <= 32, depth (row stride ld)]^T, columns past cols zero.
-template <class V> INLINE void pack_columns(const float* right, int64_t ld, float* panel, int64_t depth, int64_t cols) {
+template <class V> INLINE void pack_panel(const float* right, int64_t ld, float* panel, int64_t depth, int64_t cols) {
   constexpr int64_t kSide = sizeof(V) / sizeof(float);
   if (cols < kColumns) std::fill_n(panel, depth * kColumns, 0.0f);
   for (int64_t k = 0; k < depth; k += kSide)
@@ -97,24 +97,25 @@ template <class V> INLINE void pack_columns(const float* right, int64_t ld, floa
     }
 }
 
-// panel[depth, 32] = right[depth, cols <= 32 (row stride ld)], columns past cols zero.
-INLINE void pack_rows(const float* right, int64_t ld, float* panel, int64_t depth, int64_t cols) {
-  for (int64_t k = 0; k < depth; ++k) {
-    if (cols == kColumns) {
-      std::copy_n(right + k * ld, kColumns, panel + k * kColumns);
-    } else {
-      for (int64_t n = 0; n < kColumns; ++n) panel[k * kColumns + n] = n < cols ? right[k * ld + n] : 0.0f;
+// panels[c / 32, k, 32] = right[k, c], for k < depth and c < width; `stride` floats from panel to panel, columns past
+// width zero. Whole rows at a time: 32 columns of each row would be a page a step.
+INLINE void pack_rows(const float* right, int64_t ld, float* panels, int64_t stride, int64_t depth, int64_t width) {
+  const int64_t whole = width / kColumns * kColumns;
+  for (int64_t k = 0; k < depth; ++k, right += ld, panels += kColumns) {
+    float* to = panels;
+    for (int64_t c = 0; c < whole; c += kColumns, to += stride) {
+      __builtin_prefetch(right + 4 * ld + c), __builtin_prefetch(right + 4 * ld + c + 16);
+      std::copy_n(right + c, kColumns, to);
     }
+    for (int64_t c = whole; whole < width && c < whole + kColumns; ++c) to[c - whole] = c < width ? right[c] : 0.0f;
   }
 }
 
-// panel[depth, 32] = the block of `right` at step k and column n: of right[depth, columns] by_rows, else of
-// right[columns, depth].
+// The same from the transpose, right[c, k (row stride ld)].
 template <class V>
-INLINE void pack(bool by_rows, const float* right, int64_t ld, int64_t k, int64_t n, float* panel, int64_t depth,
-                 int64_t cols) {
-  if (by_rows) pack_rows(right + k * ld + n, ld, panel, depth, cols);
-  else pack_columns<V>(right + n * ld + k, ld, panel, depth, cols);
+INLINE void pack_columns(const float* right, int64_t ld, float* panels, int64_t stride, int64_t depth, int64_t width) {
+  for (int64_t c = 0; c < width; c += kColumns, panels += stride)
+    pack_panel<V>(right + c * ld, ld, panels, depth, std::min(kColumns, width - c));
 }
 
 }  // namespace fused_lora::cpu

@@ -61,7 +61,7 @@ template <class V> INLINE void load(V& v, const float* p) { __builtin_memcpy(&v,
 template <class V> INLINE void store(float* p, const V& v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // out[MR, NV vectors] += x[i * rs + q * cs] * p[q, :], q = 0 .. k - 1: the register tile of every fp32 product.
-// shrink: rs = row stride, cs = 1. wgrad: rs = 1, cs = row stride. expand: x = low. Sums start at zero and join `out`
+// shrink: rs = row stride, cs = 1. wgrad: x = low^T, rs = 1. expand: x = low. Sums start at zero and join `out`
 // at the end: rounding errors grow with one panel or block, not with the whole of K or M.
 template <int MR, class V, int NV>
 INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out,
@@ -72,14 +72,14 @@ INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t
     V b[NV];
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) load(b[j], p + q * ldp + W * j);
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       const float a = x[i * rs + q * cs];
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) acc[i][j] += a * b[j];
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) {

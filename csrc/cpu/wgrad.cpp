@@ -1,9 +1,10 @@
-// wgrad: out += panel[rows, cols]^T low[rows, Rp], one panel's share of dB = dy^T h or dA^T = drop(x)^T dh; and
+// wgrad: out[Rp, cols] += low[rows, Rp]^T panel[rows, cols], one panel's share of dB^T = h^T dy or dA = dh^T drop(x); and
 // column_sums: out[cols] += sum over rows of the panel, its share of dbias.
 //
-// Layouts: rows of the panel with a row stride. The fp32 kernel reads `low` as it lies and sums out[cols, Rp]; the bf16
-// one reads `low` with its rows in pairs, [rows / 2, Rp], pairs the panel's in registers and sums out[Rp, cols].
-// Tiles: 12 columns by 16 ranks of sums in registers, in bf16 8 ranks by 32 columns.
+// Layouts: rows of the panel with a row stride. The fp32 kernel reads `low` as it lies; the bf16 one reads it with its
+// rows in pairs, [rows / 2, Rp], and pairs the panel's in registers.
+// Tiles: 16 ranks by 16 columns of sums in registers (AVX-512), 6 by 16, in bf16 8 by 32. A line of the panel meets all
+// of 16 ranks at once: lines a power of two apart fall into one set of L1 and would not wait there for more ranks.
 // Numerics: products and sums in fp32; a block's sum starts at zero and joins `out` at its end, that of column_sums in
 // four chains.
 #include "bf16_dot.h"
@@ -12,8 +13,32 @@
 
 namespace fused_lora::cpu {
 
-void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t rows, int64_t cols, int64_t Rp) {
-  widest([=]() INLINED { product(panel, 1, ld, low, Rp, rows, out, Rp, round_up(cols, kStrip), Rp); });
+namespace {
+
+// out[MR, 16] += low[:, MR]^T panel[rows, 16].
+template <int MR, class V, int NV>
+INLINE void ranks(const float* panel, int64_t ld, const float* low, float* out, int64_t ldo, int64_t rows, int64_t Rp) {
+  tile<MR, V, NV>(low, 1, Rp, panel, ld, rows, out, ldo);
+}
+
+}  // namespace
+
+void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t ldo, int64_t rows, int64_t cols,
+           int64_t Rp) {
+  widest([=]() INLINED {
+    for (int64_t n = 0; n < cols; n += 16) {
+      for (int64_t m = 0; m < rows; ++m) __builtin_prefetch(panel + m * ld + n + kPanel, 0, 2);
+      int64_t r = 0;
+      if (avx512()) {
+        for (; r + 16 <= Rp; r += 16) ranks<16, Vec16, 1>(panel + n, ld, low + r, out + r * ldo + n, ldo, rows, Rp);
+        if (r < Rp) ranks<8, Vec16, 1>(panel + n, ld, low + r, out + r * ldo + n, ldo, rows, Rp);
+        continue;
+      }
+      for (; Rp - r >= 6 && Rp - r != 8; r += 6)
+        ranks<6, Vec8, 2>(panel + n, ld, low + r, out + r * ldo + n, ldo, rows, Rp);
+      for (; r < Rp; r += 4) ranks<4, Vec8, 2>(panel + n, ld, low + r, out + r * ldo + n, ldo, rows, Rp);
+    }
+  });
 }
 
 void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64_t cols) {
