@@ -92,10 +92,10 @@ class BlockFp32 {
     for (int64_t m = 0; m < rows; m += kStrip) {
       const int64_t height = std::min<int64_t>(kStrip, rows - m), direct = height == kStrip ? tiles : 0;
       char* to = at(out, m * ldo, dtype_);
-      if (direct) cpu::expand(low + m * Rp_, right, reinterpret_cast<float*>(to), ldo, direct, R_, Rp_, thin.ld());
+      if (direct)
+        cpu::expand(low + m * Rp_, right, reinterpret_cast<float*>(to), ldo, direct, R_, Rp_, thin.ld(), true);
       if (direct == cols) continue;
-      for (int i = 0; i < kStrip; ++i) std::fill_n(strip_ + i * kPanel, round_up(cols - direct, kColumns), 0.0f);
-      cpu::expand(low + m * Rp_, right + direct, strip_, kPanel, cols - direct, R_, Rp_, thin.ld());
+      cpu::expand(low + m * Rp_, right + direct, strip_, kPanel, cols - direct, R_, Rp_, thin.ld(), false);
       for (int64_t i = 0; i < height; ++i)
         add_row(strip_ + i * kPanel, keep ? keep + (m + i) * kPanel : nullptr, at(to, i * ldo + direct, dtype_), dtype_,
                 cols - direct);

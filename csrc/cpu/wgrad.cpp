@@ -15,10 +15,40 @@ namespace fused_lora::cpu {
 
 namespace {
 
-// out[MR, 16] += low[:, MR]^T panel[rows, 16].
-template <int MR, class V, int NV>
-INLINE void ranks(const float* panel, int64_t ld, const float* low, float* out, int64_t ldo, int64_t rows, int64_t Rp) {
-  tile<MR, V, NV>(low, 1, Rp, panel, ld, rows, out, ldo);
+constexpr int64_t kPages = 48;  // rows at a time: each lies in a page of its own, and L1 remembers 64 to 96 of them
+
+// out[Rp, 16] += low[rows, Rp]^T panel[rows, 16].
+INLINE void gather(const float* panel, int64_t ld, const float* low, float* out, int64_t ldo, int64_t rows,
+                   int64_t Rp) {
+  int64_t r = 0;
+  if (avx512()) {
+    for (; r + 16 <= Rp; r += 16) tile<16, Vec16, 1>(low + r, 1, Rp, panel, ld, rows, out + r * ldo, ldo);
+    if (r < Rp) tile<8, Vec16, 1>(low + r, 1, Rp, panel, ld, rows, out + r * ldo, ldo);
+    return;
+  }
+  for (; Rp - r >= 6 && Rp - r != 8; r += 6) tile<6, Vec8, 2>(low + r, 1, Rp, panel, ld, rows, out + r * ldo, ldo);
+  for (; r < Rp; r += 4) tile<4, Vec8, 2>(low + r, 1, Rp, panel, ld, rows, out + r * ldo, ldo);
+}
+
+// out[two vectors] += sum over rows of panel[rows, two vectors], in four chains.
+template <class V> INLINE void column_sums_of(const float* panel, int64_t ld, float* out, int64_t rows) {
+  constexpr int kChains = 4, kLane = sizeof(V) / sizeof(float);
+  V sums[kChains][2] = {}, row, total;
+  int64_t m = 0;
+  for (; m + kChains <= rows; m += kChains)
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) load(row, panel + (m + i) * ld + kLane * j), sums[i][j] += row;
+  for (; m < rows; ++m)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) load(row, panel + m * ld + kLane * j), sums[0][j] += row;
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    load(total, out + kLane * j);
+    total += (sums[0][j] + sums[1][j]) + (sums[2][j] + sums[3][j]);
+    store(out + kLane * j, total);
+  }
 }
 
 }  // namespace
@@ -26,39 +56,21 @@ INLINE void ranks(const float* panel, int64_t ld, const float* low, float* out, 
 void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t ldo, int64_t rows, int64_t cols,
            int64_t Rp) {
   widest([=]() INLINED {
-    for (int64_t n = 0; n < cols; n += 16) {
-      for (int64_t m = 0; m < rows; ++m) __builtin_prefetch(panel + m * ld + n + kPanel, 0, 2);
-      int64_t r = 0;
-      if (avx512()) {
-        for (; r + 16 <= Rp; r += 16) ranks<16, Vec16, 1>(panel + n, ld, low + r, out + r * ldo + n, ldo, rows, Rp);
-        if (r < Rp) ranks<8, Vec16, 1>(panel + n, ld, low + r, out + r * ldo + n, ldo, rows, Rp);
-        continue;
-      }
-      for (; Rp - r >= 6 && Rp - r != 8; r += 6)
-        ranks<6, Vec8, 2>(panel + n, ld, low + r, out + r * ldo + n, ldo, rows, Rp);
-      for (; r < Rp; r += 4) ranks<4, Vec8, 2>(panel + n, ld, low + r, out + r * ldo + n, ldo, rows, Rp);
-    }
+    for (int64_t m = 0; m < rows; m += kPages)
+      for (int64_t n = 0; n < cols; n += kLanes)
+        gather(panel + m * ld + n, ld, low + m * Rp, out + n, ldo, rows - m < kPages ? rows - m : kPages, Rp);
   });
 }
 
 void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64_t cols) {
-  widest([=]() INLINED {
-    constexpr int kChains = 4;
-    const int64_t quads = rows / kChains * kChains;
+  widest_vector([=](auto lanes) INLINED {
+    using V = typename decltype(lanes)::Vector;
+    constexpr int64_t kWide = 2 * sizeof(V) / sizeof(float);
     int64_t n = 0;
-    for (; n + 16 <= cols; n += 16) {
-      Vec16 sums[kChains] = {}, row, total;
-      for (int64_t m = 0; m < quads; m += kChains)
-#pragma GCC unroll 4
-        for (int i = 0; i < kChains; ++i) load(row, panel + (m + i) * ld + n), sums[i] += row;
-      for (int64_t m = quads; m < rows; ++m) load(row, panel + m * ld + n), sums[0] += row;
-      load(total, out + n);
-      total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
-      store(out + n, total);
-    }
+    for (; n + kWide <= cols; n += kWide) column_sums_of<V>(panel + n, ld, out + n, rows);
     for (; n < cols; ++n) {
-      float sums[kChains] = {};
-      for (int64_t m = 0; m < rows; ++m) sums[m % kChains] += panel[m * ld + n];
+      float sums[4] = {};
+      for (int64_t m = 0; m < rows; ++m) sums[m % 4] += panel[m * ld + n];
       out[n] += (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
   });
