@@ -74,7 +74,8 @@ struct CpuBackwardParams {
   int threads;
 };
 
-// Whether W pays in fp32: where PyTorch's own fp32 product leaves room (bench/NOTES.md).
+// Whether W pays in fp32: with vectors of 32 bytes or more, where lora_gemm has reached PyTorch's own product on AMD's
+// and on Intel's CPUs (bench/NOTES.md).
 bool cpu_prefers_lora_gemm();
 Status cpu_forward(const CpuForwardParams& p);
 Status cpu_backward(const CpuBackwardParams& p);

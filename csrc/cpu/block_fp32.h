@@ -9,8 +9,8 @@ class BlockFp32 {
  public:
   static constexpr int64_t kRanks = kVec;        // R is padded to a multiple: Rp
   static constexpr int64_t kColumns = 2 * kVec;  // columns of `thin` likewise
-  static constexpr int64_t kGathered = kStrip;   // columns of a gradient's slab likewise
-  static constexpr bool kRanksFirst = false;     // a slab lies as [columns, Rp]
+  static constexpr int64_t kGathered = kLanes;   // columns of a gradient's slab likewise
+  static constexpr bool kRanksFirst = true;      // a slab lies as [Rp, columns]
   static constexpr bool kMaskScales = true;      // a masked panel holds dropout's factor
 
   // `down` [K or N, Rp] or `thin` [R, ld], its rows the summed dimension: src itself where it lies so, else a copy
@@ -44,7 +44,7 @@ class BlockFp32 {
     float* copy_ = nullptr;
   };
 
-  // Columns of the block's rows, at least to whole strips and zero past the matrix.
+  // Columns of the block's rows, at least to whole tiles and zero past the matrix.
   struct Panel {
     const float* data;
     int64_t ld;
@@ -67,7 +67,7 @@ class BlockFp32 {
 
   // src[rows, cols (row stride ld)] (* keep): as it lies where that serves, else a copy.
   Panel panel(const void* src, int64_t ld, const float* keep, int64_t rows, int64_t cols) {
-    if (dtype_ == Dtype::f32 && !keep && rows % kStrip == 0 && cols % kStrip == 0)
+    if (dtype_ == Dtype::f32 && !keep && rows % kStrip == 0 && cols % kLanes == 0)
       return {static_cast<const float*>(src), ld};
     load_panel(src, dtype_, ld, keep, panel_, rows, cols);
     return {panel_, kPanel};
@@ -92,10 +92,10 @@ class BlockFp32 {
     for (int64_t m = 0; m < rows; m += kStrip) {
       const int64_t height = std::min<int64_t>(kStrip, rows - m), direct = height == kStrip ? tiles : 0;
       char* to = at(out, m * ldo, dtype_);
-      if (direct) cpu::expand(low + m * Rp_, right, reinterpret_cast<float*>(to), ldo, direct, R_, Rp_, thin.ld());
+      if (direct)
+        cpu::expand(low + m * Rp_, right, reinterpret_cast<float*>(to), ldo, direct, R_, Rp_, thin.ld(), true);
       if (direct == cols) continue;
-      for (int i = 0; i < kStrip; ++i) std::fill_n(strip_ + i * kPanel, round_up(cols - direct, kColumns), 0.0f);
-      cpu::expand(low + m * Rp_, right + direct, strip_, kPanel, cols - direct, R_, Rp_, thin.ld());
+      cpu::expand(low + m * Rp_, right + direct, strip_, kPanel, cols - direct, R_, Rp_, thin.ld(), false);
       for (int64_t i = 0; i < height; ++i)
         add_row(strip_ + i * kPanel, keep ? keep + (m + i) * kPanel : nullptr, at(to, i * ldo + direct, dtype_), dtype_,
                 cols - direct);
@@ -109,9 +109,9 @@ class BlockFp32 {
   }
   void gather_by_low(int64_t) { right_ = low; }
 
-  // slab[n : n + cols, Rp] += left^T right.
-  void wgrad(Panel left, float* slab, int64_t, int64_t n, int64_t rows, int64_t cols) {
-    cpu::wgrad(left.data, left.ld, right_, slab + n * Rp_, rows, cols, Rp_);
+  // slab[Rp, n : n + cols (row stride width)] += right^T left.
+  void wgrad(Panel left, float* slab, int64_t width, int64_t n, int64_t rows, int64_t cols) {
+    cpu::wgrad(left.data, left.ld, right_, slab + n, width, rows, cols, Rp_);
   }
 
   void column_sums(Panel left, float* out, int64_t rows, int64_t cols) {

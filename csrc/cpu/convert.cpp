@@ -66,7 +66,7 @@ INLINE void load_panel_as(const void* src, int64_t ld, const float* mask, float*
       for (int64_t n = 0; n < cols; ++n) o[n] = T::load(s[n]) * mask[m * kPanel + n];
     else
       for (int64_t n = 0; n < cols; ++n) o[n] = T::load(s[n]);
-    for (int64_t n = cols; n < round_up(cols, kStrip); ++n) o[n] = 0.0f;
+    for (int64_t n = cols; n < round_up(cols, kLanes); ++n) o[n] = 0.0f;
   }
   for (int64_t i = rows * kPanel; i < round_up(rows, kStrip) * kPanel; ++i) out[i] = 0.0f;
 }

@@ -1,4 +1,4 @@
-// expand: out[rows, cols] += low[rows, Rp] thin[R, cols], the update of a panel of y (thin = B^T) or of dx (thin = A).
+// expand: out[rows, cols] += (or =) low[rows, Rp] thin[R, cols], the update of a panel of y (thin = B^T) or of dx (thin = A).
 //
 // Layouts: `out` and `thin` with row strides, `low` contiguous. In bf16, pairs of neighbouring ranks lie side by side
 // in `low` already, those of `thin` in [R / 2, cols].
@@ -12,8 +12,12 @@
 namespace fused_lora::cpu {
 
 void expand(const float* low, const float* thin, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp,
-            int64_t ldt) {
-  widest([=]() INLINED { product(low, Rp, 1, thin, ldt, R, out, ldo, kStrip, round_up(cols, 2 * kVec)); });
+            int64_t ldt, bool add) {
+  widest([=]() INLINED {
+    const int64_t padded = round_up(cols, 2 * kVec);
+    if (add) product(low, Rp, 1, thin, ldt, R, out, ldo, kStrip, padded);
+    else product<false>(low, Rp, 1, thin, ldt, R, out, ldo, kStrip, padded);
+  });
 }
 
 #ifdef FUSED_LORA_BF16_DOT

@@ -6,6 +6,7 @@
 #include "amx.h"
 #include "block_bf16.h"
 #include "block_fp32.h"
+#include "features.h"
 #include "walk.h"
 
 namespace fused_lora::cpu {
@@ -47,13 +48,7 @@ template <class Block> void low_rank(const CpuForwardParams& p, Buffers& buffers
 namespace fused_lora {
 using namespace cpu;
 
-bool cpu_prefers_lora_gemm() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_is("amd");  // MKL runs 32-byte vectors there; Intel's CPUs keep PyTorch's product
-#else
-  return false;
-#endif
-}
+bool cpu_prefers_lora_gemm() { return features.avx2; }
 
 Status cpu_forward(const CpuForwardParams& p) {
   if (const Status status = check(p); status != Status::ok) return status;

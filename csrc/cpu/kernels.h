@@ -2,7 +2,7 @@
 //
 //   shrink     low = left down         h  = drop(x) A^T     dh = dy B
 //   expand     out = out + low thin    y += h B^T           dx += mask * (dh A)
-//   wgrad      panel^T low             dA = dh^T drop(x)    dB = dy^T h
+//   wgrad      low^T panel             dA = dh^T drop(x)    dB^T = h^T dy
 //   lora_gemm  out = left right + low thin + bias: the base product with its update inside
 //
 // A walk (forward.cpp, backward.cpp) goes over the row blocks; every product reads a panel of x or dy as it lies or,
@@ -27,14 +27,15 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 // shrink.cpp     low[rows, Rp] += panel[rows, cols (row stride ld)] down[cols, Rp]; rows a multiple of kStrip.
 void shrink(const float* panel, int64_t ld, const float* down, float* low, int64_t rows, int64_t cols, int64_t Rp);
 
-// expand.cpp     out[kStrip, cols (row stride ldo)] += low[kStrip, Rp] thin[R, cols (row stride ldt)]; cols rounded up
+// expand.cpp     out[kStrip, cols (row stride ldo)] += (without add =) low[kStrip, Rp] thin[R, cols (row stride ldt)]; cols rounded up
 //                to a multiple of 2 * kVec.
 void expand(const float* low, const float* thin, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp,
-            int64_t ldt);
+            int64_t ldt, bool add);
 
-// wgrad.cpp      out[cols, Rp] += panel[rows, cols (row stride ld)]^T low[rows, Rp], cols rounded up to a multiple of
-//                kStrip.
-void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t rows, int64_t cols, int64_t Rp);
+// wgrad.cpp      out[Rp, cols (row stride ldo)] += low[rows, Rp]^T panel[rows, cols (row stride ld)]; cols rounded up to
+//                a multiple of kLanes.
+void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t ldo, int64_t rows, int64_t cols,
+           int64_t Rp);
 //                out[cols] += sum over rows of panel (row stride ld): one panel's share of dbias.
 void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64_t cols);
 
@@ -76,8 +77,8 @@ void dropout_mask(const Dropout& dropout, float* mask, int64_t row0, int64_t col
 void dropout_bits(const Dropout& dropout, uint32_t* bits, int64_t row0, int64_t rows, int64_t cols);
 
 // convert.cpp
-// out[rows, kPanel] = src[rows, cols (row stride ld)] (* mask); columns past cols and rows past rows zero, each up to a
-// multiple of kStrip.
+// out[rows, kPanel] = src[rows, cols (row stride ld)] (* mask); columns past cols and rows past rows zero, up to
+// multiples of kLanes and kStrip.
 void load_panel(const void* src, Dtype dtype, int64_t ld, const float* mask, float* out, int64_t rows, int64_t cols);
 // out[rows, kPanel] = bf16 src[rows, cols (row stride ld)], zero where mask[rows, kPanel] is; columns past cols and
 // rows past rows zero, up to multiples of 2 * kLanes and kStrip.

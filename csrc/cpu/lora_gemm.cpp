@@ -4,129 +4,131 @@
 //   backward  dx [M, K] = dy [M, N] W  + dh [M, R] A              W, A [depth, columns]: by_rows = true
 //
 // Layouts: rows of every operand with a row stride, `out` contiguous.
-// Tiles: the update is R more steps of the summed dimension: `thin` is packed below the last block of `right`, `low`
-// beside the last block of `left`. A task owns a range of rows and columns and walks it in blocks of kWidth columns and
-// kDepth steps. A block of `right` is packed once into panels of 32 columns (480 KiB in L2) and meets strips of 12 rows
-// of `left` (18 KiB in L1) in register tiles of 12 x 32 (AVX-512) or 6 x 16.
-// Numerics: sums start afresh in every block, so that rounding errors grow with kDepth and not with all of K.
+// Tiles: the update is R more steps of the summed dimension: `thin` lies below `right`, `low` beside `left`. A task owns
+// a range of rows and columns and walks it in blocks of kWidth columns and kDepth steps. A block of `right` is packed
+// once into panels of 32 columns (768 KiB in L2) and meets strips of up to 12 rows of `left` (18 KiB in L1) in register
+// tiles of 12 x 32 (AVX-512) or 6 x 16. A strip's rows are copied kPitch apart, a constant, so that one pointer reaches
+// all of them: GCC keeps row strides out of registers and reloads them in the loop. The rows of a task are cut into
+// strips of equal height, give or take one: 64 rows are 4 x 11 + 2 x 10, not 5 x 12 + 4.
+// Numerics: sums start afresh in every block, so that rounding errors grow with kDepth and not with all of K; the first
+// block stores its sums and adds the bias, the others add theirs.
 // Source of the loop order: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3),
 // 2008.
-#include "simd.h"
+#include "pack.h"
 #include "walk.h"
 
 namespace fused_lora::cpu {
 namespace {
 
-constexpr int64_t kDepth = 384, kWidth = 320;  // 256 to 768 by 160 to 480: within noise on EPYC 9004, 2026-11-24
-constexpr int64_t kColumns = 32;               // of a panel
+// 256 to 768 by 160 to 480: within noise on EPYC 9004, 2026-11-24; 192 to 384 by 512 on a Xeon with AMX, 2026-11-26.
+// Several strips at a time against each panel, so that the panel stays in L1: 3 % slower there.
+constexpr int64_t kDepth = 384, kWidth = 512;
+constexpr int64_t kPitch = kDepth + 16;  // floats between the rows of a strip; not a power of two
 
-#if __has_builtin(__builtin_shufflevector)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else  // GCC before 12
-typedef int Int8 __attribute__((vector_size(32)));
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int8{__VA_ARGS__})
-#endif
+// One strip against every panel of a block.
+struct Strip {
+  const float *rows, *panels;  // [height, depth (row stride kPitch)]; [width / 32, depth, 32]
+  int64_t depth, width;
+  float* out;  // [height, width (row stride ldo)]
+  int64_t ldo;
+  bool add;           // to what out holds
+  const float* bias;  // [width] or null
+  const float* next;  // the rows of `left` that the next strip is copied from, [height, depth (row stride ld_next)]
+  int64_t ld_next;
+};
 
-// a[i][j] -> a[j][i].
-INLINE void transpose8(Vec8* a) {
-  Vec8 b[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = SHUFFLE(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    b[i + 1] = SHUFFLE(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = SHUFFLE(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      a[i + 2 * j + 1] = SHUFFLE(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    b[i] = SHUFFLE(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    b[i + 4] = SHUFFLE(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) a[i] = b[i];
+// Fetches into L2 what the next strip is copied from, the share of the panel at column n.
+template <int H> INLINE void fetch_ahead(const Strip& s, int64_t n) {
+  const int64_t end = s.depth * std::min(n + kColumns, s.width) / s.width;
+  for (int64_t k = s.depth * n / s.width; k < end; k += 16)
+#pragma GCC unroll 12
+    for (int i = 0; i < H; ++i) __builtin_prefetch(s.next + i * s.ld_next + k, 0, 2);
 }
 
-// panel[depth, 32] = right[cols <= 32, depth (row stride ld)]^T, columns past cols zero.
-INLINE void pack_columns(const float* right, int64_t ld, float* panel, int64_t depth, int64_t cols) {
-  if (cols < kColumns) std::fill_n(panel, depth * kColumns, 0.0f);
-  for (int64_t k = 0; k < depth; k += 8)
-    for (int64_t n = 0; n < cols; n += 8) {
-      const float* from = right + n * ld + k;
-      float* to = panel + k * kColumns + n;
-      if (k + 8 <= depth && n + 8 <= cols) {
-        Vec8 a[8];
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-          load(a[i], from + i * ld);
-          __builtin_prefetch(from + i * ld + 32);  // 5 % of a product of 64 rows whose W comes from DRAM
-        }
-        transpose8(a);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) store(to + i * kColumns, a[i]);
-      } else {
-        for (int64_t i = 0; i < std::min<int64_t>(8, cols - n); ++i)
-          for (int64_t j = 0; j < std::min<int64_t>(8, depth - k); ++j) to[j * kColumns + i] = from[i * ld + j];
-      }
-    }
-}
-
-// panel[depth, 32] = right[depth, cols <= 32 (row stride ld)], columns past cols zero.
-INLINE void pack_rows(const float* right, int64_t ld, float* panel, int64_t depth, int64_t cols) {
+// out[H, two vectors] (= or, where add, +=) rows[H, depth] panel[depth, two vectors] + bias.
+template <int H, class V>
+INLINE void gemm_tile(const float* rows, const float* panel, int64_t depth, float* out, int64_t ldo, bool add,
+                      const float* bias) {
+  constexpr int kLane = sizeof(V) / sizeof(float);
+  V acc[H][2] = {};
+#pragma GCC unroll 12
+  for (int i = 0; i < H; ++i) {  // what the tile stores to
+    __builtin_prefetch(out + i * ldo, 1);
+    if (kLane == 16) __builtin_prefetch(out + i * ldo + kLane, 1);
+  }
   for (int64_t k = 0; k < depth; ++k) {
-    if (cols == kColumns) {
-      std::copy_n(right + k * ld, kColumns, panel + k * kColumns);
-    } else {
-      for (int64_t n = 0; n < kColumns; ++n) panel[k * kColumns + n] = n < cols ? right[k * ld + n] : 0.0f;
+    V b0, b1;
+    load(b0, panel + k * kColumns), load(b1, panel + k * kColumns + kLane);
+#pragma GCC unroll 12
+    for (int i = 0; i < H; ++i) {
+      const float a = rows[i * kPitch + k];
+      acc[i][0] += a * b0;
+      acc[i][1] += a * b1;
+    }
+  }
+  V b0{}, b1{};
+  if (bias) load(b0, bias), load(b1, bias + kLane);
+#pragma GCC unroll 12
+  for (int i = 0; i < H; ++i) {
+    float* y = out + i * ldo;
+    V y0 = b0, y1 = b1;
+    if (add) load(y0, y), load(y1, y + kLane);
+    acc[i][0] += y0, acc[i][1] += y1;
+    store(y, acc[i][0]), store(y + kLane, acc[i][1]);
+  }
+}
+
+// out[H, 32] likewise.
+template <int H, class V>
+INLINE void tiles(const float* rows, const float* panel, int64_t depth, float* out, int64_t ldo, bool add,
+                  const float* bias) {
+  if constexpr (sizeof(V) == kColumns * sizeof(float) / 2) {
+    gemm_tile<H, V>(rows, panel, depth, out, ldo, add, bias);
+  } else {
+    constexpr int kUpper = (H + 1) / 2, kLower = H / 2;
+    for (int64_t n = 0; n < kColumns; n += kColumns / 2) {
+      const float* b = bias ? bias + n : nullptr;
+      gemm_tile<kUpper, V>(rows, panel + n, depth, out + n, ldo, add, b);
+      if constexpr (kLower > 0)
+        gemm_tile<kLower, V>(rows + kUpper * kPitch, panel + n, depth, out + kUpper * ldo + n, ldo, add, b);
     }
   }
 }
 
-INLINE void pack(bool by_rows, const float* right, int64_t ld, int64_t k, int64_t n, float* panel, int64_t depth,
-                 int64_t cols) {
-  if (by_rows) pack_rows(right + k * ld + n, ld, panel, depth, cols);
-  else pack_columns(right + n * ld + k, ld, panel, depth, cols);
-}
-
-// out[height, 32] += strip[height, depth] panel[depth, 32].
-INLINE void tiles(const float* strip, const float* panel, int64_t depth, float* out, int64_t ldo, int64_t height) {
-  if (avx512()) {
-    if (height > 8) tile<12, Vec16, 2>(strip, depth, 1, panel, kColumns, depth, out, ldo);
-    else if (height > 4) tile<8, Vec16, 2>(strip, depth, 1, panel, kColumns, depth, out, ldo);
-    else tile<4, Vec16, 2>(strip, depth, 1, panel, kColumns, depth, out, ldo);
-    return;
-  }
-  for (int64_t m = 0; m < height; m += 6)
-    for (int64_t n = 0; n < kColumns; n += 16)
-      tile<6, Vec8, 2>(strip + m * depth, depth, 1, panel + n, kColumns, depth, out + m * ldo + n, ldo);
-}
-
-// out[height <= 12, cols] += strip panels: one strip of `left` against every panel of a block of `right`.
-INLINE void multiply_strip(const float* strip, const float* panels, int64_t depth, float* out, int64_t ldo,
-                           int64_t height, int64_t cols) {
-  for (int64_t n = 0; n < cols; n += kColumns) {
-    const float* panel = panels + n * depth;
-    const int64_t width = std::min(kColumns, cols - n);
-    const bool whole = width == kColumns && (height == kStrip || (avx512() && height % 4 == 0));
-    if (whole) {
-      tiles(strip, panel, depth, out + n, ldo, height);
+template <int H, class V> INLINE void multiply(const Strip& s) {
+  for (int64_t n = 0; n < s.width; n += kColumns) {
+    const float *panel = s.panels + n * s.depth, *bias = s.bias ? s.bias + n : nullptr;
+    const int64_t cols = s.width - n;
+    fetch_ahead<H>(s, n);
+    if (cols >= kColumns) {
+      tiles<H, V>(s.rows, panel, s.depth, s.out + n, s.ldo, s.add, bias);
       continue;
     }
-    float edge[kStrip * kColumns] = {};
-    tiles(strip, panel, depth, edge, kColumns, height);
-    for (int64_t i = 0; i < height; ++i)
-      for (int64_t j = 0; j < width; ++j) out[i * ldo + n + j] += edge[i * kColumns + j];
+    float edge[H * kColumns];
+    tiles<H, V>(s.rows, panel, s.depth, edge, kColumns, false, nullptr);
+    for (int64_t i = 0; i < H; ++i)
+      for (int64_t j = 0; j < cols; ++j) {
+        float& y = s.out[i * s.ldo + n + j];
+        y = (s.add ? y : bias ? bias[j] : 0.0f) + edge[i * kColumns + j];
+      }
   }
 }
 
-// Floats of one task's strip, and of its packed block below it.
-int64_t strip_size(const LoraGemm& g) { return round_up(kStrip * (std::min(kDepth, g.K) + g.R), 16); }
-int64_t buffer_size(const LoraGemm& g) {
-  return strip_size(g) + std::min(kWidth, round_up(g.N, kColumns)) * (std::min(kDepth, g.K) + g.R);
+template <class V> INLINE void multiply(int64_t height, const Strip& s) {
+  switch (height) {
+    case 1: return multiply<1, V>(s);
+    case 2: return multiply<2, V>(s);
+    case 3: return multiply<3, V>(s);
+    case 4: return multiply<4, V>(s);
+    case 5: return multiply<5, V>(s);
+    case 6: return multiply<6, V>(s);
+    case 7: return multiply<7, V>(s);
+    case 8: return multiply<8, V>(s);
+    case 9: return multiply<9, V>(s);
+    case 10: return multiply<10, V>(s);
+    case 11: return multiply<11, V>(s);
+    case 12: return multiply<12, V>(s);
+  }
 }
 
 struct Range {
@@ -134,54 +136,86 @@ struct Range {
 };
 
 // Part i of n of [0, size), cut at multiples of `grain`.
-Range part(int64_t size, int64_t grain, int64_t i, int64_t n) {
+INLINE Range part(int64_t size, int64_t grain, int64_t i, int64_t n) {
   const int64_t grains = (size + grain - 1) / grain;
   return {grains * i / n * grain, std::min(size, grains * (i + 1) / n * grain)};
 }
 
-}  // namespace
+constexpr int64_t kStripSize = kStrip * kPitch;
+// Floats of one task's strip, and of its packed block below it.
+int64_t buffer_size(const LoraGemm& g) {
+  return kStripSize + std::min(kWidth, round_up(g.N, kColumns)) * std::min(kDepth, round_up(g.K + g.R, 8));
+}
 
-void lora_gemm_task(const LoraGemm& g, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* buffer) {
-  widest([=]() INLINED {
-    const int64_t blocks = (g.K + kDepth - 1) / kDepth, step = round_up((g.K + blocks - 1) / blocks, 8);
-    float *strip = buffer, *block = buffer + strip_size(g);
-    for (int64_t n = col0; n < col1; n += kWidth) {
-      const int64_t width = std::min(kWidth, col1 - n);
-      for (int64_t k = 0; k < g.K; k += step) {
-        const int64_t depth = std::min(step, g.K - k), ranks = k + step >= g.K ? g.R : 0, all = depth + ranks;
-        for (int64_t c = 0; c < width; c += kColumns) {
-          const int64_t cols = std::min(kColumns, width - c);
-          pack(g.by_rows, g.right, g.ld_right, k, n + c, block + c * all, depth, cols);
-          if (ranks) pack(g.by_rows, g.thin, g.ld_thin, 0, n + c, block + c * all + depth * kColumns, ranks, cols);
-        }
-        for (int64_t m = row0; m < row1; m += kStrip) {
-          const int64_t height = std::min<int64_t>(kStrip, row1 - m);
-          for (int64_t i = 0; i < height; ++i) {
-            std::copy_n(g.left + (m + i) * g.ld_left + k, depth, strip + i * all);
-            if (ranks) std::copy_n(g.low + (m + i) * g.ld_low, ranks, strip + i * all + depth);
-            if (k > 0) continue;
-            float* out = g.out + (m + i) * g.N + n;
-            if (g.bias) std::copy_n(g.bias + n, width, out);
-            else std::fill_n(out, width, 0.0f);
-          }
-          std::fill_n(strip + height * all, (kStrip - height) * all, 0.0f);
-          multiply_strip(strip, block, all, g.out + m * g.N + n, g.N, height, width);
-        }
+// Steps [k, k + depth) of the columns [n, n + width): those below g.K are of `right`, the others of `thin`.
+struct Block {
+  int64_t n, width, k, depth;
+  INLINE int64_t base(const LoraGemm& g) const { return std::clamp<int64_t>(g.K - k, 0, depth); }
+  INLINE int64_t first_rank(const LoraGemm& g) const { return std::max<int64_t>(k - g.K, 0); }
+};
+
+// panels[width / 32, depth, 32], columns past width zero.
+template <class V> INLINE void pack_block(const LoraGemm& g, const Block& b, float* panels) {
+  const int64_t base = b.base(g), ranks = b.depth - base, r = b.first_rank(g), stride = b.depth * kColumns;
+  float* below = panels + base * kColumns;
+  if (g.by_rows) {
+    pack_rows(g.right + b.k * g.ld_right + b.n, g.ld_right, panels, stride, base, b.width);
+    if (ranks) pack_rows(g.thin + r * g.ld_thin + b.n, g.ld_thin, below, stride, ranks, b.width);
+  } else {
+    pack_columns<V>(g.right + b.n * g.ld_right + b.k, g.ld_right, panels, stride, base, b.width);
+    if (ranks) pack_columns<V>(g.thin + b.n * g.ld_thin + r, g.ld_thin, below, stride, ranks, b.width);
+  }
+}
+
+// strip[height, depth (row stride kPitch)] = rows m.. of `left` and `low`.
+INLINE void pack_strip(const LoraGemm& g, const Block& b, float* strip, int64_t m, int64_t height) {
+  const int64_t base = b.base(g), ranks = b.depth - base;
+  for (int64_t i = 0; i < height; ++i) {
+    float* to = strip + i * kPitch;
+    std::copy_n(g.left + (m + i) * g.ld_left + b.k, base, to);
+    if (ranks) std::copy_n(g.low + (m + i) * g.ld_low + b.first_rank(g), ranks, to + base);
+  }
+}
+
+template <class V> INLINE void task(const LoraGemm& g, Range rows, Range cols, float* buffer) {
+  const int64_t steps = g.K + g.R, blocks = (steps + kDepth - 1) / kDepth,
+                step = round_up((steps + blocks - 1) / blocks, 8);
+  const int64_t strips = (rows.end - rows.begin + kStrip - 1) / kStrip;
+  float *strip = buffer, *panels = buffer + kStripSize;
+  for (int64_t n = cols.begin; n < cols.end; n += kWidth)
+    for (int64_t k = 0; k < steps; k += step) {
+      const Block b{n, std::min(kWidth, cols.end - n), k, std::min(step, steps - k)};
+      pack_block<V>(g, b, panels);
+      for (int64_t i = 0; i < strips; ++i) {
+        const Range r = part(rows.end - rows.begin, 1, i, strips);
+        const int64_t m = rows.begin + r.begin, height = r.end - r.begin;
+        pack_strip(g, b, strip, m, height);
+        multiply<V>(height, {.rows = strip,
+                             .panels = panels,
+                             .depth = b.depth,
+                             .width = b.width,
+                             .out = g.out + m * g.N + n,
+                             .ldo = g.N,
+                             .add = k > 0,
+                             .bias = k == 0 && g.bias ? g.bias + n : nullptr,
+                             .next = g.left + (m + height) * g.ld_left + k,
+                             .ld_next = g.ld_left});
       }
     }
-  });
 }
+
+}  // namespace
 
 void lora_gemm(const LoraGemm& g, Buffers& buffers, int threads) {
   // Columns first: a task packs only its own part of `right`. Rows, too, where there are more threads than pairs of
   // panels.
   const int64_t pairs = (g.N + 2 * kColumns - 1) / (2 * kColumns), by_cols = std::min<int64_t>(threads, pairs),
-                by_rows = threads / by_cols;
-  std::vector<float*> buffer;
-  for (int64_t t = 0; t < by_cols * by_rows; ++t) buffer.push_back(buffers.take(buffer_size(g)));
+                by_rows = threads / by_cols, size = round_up(buffer_size(g), 16);
+  float* buffer = buffers.take(by_cols * by_rows * size);
   parallel(static_cast<int>(by_cols * by_rows), [&](int t) {
     const Range cols = part(g.N, kColumns, t % by_cols, by_cols), rows = part(g.M, kStrip, t / by_cols, by_rows);
-    lora_gemm_task(g, rows.begin, rows.end, cols.begin, cols.end, buffer[static_cast<size_t>(t)]);
+    float* own = buffer + t * size;
+    widest_vector([=, &g](auto lanes) INLINED { task<typename decltype(lanes)::Vector>(g, rows, cols, own); });
   });
 }
 

@@ -44,14 +44,26 @@ template <class Body> void widest(Body body) { body(); }
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef float Vec16 __attribute__((vector_size(64)));
 
+// The same for a body that is written for one vector type: called with Lanes<Vec16> for AVX-512, else Lanes<Vec8>.
+template <class V> struct Lanes {
+  using Vector = V;
+};
+template <class Body> void widest_vector(Body body) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (avx512()) return run_avx512([=]() INLINED { body(Lanes<Vec16>{}); });
+  if (features.avx2) return run_avx2([=]() INLINED { body(Lanes<Vec8>{}); });
+#endif
+  body(Lanes<Vec8>{});
+}
+
 // Unaligned.
 template <class V> INLINE void load(V& v, const float* p) { __builtin_memcpy(&v, p, sizeof v); }
 template <class V> INLINE void store(float* p, const V& v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // out[MR, NV vectors] += x[i * rs + q * cs] * p[q, :], q = 0 .. k - 1: the register tile of every fp32 product.
-// shrink: rs = row stride, cs = 1. wgrad: rs = 1, cs = row stride. expand: x = low. Sums start at zero and join `out`
-// at the end: rounding errors grow with one panel or block, not with the whole of K or M.
-template <int MR, class V, int NV>
+// shrink: rs = row stride, cs = 1. wgrad: x = low^T, rs = 1. expand: x = low. Sums start at zero and join `out`
+// at the end (without kAdd they replace it): rounding errors grow with one panel or block, not with the whole of K or M.
+template <int MR, class V, int NV, bool kAdd = true>
 INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out,
                  int64_t ldo) {
   constexpr int W = sizeof(V) / sizeof(float);
@@ -60,37 +72,40 @@ INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t
     V b[NV];
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) load(b[j], p + q * ldp + W * j);
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       const float a = x[i * rs + q * cs];
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) acc[i][j] += a * b[j];
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) {
-      V sum;
-      load(sum, out + i * ldo + W * j);
+      V sum{};
+      if (kAdd) load(sum, out + i * ldo + W * j);
       sum += acc[i][j];
       store(out + i * ldo + W * j, sum);
     }
 }
 
-// out[rows, cols] += X P for X given by its strides: tiles of 16 columns, the last perhaps of 8. rows a multiple of 12.
+// out[rows, cols] += (or =) X P for X given by its strides: tiles of 16 columns, the last perhaps of 8. rows a multiple of 12.
+template <bool kAdd = true>
 INLINE void product(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out,
                     int64_t ldo, int64_t rows, int64_t cols) {
   int64_t n = 0;
   for (; n + 16 <= cols; n += 16) {
     if (avx512())
       for (int64_t m = 0; m < rows; m += 12)
-        tile<12, Vec16, 1>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
+        tile<12, Vec16, 1, kAdd>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
     else
-      for (int64_t m = 0; m < rows; m += 6) tile<6, Vec8, 2>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
+      for (int64_t m = 0; m < rows; m += 6)
+        tile<6, Vec8, 2, kAdd>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
   }
   for (; n < cols; n += 8)
-    for (int64_t m = 0; m < rows; m += 6) tile<6, Vec8, 1>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
+    for (int64_t m = 0; m < rows; m += 6)
+      tile<6, Vec8, 1, kAdd>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
 }
 
 }  // namespace fused_lora::cpu

@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <memory>
 #include <memory_resource>
+#include <new>
 #include <vector>
 
 #include "cpu_features.h"
@@ -16,16 +18,40 @@
 
 namespace fused_lora::cpu {
 
-// The buffers of one call, freed together. A small call fits the calling thread's own 48 KiB and never meets malloc.
+// Memory aligned to whole cache lines.
+struct Lines {
+  static constexpr size_t kAlign = 64;
+  struct Free {
+    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kAlign}); }
+  };
+  Lines() = default;
+  explicit Lines(size_t bytes)
+      : size(bytes),
+        memory(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlign}))) {}
+  size_t size = 0;
+  std::unique_ptr<std::byte, Free> memory;
+};
+
+// The buffers of one call, from memory that stays with the calling thread: as much as its largest call took, so that
+// no call after it meets malloc or the first touch of a page.
 class Buffers {
  public:
+  Buffers() = default;
+  Buffers(const Buffers&) = delete;
+  ~Buffers() {
+    if (taken_ > kept_.size && taken_ <= kMost) kept_ = Lines(taken_);
+  }
   template <class T = float> T* take(int64_t n) {
-    return static_cast<T*>(pool_.allocate(static_cast<size_t>(n) * sizeof(T), 64));
+    const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+    taken_ += bytes;
+    return static_cast<T*>(pool_.allocate(bytes, kAlign));
   }
 
  private:
-  alignas(64) inline static thread_local std::byte small_[48 << 10];
-  std::pmr::monotonic_buffer_resource pool_{small_, sizeof small_};
+  static constexpr size_t kAlign = Lines::kAlign, kMost = size_t{64} << 20;
+  inline static thread_local Lines kept_;
+  std::pmr::monotonic_buffer_resource pool_{kept_.memory.get(), kept_.size};
+  size_t taken_ = 0;
 };
 
 // What is wrong with a call's numbers.

@@ -1,24 +1,78 @@
-// wgrad: out += panel[rows, cols]^T low[rows, Rp], one panel's share of dB = dy^T h or dA^T = drop(x)^T dh; and
+// wgrad: out[Rp, cols] += low[rows, Rp]^T panel[rows, cols], one panel's share of dB^T = h^T dy or dA = dh^T drop(x); and
 // column_sums: out[cols] += sum over rows of the panel, its share of dbias.
 //
-// Layouts: rows of the panel with a row stride. The fp32 kernel reads `low` as it lies and sums out[cols, Rp]; the bf16
-// one reads `low` with its rows in pairs, [rows / 2, Rp], pairs the panel's in registers and sums out[Rp, cols].
-// Tiles: 12 columns by 16 ranks of sums in registers, in bf16 8 ranks by 32 columns.
-// Numerics: products and sums in fp32; a block's sum starts at zero and joins `out` at its end.
+// Layouts: rows of the panel with a row stride. The fp32 kernel reads `low` as it lies; the bf16 one reads it with its
+// rows in pairs, [rows / 2, Rp], and pairs the panel's in registers.
+// Tiles: 16 ranks by 16 columns of sums in registers (AVX-512), 6 by 16, in bf16 8 by 32. A line of the panel meets all
+// of 16 ranks at once: lines a power of two apart fall into one set of L1 and would not wait there for more ranks.
+// Numerics: products and sums in fp32; a block's sum starts at zero and joins `out` at its end, that of column_sums in
+// four chains.
 #include "bf16_dot.h"
 #include "kernels.h"
 #include "simd.h"
 
 namespace fused_lora::cpu {
 
-void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t rows, int64_t cols, int64_t Rp) {
-  widest([=]() INLINED { product(panel, 1, ld, low, Rp, rows, out, Rp, round_up(cols, kStrip), Rp); });
+namespace {
+
+constexpr int64_t kPages = 48;  // rows at a time: each lies in a page of its own, and L1 remembers 64 to 96 of them
+
+// out[Rp, 16] += low[rows, Rp]^T panel[rows, 16].
+INLINE void gather(const float* panel, int64_t ld, const float* low, float* out, int64_t ldo, int64_t rows,
+                   int64_t Rp) {
+  int64_t r = 0;
+  if (avx512()) {
+    for (; r + 16 <= Rp; r += 16) tile<16, Vec16, 1>(low + r, 1, Rp, panel, ld, rows, out + r * ldo, ldo);
+    if (r < Rp) tile<8, Vec16, 1>(low + r, 1, Rp, panel, ld, rows, out + r * ldo, ldo);
+    return;
+  }
+  for (; Rp - r >= 6 && Rp - r != 8; r += 6) tile<6, Vec8, 2>(low + r, 1, Rp, panel, ld, rows, out + r * ldo, ldo);
+  for (; r < Rp; r += 4) tile<4, Vec8, 2>(low + r, 1, Rp, panel, ld, rows, out + r * ldo, ldo);
+}
+
+// out[two vectors] += sum over rows of panel[rows, two vectors], in four chains.
+template <class V> INLINE void column_sums_of(const float* panel, int64_t ld, float* out, int64_t rows) {
+  constexpr int kChains = 4, kLane = sizeof(V) / sizeof(float);
+  V sums[kChains][2] = {}, row, total;
+  int64_t m = 0;
+  for (; m + kChains <= rows; m += kChains)
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) load(row, panel + (m + i) * ld + kLane * j), sums[i][j] += row;
+  for (; m < rows; ++m)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) load(row, panel + m * ld + kLane * j), sums[0][j] += row;
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    load(total, out + kLane * j);
+    total += (sums[0][j] + sums[1][j]) + (sums[2][j] + sums[3][j]);
+    store(out + kLane * j, total);
+  }
+}
+
+}  // namespace
+
+void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t ldo, int64_t rows, int64_t cols,
+           int64_t Rp) {
+  widest([=]() INLINED {
+    for (int64_t m = 0; m < rows; m += kPages)
+      for (int64_t n = 0; n < cols; n += kLanes)
+        gather(panel + m * ld + n, ld, low + m * Rp, out + n, ldo, rows - m < kPages ? rows - m : kPages, Rp);
+  });
 }
 
 void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64_t cols) {
-  widest([=]() INLINED {
-    for (int64_t m = 0; m < rows; ++m)
-      for (int64_t n = 0; n < cols; ++n) out[n] += panel[m * ld + n];
+  widest_vector([=](auto lanes) INLINED {
+    using V = typename decltype(lanes)::Vector;
+    constexpr int64_t kWide = 2 * sizeof(V) / sizeof(float);
+    int64_t n = 0;
+    for (; n + kWide <= cols; n += kWide) column_sums_of<V>(panel + n, ld, out + n, rows);
+    for (; n < cols; ++n) {
+      float sums[4] = {};
+      for (int64_t m = 0; m < rows; ++m) sums[m % 4] += panel[m * ld + n];
+      out[n] += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
   });
 }
 

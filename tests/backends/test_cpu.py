@@ -1,6 +1,10 @@
 """The CPU back end's own corners: both base products, PyTorch's and lora_gemm, around their panels, blocks and
 threads."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -45,12 +49,12 @@ def test_panels_and_blocks(poison, product, shape, dropout_p):
         assert_close(run(p, backend="cpu", **masked), run(p, backend="reference", **masked), truth(p, **masked))
 
 
-# lora_gemm: register tiles of 12, 8 and 4 rows, panels of 32 columns, blocks of 320 columns and 384 steps, each with a
-# neighbour above and below.
-@pytest.mark.parametrize("M", [4, 5, 8, 12, 13, 21, 37])
-@pytest.mark.parametrize("N, K", [(1, 1), (31, 33), (64, 7), (321, 385), (352, 1160)])
+# lora_gemm: register tiles of 1 to 12 rows, panels of 32 columns, blocks of 512 columns and of 384 steps of K and R
+# together, each with a neighbour above and below; a rank that begins a block, and ranks that fill one.
+@pytest.mark.parametrize("M", [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 21, 37])
+@pytest.mark.parametrize("N, K", [(1, 1), (31, 33), (64, 7), (321, 385), (513, 384), (1056, 1160)])
 def test_lora_gemm_tails(poison, product, M, N, K):
-    for R, bias in ((1, True), (3, True), (16, False)):
+    for R, bias in ((1, True), (3, True), (16, False), (400, True)):
         p = exact_problem(M, N, K, R, bias=bias)
         assert_exact(run(p, backend="cpu"), truth(p))
 
@@ -138,3 +142,38 @@ def test_the_door_takes_each_keyword_once():
     for bad in (dict(sizes=(-1, 1, 1, 1)), dict(sizes=(0, 0, 1, 1)), dict(dtypes=(3, 0)), dict(dtypes=(0, -1))):
         with pytest.raises(ValueError, match="must be"):
             _C.cpu_forward(**good | bad)
+
+
+@pytest.mark.parametrize("M", [217, 1000])
+def test_dbias_is_summed_by_blocks(M):
+    """One chain over all rows had 7 times PyTorch's error at M = 217."""
+    p = random_problem(M, 70, 24, 4)
+    assert_close(run(p, backend="cpu"), run(p, backend="reference"), truth(p))
+
+
+_PATHS = """
+import torch
+from fused_lora import _C
+from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
+
+assert _C.cpu_features()["avx2"] == {avx2} and _C.cpu_features()["avx512"] == {avx512}
+from fused_lora.backends import cpu
+
+for inside in (True, False):
+    cpu._LORA_GEMM = inside
+    for shape in ((1, 40, 24, 1), (101, 330, 400, 33), (50, 513, 769, 8)):
+        p = exact_problem(*shape)
+        assert_exact(run(p, backend="cpu"), truth(p))
+        p, masked = random_problem(*shape), dict(dropout_p=0.25, seed=torch.tensor([5]))
+        assert_close(run(p, backend="cpu", **masked), run(p, backend="reference", **masked), truth(p, **masked))
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_fp32_on_every_instruction_set(isa):
+    """The paths that this machine would not take, in a process that leaves out what comes later."""
+    has = _C.cpu_features()
+    order = ["baseline", "avx2", "avx512"]
+    expect = {name: has[name] and order.index(name) <= order.index(isa) for name in order[1:]}
+    environment = os.environ | {"FUSED_LORA_MAX_CPU_ISA": isa}
+    subprocess.run([sys.executable, "-c", _PATHS.format(**expect)], env=environment, check=True, timeout=120)

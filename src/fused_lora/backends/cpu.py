@@ -1,4 +1,4 @@
-"""CPU back end: C++ kernels (csrc/cpu) for everything low-rank and, in fp32 on AMD's CPUs, for the base product too.
+"""CPU back end: C++ kernels (csrc/cpu) for everything low-rank and, in fp32 with AVX2 or AVX-512, the base product too.
 
 Otherwise PyTorch's own GEMM writes y (dx), and the kernel adds the update into it.
 """
@@ -19,8 +19,8 @@ _LEAST_ROWS = 4  # below, packing W costs more than MKL's product without it (EP
 
 
 def _own_product(x: torch.Tensor, M: int) -> bool:
-    """Whether csrc/cpu/lora_gemm.cpp computes the base product, in one pass with the update: 1.03 to 2 times as fast as
-    MKL (bench/NOTES.md)."""
+    """Whether csrc/cpu/lora_gemm.cpp computes the base product, in one pass with the update: as fast as MKL without it
+    or faster (bench/NOTES.md)."""
     if x.dtype is torch.bfloat16:
         return _AMX_INSIDE and M >= _LEAST_ROWS
     return _LORA_GEMM and M >= _LEAST_ROWS and x.dtype is torch.float32
