@@ -1,11 +1,13 @@
 """Which back end serves a request: every one says itself what it refuses, and the first willing one of a line is taken.
 
 A back end is a module with
-    forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant) -> (y, h)
-    backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant) -> Gradients
+    forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan) -> (y, h)
+    backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan) -> Gradients
     refusal(request) -> why it cannot serve the request, to be read after "backend 'name' supports", or None
-    summary(request) -> what it runs, in a phrase
-for x as [M, K] and the optional tensors 2-D, as `ops.reference` defines them.
+    plans(request) -> the names of the ways in which it can compute the request, the safe one first; ("",) for one way
+    summary(request, plan) -> what it runs, in a phrase
+for x as [M, K] and the optional tensors 2-D, as `ops.reference` defines them. A call's forward and backward run with
+one plan.
 """
 
 import functools
@@ -28,11 +30,24 @@ class Request(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # of x, weight, bias
     adapter_dtype: torch.dtype  # of lora_A, lora_B
+    M: int  # the bucket of x's rows
     N: int
     K: int
     R: int
     aligned: bool  # the weight's rows lie in one piece each, from addresses that are multiples of 16 bytes
     optional: tuple[str, ...]  # names of the optional tensors that are given
+
+
+class Serving(NamedTuple):
+    """Who serves a call, and in which of its ways: forward and backward alike."""
+
+    backend: ModuleType
+    plan: str
+
+
+def bucket(rows: int) -> int:
+    """The number of rows rounded up to a power of two, so that few requests stand for every number; 0 stays 0."""
+    return 1 << (rows - 1).bit_length() if rows else 0
 
 
 def only_plain(request: Request) -> str | None:
@@ -54,20 +69,30 @@ def refusal(name: str, request: Request) -> str | None:
 
 
 @functools.lru_cache(4096)
-def pick(backend: str, request: Request) -> ModuleType:
-    """The module that serves a request: under "auto" the first willing one of the device's line, else the named one.
+def pick(backend: str, request: Request) -> Serving:
+    """Who serves a request: under "auto" the first willing one of the device's line, else the named one; with its safe
+    plan, unless another is named.
 
     Args:
-        backend: one of NAMES.
+        backend: one of NAMES; or a back end and its plan, such as "cpu:inside".
         request: what decides.
-    Raises: ValueError if a named back end does not support the request, saying what it supports.
+    Raises: ValueError if a named back end does not support the request or has no such plan for it, saying what it
+        supports.
     """
-    if backend == "auto":
-        return _module(next(name for name in line(request.device) if refusal(name, request) is None))
-    refused = refusal(backend, request)
+    name, _, plan = backend.partition(":")
+    if name == "auto":
+        name = next(name for name in line(request.device) if refusal(name, request) is None)
+    refused = refusal(name, request)
     if refused is not None:
-        raise ValueError(f"backend {backend!r} supports {refused}")
-    return _module(backend)
+        raise ValueError(f"backend {name!r} supports {refused}")
+    plans = _module(name).plans(request)
+    if plan and plan not in plans:
+        raise ValueError(f"backend {name!r} supports {_named(plans)} for this call; got {plan!r}")
+    return Serving(_module(name), plan or plans[0])
+
+
+def _named(plans: tuple[str, ...]) -> str:
+    return f"the plans {', '.join(plans)}" if plans != ("",) else "no plan by name"
 
 
 def line(device: torch.device) -> tuple[str, ...]:
@@ -83,11 +108,11 @@ def explain(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
         dtype: x's dtype.
     Returns: (name, reason).
     """
-    request = Request(torch.device(device), dtype, dtype, 4096, 4096, 16, True, ())
+    request = Request(torch.device(device), dtype, dtype, 512, 4096, 4096, 16, True, ())
     refusals: list[str] = []
     for name in line(request.device):
         refused = refusal(name, request)
         if refused is None:
-            return name, "; ".join([*refusals, _module(name).summary(request)])
+            return name, "; ".join([*refusals, _module(name).summary(request, pick(name, request).plan)])
         refusals.append(f"{name} supports {refused}")
     raise AssertionError(f"{name}, the last of the line, never refuses")

@@ -1,6 +1,7 @@
-"""CPU back end: C++ kernels (csrc/cpu) for everything low-rank and, in fp32 on AMD's CPUs, for the base product too.
+"""CPU back end: C++ kernels (csrc/cpu) for everything low-rank, and for the base product in one plan of two.
 
-Otherwise PyTorch's own GEMM writes y (dx), and the kernel adds the update into it.
+around    PyTorch's own GEMM writes y (dx), and the kernel adds the update into it
+inside    csrc/cpu/lora_gemm.cpp computes the base product, in one pass with the update: fp32
 """
 
 import torch
@@ -17,12 +18,6 @@ _LORA_GEMM = _C.cpu_prefers_lora_gemm()
 _LEAST_ROWS = 4  # below, packing W costs more than MKL's product without it (EPYC 9004, 2026-11-24)
 
 
-def _own_product(x: torch.Tensor, M: int) -> bool:
-    """Whether csrc/cpu/lora_gemm.cpp computes the base product, in one pass with the update: 1.03 to 2 times as fast as
-    MKL (bench/NOTES.md)."""
-    return _LORA_GEMM and M >= _LEAST_ROWS and x.dtype is torch.float32
-
-
 def refusal(request: Request) -> str | None:
     """See `backends`."""
     if request.device.type != "cpu":
@@ -32,10 +27,16 @@ def refusal(request: Request) -> str | None:
     return only_plain(request)
 
 
-def summary(request: Request) -> str:
+def plans(request: Request) -> tuple[str, ...]:
+    """See `backends`. On AMD's CPUs "inside" is 1.03 to 2 times as fast as MKL (bench/NOTES.md)."""
+    if request.dtype is not torch.float32 or request.M < _LEAST_ROWS:
+        return ("around",)
+    return ("inside", "around") if _LORA_GEMM else ("around", "inside")
+
+
+def summary(request: Request, plan: str) -> str:
     """See `backends`."""
-    inside = _LORA_GEMM and request.dtype is torch.float32
-    return "C++ kernels, the base product inside" if inside else "C++ kernels around PyTorch's own GEMM"
+    return "C++ kernels, the base product inside" if plan == "inside" else "C++ kernels around PyTorch's own GEMM"
 
 
 def _rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -47,7 +48,7 @@ def _rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
     return t, t.shape[1]
 
 
-def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
+def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan):
     """y [M, N] and h [M, R]; see `reference.forward`."""
     (x, ldx), lora_A, lora_B = _rows(x), lora_A.contiguous(), lora_B.contiguous()
     (M, K), (N, R) = x.shape, lora_B.shape
@@ -55,7 +56,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
         M, R
     )  # new_empty alone, of all that allocates, is a warm path; sizes one by one cost less than a tuple
     W_ptr = ldw = bias_ptr = 0
-    if _own_product(x, M):
+    if plan == "inside":
         (weight, ldw), y = _rows(weight), x.new_empty(M, N)
         W_ptr = weight.data_ptr()
         if bias is not None:
@@ -81,14 +82,14 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
     return y, h
 
 
-def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant):
+def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan):
     """The gradients that `needs` asks for, but for the weight's; see `reference.backward`."""
     (dy, lddy), lora_A, lora_B = _rows(dy), lora_A.contiguous(), lora_B.contiguous()
     (M, N), (R, K) = dy.shape, lora_A.shape
     dx = dA = dB = dbias = None
     dx_ptr = dA_ptr = dB_ptr = dbias_ptr = x_ptr = ldx = h_ptr = W_ptr = ldw = 0
     if needs.x:
-        if _own_product(dy, M):
+        if plan == "inside":
             (weight, ldw), dx = _rows(weight), dy.new_empty(M, K)
             W_ptr = weight.data_ptr()
         else:
