@@ -12,6 +12,7 @@ one plan.
 
 import functools
 import importlib
+import itertools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -20,8 +21,10 @@ import torch
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Who stands in line for a device type under backend="auto". The compiled CUDA kernels run on request, until measured.
+# Who stands in line for a device type under backend="auto", and who does only if `fused-lora tune` has measured it
+# here: the compiled CUDA kernels run on request, until measured.
 _LINES = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference"), "xpu": ("triton", "reference")}
+_IF_TUNED = {"cuda": ("cuda",)}
 
 
 class Request(NamedTuple):
@@ -70,8 +73,8 @@ def refusal(name: str, request: Request) -> str | None:
 
 @functools.lru_cache(4096)
 def pick(backend: str, request: Request) -> Serving:
-    """Who serves a request: under "auto" the first willing one of the device's line, else the named one; with its safe
-    plan, unless another is named.
+    """Who serves a request: under "auto" what `fused-lora tune` has found out here (`tuned.choose`), without that the
+    first willing one of the device's line, else the named one; with its safe plan, unless another is named.
 
     Args:
         backend: one of NAMES; or a back end and its plan, such as "cpu:inside".
@@ -79,9 +82,9 @@ def pick(backend: str, request: Request) -> Serving:
     Raises: ValueError if a named back end does not support the request or has no such plan for it, saying what it
         supports.
     """
+    if backend == "auto":
+        backend = _automatic(request)
     name, _, plan = backend.partition(":")
-    if name == "auto":
-        name = next(name for name in line(request.device) if refusal(name, request) is None)
     refused = refusal(name, request)
     if refused is not None:
         raise ValueError(f"backend {name!r} supports {refused}")
@@ -91,8 +94,31 @@ def pick(backend: str, request: Request) -> Serving:
     return Serving(_module(name), plan or plans[0])
 
 
+def candidates(names: tuple[str, ...], request: Request) -> tuple[str, ...]:
+    """The back ends of `names` that serve the request, one entry for each of their plans: "cpu:inside", "triton"."""
+    willing = [name for name in names if refusal(name, request) is None]
+    return tuple(f"{name}:{plan}" if plan else name for name in willing for plan in _module(name).plans(request))
+
+
+def _automatic(request: Request) -> str:
+    safe = candidates(line(request.device), request)
+    others = candidates(_IF_TUNED.get(request.device.type, ()), request)
+    return safe[0] if len(safe + others) == 1 else _module("tuned").choose(request, safe, others)
+
+
+def forget() -> None:
+    """Ask anew who serves each request: what `fused-lora tune` has written since the last answer counts from now on."""
+    pick.cache_clear()
+    _module("tuned").load.cache_clear()
+
+
 def _named(plans: tuple[str, ...]) -> str:
     return f"the plans {', '.join(plans)}" if plans != ("",) else "no plan by name"
+
+
+def everyone(device: torch.device) -> tuple[str, ...]:
+    """The back ends that `fused-lora tune` measures on a device."""
+    return line(device) + _IF_TUNED.get(device.type, ())
 
 
 def line(device: torch.device) -> tuple[str, ...]:
@@ -109,10 +135,9 @@ def explain(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
     Returns: (name, reason).
     """
     request = Request(torch.device(device), dtype, dtype, 512, 4096, 4096, 16, True, ())
-    refusals: list[str] = []
-    for name in line(request.device):
-        refused = refusal(name, request)
-        if refused is None:
-            return name, "; ".join([*refusals, _module(name).summary(request, pick(name, request).plan)])
-        refusals.append(f"{name} supports {refused}")
-    raise AssertionError(f"{name}, the last of the line, never refuses")
+    back_end, plan = pick("auto", request)
+    chosen = back_end.__name__.rpartition(".")[2]
+    before = itertools.takewhile(lambda name: name != chosen, line(request.device))
+    refusals = [(name, refusal(name, request)) for name in before]
+    reasons = [f"{name} supports {refused}" for name, refused in refusals if refused is not None]
+    return chosen, "; ".join([*reasons, back_end.summary(request, plan)])

@@ -15,7 +15,7 @@ def info() -> None:
     import torch
 
     from fused_lora.backends import explain
-    from fused_lora.bench.machine import cpu_name
+    from fused_lora.hardware import cpu_name
     from fused_lora.models import DTYPES
 
     names = ("fused-lora", "torch", "triton", "transformers", "peft")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.backends import NAMES, Serving, bucket, pick
+from fused_lora.backends import NAMES, Serving, bucket, forget, pick
 from fused_lora.ops.autograd import LoRALinearFunction, eager_apply, matrix, needs_plain_operators, nobody_listens
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import any_autocast_enabled
@@ -138,6 +138,12 @@ def _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> Serving:
         _SERVING.clear()
     serving = _SERVING[key] = pick(backend, request_of(x, weight, lora_A, PLAIN))
     return serving
+
+
+def forget_verdicts() -> None:
+    """Ask anew who serves each call, see `backends.forget`."""
+    _SERVING.clear()
+    forget()
 
 
 def _draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
