@@ -40,14 +40,23 @@ def _print_dropped(rows: list[dict]) -> None:
 
 def print_environment(env: dict) -> None:
     say(env["device"] + (f", {env['threads']} threads" if env["kind"] == "cpu" else ""), "bold")
-    say(f"torch {env['torch']} | fused-lora {env['fused_lora']} {env['commit']} | {env['date']}")
-    say("forward + backward, medians of one interleaved run")
-    say("x frozen, fwd, bwd: time over the frozen layer's, of both passes and of each\n")
+    say(f"torch {env['torch']} | fused-lora {env['fused_lora']} {env['commit']} | {env['date']}{amx(env, ' | ')}")
+    say("forward + backward, medians of the undisturbed rounds of one interleaved run")
+    say("x frozen, fwd, bwd: time over the frozen layer's, of both passes and of each;")
+    say("over: what it has above the floor, the time of LoRA's arithmetic alone\n")
+
+
+def amx(env: dict, before: str) -> str:
+    """Whether AMX was used, after `before`; empty where it isn't known or not asked for (a GPU, an old file)."""
+    features = env.get("features") or {}
+    return f"{before}AMX {'used' if features['amx'] else 'not used'}" if "amx" in features else ""
 
 
 def print_case(case: Case, rows: list[dict]) -> None:
-    say(case.name, "italic")
-    columns = ("candidate", "ms", "p20-p80", "GFLOP/s", "x frozen", "fwd", "bwd", "held MiB", "error")
+    frozen_us = next((r["both_us"] for r in rows if r["candidate"] == "frozen"), None)
+    gflops = f"; frozen at {4 * case.M * case.N * case.K / frozen_us / 1e3:.0f} GFLOP/s" if frozen_us else ""
+    say(f"{case.name}  floor {case.floor:.3f}{gflops}", "italic")
+    columns = ("candidate", "ms", "x frozen", "95 %", "over", "fwd", "bwd", "held MiB", "error")
     _table(columns, rows, _case_cells)
 
 
@@ -62,9 +71,9 @@ def _case_cells(r: dict) -> tuple[str, ...]:
     return (
         r["candidate"],
         _digits(r["both_us"] / 1e3, 4),
-        f"{_digits(r['both_p20_us'] / 1e3, 3)}-{_digits(r['both_p80_us'] / 1e3, 3)}",
-        f"{r['gflops']:.0f}",
         f"{r['both_ratio']:.3f}",
+        f"{r['both_ratio_low']:.3f}-{r['both_ratio_high']:.3f}",
+        f"{r['both_ratio'] - r['floor']:+.3f}",
         f"{r['fwd_ratio']:.2f}",
         f"{r['bwd_ratio']:.2f}",
         f"{r['held_bytes'] / 2**20:.2f}",
@@ -87,9 +96,7 @@ def print_host(rows: list[dict]) -> None:
 
 def print_steps(title: str, rows: list[dict]) -> None:
     say(f"{title}: one training step, r=16 on all linears but the head", "italic")
-    _table(
-        ("batch", "candidate", "ms", "p20-p80", "x frozen", "PEFT / it", "MiB a step", "x frozen"), rows, _step_cells
-    )
+    _table(("batch", "candidate", "ms", "95 %", "x frozen", "PEFT / it", "MiB a step", "x frozen"), rows, _step_cells)
 
 
 def _step_cells(r: dict) -> tuple[str, ...]:
@@ -100,7 +107,7 @@ def _step_cells(r: dict) -> tuple[str, ...]:
         batch,
         r["candidate"],
         _digits(r["step_ms"], 4),
-        f"{_digits(r['step_p20_ms'], 3)}-{_digits(r['step_p80_ms'], 3)}",
+        f"{_digits(r['step_low_ms'], 3)}-{_digits(r['step_high_ms'], 3)}",
         f"{r['ratio']:.2f}",
         f"{r['times_peft']:.2f}" if "times_peft" in r else "-",
         f"{r['step_mib']:.0f}",
