@@ -28,8 +28,8 @@ def table(head: list[str], lines: list[list[str]]) -> list[str]:
 
 
 def layers(rows: list[dict]) -> list[str]:
-    """A line a case: the frozen layer's time, the floor (what LoRA's arithmetic alone would take over it), and every other
-    candidate's time over it, or why it has none."""
+    """A line a case: the frozen layer's time, the floor (what LoRA's arithmetic alone would take over it), and every
+    other candidate's time over it, or why it has none."""
     peers = [n for n in dict.fromkeys(r["candidate"] for r in rows) if n != "frozen"]
     cases: dict[tuple, dict[str, dict]] = {}
     for r in rows:

@@ -215,6 +215,6 @@ def host_cost(device: str, budget_s: float, names: list[str]) -> list[dict]:
     times = interleave(passes, budget_s=budget_s, least=500, most=20000)
     rows = []
     for name, series in times.items():
-        row = dict(candidate=name) | Spread.of(series.seconds()).facts("host", "us", 1e6)
+        row: dict = dict(candidate=name) | Spread.of(series.seconds()).facts("host", "us", 1e6)
         rows.append(row | (ratio_facts("of_peft", ratio(series, times["peft"])) if "peft" in times else {}))
     return rows + [dict(candidate=name) | why for name, why in dropped.items()]
