@@ -95,7 +95,7 @@ def test_nan_is_a_wrong_result():
 def test_dropout_is_checked_under_its_own_mask(monkeypatch, name):
     """Also where a back end is named, as on a GPU."""
     monkeypatch.setattr(
-        runner, "candidates_on", lambda device: candidates.CANDIDATES | {"triton": candidates._back_end("cpu")}
+        runner, "candidates_on", lambda device: candidates.CANDIDATES | {"triton": candidates.back_end("cpu")}
     )
     case, real = Case(24, 32, 40, 4, 0.5, torch.float32), runner.truth
     assert ["fault" in r for r in runner.run_case(case, "cpu", ["frozen", name], 0.01)] == [False, False]

@@ -36,9 +36,10 @@ class Shape(NamedTuple):
 
 @dataclass
 class Verdict:
-    """What was found out of one shape: candidates ("cpu:inside") that are right, the fastest first, and failed ones."""
+    """What was found out of one shape: microseconds of the candidates ("cpu:inside") that are right, the fastest first,
+    and who failed."""
 
-    ranking: tuple[str, ...] = ()
+    times: dict[str, float] = field(default_factory=dict)
     failed: frozenset[str] = frozenset()
 
 
@@ -56,6 +57,11 @@ def directory() -> Path:
     """$FUSED_LORA_CACHE, else fused-lora in $XDG_CACHE_HOME, else in ~/.cache."""
     own, xdg = os.environ.get("FUSED_LORA_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own) if own else Path(xdg or os.path.expanduser("~/.cache"), "fused-lora")
+
+
+def switched_off() -> bool:
+    """Whether the environment says to ignore every file."""
+    return os.environ.get("FUSED_LORA_TUNED", "1") == "0"
 
 
 def path_of(device: torch.device) -> Path:
@@ -99,8 +105,13 @@ def _kernels() -> str:
 @functools.cache
 def load(device: torch.device) -> Tuned:
     """What the file of a device says. A damaged one is ignored with a warning, never an error."""
-    if os.environ.get("FUSED_LORA_TUNED", "1") == "0":
+    if switched_off():
         return Tuned(directory(), "FUSED_LORA_TUNED is 0")
+    return read(device)
+
+
+def read(device: torch.device) -> Tuned:
+    """The same, whether it counts or is switched off."""
     if not directory().is_dir():
         return Tuned(directory(), "there is none")
     path = path_of(device)
@@ -127,18 +138,23 @@ def verdicts(rows: list[dict]) -> dict[Shape, Verdict]:
     """
     by_shape: dict[Shape, list[dict]] = {}
     for row in rows:
-        shape = Shape(str(row["dtype"]), str(row["adapter_dtype"]), *(int(row[name]) for name in "MNKR"))
-        if min(shape[2:]) < 1:
-            raise ValueError(f"sizes must be 1 or more; got {shape[2:]}")
-        by_shape.setdefault(shape, []).append(row["candidates"])
+        by_shape.setdefault(shape_of(row), []).append(row["candidates"])
     return {shape: _verdict(found) for shape, found in by_shape.items()}
+
+
+def shape_of(row: dict) -> Shape:
+    """The shape that a row is of."""
+    shape = Shape(str(row["dtype"]), str(row["adapter_dtype"]), *(int(row[name]) for name in "MNKR"))
+    if min(shape[2:]) < 1:
+        raise ValueError(f"sizes must be 1 or more; got {shape[2:]}")
+    return shape
 
 
 def _verdict(rows: list) -> Verdict:
     failed = frozenset(name for row in rows for name, figures in row.items() if "fault" in figures)
     everywhere = [name for name in rows[0] if name not in failed and all("us" in row.get(name, ()) for row in rows)]
-    time = {name: sum(float(row[name]["us"]) for row in rows) for name in everywhere}
-    return Verdict(tuple(sorted(time, key=time.__getitem__)), failed)
+    times = {name: sum(float(row[name]["us"]) for row in rows) for name in everywhere}
+    return Verdict(dict(sorted(times.items(), key=lambda pair: pair[1])), failed)
 
 
 def choose(request, safe: tuple[str, ...], others: tuple[str, ...]) -> str:
@@ -158,7 +174,7 @@ def choose(request, safe: tuple[str, ...], others: tuple[str, ...]) -> str:
     verdict = _nearest(tuned.verdicts, request) if tuned.verdicts and not request.optional else None
     if verdict is None:
         return safe[0]
-    for name in (*verdict.ranking, *safe):
+    for name in (*verdict.times, *safe):
         if name in (*safe, *others) and name not in verdict.failed:
             return name
     return safe[-1]

@@ -1,25 +1,32 @@
 """What a benchmark says on the terminal, in 80 columns."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from fused_lora.bench.cases import Case
 
-_console = Console(highlight=False, soft_wrap=True)
+
+@functools.cache
+def _console():
+    from rich.console import Console  # here, since timing and cases serve those, too, who print nothing
+
+    return Console(highlight=False, soft_wrap=True)
 
 
 def say(text: str, style: str = "") -> None:
     """One line, taken literally."""
-    _console.print(Text(text.encode(errors="replace").decode(), style=style))
+    from rich.text import Text
+
+    _console().print(Text(text.encode(errors="replace").decode(), style=style))
 
 
 def _table(columns: tuple[str, ...], rows: list[dict], cells: Callable[[dict], tuple[str, ...]]) -> None:
     """A line per row, `cells(row)` in its columns after the candidate's name; below it, why candidates were dropped."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, justify="left" if column == "candidate" else "right", no_wrap=True)
@@ -27,7 +34,7 @@ def _table(columns: tuple[str, ...], rows: list[dict], cells: Callable[[dict], t
         style = "red" if "fault" in row else "bold" if row["candidate"].startswith("fused") else ""
         filled = itertools.islice(itertools.chain(cells(row), itertools.repeat("-")), len(columns))
         table.add_row(*(Text(cell) for cell in filled), style=style)
-    _console.print(table)
+    _console().print(table)
     _print_dropped(rows)
     say("")
 
