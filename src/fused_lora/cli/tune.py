@@ -141,7 +141,7 @@ def _print_rows(rows: list[dict]) -> None:
     for column in ("dtype", "M", "K->N", "R", "fastest", "x frozen", "next", "by", "failed"):
         left = column in ("dtype", "K->N", "fastest", "next")
         table.add_column(column, justify="left" if left else "right", no_wrap=True)
-    for shape, verdict in tuned.verdicts(rows).items():
+    for shape, verdict in sorted(tuned.verdicts(rows).items(), key=lambda pair: pair[0]):
         frozen = sum(row["frozen"].get("us", 0) for row in rows if tuned.shape_of(row) == shape)
         table.add_row(*(Text(cell) for cell in _cells(shape, verdict, frozen)), style="red" if verdict.failed else "")
     out.print(table)
