@@ -12,7 +12,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
 # What decides the speed of the CPU kernels and of PyTorch's products, fp32 and bf16.
-_FEATURES = {"avx512": "avx512f", "bf16_dot": "avx512_bf16", "amx": "amx_bf16"}
+_INSTRUCTION_SETS = ("avx512f", "avx512_bf16", "amx_bf16")
 
 
 def _first_cpu() -> dict[str, str]:
@@ -47,14 +47,10 @@ def cpu_vendor() -> str:
 
 
 def cpu_features() -> dict[str, bool]:
-    """Which of avx512, bf16_dot and amx the CPU kernels use here; what /proc/cpuinfo says where the compiled part does
-    not tell."""
-    from fused_lora import _C
+    """Which of avx2, avx512, bf16_dot and amx the CPU kernels use here; FUSED_LORA_MAX_CPU_ISA caps them."""
+    from fused_lora import _C  # here: `info` names the CPU where the compiled part doesn't load, too
 
-    if hasattr(_C, "cpu_features"):
-        return {name: bool(used) for name, used in _C.cpu_features().items()}
-    flags = _first_cpu().get("flags", "").split()
-    return {name: flag in flags for name, flag in _FEATURES.items()}
+    return _C.cpu_features()
 
 
 def cpu_name() -> str:
@@ -62,7 +58,7 @@ def cpu_name() -> str:
     flags = _first_cpu().get("flags", "").split()
     if not flags:
         return cpu_model()
-    present = [name for name in _FEATURES.values() if name in flags] or ["avx2" if "avx2" in flags else "no AVX2"]
+    present = [name for name in _INSTRUCTION_SETS if name in flags] or ["avx2" if "avx2" in flags else "no AVX2"]
     return f"{cpu_model()} ({', '.join(present)})"
 
 

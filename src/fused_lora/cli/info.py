@@ -73,8 +73,10 @@ def _tuned(device: str) -> str:
     """What `fused-lora tune` has left for a device, or why it doesn't count."""
     import torch
 
-    from fused_lora.backends import tuned
-
+    try:
+        from fused_lora.backends import tuned
+    except ImportError:
+        return f"{device}: needs the compiled part"
     found = tuned.load(torch.device(device))
     if found.ignored == "there is none":
         return f"{device}: nothing yet; `fused-lora tune` finds out what is fastest here"
