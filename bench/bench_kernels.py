@@ -58,12 +58,12 @@ def test_product(benchmark, shape, backend, dropout_p, product):
     got, same = (run(p, backend=name, dropout_p=dropout_p, seed=seed, needs=needs) for name in (backend, "reference"))
     assert_close(got, same, truth(p, dropout_p=dropout_p, seed=seed))
     common, rest = (p.weight, p.lora_A, p.lora_B), (p.scaling, dropout_p, seed)
-    serving = pick(backend, request_of(p.x, p.weight, p.lora_A, PLAIN))
+    serving, plan = pick(backend, request_of(p.x, p.weight, p.lora_A, PLAIN))
     if PRODUCTS[product] is None:
-        step = lambda: serving.forward(p.x, *common, None, *rest, PLAIN)  # noqa: E731
+        step = lambda: serving.forward(p.x, *common, None, *rest, PLAIN, plan)  # noqa: E731
     else:
         gradients = Gradients(x=needs[0], lora_A=needs[1], lora_B=needs[2])
-        step = lambda: serving.backward(p.dy, None, p.x, *common, got["h"], *rest, gradients, PLAIN)  # noqa: E731
+        step = lambda: serving.backward(p.dy, None, p.x, *common, got["h"], *rest, gradients, PLAIN, plan)  # noqa: E731
     _timed(benchmark, "{} M={} N={} K={}".format(product, *shape), step)
 
 

@@ -8,8 +8,13 @@ One section for each readme-*.json, with the plot beside it if there is one, bet
 import argparse
 import json
 import os
+import statistics
 from pathlib import Path
 
+import torch
+
+from fused_lora.bench.cases import Case
+from fused_lora.bench.report import amx
 from fused_lora.bench.results import key
 from fused_lora.files import write_whole
 
@@ -23,7 +28,8 @@ def table(head: list[str], lines: list[list[str]]) -> list[str]:
 
 
 def layers(rows: list[dict]) -> list[str]:
-    """A line a case: the frozen layer's time, and every other candidate's over it, or why it has none."""
+    """A line a case: the frozen layer's time, the floor (what LoRA's arithmetic alone would take over it), and every
+    other candidate's time over it, or why it has none."""
     peers = [n for n in dict.fromkeys(r["candidate"] for r in rows) if n != "frozen"]
     cases: dict[tuple, dict[str, dict]] = {}
     for r in rows:
@@ -35,13 +41,26 @@ def layers(rows: list[dict]) -> list[str]:
         text = row["fault"] if "fault" in row else f"{row['both_ratio']:.2f}"
         return f"**{text}**" if row["candidate"] == "fused" else text
 
-    head = ["dtype", "M", "K→N", "R", "p", "frozen, ms", *peers]
+    head = ["dtype", "M", "K→N", "R", "p", "frozen, ms", "floor", *peers]
     lines = [
-        [dtype, f"{M}", f"{K}→{N}", f"{R}", f"{p:g}", f"{of['frozen']['both_us'] / 1e3:.1f}"]
+        [dtype, f"{M}", f"{K}→{N}", f"{R}", f"{p:g}", f"{of['frozen']['both_us'] / 1e3:.1f}", f"{floor(K, N, R):.2f}"]
         + [cell(of.get(name)) for name in peers]
         for (dtype, M, K, N, R, p), of in cases.items()
     ]
-    return ["Forward + backward over the frozen layer's (medians of one interleaved run):", "", *table(head, lines)]
+    title = f"Forward + backward over the frozen layer's (medians of one interleaved run{intervals(rows)}):"
+    return [title, "", *table(head, lines)]
+
+
+def floor(K: int, N: int, R: int) -> float:
+    return Case(1, K, N, R, 0.0, torch.float32).floor
+
+
+def intervals(rows: list[dict]) -> str:
+    """How wide the ratios' 95 % intervals are; empty for a file without them."""
+    halves = [(r["both_ratio_high"] - r["both_ratio_low"]) / 2 for r in rows if "both_ratio_high" in r]
+    if not halves:
+        return ""
+    return f"; 95 % intervals ±{statistics.median(halves):.3f}, the widest ±{max(halves):.3f}"
 
 
 def steps(rows: list[dict]) -> list[str]:
@@ -69,7 +88,10 @@ def section(document: dict) -> str:
     """README's text for one file of figures."""
     env = document["environment"]
     threads = f", {env['threads']} threads" if env["kind"] == "cpu" else ""
-    text = [f"**{env['device']}**{threads}; torch {env['torch']}; commit {env['commit']}; {env['date']}.", ""]
+    text = [
+        f"**{env['device']}**{threads}{amx(env, '; ')}; torch {env['torch']}; commit {env['commit']}; {env['date']}.",
+        "",
+    ]
     text += layers(document["rows"])
     text += steps(document["train_step"]) if document["train_step"] else []
     text += host(document["host"]) if document["host"] else []

@@ -99,7 +99,8 @@ def timed(s: Setting, group: str, budget_s: float) -> list[dict]:
     right, rows = examine(s, group)
     inputs = [t.detach() for t in copies(s.given(group), 256 << 20)]  # more bytes than any L2 holds
     passes = {name: _graph_pass(variant, inputs) for name, variant in right.items()}
-    spreads = {name: Spread.of([t for (t,) in ts]) for name, ts in interleave(passes, budget_s=budget_s).items()}
+    times = interleave(passes, budget_s=budget_s)
+    spreads = {name: Spread.of(series.seconds()) for name, series in times.items()}
     for row in rows:
         if row["variant"] in spreads:
             spread = spreads[row["variant"]]

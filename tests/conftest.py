@@ -8,6 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["FUSED_LORA_TUNED"] = "0"  # what was found out on this machine decides no test
 
 from dataclasses import dataclass
 

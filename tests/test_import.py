@@ -50,3 +50,18 @@ assert torch.equal(trained["up"](x), loaded["up"](x))
 print("done")
 """
     assert (done := run_python(code, str(tmp_path))).stdout == "done\n", done.stderr
+
+
+def test_tune_needs_no_extra():
+    code = """
+import sys
+for name in ("accelerate", "gguf", "matplotlib", "peft", "rich", "transformers", "typer"):
+    sys.modules[name] = None
+import fused_lora, torch
+from fused_lora.tuning import job
+model = torch.nn.Sequential(torch.nn.Linear(16, 32))
+print(job.cases_for(model, "cpu")[0].name, job.candidates_for(job.cases_for(model, "cpu")[0], torch.device("cpu"))[-1])
+import fused_lora.tuning.worker
+"""
+    done = run_python(code)
+    assert done.stdout == "float32  M=64       16->32    R=16  p=0 reference\n", done.stderr

@@ -1,5 +1,7 @@
 """fused-lora: LoRA at the price of the frozen linear layer."""
 
+from typing import TYPE_CHECKING
+
 from fused_lora.adapters import apply_lora, load_adapter, merged, print_trainable_parameters, save_adapter, set_adapter
 from fused_lora.config import LoraConfig
 from fused_lora.nn import LoRALinear
@@ -17,4 +19,17 @@ __all__ = [
     "print_trainable_parameters",
     "save_adapter",
     "set_adapter",
+    "tune",
 ]
+
+if TYPE_CHECKING:
+    from fused_lora.tuning import tune
+else:
+
+    def __getattr__(name):
+        """`tune`, whose imports are for those who call it."""
+        if name != "tune":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from fused_lora.tuning import tune
+
+        return tune

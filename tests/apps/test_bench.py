@@ -1,6 +1,10 @@
 """The bench checks before it times, drops what is wrong or fails, and interleaves fairly."""
 
+import hashlib
 import itertools
+import os
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +39,11 @@ def test_a_wrong_candidate_is_dropped_and_the_others_go_on(monkeypatch, tensor):
 
     monkeypatch.setitem(candidates.CANDIDATES, "naive", lambda *a: made.append(candidates.naive(*a)) or made[-1])
     monkeypatch.setattr(runner, "outcome", wrong)
-    monkeypatch.setattr(runner, "interleave", lambda passes, **k: timed.extend(passes) or {n: [(1, 2)] for n in passes})
+    monkeypatch.setattr(
+        runner,
+        "interleave",
+        lambda passes, **k: timed.extend(passes) or {n: timing.Series([(1, 2)], [True]) for n in passes},
+    )
     frozen, naive, fused = runner.run_case(CASE, "cpu", ["frozen", "naive", "fused"], 0.1)
     assert timed == ["frozen", "fused"]
     assert naive["fault"] == "wrong" and naive["why"].startswith(f"{tensor} is off by ")
@@ -87,7 +95,7 @@ def test_nan_is_a_wrong_result():
 def test_dropout_is_checked_under_its_own_mask(monkeypatch, name):
     """Also where a back end is named, as on a GPU."""
     monkeypatch.setattr(
-        runner, "candidates_on", lambda device: candidates.CANDIDATES | {"triton": candidates._back_end("cpu")}
+        runner, "candidates_on", lambda device: candidates.CANDIDATES | {"triton": candidates.back_end("cpu")}
     )
     case, real = Case(24, 32, 40, 4, 0.5, torch.float32), runner.truth
     assert ["fault" in r for r in runner.run_case(case, "cpu", ["frozen", name], 0.01)] == [False, False]
@@ -117,14 +125,97 @@ def test_interleaving_runs_everyone_every_round_in_changing_order():
     rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len(set(rounds)) > 1
-    assert {len(t) for t in times.values()} == {len(rounds)} and len(rounds) >= 2
-    assert len(timing.interleave(passes, budget_s=1e9, most=7)["a"]) == 7
-    assert len(timing.interleave(passes, budget_s=0, least=3)["a"]) == 3
+    assert {len(t.rounds) for t in times.values()} == {len(rounds)} and len(rounds) >= 2
+    assert len(timing.interleave(passes, budget_s=1e9, most=7)["a"].rounds) == 7
+    assert len(timing.interleave(passes, budget_s=0, least=3)["a"].rounds) == 3
+
+
+def test_rounds_in_which_a_thread_waited_for_a_cpu_do_not_count():
+    """Every third pass of one candidate is disturbed; its pairs with the other are those of the other rounds."""
+    now = dict(waited=0, calls=0)
+
+    def disturbed():
+        now["calls"] += 1
+        now["waited"] += 10**9 if now["calls"] % 3 == 0 else 1000
+        return (9.0,) if now["calls"] % 3 == 0 else (2.0,)
+
+    passes = dict(base=lambda: (1.0,), other=disturbed)
+    times = timing.interleave(passes, budget_s=1e9, least=6, most=12, waited=lambda: now["waited"])
+    assert times["base"].counts == [True] * 12 and times["other"].clean == 8
+    assert set(times["other"].seconds()) == {2.0}
+    assert timing.ratio(times["other"], times["base"]) == (2.0, 2.0, 2.0)
+
+
+def test_where_every_round_is_disturbed_all_count_and_the_run_ends():
+    clock, waits = itertools.count(), itertools.count(step=10**9)
+    given = dict(budget_s=4, least=3, clock=lambda: next(clock), waited=lambda: next(waits))
+    times = timing.interleave(dict(a=lambda: (1.0,)), **given)["a"]
+    assert times.seconds() == [1.0] * len(times.rounds) and 4 < len(times.rounds) <= 13  # three budgets
+
+
+def test_a_run_ends_once_it_knows_enough():
+    asked = []
+    times = timing.interleave(
+        dict(a=lambda: (1.0,)),
+        budget_s=1e9,
+        least=3,
+        waited=lambda: 0,
+        enough=lambda t: asked.append(t) or len(asked) == 2,
+    )
+    assert len(times["a"].rounds) == 8 and len(asked) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs a kernel that counts waiting")
+def test_the_system_tells_who_waited():
+    """More threads than CPUs, all busy: some wait. It's a sum over threads, which come and go."""
+    before = timing.waited_ns()
+    assert before >= 0
+    busy = lambda: [hashlib.sha256(bytes(2**22)) for _ in range(5)]  # without the interpreter's lock
+    threads = [threading.Thread(target=busy) for _ in range(8 * os.cpu_count())]
+    for thread in threads:
+        thread.start()
+    most = max(timing.waited_ns() for _ in range(50))
+    for thread in threads:
+        thread.join()
+    assert most > before and timing.waited_ns() >= 0
 
 
 def test_spread():
     s = timing.Spread.of([5.0, 1.0, 2.0, 4.0, 3.0])
-    assert (s.median, s.p20, s.p80, s.count) == (3.0, 2.0, 5.0, 5)
+    assert (s.median, s.low, s.high, s.p20, s.p80, s.count) == (3.0, 1.0, 5.0, 2.0, 5.0, 5)
+    facts = s.facts("both", "us", 1e6)
+    assert facts == dict(both_us=3e6, both_low_us=1e6, both_high_us=5e6, both_p20_us=2e6, both_p80_us=5e6)
+
+
+@pytest.mark.parametrize(
+    "count, skipped", [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (20, 5), (100, 39), (101, 39), (1000, 468)]
+)
+def test_the_interval_of_a_median(count, skipped):
+    """The ranks of the textbook's table: of 20 values the 6th and the 15th."""
+    s = timing.Spread.of([float(i) for i in range(count)])
+    assert (s.low, s.high) == (skipped, count - 1 - skipped)
+
+
+def test_the_interval_of_a_ratio_comes_from_pairs():
+    """It holds its 95 %; and slow rounds, which slow both, don't widen it as they widen each median's interval."""
+    g, hits, together, alone = torch.Generator().manual_seed(0), 0, 0.0, 0.0
+    for _ in range(100):
+        load = 1 + torch.rand(40, generator=g)
+        times = [scale * load * (1 + 0.01 * torch.rand(40, generator=g)) for scale in (1.1, 1.0)]
+        other, base = (timing.Series([(seconds,) for seconds in t.tolist()], [True] * 40) for t in times)
+        value, low, high = timing.ratio(other, base)
+        spread = timing.Spread.of(other.seconds())
+        hits += low <= 1.1 <= high
+        together, alone = together + (high - low) / value, alone + (spread.high - spread.low) / spread.median
+    assert hits >= 85 and together < alone / 4
+
+
+def test_distance_to_the_floor():
+    assert CASE.floor == 1 + 1.5 * 4 * (1 / 32 + 1 / 40)
+    frozen, fused = runner.run_case(CASE, "cpu", ["frozen", "fused"], 0.01)
+    assert fused["floor"] == CASE.floor and frozen["floor"] == 1.0
+    assert fused["both_ratio_low"] <= fused["both_ratio"] <= fused["both_ratio_high"]
+    assert fused["both_low_us"] <= fused["both_us"] <= fused["both_high_us"]
 
 
 def test_copies_exceed_the_cache():

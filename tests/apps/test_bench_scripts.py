@@ -53,6 +53,22 @@ def test_readme_tables_come_from_the_json(tiny, tmp_path):
         once.index(document["environment"]["device"]) < once.index("**Another CPU**") < once.index("readme-cpu-zzz.png")
     )
     assert once.count("](results/readme-cpu-") == 1 and once.count("Host cost") == 1
+    assert once.count("; 95 % intervals ±0.") == 2 and f"| {CASE.floor:.2f} | " in once
+    used = "AMX used" if document["environment"]["features"]["amx"] else "AMX not used"
+    assert f"; {used}; torch" in once
+
+
+def test_a_file_from_before_intervals_and_features_is_still_read(tiny):
+    document = bench.run(preset="readme", candidates=["fused"], budget_s=0.05, train_step=False)
+    new = script("readme").section(document)
+    document["rows"] = [
+        {key: value for key, value in row.items() if not re.search("_low|_high|disturbed|floor", key)}
+        for row in document["rows"]
+    ]
+    del document["environment"]["features"]
+    old = script("readme").section(document)
+    assert "AMX" in new and "AMX" not in old and "interval" in new and "interval" not in old
+    assert old.splitlines()[4:] == new.splitlines()[4:]
 
 
 def test_the_published_readme_is_what_the_script_writes(tmp_path):

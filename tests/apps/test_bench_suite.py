@@ -138,34 +138,6 @@ def test_a_damaged_file_is_not_resumed(nothing_is_timed, tmp_path, content):
     assert path.read_bytes() == content.encode(errors="surrogateescape")
 
 
-def _cpu(monkeypatch, tmp_path, text):
-    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
-    (tmp_path / "cpuinfo").write_text(text)
-
-
-@pytest.mark.parametrize(
-    "vendor_id, model, flags, name, vendor",
-    [
-        ("AuthenticAMD", "AMD EPYC", "fpu avx2 avx512f avx512_bf16", "AMD EPYC (avx512f, avx512_bf16)", "amd"),
-        ("GenuineIntel", "Xeon", "avx2 avx512f avx512_bf16 amx_bf16", "Xeon (avx512f, avx512_bf16, amx_bf16)", "intel"),
-        ("GenuineIntel", "Core", "avx avx2", "Core (avx2)", "intel"),
-        ("GenuineIntel", "Atom", "sse2 avx512fp", "Atom (no AVX2)", "intel"),
-    ],
-)
-def test_the_cpu_is_named_by_what_decides_its_speed(monkeypatch, tmp_path, vendor_id, model, flags, name, vendor):
-    block = f"processor\t: 0\nvendor_id\t: {vendor_id}\nmodel name\t: {model}\nflags\t\t: {flags}\n"
-    _cpu(monkeypatch, tmp_path, f"{block}\n{block.replace(model, 'another')}")
-    assert machine.cpu_name() == name and machine.cpu_vendor() == vendor
-    document = dict(preset="readme", environment=dict(kind="cpu", vendor=machine.cpu_vendor()))
-    assert results.target(document, tmp_path, ".json", "output") == tmp_path / f"readme-cpu-{vendor}.json"
-
-
-def test_a_cpu_without_cpuinfo_has_a_name(monkeypatch, tmp_path):
-    for text in ("", "processor\t: 0\nFeatures\t: asimd sve\n"):
-        _cpu(monkeypatch, tmp_path, text)
-        assert machine.cpu_name() and machine.cpu_vendor()
-
-
 def test_an_installed_package_has_no_commit(monkeypatch, tmp_path):
     """Even if it lies in another project's checkout."""
     subprocess.run(["git", "init", "-q", tmp_path], check=True)

@@ -41,7 +41,14 @@ def program(*arguments):
 
 
 @pytest.mark.parametrize(
-    "command, says", [("info", "back end"), ("finetune", "--resume"), ("merge", "adapter"), ("bench", "--preset")]
+    "command, says",
+    [
+        ("info", "back end"),
+        ("finetune", "--resume"),
+        ("merge", "adapter"),
+        ("bench", "--preset"),
+        ("tune", "--time-limit"),
+    ],
 )
 def test_help(call, command, says):
     assert says in call(command, "--help")[0]

@@ -12,13 +12,21 @@ from torch.nn import functional as F
 from fused_lora import _C, lora_linear
 from fused_lora.backends import cpu
 from fused_lora.ops import internals
+from fused_lora.ops.reference import PLAIN
+from fused_lora.ops.schema import request_of
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
 
 
-@pytest.fixture(params=[True, False], ids=["lora_gemm", "torch"])
-def product(request, monkeypatch):
-    """Either base product, whichever this machine prefers."""
-    monkeypatch.setattr(cpu, "_LORA_GEMM", request.param)
+@pytest.fixture(params=["inside", "around"])
+def planned(request):
+    """Names the back end with a plan, whichever this machine prefers, for a problem; with its only plan where that
+    serves it alone."""
+
+    def name(p):
+        plans = cpu.plans(request_of(p.x, p.weight, p.lora_A, PLAIN))
+        return f"cpu:{request.param if request.param in plans else plans[0]}"
+
+    return name
 
 
 @pytest.fixture
@@ -33,7 +41,7 @@ def threads():
 # PyTorch's product is then a matrix by a vector, with errors of its own kind (test_lora_gemm_tails has it, exactly).
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("shape", [(96, 384, 768, 16), (100, 385, 770, 12), (391, 800, 416, 33), (25, 1153, 383, 4)])
-def test_panels_and_blocks(poison, product, shape, dropout_p):
+def test_panels_and_blocks(poison, planned, shape, dropout_p):
     seed = torch.tensor([5]) if dropout_p else None
     for dtype, adapter in (
         (torch.float32, None),
@@ -43,35 +51,34 @@ def test_panels_and_blocks(poison, product, shape, dropout_p):
     ):
         if dropout_p == 0.0:
             p = exact_problem(*shape, dtype, adapter)
-            assert_exact(run(p, backend="cpu"), truth(p))
+            assert_exact(run(p, backend=planned(p)), truth(p))
         p = random_problem(*shape, dtype, adapter)
         masked = dict(dropout_p=dropout_p, seed=seed)
-        assert_close(run(p, backend="cpu", **masked), run(p, backend="reference", **masked), truth(p, **masked))
+        assert_close(run(p, backend=planned(p), **masked), run(p, backend="reference", **masked), truth(p, **masked))
 
 
 # lora_gemm: register tiles of 1 to 12 rows, panels of 32 columns, blocks of 512 columns and of 384 steps of K and R
 # together, each with a neighbour above and below; a rank that begins a block, and ranks that fill one.
-@pytest.mark.parametrize("M", [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 21, 37])
+@pytest.mark.parametrize("M", [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 21, 37])
 @pytest.mark.parametrize("N, K", [(1, 1), (31, 33), (64, 7), (321, 385), (513, 384), (1056, 1160)])
-def test_lora_gemm_tails(poison, product, M, N, K):
+def test_lora_gemm_tails(poison, planned, M, N, K):
     for R, bias in ((1, True), (3, True), (16, False), (400, True)):
         p = exact_problem(M, N, K, R, bias=bias)
-        assert_exact(run(p, backend="cpu"), truth(p))
+        assert_exact(run(p, backend=planned(p)), truth(p))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_lora_gemm_threads(poison, monkeypatch, threads, count):
+def test_lora_gemm_threads(poison, threads, count):
     """Tasks over columns and, where these run out, over rows; an element's sum has one order whatever the tasks are."""
-    monkeypatch.setattr(cpu, "_LORA_GEMM", True)
     p, narrow = random_problem(260, 400, 700, 8), exact_problem(400, 40, 24, 8)
-    one = run(p, backend="cpu")
+    one = run(p, backend="cpu:inside")
     threads(count)
-    assert_exact(run(narrow, backend="cpu"), truth(narrow))
-    many = run(p, backend="cpu")
+    assert_exact(run(narrow, backend="cpu:inside"), truth(narrow))
+    many = run(p, backend="cpu:inside")
     assert torch.equal(one["y"], many["y"]) and torch.equal(one["dx"], many["dx"])
 
 
-def test_strided_weight(poison, product):
+def test_strided_weight(poison, planned):
     """Rows of a wider matrix, and transposed storage; the NaNs around the view must not leak in."""
     p = exact_problem(40, 70, 90, 8)
     want = truth(p)
@@ -79,31 +86,31 @@ def test_strided_weight(poison, product):
     wide[1:-1, 8:-8] = p.weight
     for weight in (wide[1:-1, 8:-8], p.weight.t().contiguous().t()):
         p.weight = weight
-        assert_exact(run(p, backend="cpu"), want)
+        assert_exact(run(p, backend=planned(p)), want)
 
 
-def test_a_row_of_y_does_not_depend_on_the_others(monkeypatch):
+def test_a_row_of_y_does_not_depend_on_the_others():
     """lora_gemm sums each element in one order, in whatever register tile it falls."""
-    monkeypatch.setattr(cpu, "_LORA_GEMM", True)
     p = random_problem(100, 96, 800, 8)
-    whole = run(p, backend="cpu")["y"]
+    whole = run(p, backend="cpu:inside")["y"]
     for rows in (slice(0, 4), slice(7, 20), slice(88, 100)):
-        y = lora_linear(p.x[rows], p.weight, p.lora_A, p.lora_B, p.scaling, bias=p.bias)
+        y = lora_linear(p.x[rows], p.weight, p.lora_A, p.lora_B, p.scaling, bias=p.bias, backend="cpu:inside")
         assert torch.equal(y, whole[rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_y_is_the_base_layer_where_B_is_zero(monkeypatch, dtype):
+def test_y_is_the_base_layer_where_B_is_zero(planned, dtype):
     """Bit for bit with PyTorch's product; with lora_gemm y does not depend on A, and is F.linear's up to the order of
     its sums."""
     p, other = random_problem(33, 400, 800, 8, dtype), random_problem(33, 400, 800, 8, dtype, seed=1)
     zero = torch.zeros_like(p.lora_B)
-    y = lora_linear(p.x, p.weight, p.lora_A, zero, p.scaling, bias=p.bias)
-    assert torch.equal(y, lora_linear(p.x, p.weight, other.lora_A, zero, p.scaling, bias=p.bias))
+    given = dict(bias=p.bias, backend=planned(p))
+    y = lora_linear(p.x, p.weight, p.lora_A, zero, p.scaling, **given)
+    assert torch.equal(y, lora_linear(p.x, p.weight, other.lora_A, zero, p.scaling, **given))
     frozen, exact = F.linear(p.x, p.weight, p.bias), F.linear(p.x.double(), p.weight.double(), p.bias.double())
     assert_close({"y": y}, {"y": frozen}, {"y": exact})
-    monkeypatch.setattr(cpu, "_LORA_GEMM", False)
-    assert torch.equal(lora_linear(p.x, p.weight, p.lora_A, zero, p.scaling, bias=p.bias), frozen)
+    if planned(p) == "cpu:around":
+        assert torch.equal(y, frozen)
 
 
 def test_onednn_is_left_alone_where_it_is_switched_off(monkeypatch):
@@ -151,29 +158,62 @@ def test_dbias_is_summed_by_blocks(M):
     assert_close(run(p, backend="cpu"), run(p, backend="reference"), truth(p))
 
 
+_ORDER = ("baseline", "avx2", "avx512", "bf16_dot", "amx")
 _PATHS = """
 import torch
 from fused_lora import _C
+from fused_lora.backends import cpu
+from fused_lora.ops.reference import PLAIN
+from fused_lora.ops.schema import request_of
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
 
-assert _C.cpu_features()["avx2"] == {avx2} and _C.cpu_features()["avx512"] == {avx512}
-from fused_lora.backends import cpu
-
-for inside in (True, False):
-    cpu._LORA_GEMM = inside
+assert _C.cpu_features() == {expect}
+for dtype, adapter in ((torch.float32, None), (torch.bfloat16, torch.float32), (torch.float16, None)):
     for shape in ((1, 40, 24, 1), (101, 330, 400, 33), (50, 513, 769, 8)):
-        p = exact_problem(*shape)
-        assert_exact(run(p, backend="cpu"), truth(p))
-        p, masked = random_problem(*shape), dict(dropout_p=0.25, seed=torch.tensor([5]))
-        assert_close(run(p, backend="cpu", **masked), run(p, backend="reference", **masked), truth(p, **masked))
+        p = exact_problem(*shape, dtype, adapter)
+        for plan in cpu.plans(request_of(p.x, p.weight, p.lora_A, PLAIN)):
+            assert_exact(run(p, backend="cpu:" + plan), truth(p))
+            q, masked = random_problem(*shape, dtype, adapter), dict(dropout_p=0.25, seed=torch.tensor([5]))
+            assert_close(run(q, backend="cpu:" + plan, **masked), run(q, backend="reference", **masked),
+                         truth(q, **masked))
 """
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_fp32_on_every_instruction_set(isa):
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
+def test_every_instruction_set(isa):
     """The paths that this machine would not take, in a process that leaves out what comes later."""
-    has = _C.cpu_features()
-    order = ["baseline", "avx2", "avx512"]
-    expect = {name: has[name] and order.index(name) <= order.index(isa) for name in order[1:]}
+    has, last = _C.cpu_features(), _ORDER.index("bf16_dot" if isa == "avx512_bf16" else isa)
+    expect = {name: has[name] and _ORDER.index(name) <= last for name in _ORDER[1:]}
     environment = os.environ | {"FUSED_LORA_MAX_CPU_ISA": isa}
-    subprocess.run([sys.executable, "-c", _PATHS.format(**expect)], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", _PATHS.format(expect=expect)], env=environment, check=True, timeout=120)
+
+
+def test_an_unknown_instruction_set_is_refused():
+    environment = os.environ | {"FUSED_LORA_MAX_CPU_ISA": "sse9"}
+    done = subprocess.run([sys.executable, "-c", "import fused_lora"], env=environment, capture_output=True, text=True)
+    assert "FUSED_LORA_MAX_CPU_ISA must be baseline, avx2, avx512, avx512_bf16 or amx; got sse9" in done.stderr
+
+
+def test_each_plan_runs_its_own_product(monkeypatch):
+    """The plan that is asked for serves forward and backward, in eager mode and through the operators."""
+    calls, p = [], random_problem(8, 16, 24, 4)
+    for name in ("cpu_forward", "cpu_backward"):
+        real = getattr(_C, name)
+        monkeypatch.setattr(_C, name, lambda real=real, **given: calls.append(given["W"][0] != 0) or real(**given))
+    for plan, inside in (("inside", True), ("around", False)):
+        calls.clear()
+        x = p.x.clone().requires_grad_()
+        lora_linear(x, p.weight, p.lora_A, p.lora_B, 1.0, backend=f"cpu:{plan}").backward(p.dy)
+        run(p, backend=f"cpu:{plan}")
+        assert calls == [inside] * 4
+
+
+def test_a_plan_that_is_not_there_is_refused():
+    p = random_problem(8, 16, 24, 4, torch.float16)
+    for backend, words in (
+        ("cpu:inside", "backend 'cpu' supports the plans around for this call; got 'inside'"),
+        ("reference:fast", "backend 'reference' supports no plan by name for this call; got 'fast'"),
+        ("auto:inside", "backend must be one of auto, .*; got 'auto:inside'$"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0, backend=backend)

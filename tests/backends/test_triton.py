@@ -35,9 +35,9 @@ LACKS_TMA = torch.cuda.is_available() and torch.cuda.get_device_capability() < (
 def run_planned(p, forward, backward, *, dropout_p=0.0, seed=None, needs=NEEDS):
     """What `run` computes, by the launches that other plans choose than the back end's own."""
     given = (p.x, p.weight, p.lora_A, p.lora_B)
-    y, h = backend.forward(*given, p.bias, p.scaling, dropout_p, seed, PLAIN, plan=forward)
+    y, h = backend.forward(*given, p.bias, p.scaling, dropout_p, seed, PLAIN, "", launches=forward)
     wanted = Gradients(needs[0], False, needs[1], needs[2], needs[3] and p.bias is not None)
-    made = backend.backward(p.dy, None, *given, h, p.scaling, dropout_p, seed, wanted, PLAIN, plan=backward)
+    made = backend.backward(p.dy, None, *given, h, p.scaling, dropout_p, seed, wanted, PLAIN, "", launches=backward)
     return {"y": y, "h": h, "dx": made.x, "dA": made.lora_A, "dB": made.lora_B, "dbias": made.bias}
 
 
@@ -151,8 +151,8 @@ def test_flags_belong_to_one_launch():
     exact = [truth(dataclasses.replace(p, x=x)) for x in inputs]
 
     def forward(x):
-        given = (x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, 0.0, None, PLAIN)
-        return dict(zip(("y", "h"), backend.forward(*given, plan=one_launch_forward)))
+        given = (x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, 0.0, None, PLAIN, "")
+        return dict(zip(("y", "h"), backend.forward(*given, launches=one_launch_forward)))
 
     x = p.x.clone()
     assert_exact(forward(x), exact[0])

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora import lora_linear
+from fused_lora import backends, lora_linear
+from fused_lora.ops import linear, schema
 from fused_lora.testing import assert_close, random_problem, run, truth
 
 
@@ -194,3 +195,24 @@ def test_functional_transforms():
     A = p.lora_A.clone().requires_grad_()
     (F.linear(p.x, p.weight) + p.scaling * F.linear(F.linear(p.x, A), p.lora_B)).pow(2).sum().backward()
     torch.testing.assert_close(got, A.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows, expected", [(0, 0), (1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (512, 512), (513, 1024)])
+def test_who_serves_depends_on_the_bucket_of_rows_alike_on_both_paths(monkeypatch, rows, expected):
+    """The eager path's remembered verdict, the operator's forward and its backward ask for the same request; K = 24 is
+    no power of two, so neither is the number of x's elements."""
+    asked = []
+
+    def pick(backend, request):
+        asked.append(request)
+        return backends.pick(backend, request)
+
+    monkeypatch.setattr(linear, "pick", pick)
+    monkeypatch.setattr(schema, "pick", pick)
+    monkeypatch.setattr(linear, "_SERVING", {})
+    p = random_problem(rows, 16, 24, 4)
+    for shape in ((rows, 24), (1, rows, 24)):
+        lora_linear(p.x.view(shape), p.weight, p.lora_A, p.lora_B, 1.0)
+    run(p, backend="auto")
+    assert len(asked) in (3, 4)  # the second eager call remembers, where there is an eager path
+    assert {request.M for request in asked} == {expected} and len(set(asked)) == 1

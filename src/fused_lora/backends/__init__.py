@@ -1,15 +1,18 @@
 """Which back end serves a request: every one says itself what it refuses, and the first willing one of a line is taken.
 
 A back end is a module with
-    forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant) -> (y, h)
-    backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant) -> Gradients
+    forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan) -> (y, h)
+    backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan) -> Gradients
     refusal(request) -> why it cannot serve the request, to be read after "backend 'name' supports", or None
-    summary(request) -> what it runs, in a phrase
-for x as [M, K] and the optional tensors 2-D, as `ops.reference` defines them.
+    plans(request) -> the names of the ways in which it can compute the request, the safe one first; ("",) for one way
+    summary(request, plan) -> what it runs, in a phrase
+for x as [M, K] and the optional tensors 2-D, as `ops.reference` defines them. A call's forward and backward run with
+one plan.
 """
 
 import functools
 import importlib
+import itertools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -18,8 +21,10 @@ import torch
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Who stands in line for a device type under backend="auto". The compiled CUDA kernels run on request, until measured.
+# Who stands in line for a device type under backend="auto", and who does only if `fused-lora tune` has measured it
+# here: the compiled CUDA kernels run on request, until measured.
 _LINES = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference"), "xpu": ("triton", "reference")}
+_IF_TUNED = {"cuda": ("cuda",)}
 
 
 class Request(NamedTuple):
@@ -28,11 +33,24 @@ class Request(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # of x, weight, bias
     adapter_dtype: torch.dtype  # of lora_A, lora_B
+    M: int  # the bucket of x's rows
     N: int
     K: int
     R: int
     aligned: bool  # the weight's rows lie in one piece each, from addresses that are multiples of 16 bytes
     optional: tuple[str, ...]  # names of the optional tensors that are given
+
+
+class Serving(NamedTuple):
+    """Who serves a call, and in which of its ways: forward and backward alike."""
+
+    backend: ModuleType
+    plan: str
+
+
+def bucket(rows: int) -> int:
+    """The number of rows rounded up to a power of two, so that few requests stand for every number; 0 stays 0."""
+    return 1 << (rows - 1).bit_length() if rows else 0
 
 
 def only_plain(request: Request) -> str | None:
@@ -54,20 +72,53 @@ def refusal(name: str, request: Request) -> str | None:
 
 
 @functools.lru_cache(4096)
-def pick(backend: str, request: Request) -> ModuleType:
-    """The module that serves a request: under "auto" the first willing one of the device's line, else the named one.
+def pick(backend: str, request: Request) -> Serving:
+    """Who serves a request: under "auto" what `fused-lora tune` has found out here (`tuned.choose`), without that the
+    first willing one of the device's line, else the named one; with its safe plan, unless another is named.
 
     Args:
-        backend: one of NAMES.
+        backend: one of NAMES; or a back end and its plan, such as "cpu:inside".
         request: what decides.
-    Raises: ValueError if a named back end does not support the request, saying what it supports.
+    Raises: ValueError if a named back end does not support the request or has no such plan for it, saying what it
+        supports.
     """
     if backend == "auto":
-        return _module(next(name for name in line(request.device) if refusal(name, request) is None))
-    refused = refusal(backend, request)
+        backend = _automatic(request)
+    name, _, plan = backend.partition(":")
+    refused = refusal(name, request)
     if refused is not None:
-        raise ValueError(f"backend {backend!r} supports {refused}")
-    return _module(backend)
+        raise ValueError(f"backend {name!r} supports {refused}")
+    plans = _module(name).plans(request)
+    if plan and plan not in plans:
+        raise ValueError(f"backend {name!r} supports {_named(plans)} for this call; got {plan!r}")
+    return Serving(_module(name), plan or plans[0])
+
+
+def candidates(names: tuple[str, ...], request: Request) -> tuple[str, ...]:
+    """The back ends of `names` that serve the request, one entry for each of their plans: "cpu:inside", "triton"."""
+    willing = [name for name in names if refusal(name, request) is None]
+    return tuple(f"{name}:{plan}" if plan else name for name in willing for plan in _module(name).plans(request))
+
+
+def _automatic(request: Request) -> str:
+    safe = candidates(line(request.device), request)
+    others = candidates(_IF_TUNED.get(request.device.type, ()), request)
+    return safe[0] if len(safe + others) == 1 else _module("tuned").choose(request, safe, others)
+
+
+def forget() -> None:
+    """Ask anew who serves each request: what `fused-lora tune` has written since the last answer counts from now on."""
+    pick.cache_clear()
+    _module("tuned").load.cache_clear()
+
+
+def _named(plans: tuple[str, ...]) -> str:
+    return f"the plans {', '.join(plans)}" if plans != ("",) else "no plan by name"
+
+
+def everyone(device: torch.device) -> tuple[str, ...]:
+    """The back ends that `fused-lora tune` measures on a device."""
+    return line(device) + _IF_TUNED.get(device.type, ())
 
 
 def line(device: torch.device) -> tuple[str, ...]:
@@ -83,11 +134,10 @@ def explain(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
         dtype: x's dtype.
     Returns: (name, reason).
     """
-    request = Request(torch.device(device), dtype, dtype, 4096, 4096, 16, True, ())
-    refusals: list[str] = []
-    for name in line(request.device):
-        refused = refusal(name, request)
-        if refused is None:
-            return name, "; ".join([*refusals, _module(name).summary(request)])
-        refusals.append(f"{name} supports {refused}")
-    raise AssertionError(f"{name}, the last of the line, never refuses")
+    request = Request(torch.device(device), dtype, dtype, 512, 4096, 4096, 16, True, ())
+    back_end, plan = pick("auto", request)
+    chosen = back_end.__name__.rpartition(".")[2]
+    before = itertools.takewhile(lambda name: name != chosen, line(request.device))
+    refusals = [(name, refusal(name, request)) for name in before]
+    reasons = [f"{name} supports {refused}" for name, refused in refusals if refused is not None]
+    return chosen, "; ".join([*reasons, back_end.summary(request, plan)])

@@ -1,6 +1,7 @@
-"""CPU back end: C++ kernels (csrc/cpu) for everything low-rank and, in fp32 with AVX2 or AVX-512, the base product too.
+"""CPU back end: C++ kernels (csrc/cpu) for everything low-rank, and for the base product in one plan of two.
 
-Otherwise PyTorch's own GEMM writes y (dx), and the kernel adds the update into it.
+inside    our own product, in one pass with the update: fp32 by csrc/cpu/lora_gemm.cpp, bf16 by amx_gemm.cpp on AMX
+around    PyTorch's own GEMM writes y (dx), and the kernel adds the update into it
 """
 
 import torch
@@ -14,16 +15,8 @@ from fused_lora.ops.reference import Gradients
 
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 _LORA_GEMM = _C.cpu_prefers_lora_gemm()
-_AMX_INSIDE = _C.cpu_features()["amx"]
+_TILES = (torch.bfloat16,) if _C.cpu_features()["amx"] else ()
 _LEAST_ROWS = 4  # below, packing W costs more than MKL's product without it (EPYC 9004, 2026-11-24)
-
-
-def _own_product(x: torch.Tensor, M: int) -> bool:
-    """Whether csrc/cpu/lora_gemm.cpp computes the base product, in one pass with the update: as fast as MKL without it
-    or faster (bench/NOTES.md)."""
-    if x.dtype is torch.bfloat16:
-        return _AMX_INSIDE and M >= _LEAST_ROWS
-    return _LORA_GEMM and M >= _LEAST_ROWS and x.dtype is torch.float32
 
 
 def refusal(request: Request) -> str | None:
@@ -35,10 +28,17 @@ def refusal(request: Request) -> str | None:
     return only_plain(request)
 
 
-def summary(request: Request) -> str:
+def plans(request: Request) -> tuple[str, ...]:
+    """See `backends`. Where there are instructions for it "inside" is as fast as PyTorch's product without the update, or
+    faster (bench/NOTES.md)."""
+    if request.M < _LEAST_ROWS or request.dtype not in (torch.float32, *_TILES):
+        return ("around",)
+    return ("inside", "around") if request.dtype is torch.bfloat16 or _LORA_GEMM else ("around", "inside")
+
+
+def summary(request: Request, plan: str) -> str:
     """See `backends`."""
-    inside = _LORA_GEMM and request.dtype is torch.float32
-    return "C++ kernels, the base product inside" if inside else "C++ kernels around PyTorch's own GEMM"
+    return "C++ kernels, the base product inside" if plan == "inside" else "C++ kernels around PyTorch's own GEMM"
 
 
 def _rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -50,7 +50,7 @@ def _rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
     return t, t.shape[1]
 
 
-def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
+def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan):
     """y [M, N] and h [M, R]; see `reference.forward`."""
     (x, ldx), lora_A, lora_B = _rows(x), lora_A.contiguous(), lora_B.contiguous()
     (M, K), (N, R) = x.shape, lora_B.shape
@@ -58,7 +58,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
         M, R
     )  # new_empty alone, of all that allocates, is a warm path; sizes one by one cost less than a tuple
     W_ptr = ldw = bias_ptr = 0
-    if _own_product(x, M):
+    if plan == "inside":
         (weight, ldw), y = _rows(weight), x.new_empty(M, N)
         W_ptr = weight.data_ptr()
         if bias is not None:
@@ -84,14 +84,14 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
     return y, h
 
 
-def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant):
+def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan):
     """The gradients that `needs` asks for, but for the weight's; see `reference.backward`."""
     (dy, lddy), lora_A, lora_B = _rows(dy), lora_A.contiguous(), lora_B.contiguous()
     (M, N), (R, K) = dy.shape, lora_A.shape
     dx = dA = dB = dbias = None
     dx_ptr = dA_ptr = dB_ptr = dbias_ptr = x_ptr = ldx = h_ptr = W_ptr = ldw = 0
     if needs.x:
-        if _own_product(dy, M):
+        if plan == "inside":
             (weight, ldw), dx = _rows(weight), dy.new_empty(M, K)
             W_ptr = weight.data_ptr()
         else:

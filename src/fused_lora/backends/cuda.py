@@ -82,7 +82,12 @@ def refusal(request: Request) -> str | None:
     return only_plain(request)
 
 
-def summary(request: Request) -> str:
+def plans(request: Request) -> tuple[str, ...]:
+    """See `backends`."""
+    return ("",)
+
+
+def summary(request: Request, plan: str) -> str:
     """See `backends`."""
     return "compiled CUDA kernels"
 
@@ -120,7 +125,7 @@ def _launch(function, on: torch.device, **arguments) -> None:
         function(**arguments, device=index, stream=current_stream(index))
 
 
-def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
+def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan):
     """y [M, N] and h [M, R]; see `reference.forward`."""
     (M, K), N, R, dtype, device = x.shape, weight.shape[0], lora_A.shape[0], x.dtype, x.device
     y, h = torch.empty(M, N, dtype=dtype, device=device), torch.empty(M, _padded(R), dtype=dtype, device=device)
@@ -150,7 +155,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
     return y, h if h.shape[1] == R else h[:, :R].contiguous()
 
 
-def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant):
+def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan):
     """The gradients that `needs` asks for, but for the weight's; see `reference.backward`."""
     (M, N), (R, K), dtype, device = dy.shape, lora_A.shape, dy.dtype, dy.device
     need_x, need_A, need_B, need_bias = needs.x, needs.lora_A, needs.lora_B, needs.bias

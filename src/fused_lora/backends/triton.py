@@ -44,16 +44,21 @@ def refusal(request: Request) -> str | None:
     return only_plain(request)
 
 
-def summary(request: Request) -> str:
+def plans(request: Request) -> tuple[str, ...]:
+    """See `backends`."""
+    return ("",)
+
+
+def summary(request: Request, plan: str) -> str:
     """See `backends`."""
     return "Triton kernels; the compiled CUDA kernels run on request with backend='cuda' until they are measured"
 
 
-def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan=forward_plan):
+def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan, launches=forward_plan):
     """y [M, N] and h [M, R]; see `reference.forward`.
 
     Args:
-        plan: chooses the launches, from the arguments of `configs.forward_plan`.
+        launches: chooses the launches, from the arguments of `configs.forward_plan`.
     """
     x, weight, lora_A, lora_B = _row_major(x), _row_major(weight), _row_major(lora_A), _row_major(lora_B)
     (M, K), (N, R) = x.shape, lora_B.shape
@@ -61,18 +66,20 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, 
         return x.new_empty((0, N)), x.new_empty((0, R))
     bias = None if bias is None else bias.contiguous()
     with current(x.device):
-        p = plan(M, N, K, R, x.element_size(), seed is not None, facts(x.device))
+        p = launches(M, N, K, R, x.element_size(), seed is not None, facts(x.device))
         if p.lora_gemm_shrink is not None:
             return lora_gemm_shrink(x, weight, lora_A, lora_B, bias, scaling, p.lora_gemm_shrink, right_nk=True)
         h = shrink(x, lora_A, scaling, p.shrink, down_rk=True, dropout=_dropout(dropout_p, seed))
         return lora_gemm(x, weight, h, lora_B, bias, p.lora_gemm, right_nk=True), h
 
 
-def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan=backward_plan):
+def backward(
+    dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan, launches=backward_plan
+):
     """The gradients that `needs` asks for, but for the weight's; see `reference.backward`.
 
     Args:
-        plan: chooses the launches, from the arguments of `configs.backward_plan`.
+        launches: chooses the launches, from the arguments of `configs.backward_plan`.
     """
     need_x, need_A, need_B, need_bias = needs.x, needs.lora_A, needs.lora_B, needs.bias
     dy, weight, lora_A, lora_B = _row_major(dy), _row_major(weight), _row_major(lora_A), _row_major(lora_B)
@@ -87,7 +94,7 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, nee
     dropout, h = _dropout(dropout_p, seed), h.contiguous() if need_B else None
     dx = dh = dA = dB = None
     with current(dy.device):
-        p = plan(M, N, K, R, dy.element_size(), seed is not None, need_x, need_A, need_B, facts(dy.device))
+        p = launches(M, N, K, R, dy.element_size(), seed is not None, need_x, need_A, need_B, facts(dy.device))
         if p.lora_gemm_shrink is not None:
             dx, dh = lora_gemm_shrink(dy, weight, lora_B, lora_A, None, scaling, p.lora_gemm_shrink, right_nk=False)
         if p.dy_pass is not None:

@@ -139,7 +139,7 @@ def fused(p: Problem, dropout: float) -> Made:
     return Made(layer, A, B)
 
 
-def _back_end(name: str) -> Callable[[Problem, float], Made]:
+def back_end(name: str) -> Callable[[Problem, float], Made]:
     """lora_linear on one named back end, A and B in the problem's adapter dtype."""
 
     def make(p: Problem, dropout: float) -> Made:
@@ -169,4 +169,4 @@ def candidates_on(device: str) -> dict[str, Callable[[Problem, float], Made]]:
     if device == "cpu":
         return CANDIDATES
     hopper = _C.build_info()["cuda"] and torch.cuda.get_device_capability() == (9, 0)
-    return CANDIDATES | {name: _back_end(name) for name in ("triton", *(("cuda",) if hopper else ()))}
+    return CANDIDATES | {name: back_end(name) for name in ("triton", *(("cuda",) if hopper else ()))}

@@ -25,6 +25,11 @@ class Case:
         """The fields as a row of figures holds them."""
         return vars(self) | dict(dtype=str(self.dtype)[6:])
 
+    @property
+    def floor(self) -> float:
+        """What the arithmetic alone asks for, over frozen: six low-rank products beside two of the base."""
+        return 1 + 1.5 * self.R * (1 / self.K + 1 / self.N)
+
     def flops(self) -> int:
         """Of forward and backward together: two base products and six low-rank ones."""
         return 4 * self.M * self.N * self.K + 6 * self.M * self.R * (self.K + self.N)

@@ -8,32 +8,7 @@ from pathlib import Path
 
 import torch
 
-_CPUINFO = Path("/proc/cpuinfo")
-# What decides the speed of the CPU kernels and of PyTorch's products, fp32 and bf16.
-_INSTRUCTION_SETS = ("avx512f", "avx512_bf16", "amx_bf16")
-_VENDORS = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
-
-
-def _first_cpu() -> dict[str, str]:
-    """The first processor's block of /proc/cpuinfo; empty where there is none."""
-    text = _CPUINFO.read_text() if _CPUINFO.exists() else ""
-    pairs = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
-    return {name.strip(): value.strip() for name, value in pairs}
-
-
-def cpu_name() -> str:
-    """The CPU's name with the instruction sets that decide its speed: "AMD EPYC (avx512f, avx512_bf16)"."""
-    cpu = _first_cpu()
-    if "model name" not in cpu:
-        return platform.processor() or platform.machine()
-    flags = cpu.get("flags", "").split()
-    present = [name for name in _INSTRUCTION_SETS if name in flags] or ["avx2" if "avx2" in flags else "no AVX2"]
-    return f"{cpu['model name']} ({', '.join(present)})"
-
-
-def cpu_vendor() -> str:
-    """amd, intel, or the architecture's name: what tells files of figures from several CPUs apart."""
-    return _VENDORS.get(_first_cpu().get("vendor_id", ""), platform.machine())
+from fused_lora.hardware import cpu_features, cpu_name, cpu_vendor, gpu_driver
 
 
 def commit() -> str:
@@ -66,6 +41,8 @@ def environment(kind: str) -> dict:
         device=cpu_name() if on_cpu else torch.cuda.get_device_name(),
         kind=kind,
         vendor=cpu_vendor() if on_cpu else "",
+        features=cpu_features() if on_cpu else {},
+        driver="" if on_cpu else gpu_driver(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         python=platform.python_version(),

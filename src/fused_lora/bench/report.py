@@ -1,25 +1,32 @@
 """What a benchmark says on the terminal, in 80 columns."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from fused_lora.bench.cases import Case
 
-_console = Console(highlight=False, soft_wrap=True)
+
+@functools.cache
+def _console():
+    from rich.console import Console  # here, since timing and cases serve those, too, who print nothing
+
+    return Console(highlight=False, soft_wrap=True)
 
 
 def say(text: str, style: str = "") -> None:
     """One line, taken literally."""
-    _console.print(Text(text.encode(errors="replace").decode(), style=style))
+    from rich.text import Text
+
+    _console().print(Text(text.encode(errors="replace").decode(), style=style))
 
 
 def _table(columns: tuple[str, ...], rows: list[dict], cells: Callable[[dict], tuple[str, ...]]) -> None:
     """A line per row, `cells(row)` in its columns after the candidate's name; below it, why candidates were dropped."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, justify="left" if column == "candidate" else "right", no_wrap=True)
@@ -27,7 +34,7 @@ def _table(columns: tuple[str, ...], rows: list[dict], cells: Callable[[dict], t
         style = "red" if "fault" in row else "bold" if row["candidate"].startswith("fused") else ""
         filled = itertools.islice(itertools.chain(cells(row), itertools.repeat("-")), len(columns))
         table.add_row(*(Text(cell) for cell in filled), style=style)
-    _console.print(table)
+    _console().print(table)
     _print_dropped(rows)
     say("")
 
@@ -40,14 +47,23 @@ def _print_dropped(rows: list[dict]) -> None:
 
 def print_environment(env: dict) -> None:
     say(env["device"] + (f", {env['threads']} threads" if env["kind"] == "cpu" else ""), "bold")
-    say(f"torch {env['torch']} | fused-lora {env['fused_lora']} {env['commit']} | {env['date']}")
-    say("forward + backward, medians of one interleaved run")
-    say("x frozen, fwd, bwd: time over the frozen layer's, of both passes and of each\n")
+    say(f"torch {env['torch']} | fused-lora {env['fused_lora']} {env['commit']} | {env['date']}{amx(env, ' | ')}")
+    say("forward + backward, medians of the undisturbed rounds of one interleaved run")
+    say("x frozen, fwd, bwd: time over the frozen layer's, of both passes and of each;")
+    say("over: what it has above the floor, the time of LoRA's arithmetic alone\n")
+
+
+def amx(env: dict, before: str) -> str:
+    """Whether AMX was used, after `before`; empty where it isn't known or not asked for (a GPU, an old file)."""
+    features = env.get("features") or {}
+    return f"{before}AMX {'used' if features['amx'] else 'not used'}" if "amx" in features else ""
 
 
 def print_case(case: Case, rows: list[dict]) -> None:
-    say(case.name, "italic")
-    columns = ("candidate", "ms", "p20-p80", "GFLOP/s", "x frozen", "fwd", "bwd", "held MiB", "error")
+    frozen_us = next((r["both_us"] for r in rows if r["candidate"] == "frozen"), None)
+    gflops = f"; frozen at {4 * case.M * case.N * case.K / frozen_us / 1e3:.0f} GFLOP/s" if frozen_us else ""
+    say(f"{case.name}  floor {case.floor:.3f}{gflops}", "italic")
+    columns = ("candidate", "ms", "x frozen", "95 %", "over", "fwd", "bwd", "held MiB", "error")
     _table(columns, rows, _case_cells)
 
 
@@ -62,9 +78,9 @@ def _case_cells(r: dict) -> tuple[str, ...]:
     return (
         r["candidate"],
         _digits(r["both_us"] / 1e3, 4),
-        f"{_digits(r['both_p20_us'] / 1e3, 3)}-{_digits(r['both_p80_us'] / 1e3, 3)}",
-        f"{r['gflops']:.0f}",
         f"{r['both_ratio']:.3f}",
+        f"{r['both_ratio_low']:.3f}-{r['both_ratio_high']:.3f}",
+        f"{r['both_ratio'] - r['floor']:+.3f}",
         f"{r['fwd_ratio']:.2f}",
         f"{r['bwd_ratio']:.2f}",
         f"{r['held_bytes'] / 2**20:.2f}",
@@ -87,9 +103,7 @@ def print_host(rows: list[dict]) -> None:
 
 def print_steps(title: str, rows: list[dict]) -> None:
     say(f"{title}: one training step, r=16 on all linears but the head", "italic")
-    _table(
-        ("batch", "candidate", "ms", "p20-p80", "x frozen", "PEFT / it", "MiB a step", "x frozen"), rows, _step_cells
-    )
+    _table(("batch", "candidate", "ms", "95 %", "x frozen", "PEFT / it", "MiB a step", "x frozen"), rows, _step_cells)
 
 
 def _step_cells(r: dict) -> tuple[str, ...]:
@@ -100,7 +114,7 @@ def _step_cells(r: dict) -> tuple[str, ...]:
         batch,
         r["candidate"],
         _digits(r["step_ms"], 4),
-        f"{_digits(r['step_p20_ms'], 3)}-{_digits(r['step_p80_ms'], 3)}",
+        f"{_digits(r['step_low_ms'], 3)}-{_digits(r['step_high_ms'], 3)}",
         f"{r['ratio']:.2f}",
         f"{r['times_peft']:.2f}" if "times_peft" in r else "-",
         f"{r['step_mib']:.0f}",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_lora.bench.candidates import Made, candidates_on
 from fused_lora.bench.cases import Case
-from fused_lora.bench.timing import Pass, Spread, copies, cpu_pass, gpu_pass, interleave
+from fused_lora.bench.timing import Pass, Series, Spread, copies, cpu_pass, gpu_pass, interleave, ratio
 from fused_lora.testing import Problem, random_problem, truth
 
 T = TypeVar("T")
@@ -150,7 +150,8 @@ def _checked(name: str, case: Case, p: Problem, exact: dict[str, Tensor], inputs
 
 
 def run_case(case: Case, device: str, names: list[str], budget_s: float, least: int = 5) -> list[dict]:
-    """One row per candidate: times in microseconds, ratios to frozen, memory, error; or that it was dropped, and why.
+    """One row per candidate: times in microseconds and ratios to frozen, both with 95 % intervals, memory, error; or
+    that it was dropped, and why.
 
     Args:
         case: the sizes.
@@ -169,27 +170,30 @@ def run_case(case: Case, device: str, names: list[str], budget_s: float, least: 
     return [rows[name] for name in names]
 
 
-def _rows(case: Case, times: dict[str, list[tuple[float, ...]]], ready: dict[str, _Ready]) -> dict[str, dict]:
+def _rows(case: Case, times: dict[str, Series], ready: dict[str, _Ready]) -> dict[str, dict]:
     parts = {"fwd": lambda t: t[0], "bwd": lambda t: t[1], "both": lambda t: t[0] + t[1]}
-    spreads = {
-        name: {part: Spread.of([get(t) for t in ts]) for part, get in parts.items()} for name, ts in times.items()
-    }
-    base, rows = spreads["frozen"], {}
-    for name, by_part in spreads.items():
+    rows = {}
+    for name, series in times.items():
         row = case.facts() | dict(
             candidate=name,
             adapter_dtype="float32" if name in ("fused", "peft") else str(case.dtype)[6:],
-            rounds=by_part["both"].count,
+            rounds=series.clean,
+            rounds_disturbed=len(series.rounds) - series.clean,
             max_error=ready[name].error,
             held_bytes=ready[name].held,
             peak_bytes=ready[name].peak,
-            gflops=case.flops() / by_part["both"].median / 1e9,
+            floor=1.0 if name == "frozen" else case.floor,
         )
-        for part, s in by_part.items():
-            row |= {f"{part}_us": s.median * 1e6, f"{part}_p20_us": s.p20 * 1e6, f"{part}_p80_us": s.p80 * 1e6}
-            row[f"{part}_ratio"] = s.median / base[part].median
-        rows[name] = row
+        for part, get in parts.items():
+            row |= Spread.of(series.seconds(get)).facts(part, "us", 1e6)
+            row |= ratio_facts(f"{part}_ratio", ratio(series, times["frozen"], get))
+        rows[name] = row | dict(gflops=case.flops() / row["both_us"] / 1e3)
     return rows
+
+
+def ratio_facts(name: str, found: tuple[float, float, float]) -> dict[str, float]:
+    """A ratio and its interval as a row of figures holds them."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), found))
 
 
 def host_cost(device: str, budget_s: float, names: list[str]) -> list[dict]:
@@ -208,10 +212,10 @@ def host_cost(device: str, budget_s: float, names: list[str]) -> list[dict]:
         return one_pass
 
     passes, dropped = prepare(names, make)
-    times = interleave(passes, budget_s=budget_s, least=500, most=20000)
-    spread = {name: Spread.of([sum(t) for t in ts]) for name, ts in times.items()}
+    # every round counts: to look who waited costs such passes 5 %, and of thousands the median is steady
+    times = interleave(passes, budget_s=budget_s, least=500, most=20000, waited=lambda: 0)
     rows = []
-    for name, s in spread.items():
-        row = dict(candidate=name, host_us=s.median * 1e6, host_p20_us=s.p20 * 1e6, host_p80_us=s.p80 * 1e6)
-        rows.append(row | (dict(of_peft=s.median / spread["peft"].median) if "peft" in spread else {}))
+    for name, series in times.items():
+        row: dict = dict(candidate=name) | Spread.of(series.seconds()).facts("host", "us", 1e6)
+        rows.append(row | (ratio_facts("of_peft", ratio(series, times["peft"])) if "peft" in times else {}))
     return rows + [dict(candidate=name) | why for name, why in dropped.items()]

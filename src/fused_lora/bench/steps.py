@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fused_lora.adapters import apply_lora
 from fused_lora.bench import memory
 from fused_lora.bench.candidates import AddmmLinear
-from fused_lora.bench.runner import WrongResult, prepare
-from fused_lora.bench.timing import Pass, Spread, interleave
+from fused_lora.bench.runner import WrongResult, prepare, ratio_facts
+from fused_lora.bench.timing import Pass, Spread, interleave, ratio
 from fused_lora.models import load_model, packaged_model
 
 RANK, ALPHA = 16, 32
@@ -213,15 +213,15 @@ def _batch_rows(
 
     ready, dropped = prepare(list(models), make)
     times = interleave({name: one for name, (one, _) in ready.items()}, budget_s=budget_s, least=least)
-    spread = {name: Spread.of([t for (t,) in ts]) for name, ts in times.items()}
     model_mib = {name: memory.model_mib(models[name]) for name in ready}
     peak_mib = {name: model_mib[name] + step for name, (_, step) in ready.items()}
     rows = {}
-    for name, s in spread.items():
-        rows[name] = dict(step_ms=s.median * 1e3, step_p20_ms=s.p20 * 1e3, step_p80_ms=s.p80 * 1e3, rounds=s.count)
-        rows[name] |= dict(ratio=s.median / spread["frozen"].median, loss=losses[name], model_mib=model_mib[name])
+    for name, series in times.items():
+        rows[name] = Spread.of(series.seconds()).facts("step", "ms", 1e3) | dict(rounds=series.clean)
+        rows[name] |= ratio_facts("ratio", ratio(series, times["frozen"]))
+        rows[name] |= dict(loss=losses[name], model_mib=model_mib[name])
         rows[name] |= dict(step_mib=ready[name][1], memory_ratio=peak_mib[name] / peak_mib["frozen"])
         peer = Candidate("peft", candidates[name].dropout).name
-        if peer in spread:
-            rows[name]["times_peft"] = spread[peer].median / s.median
+        if peer in times:
+            rows[name] |= ratio_facts("times_peft", ratio(times[peer], series))
     return rows | dropped

@@ -1,4 +1,4 @@
-"""The timer: candidates interleaved in one run, cold inputs, medians with their spread.
+"""The timer: candidates interleaved in one run, cold inputs, undisturbed rounds, medians with their intervals.
 
 On a GPU a candidate's pass is a CUDA graph over inputs that rotate through more than the L2, timed with events; on a
 CPU it is a call timed with the wall clock. The order of candidates changes every round, so that none always follows the
@@ -6,11 +6,13 @@ same neighbour.
 """
 
 import itertools
+import math
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,18 +22,100 @@ Pass = Callable[[], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and 20th and 80th percentile of one candidate's times, in seconds, and how many there were."""
+    """Median, its 95 % interval, and 20th and 80th percentile of one candidate's times, in seconds, and how many there
+    were."""
 
     median: float
+    low: float
+    high: float
     p20: float
     p80: float
     count: int
 
     @classmethod
     def of(cls, times: list[float]) -> "Spread":
-        ordered = sorted(times)
+        ordered, skip = sorted(times), _skipped(len(times))
         at = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
-        return cls(statistics.median(ordered), at(0.2), at(0.8), len(ordered))
+        return cls(statistics.median(ordered), ordered[skip], ordered[-1 - skip], at(0.2), at(0.8), len(ordered))
+
+    def facts(self, name: str, unit: str, scale: float) -> dict[str, float]:
+        """As a row of figures holds them: <name>_us, <name>_low_us and so on, for unit "us" and a scale of 1e6."""
+        values = dict(median=self.median, low=self.low, high=self.high, p20=self.p20, p80=self.p80)
+        return {f"{name}_{key}_{unit}".replace("_median", ""): value * scale for key, value in values.items()}
+
+
+def _skipped(count: int) -> int:
+    """How many of the smallest and of the largest of `count` values lie outside the median's 95 % interval, from the
+    binomial distribution of how many fall below the median; 0 where so few values cannot tell (5 or less)."""
+    if count > 100:
+        return int(count / 2 - 0.98 * math.sqrt(count)) - 1
+    skip, outcomes = 0, 1  # of 2^count outcomes, those in which `skip` or fewer values fall below the median
+    while outcomes + math.comb(count, skip + 1) <= 0.025 * 2**count:
+        skip += 1
+        outcomes += math.comb(count, skip)
+    return skip
+
+
+@dataclass
+class Series:
+    """One candidate's rounds: a tuple of seconds each, one per part (say forward, backward), and which of them count.
+
+    A round in which a thread of this process waited for a CPU says more of the other processes than of the candidate:
+    it doesn't count, unless too few would be left.
+    """
+
+    rounds: list[tuple[float, ...]] = field(default_factory=list)
+    counts: list[bool] = field(default_factory=list)
+
+    @property
+    def clean(self) -> int:
+        return sum(self.counts)
+
+    def seconds(self, part: Callable[[tuple[float, ...]], float] = sum) -> list[float]:
+        """The times that count, of one part or of all together."""
+        return [part(t) for t, counts in zip(self.rounds, self.counts) if counts]
+
+
+def ratio(of: Series, base: Series, part: Callable[[tuple[float, ...]], float] = sum) -> tuple[float, float, float]:
+    """The ratio of the medians and its 95 % interval, by bootstrap over the rounds that count for both: what slows a
+    round down slows both, so that pairs tell more than each alone."""
+    value = statistics.median(of.seconds(part)) / statistics.median(base.seconds(part))
+    both = [(part(a), part(b)) for a, b, *ok in zip(of.rounds, base.rounds, of.counts, base.counts) if all(ok)]
+    if len(both) < 6:
+        each = [a / b for a, b in both] or [value]
+        return value, min(value, *each), max(value, *each)
+    pairs, generator = torch.tensor(both, dtype=torch.float64), torch.Generator().manual_seed(0)
+    drawn = pairs[torch.randint(len(both), (1000, len(both)), generator=generator)]
+    medians = drawn.quantile(0.5, dim=1)
+    low, high = (medians[:, 0] / medians[:, 1]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return value, min(value, low), max(value, high)
+
+
+_schedstat: dict[str, int] = {}  # a thread's open file
+
+
+def waited_ns() -> int:
+    """Nanoseconds that the threads of this process have been ready without a CPU to run on, since they began; 0 where
+    the system doesn't tell."""
+    total = 0
+    try:
+        threads = os.listdir("/proc/self/task")
+    except OSError:
+        return 0
+    for thread in threads:
+        try:
+            if thread not in _schedstat:
+                _schedstat[thread] = os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+            total += int(os.pread(_schedstat[thread], 64, 0).split()[1])
+        except (OSError, ValueError, IndexError):  # it has ended, or there is no such file
+            if thread in _schedstat:
+                os.close(_schedstat.pop(thread))
+    return total
+
+
+def _disturbed(waited: int, seconds: tuple[float, ...]) -> bool:
+    """Whether a pass says little: its threads waited for 20 us, and for a thousandth of its time."""
+    return waited > max(20e-6, 1e-3 * sum(seconds)) * 1e9
 
 
 def rounds(names: list[str]):
@@ -47,26 +131,49 @@ def rounds(names: list[str]):
 
 
 def interleave(
-    passes: dict[str, Pass], *, budget_s: float, least: int = 5, most: int = 200, clock=time.perf_counter
-) -> dict[str, list[tuple[float, ...]]]:
+    passes: dict[str, Pass],
+    *,
+    budget_s: float,
+    least: int = 5,
+    most: int = 200,
+    clock: Callable[[], float] = time.perf_counter,
+    waited: Callable[[], int] = waited_ns,
+    enough: Callable[[dict[str, Series]], bool] = lambda series: False,
+) -> dict[str, Series]:
     """Run every pass once a round until the budget is spent.
 
     Args:
         passes: a callable per candidate that does one pass and returns its times in seconds, one per part (say forward,
             backward).
-        budget_s: seconds for all candidates together; exceeded where `least` rounds take longer.
+        budget_s: seconds for all candidates together; exceeded where `least` rounds take longer, and up to three times
+            where other processes leave fewer than `least` rounds undisturbed. If there are too few even then, all
+            count.
         least, most: rounds at least and at most.
         clock: the clock the budget is read from.
+        waited: tells for how many nanoseconds this process's threads have waited for a CPU.
+        enough: asked every few rounds; ends the run before the budget does.
     Returns: the times of every round, by candidate.
     """
-    taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in passes}
+    series = {name: Series() for name in passes}
     start = clock()
     for done, order in enumerate(rounds(list(passes))):
-        if done >= most or (done >= least and clock() - start > budget_s):
-            return taken
+        fewest = min((each.clean for each in series.values()), default=0)
+        over = clock() - start > (budget_s if fewest >= least else 3 * budget_s)
+        if done >= most or (done >= least and over):
+            break
+        if fewest >= least and done % 4 == 0 and enough(series):
+            break
+        before = waited()
         for name in order:
-            taken[name].append(passes[name]())
-    raise AssertionError("rounds() never ends")
+            seconds = passes[name]()
+            after = waited()
+            series[name].rounds.append(seconds)
+            series[name].counts.append(not _disturbed(after - before, seconds))
+            before = after
+    for each in series.values():
+        if each.clean < least:
+            each.counts = [True] * len(each.rounds)
+    return series
 
 
 def cpu_pass(forward: Callable, inputs: list[torch.Tensor], gradient: torch.Tensor, leaves: list[torch.Tensor]) -> Pass:

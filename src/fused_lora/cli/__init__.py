@@ -1,4 +1,4 @@
-"""The command line: fused-lora info | finetune | merge | bench, a file each.
+"""The command line: fused-lora info | finetune | merge | bench | tune, a file each.
 
 Bad input is one red line on stderr: exit code 2 for the input, 1 for the machine, 128 + its number for a signal.
 """
@@ -12,6 +12,7 @@ from fused_lora.cli.bench import bench
 from fused_lora.cli.finetune import finetune
 from fused_lora.cli.info import info
 from fused_lora.cli.merge import merge
+from fused_lora.cli.tune import tune
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="LoRA at the price of the frozen layer.",
 )
-for command in (info, finetune, merge, bench):
+for command in (info, finetune, merge, bench, tune):
     app.command()(command)
 
 

@@ -15,7 +15,7 @@ def info() -> None:
     import torch
 
     from fused_lora.backends import explain
-    from fused_lora.bench.machine import cpu_name
+    from fused_lora.hardware import cpu_name
     from fused_lora.models import DTYPES
 
     names = ("fused-lora", "torch", "triton", "transformers", "peft")
@@ -24,7 +24,7 @@ def info() -> None:
     devices = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
-    _print_table(facts + list(devices.items()))
+    _print_table(facts + list(devices.items()) + [("tuned", _tuned(device)) for device in devices])
     if missing := missing_of_extras():
         out.print("\nextras that lack packages", style="bold")
         _print_table([(f"fused-lora[{extra}]", ", ".join(packages)) for extra, packages in missing.items()])
@@ -67,6 +67,24 @@ def missing_of_extras() -> dict[str, list[str]]:
         if extra and package and package[0] != "fused-lora" and _version(package[0]) is None:
             wanted.setdefault(extra[1], []).append(package[0])
     return {extra: wanted[extra] for extra in _EXTRAS if extra in wanted}
+
+
+def _tuned(device: str) -> str:
+    """What `fused-lora tune` has left for a device, or why it doesn't count."""
+    import torch
+
+    try:
+        from fused_lora.backends import tuned
+    except ImportError:
+        return f"{device}: needs the compiled part"
+    found = tuned.load(torch.device(device))
+    if found.ignored == "there is none":
+        return f"{device}: nothing yet; `fused-lora tune` finds out what is fastest here"
+    if found.ignored:
+        return f"{device}: {found.path} does not count: {found.ignored}"
+    rows = found.document["rows"]
+    failed = sum("fault" in figures for row in rows for figures in row["candidates"].values())
+    return f"{device}: {found.path}, {found.document.get('date', '')}, {len(rows)} cases, {failed} failures"
 
 
 def _compiled_part() -> str:

@@ -122,25 +122,26 @@ def _needs(of_inputs: tuple[bool, ...]) -> Gradients:
 
 class _EagerFunction(torch.autograd.Function):
     """LoRALinearFunction for plain LoRA over a frozen layer where nobody listens to the dispatcher: straight to the
-    back end that `plan` names, which serves the backward, too.
+    back end and plan of `call`, which serve the backward, too.
 
     After a GEMM has emptied the caches, each step on the way costs microseconds: the dispatcher and its Python bridge,
-    a second output, a context set up apart, and every argument that autograd looks at. So `plan` carries what needs no
+    a second output, a context set up apart, and every argument that autograd looks at. So `call` carries what needs no
     gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, plan):
-        weight, bias, seed, scaling, dropout_p, backend = plan
+    def forward(ctx, x, lora_A, lora_B, call):
+        weight, bias, seed, scaling, dropout_p, serving = call
+        back_end, plan = serving
         lead, flat = None, x
         if x.dim() != 2:
             lead, flat = x.shape[:-1], matrix(x)
             if x.is_contiguous():
                 x = flat  # saved as it is needed; a copy is not held
-        y, h = backend.forward(flat, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, PLAIN)
+        y, h = back_end.forward(flat, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, PLAIN, plan)
         _, need_A, need_B, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, h if need_B else None, seed)
-        ctx.plan = scaling, dropout_p, backend, lead
+        ctx.call = scaling, dropout_p, back_end, plan, lead
         return y if lead is None else reshaped(y, (*lead, y.shape[1]))
 
     @staticmethod
@@ -148,14 +149,15 @@ class _EagerFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _eager_once(ctx, dy)
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
-        scaling, dropout_p, backend, lead = ctx.plan
+        scaling, dropout_p, back_end, plan, lead = ctx.call
         if lead is not None:
             dy, x = matrix(dy), x if x is None else matrix(x)
         needs = _needs(ctx.needs_input_grad)
         try:
             seen = dispatch_modes_active()  # who came up after the forward sees its backward, too
             if not seen:
-                grads = backend.backward(dy, None, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, PLAIN)
+                given = (dy, None, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed)
+                grads = back_end.backward(*given, needs, PLAIN, plan)
         except RuntimeError:  # a batched dy has no address; asked only now, since each look costs
             seen = has_no_memory(dy)
             if not seen:

@@ -1,13 +1,12 @@
 """lora_linear(): every check of the op, once, before anything is computed."""
 
 import difflib
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.backends import NAMES, pick
+from fused_lora.backends import NAMES, Serving, bucket, forget, pick
 from fused_lora.ops.autograd import LoRALinearFunction, eager_apply, matrix, needs_plain_operators, nobody_listens
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import any_autocast_enabled
@@ -57,8 +56,9 @@ def lora_linear(
         dropout_p: probability of zeroing an element of the low-rank path's input, in [0, 1), resolved to 1.5e-5. The
             mask is drawn from PyTorch's default generator and regenerated in the backward.
         training: dropout acts only if true.
-        backend: auto, cuda, triton, cpu or reference. "auto" falls back to the PyTorch composition where no fused
-            kernel serves the request; a named back end raises instead.
+        backend: auto, cuda, triton, cpu or reference, or a back end and one of its plans, such as "cpu:inside". "auto"
+            falls back to the PyTorch composition where no fused kernel serves the request; a named back end raises
+            instead.
         x_lora: x's shape, input of the low-rank path instead of x (ResLoRA).
         h_in: [..., R], added to x_lora At (ResLoRA).
         gate: [..., k] with k dividing R, a factor for each block of R / k ranks (LoRA-Flow, per-adapter scale).
@@ -101,18 +101,20 @@ def lora_linear(
     return (y, h.view(*x.shape[:-1], lora_A.shape[0])) if return_h else y
 
 
-# The back end that serves a call, by everything that `fault` and `pick` look at: a call is checked once, not each time.
-_SERVING: dict[tuple, ModuleType] = {}
+# Who serves a call, by everything that `fault` and `pick` look at: a call is checked once, not each time.
+_SERVING: dict[tuple, Serving] = {}
 
 
-def _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ModuleType:
-    """The back end of a call with plain tensors. Raises: ValueError if an argument is wrong or the back end refuses."""
+def _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> Serving:
+    """Who serves a call with plain tensors. Raises: ValueError if an argument is wrong or the back end refuses."""
     try:
+        K = x.shape[-1]
         key = (
             backend,
             dropout_p,
             x.layout,
-            x.shape[-1],
+            K,
+            bucket(x.numel() // K),
             x.dtype,
             x.device,
             weight.shape,
@@ -128,7 +130,7 @@ def _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ModuleType:
             weight.is_cpu or aligned(weight),
         )
         return _SERVING[key]
-    except (KeyError, IndexError, TypeError):  # new, or of no dimension, or not hashable
+    except (KeyError, IndexError, ZeroDivisionError, TypeError):  # new, of no or an empty dimension, not hashable
         error = fault(x, weight, lora_A, lora_B, bias, dropout_p, backend)
         if error is not None:
             raise error from None
@@ -136,6 +138,12 @@ def _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ModuleType:
         _SERVING.clear()
     serving = _SERVING[key] = pick(backend, request_of(x, weight, lora_A, PLAIN))
     return serving
+
+
+def forget_verdicts() -> None:
+    """Ask anew who serves each call, see `backends.forget`."""
+    _SERVING.clear()
+    forget()
 
 
 def _draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
@@ -232,8 +240,9 @@ def fault(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ValueError | N
             return ValueError(f"{name} must be on x's device {x.device}; got {t.device}")
     if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p < 1.0:
         return ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
-    if backend not in NAMES:
-        near = difflib.get_close_matches(str(backend), NAMES, 1)
+    name, _, plan = str(backend).partition(":")
+    if name not in NAMES or (plan and name == "auto"):
+        near = [each for each in difflib.get_close_matches(name, NAMES, 1) if each != name]
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         return ValueError(f"backend must be one of {', '.join(NAMES)}; got {backend!r}{hint}")
     return None

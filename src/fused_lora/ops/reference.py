@@ -70,12 +70,17 @@ def refusal(request) -> None:
     """It serves every request."""
 
 
-def summary(request) -> str:
+def plans(request) -> tuple[str, ...]:
+    """One way."""
+    return ("",)
+
+
+def summary(request, plan) -> str:
     """What it runs, in a phrase."""
     return "the PyTorch composition"
 
 
-def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant=PLAIN) -> tuple[Tensor, Tensor]:
+def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant=PLAIN, plan="") -> tuple[Tensor, Tensor]:
     """y [M, N] and h = s * drop(x_lora) At [M, R], both in x's dtype; arguments as in `lora_linear`, x 2-D."""
     mask = None if seed is None else dropout_mask(seed, x.shape[0], x.shape[1], dropout_p, x.dtype)
     h = (_lora_input(x, variant, mask) @ lora_A.to(x.dtype).t()).mul_(scaling)
@@ -87,7 +92,9 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant=P
     return y, h
 
 
-def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant=PLAIN) -> Gradients:
+def backward(
+    dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant=PLAIN, plan=""
+) -> Gradients:
     """Every gradient that `needs`, a `Gradients` of bools, asks for.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.backends import Request, pick
+from fused_lora.backends import Request, bucket, pick
 from fused_lora.ops.internals import after_import
 from fused_lora.ops.reference import Gradients, Variant
 
@@ -39,23 +39,25 @@ def aligned(weight: Tensor) -> bool:
 
 
 def request_of(x: Tensor, weight: Tensor, lora_A: Tensor, variant: Variant) -> Request:
-    """The request that a call makes, from x [M, K] or dy [M, N] and the others."""
+    """The request that a call makes, from x [..., K] or dy [M, N] and the others."""
     optional = tuple(name for name, t in zip(Variant._fields, variant) if t is not None)
     (N, K), R = weight.shape, lora_A.shape[0]
-    return Request(x.device, x.dtype, lora_A.dtype, N, K, R, aligned(weight), optional)
+    return Request(
+        x.device, x.dtype, lora_A.dtype, bucket(x.numel() // x.shape[-1]), N, K, R, aligned(weight), optional
+    )
 
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *optional_and_backend):
     variant, backend = Variant(*optional_and_backend[:-1]), optional_and_backend[-1]
-    serving = pick(backend, request_of(x, weight, lora_A, variant))
-    return serving.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant)
+    back_end, plan = pick(backend, request_of(x, weight, lora_A, variant))
+    return back_end.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan)
 
 
 def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, *optional_needs_backend):
     *optional, needs, backend = optional_needs_backend
     variant, needs = Variant(*optional), Gradients(*needs)
-    serving = pick(backend, request_of(dy, weight, lora_A, variant))
-    grads = serving.backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant)
+    back_end, plan = pick(backend, request_of(dy, weight, lora_A, variant))
+    grads = back_end.backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan)
     if needs.weight and grads.weight is None:  # a product of its own, which no kernel of ours could better
         grads = grads._replace(weight=dy.t() @ x)
     return [grad for grad in grads if grad is not None]

@@ -1,0 +1,76 @@
+"""The machine under the process: names of its CPU and GPU, and what they can do that decides the speed of a kernel."""
+
+import functools
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+_CPUINFO = Path("/proc/cpuinfo")
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+_VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
+# What decides the speed of the CPU kernels and of PyTorch's products, fp32 and bf16.
+_INSTRUCTION_SETS = ("avx512f", "avx512_bf16", "amx_bf16")
+
+
+def _first_cpu() -> dict[str, str]:
+    """The first processor's block of /proc/cpuinfo; empty where there is none."""
+    text = _CPUINFO.read_text() if _CPUINFO.exists() else ""
+    pairs = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def cpu_model() -> str:
+    """The CPU's name as lscpu prints it, with the vendor before it where the name doesn't say it."""
+    cpu = _first_cpu()
+    name = cpu.get("model name") or _lscpu_name() or platform.processor() or platform.machine()
+    vendor = _VENDORS.get(cpu.get("vendor_id", ""), "")
+    return name if vendor.lower() in name.lower() else f"{vendor} {name}"
+
+
+@functools.cache
+def _lscpu_name() -> str:
+    """What lscpu decodes from numbers on CPUs whose names the kernel doesn't know, as Arm's; empty where it can't."""
+    try:
+        done = subprocess.run(["lscpu"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    found = re.search(r"^Model name: +(.*)$", done.stdout, re.MULTILINE)
+    return found[1] if found and found[1] != "-" else ""
+
+
+def cpu_vendor() -> str:
+    """amd, intel, or the architecture's name: what tells files of figures from several CPUs apart."""
+    return _VENDORS.get(_first_cpu().get("vendor_id", ""), platform.machine()).lower()
+
+
+def cpu_features() -> dict[str, bool]:
+    """Which of avx2, avx512, bf16_dot and amx the CPU kernels use here; FUSED_LORA_MAX_CPU_ISA caps them."""
+    from fused_lora import _C  # here: `info` names the CPU where the compiled part doesn't load, too
+
+    return _C.cpu_features()
+
+
+def cpu_name() -> str:
+    """The CPU's name with the instruction sets that decide its speed: "AMD EPYC (avx512f, avx512_bf16)"."""
+    flags = _first_cpu().get("flags", "").split()
+    if not flags:
+        return cpu_model()
+    present = [name for name in _INSTRUCTION_SETS if name in flags] or ["avx2" if "avx2" in flags else "no AVX2"]
+    return f"{cpu_model()} ({', '.join(present)})"
+
+
+def gpu_name(device: torch.device) -> str:
+    """The name of a device that is no CPU."""
+    return torch.get_device_module(device.type).get_device_name(device.index)
+
+
+def gpu_driver() -> str:
+    """The version of NVIDIA's driver; empty where there is none or it doesn't say."""
+    try:
+        found = re.search(r"\d+\.\d+(\.\d+)*", _NVIDIA_DRIVER.read_text())
+    except OSError:
+        return ""
+    return found[0] if found else ""
