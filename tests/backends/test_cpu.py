@@ -151,10 +151,10 @@ def test_the_door_takes_each_keyword_once():
             _C.cpu_forward(**good | bad)
 
 
-@pytest.mark.parametrize("M", [217, 1000])
+@pytest.mark.parametrize("M", [1000, 4000])
 def test_dbias_is_summed_by_blocks(M):
-    """One chain over all rows had 7 times PyTorch's error at M = 217."""
-    p = random_problem(M, 70, 24, 4)
+    """One chain over all rows has 8 times PyTorch's error here."""
+    p = random_problem(M, 64, 24, 4)
     assert_close(run(p, backend="cpu"), run(p, backend="reference"), truth(p))
 
 
