@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # One release, so that a machine without a GPU never downloads a newer CUDA build by accident; any torch >= 2.11 works.
 TORCH ?= torch==2.13.0
+# Processes that run the tests. A file stays in one process, so that what it builds is built once; threads that have no
+# processor of their own sleep rather than spin.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint bench clean
@@ -15,8 +18,8 @@ demo: $(VENV)/.installed
 	$(BIN)/fused-lora bench --preset quick --output demo/bench.json --plot demo/bench.png
 
 test: $(VENV)/.installed
-	$(BIN)/pytest
-	$(BIN)/pytest bench --benchmark-disable -q
+	OMP_WAIT_POLICY=passive $(BIN)/pytest tests bench --benchmark-disable -n $(WORKERS) --dist loadfile \
+		--no-loadscope-reorder
 
 # What .pre-commit-config.yaml runs, over the whole tree, changing nothing.
 lint: $(VENV)/.linters

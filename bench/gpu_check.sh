@@ -28,7 +28,7 @@ run_tests() { # every test that a GPU changes; the compiled kernels first and al
   timeout -k 5 100 $pytest tests/test_gpu.py tests/backends/test_backends.py -k "cuda and not triton" || return # a test that hangs is the log's last line
   for file in $(find tests -name "test_*.py" | sort); do
     case $file in
-      */test_packaging.py | */test_cuda_build.py | */test_cuda_emulated.py | */test_triton_compile.py) ;; # the same without a GPU
+      */test_packaging.py | */test_house.py | */test_cuda_build.py | */test_cuda_emulated.py | */test_triton_compile.py) ;; # the same without a GPU
       */test_gpu.py) jobs+=("$file -k triton") ;;
       */test_backends.py) for which in "exact and triton" "fp64 and triton" "triton and not exact and not fp64" "not triton and not cuda"; do jobs+=("$file -k '$which'"); done ;;
       *) jobs+=("$file") ;;

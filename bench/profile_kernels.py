@@ -9,7 +9,6 @@ host. Kernels run a few per cent slower here than in `fused-lora bench`; shares 
 
 import argparse
 import itertools
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from rich.table import Table
 from fused_lora.bench import Case, environment
 from fused_lora.bench.candidates import candidates_on
 from fused_lora.bench.timing import copies
-from fused_lora.files import write_whole
+from fused_lora.files import write_json
 from fused_lora.testing import random_problem
 
 CASES = [
@@ -100,7 +99,7 @@ def main() -> None:
     for case in given.case or [parse(text) for text in CASES]:
         found = profile(case, names)
         document["cases"].append(dict(case=case.name, candidates=found))
-        write_whole({given.output: (json.dumps(document, indent=1) + "\n").encode()})
+        write_json(given.output, document)
         table = Table("candidate", "kernel", "calls", "us", title=case.name, title_justify="left", box=None)
         for name, rows in found.items():
             for r in rows:

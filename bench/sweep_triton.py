@@ -12,7 +12,6 @@ winners go to triton_kernels/configs.py by hand, with their line of the table.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import time
@@ -31,7 +30,7 @@ from triton_variants import GROUPS, Setting, Variant, variants
 from fused_lora.bench import environment
 from fused_lora.bench.runner import check
 from fused_lora.bench.timing import Spread, captured, copies, interleave
-from fused_lora.files import write_whole
+from fused_lora.files import write_json
 from fused_lora.triton_kernels.configs import Device
 from fused_lora.triton_kernels.device import facts
 
@@ -149,9 +148,7 @@ def sweep(output: Path, seconds: float, console: Console) -> None:
                 left_out.append("M={} N={} K={} R={} {}".format(*case, group))
                 continue
             rows += timed(setting, group, budget_s=1.5)
-            write_whole(
-                {output: (json.dumps(dict(environment=environment("cuda"), rows=rows), indent=1) + "\n").encode()}
-            )
+            write_json(output, dict(environment=environment("cuda"), rows=rows))
     show(rows, console)
     console.print("no time for:", "; ".join(left_out) or "nothing, all is there")
 

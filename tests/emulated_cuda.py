@@ -14,12 +14,12 @@ HERE = ROOT / "tests" / "native" / "cuda_emulator"
 TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
 
 
-def compile_file(source: Path, file: Path) -> Path:
+def compile_file(source: Path, file: Path, optimise: str = "-O2") -> Path:
     """One C++ or CUDA source as an object beside it; `source` is the csrc folder that it includes from."""
     includes = [HERE / "include", HERE, source, TOOLKIT, pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags = [
         "-std=c++20",
-        "-O2",
+        optimise,
         "-fPIC",
         "-fvisibility=hidden",
         "-w",

@@ -9,28 +9,12 @@ import time
 
 import pytest
 import torch
+from finetune_runs import QUICK
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fused_lora import __version__, apply_lora, bench, save_adapter
 from fused_lora.models import load_model
-
-QUICK = [
-    "--steps",
-    "12",
-    "--warmup",
-    "2",
-    "--seq-len",
-    "24",
-    "--rank",
-    "4",
-    "--eval-tokens",
-    "200",
-    "--dropout",
-    "0.1",
-    "--grad-accum",
-    "2",
-]
 
 
 def program(*arguments):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from finetune_runs import QUICK
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -16,23 +17,6 @@ from fused_lora import apply_lora, bench, save_adapter
 from fused_lora.cli import app
 from fused_lora.finetune import checkpoint
 from fused_lora.models import load_model
-
-QUICK = [
-    "--steps",
-    "12",
-    "--warmup",
-    "2",
-    "--seq-len",
-    "24",
-    "--rank",
-    "4",
-    "--eval-tokens",
-    "200",
-    "--dropout",
-    "0.1",
-    "--grad-accum",
-    "2",
-]
 
 
 def raising(error):

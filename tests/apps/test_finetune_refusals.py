@@ -5,25 +5,11 @@ import os
 
 import pytest
 import torch
+from finetune_runs import contents, refused_unloaded
 
 from fused_lora.data import IGNORED
 from fused_lora.finetune import job as finetune
 from fused_lora.finetune import loop as training
-
-
-def contents(output):
-    return {name: (output / name).read_bytes() for name in sorted(os.listdir(output))}
-
-
-def refused_unloaded(monkeypatch, match, settings, output, **options):
-    """The run is refused before data is read or a model loaded, and the output is as it was."""
-    before = contents(output) if output.is_dir() else None
-    with monkeypatch.context() as patch:
-        for owner, name in ((finetune, "load_model"), (finetune.data, "read")):
-            patch.setattr(owner, name, lambda *arguments: pytest.fail("too late"))
-        with pytest.raises((ValueError, OSError), match=match):
-            finetune.finetune(settings, output, say=lambda line: None, **options)
-    assert before == (contents(output) if output.is_dir() else None)
 
 
 @pytest.fixture(scope="module")

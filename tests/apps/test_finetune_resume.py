@@ -2,25 +2,15 @@
 
 import dataclasses
 import errno
-import json
 import os
 
 import pytest
 import torch
+from finetune_runs import FILES, refused_unloaded, rows_of
 from safetensors.torch import load_file
 
 from fused_lora import apply_lora, files
 from fused_lora.finetune import checkpoint
-from fused_lora.finetune import job as finetune
-
-FILES = [
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "checkpoint.safetensors",
-    "loss.png",
-    "metrics.jsonl",
-    "summary.json",
-]
 
 
 class Killed(Exception):
@@ -33,25 +23,6 @@ def kill_at(step):
             raise Killed
 
     return tick
-
-
-def rows_of(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def contents(output):
-    return {name: (output / name).read_bytes() for name in sorted(os.listdir(output))}
-
-
-def refused_unloaded(monkeypatch, match, settings, output, **options):
-    """The run is refused before data is read or a model loaded, and the output is as it was."""
-    before = contents(output) if output.is_dir() else None
-    with monkeypatch.context() as patch:
-        for owner, name in ((finetune, "load_model"), (finetune.data, "read")):
-            patch.setattr(owner, name, lambda *arguments: pytest.fail("too late"))
-        with pytest.raises((ValueError, OSError), match=match):
-            finetune.finetune(settings, output, say=lambda line: None, **options)
-    assert before == (contents(output) if output.is_dir() else None)
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6])

@@ -1,6 +1,7 @@
 """The CUDA sources through nvcc, and what the machine code must and must not hold; needs the CUDA toolkit but
 no GPU."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -58,6 +59,7 @@ def built(tmp_path_factory):
         return dict(zip(jobs, results))
 
 
+@functools.cache
 def kernels(cubin: Path) -> dict[str, list[tuple[int, str]]]:
     """{mangled name: [(address, instruction)]} of a cubin."""
     # cuobjdump calls nvdisasm beside it

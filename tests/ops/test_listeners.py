@@ -155,11 +155,15 @@ def test_other_layouts_are_refused_by_name(layout):
 
 
 def test_the_core_needs_no_private_name_of_pytorch():
-    """Every name in internals.py has a public way: the op's and the layer's tests pass with those alone."""
+    """Every name in internals.py has a public way: the op's and the layer's tests pass with those alone.
+
+    FLOP counters are left out: who is imported first is no matter of internals.py, and starts two more processes.
+    """
     if os.environ.get("FUSED_LORA_INTERNALS") == "0":
         pytest.skip("this is that run")
     here = os.path.dirname(__file__)
     tests = [f"{here}/test_linear.py", f"{here}/test_listeners.py", f"{here}/../nn/test_linear.py"]
-    command = [os.path.join(os.path.dirname(sys.executable), "pytest"), "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command = [os.path.join(os.path.dirname(sys.executable), "pytest"), "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-k", "not flops", *tests]
     done = subprocess.run(command, env=os.environ | {"FUSED_LORA_INTERNALS": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

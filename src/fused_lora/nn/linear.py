@@ -220,7 +220,7 @@ class LoRALinear(nn.Module):
 
         Equivalent to ``weight = (weight.float() + scaling * B.float() @ A.float()).to(weight.dtype)``, in a new
         Parameter: the base weight is kept aside, so `unmerge` restores it bit for bit and a tied twin never sees the
-            merged one. Costs a second [N, K] meanwhile.
+        merged one. Costs a second [N, K] meanwhile.
 
         Raises: ValueError if no adapter is active, one is merged already, the tensors are not here (sharded, offloaded,
             on the meta device), or the merged weight is not finite; nothing changes then.
@@ -233,9 +233,8 @@ class LoRALinear(nn.Module):
             )
         tensors = self.weight, self.lora_A[name], self.lora_B[name]
         weight = merged_weight(*tensors, float(self.scaling[name]), name)  # [N, K]
-        object.__setattr__(
-            self, "_pristine", self.weight
-        )  # past Module.__setattr__, which would register a second parameter
+        # Past Module.__setattr__, which would register a second parameter.
+        object.__setattr__(self, "_pristine", self.weight)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def unmerge(self) -> None:
