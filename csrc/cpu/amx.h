@@ -10,6 +10,8 @@
 // nor its _tile_loadconfig that it reads more than 8 bytes of it.
 #pragma once
 
+#include <vector>
+
 #include "bf16_dot.h"
 #include "kernels.h"
 #include "simd.h"
@@ -103,7 +105,14 @@ struct AmxGemm {
   float scale;
   bool by_rows;
 };
-void amx_gemm(const AmxGemm& g, Buffers& buffers, int threads);
+// What its tasks need, for products of at most g's sizes: columns are split first, rows where threads are left.
+struct AmxScratch {
+  AmxScratch(const AmxGemm& g, Buffers& buffers, int threads);
+  int by_cols, by_rows;
+  std::vector<uint16_t*> groups;
+  std::vector<float*> sums;
+};
+void amx_gemm(const AmxGemm& g, const AmxScratch& scratch);
 
 // amx_walk.cpp: the whole forward or backward for bf16 x.
 void amx_forward(const CpuForwardParams& p, Buffers& buffers);

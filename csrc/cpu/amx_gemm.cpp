@@ -176,19 +176,21 @@ BF16_DOT void task(const AmxGemm& g, Range rows, Range cols, uint16_t* group, fl
 
 }  // namespace
 
-void amx_gemm(const AmxGemm& g, Buffers& buffers, int threads) {
-  // Columns first: a task packs only its own part of `right`.
-  const int64_t by_cols = std::min<int64_t>(threads, sides(g.N)), by_rows = threads / by_cols;
+AmxScratch::AmxScratch(const AmxGemm& g, Buffers& buffers, int threads)
+    : by_cols(static_cast<int>(std::min<int64_t>(threads, sides(g.N)))),  // a task packs only its own part of `right`
+      by_rows(by_cols ? threads / by_cols : 0) {
   const bool several = g.right && g.K > kDepth;
-  std::vector<uint16_t*> groups;
-  std::vector<float*> sums;
-  for (int64_t t = 0; t < by_cols * by_rows; ++t) {
+  for (int t = 0; t < by_cols * by_rows; ++t) {
     groups.push_back(buffers.take<uint16_t>(group_size(g)));
     sums.push_back(buffers.take((several ? round_up(g.M, kSide) : kSide) * kGroup));
   }
-  parallel(static_cast<int>(by_cols * by_rows), [&](int t) {
+}
+
+void amx_gemm(const AmxGemm& g, const AmxScratch& scratch) {
+  const int by_cols = scratch.by_cols, by_rows = scratch.by_rows;
+  parallel(by_cols * by_rows, [&](int t) {
     const size_t i = static_cast<size_t>(t);
-    task(g, part(g.M, t / by_cols, by_rows), part(g.N, t % by_cols, by_cols), groups[i], sums[i]);
+    task(g, part(g.M, t / by_cols, by_rows), part(g.N, t % by_cols, by_cols), scratch.groups[i], scratch.sums[i]);
   });
 }
 

@@ -73,6 +73,22 @@ void amx_forward(const CpuForwardParams& p, Buffers& buffers) {
            *low = buffers.take<uint16_t>(walked * Rp);
   uint16_t* masked = dropout ? buffers.take<uint16_t>(threads * kBlock * steps) : nullptr;
   uint32_t* bits = dropout ? buffers.take<uint32_t>(threads * kSide * steps) : nullptr;
+  AmxGemm y{.left = blocks,
+            .right = static_cast<const uint16_t*>(p.W),
+            .low = low,
+            .thin = p.B,
+            .bias = static_cast<const uint16_t*>(p.bias),
+            .keep = nullptr,
+            .out = nullptr,
+            .M = walked,
+            .N = p.N,
+            .K = p.K,
+            .R = p.R,
+            .ld_right = p.ldw,
+            .thin_dtype = p.adapter_dtype,
+            .scale = 1.0f,
+            .by_rows = false};
+  const AmxScratch scratch(y, buffers, threads);
   parallel(threads, [&](int t) { pack_down(p.A, p.adapter_dtype, down, p.K, p.R, true, t, threads); });
 
   for (int64_t m0 = 0; m0 < p.M; m0 += walked) {
@@ -95,22 +111,9 @@ void amx_forward(const CpuForwardParams& p, Buffers& buffers) {
         store_h(low + m * Rp, Rp, static_cast<uint16_t*>(p.h) + (m0 + m) * p.R, rows, p.R);
       }
     });
-    amx_gemm({.left = blocks,
-              .right = static_cast<const uint16_t*>(p.W),
-              .low = low,
-              .thin = p.B,
-              .bias = static_cast<const uint16_t*>(p.bias),
-              .keep = nullptr,
-              .out = static_cast<uint16_t*>(p.y) + m0 * p.N,
-              .M = M,
-              .N = p.N,
-              .K = p.K,
-              .R = p.R,
-              .ld_right = p.ldw,
-              .thin_dtype = p.adapter_dtype,
-              .scale = 1.0f,
-              .by_rows = false},
-             buffers, threads);
+    y.M = M;
+    y.out = static_cast<uint16_t*>(p.y) + m0 * p.N;
+    amx_gemm(y, scratch);
   }
 }
 
@@ -168,6 +171,22 @@ void amx_backward(const CpuBackwardParams& p, Buffers& buffers) {
     owns.push_back({buffers.take<uint16_t>(at_once * K_steps * kSide), buffers.take<uint16_t>(at_once * Rp),
                     buffers.take<uint16_t>(at_once * Rp), buffers.take<uint16_t>(at_once * 2 * kSide)});
   }
+  AmxGemm dx{.left = blocks,
+             .right = static_cast<const uint16_t*>(p.W),
+             .low = low,
+             .thin = p.A,
+             .bias = nullptr,
+             .keep = bits,
+             .out = nullptr,
+             .M = walked,
+             .N = p.K,
+             .K = p.N,
+             .R = p.R,
+             .ld_right = p.ldw,
+             .thin_dtype = p.adapter_dtype,
+             .scale = scale,
+             .by_rows = true};
+  const AmxScratch scratch(dx, buffers, p.dx ? threads : 0);
   parallel(threads, [&](int t) {
     if (need_dh) pack_down(p.B, p.adapter_dtype, down, p.N, p.R, false, t, threads);
     dA.slabs.clear(t), dB.slabs.clear(t), dbias.clear(t);
@@ -203,23 +222,10 @@ void amx_backward(const CpuBackwardParams& p, Buffers& buffers) {
         }
       }
     });
-    if (p.dx)
-      amx_gemm({.left = blocks,
-                .right = static_cast<const uint16_t*>(p.W),
-                .low = low,
-                .thin = p.A,
-                .bias = nullptr,
-                .keep = bits,
-                .out = static_cast<uint16_t*>(p.dx) + m0 * p.K,
-                .M = M,
-                .N = p.K,
-                .K = p.N,
-                .R = p.R,
-                .ld_right = p.ldw,
-                .thin_dtype = p.adapter_dtype,
-                .scale = scale,
-                .by_rows = true},
-               buffers, threads);
+    if (!p.dx) continue;
+    dx.M = M;
+    dx.out = static_cast<uint16_t*>(p.dx) + m0 * p.K;
+    amx_gemm(dx, scratch);
   }
   parallel(threads, [&](int t) {
     const Rows k = part(p.K, t, threads), n = part(p.N, t, threads);

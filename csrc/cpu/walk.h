@@ -5,8 +5,13 @@
 // multiplies in fp32 whatever the dtype is, BlockBf16 in bf16 on CPUs that can.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstddef>
+#include <cstdlib>
 #include <memory>
 #include <memory_resource>
 #include <new>
@@ -18,16 +23,22 @@
 
 namespace fused_lora::cpu {
 
-// Memory aligned to whole cache lines.
+// Memory aligned to whole cache lines; from 2 MiB on in huge pages, where the system has them.
 struct Lines {
-  static constexpr size_t kAlign = 64;
+  static constexpr size_t kAlign = 64, kHuge = size_t{2} << 20;
   struct Free {
-    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kAlign}); }
+    void operator()(std::byte* p) const { std::free(p); }
   };
   Lines() = default;
-  explicit Lines(size_t bytes)
-      : size(bytes),
-        memory(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlign}))) {}
+  explicit Lines(size_t bytes) {
+    const size_t align = bytes < kHuge ? kAlign : kHuge;
+    size = (bytes + align - 1) / align * align;
+    memory.reset(static_cast<std::byte*>(std::aligned_alloc(align, size)));
+    if (!memory) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (align == kHuge) madvise(memory.get(), size, MADV_HUGEPAGE);  // a tile of 1 KiB is 16 lines of scratch
+#endif
+  }
   size_t size = 0;
   std::unique_ptr<std::byte, Free> memory;
 };
