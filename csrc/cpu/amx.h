@@ -71,8 +71,12 @@ BF16_DOT_INLINE void store_pair(uint16_t* to, __m512i even, __m512i odd) {
 inline int64_t sides(int64_t n) { return (n + kSide - 1) / kSide; }
 
 // amx_pack.cpp
-// blocks[sides(rows)][sides(cols)] = src[rows, cols (row stride ld)], 0 where `keep` has no bit: [rows, sides(cols)].
-void to_blocks(const uint16_t* src, int64_t ld, const uint32_t* keep, uint16_t* blocks, int64_t rows, int64_t cols);
+// blocks[sides(rows)][sides(cols)] = src[rows, cols (row stride ld)].
+void to_blocks(const uint16_t* src, int64_t ld, uint16_t* blocks, int64_t rows, int64_t cols);
+// The same into `whole` and, with dropout of rows row0.., into `dropped`; bits[rows, sides(cols)]: what it keeps. `whole`
+// and `bits` may be null. Drawn here, while x is on its way from memory: apart it would take 4 % of a layer more.
+void to_dropped_blocks(const uint16_t* src, int64_t ld, const Dropout& dropout, int64_t row0, uint16_t* whole,
+                       uint16_t* dropped, uint32_t* bits, int64_t rows, int64_t cols);
 // pairs of src[depth, cols (row stride ld)], panels of 32 columns `panel` bf16 apart: [cols / 32][depth / 32][2 tiles].
 void pair_panels(const void* src, Dtype dtype, int64_t ld, uint16_t* pairs, int64_t panel, int64_t depth, int64_t cols);
 // The same of src^T, where src is [cols, depth (row stride ld)].

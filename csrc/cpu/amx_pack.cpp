@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "amx.h"
+#include "draw_avx512.h"
 
 #ifdef FUSED_LORA_AMX
 
@@ -100,26 +101,39 @@ BF16_DOT void pair_panels_transposed_of(const T* src, int64_t ld, uint16_t* pair
 
 }  // namespace
 
-BF16_DOT void to_blocks(const uint16_t* src, int64_t ld, const uint32_t* keep, uint16_t* blocks, int64_t rows,
-                        int64_t cols) {
-  const int64_t steps = sides(cols);
+BF16_DOT void to_blocks(const uint16_t* src, int64_t ld, uint16_t* blocks, int64_t rows, int64_t cols) {
+  const int64_t steps = sides(cols), whole = cols / kSide;
   for (int64_t m = 0; m < sides(rows) * kSide; ++m) {
     const uint16_t* row = src + m * ld;
     uint16_t* to = blocks + m / kSide * steps * kBlock + m % kSide * kSide;
-    const uint32_t* bits = keep ? keep + m * steps : nullptr;
-    if (m >= rows) {
-      for (int64_t k = 0; k < steps; ++k) _mm512_store_si512(to + k * kBlock, __m512i{});
-      continue;
-    }
-    const int64_t whole = cols / kSide;
-    for (int64_t k = 0; k < whole; ++k) {
+    const int64_t filled = m < rows ? whole : 0;
+    for (int64_t k = 0; k < filled; ++k) {
       _mm_prefetch(row + k * kSide + 1024, _MM_HINT_T0);
-      _mm512_store_si512(to + k * kBlock, keep ? _mm512_maskz_loadu_epi16(bits[k], row + k * kSide)
-                                               : _mm512_loadu_si512(row + k * kSide));
+      _mm512_store_si512(to + k * kBlock, _mm512_loadu_si512(row + k * kSide));
     }
-    if (whole < steps) {
-      const __mmask32 there = first32(cols % kSide) & (keep ? bits[whole] : ~0u);
-      _mm512_store_si512(to + whole * kBlock, _mm512_maskz_loadu_epi16(there, row + whole * kSide));
+    for (int64_t k = filled; k < steps; ++k)
+      _mm512_store_si512(to + k * kBlock, load32(row + k * kSide, m < rows ? cols - k * kSide : 0));
+  }
+}
+
+BF16_DOT void to_dropped_blocks(const uint16_t* src, int64_t ld, const Dropout& dropout, int64_t row0, uint16_t* whole,
+                                uint16_t* dropped, uint32_t* bits, int64_t rows, int64_t cols) {
+  const int64_t steps = sides(cols);
+  const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
+  const __m512i threshold = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold));
+  for (int64_t m = 0; m < sides(rows) * kSide; ++m) {
+    const uint16_t* row = src + m * ld;
+    const int64_t at = m / kSide * steps * kBlock + m % kSide * kSide, there = m < rows ? cols : 0;
+    for (int64_t k = 0; k < steps; k += 2) {
+      __mmask32 keep[2];
+      draw64(seed, threshold, row0 + m, k * kSide, keep);
+      for (int64_t j = k; j < std::min(k + 2, steps); ++j) {
+        _mm_prefetch(row + j * kSide + 1024, _MM_HINT_T0);
+        const __m512i line = load32(row + j * kSide, there - j * kSide);
+        if (whole) _mm512_store_si512(whole + at + j * kBlock, line);
+        _mm512_store_si512(dropped + at + j * kBlock, _mm512_maskz_mov_epi16(keep[j - k], line));
+        if (bits && m < rows) bits[m * steps + j] = keep[j - k];
+      }
     }
   }
 }

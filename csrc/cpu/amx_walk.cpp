@@ -72,7 +72,6 @@ void amx_forward(const CpuForwardParams& p, Buffers& buffers) {
   uint16_t *down = take_down(buffers, p.K, p.R), *blocks = buffers.take<uint16_t>(walked * steps * kSide),
            *low = buffers.take<uint16_t>(walked * Rp);
   uint16_t* masked = dropout ? buffers.take<uint16_t>(threads * kBlock * steps) : nullptr;
-  uint32_t* bits = dropout ? buffers.take<uint32_t>(threads * kSide * steps) : nullptr;
   AmxGemm y{.left = blocks,
             .right = static_cast<const uint16_t*>(p.W),
             .low = low,
@@ -100,12 +99,11 @@ void amx_forward(const CpuForwardParams& p, Buffers& buffers) {
         const int64_t rows = std::min(kSide, own.end - m);
         const auto* x = static_cast<const uint16_t*>(p.x) + (m0 + m) * p.ldx;
         uint16_t *to = blocks + m * steps * kSide, *left = to;
-        if (p.W || !dropout) to_blocks(x, p.ldx, nullptr, to, rows, p.K);
         if (dropout) {
-          uint32_t* keep = bits + t * kSide * steps;
           left = masked + t * kBlock * steps;
-          dropout_bits(p.dropout, keep, m0 + m, rows, p.K);
-          to_blocks(x, p.ldx, keep, left, rows, p.K);
+          to_dropped_blocks(x, p.ldx, p.dropout, m0 + m, p.W ? to : nullptr, left, nullptr, rows, p.K);
+        } else {
+          to_blocks(x, p.ldx, to, rows, p.K);
         }
         shrink_amx(left, down, p.scaling * p.dropout.scale(), low + m * Rp, Rp, 1, steps, p.R);
         store_h(low + m * Rp, Rp, static_cast<uint16_t*>(p.h) + (m0 + m) * p.R, rows, p.R);
@@ -204,7 +202,7 @@ void amx_backward(const CpuBackwardParams& p, Buffers& buffers) {
         for (int64_t i = 0; i < rows; i += kSide) {
           const int64_t height = std::min(kSide, rows - i);
           uint16_t* to = left + i * N_steps * kSide;
-          to_blocks(static_cast<const uint16_t*>(p.dy) + (m0 + m + i) * p.lddy, p.lddy, nullptr, to, height, p.N);
+          to_blocks(static_cast<const uint16_t*>(p.dy) + (m0 + m + i) * p.lddy, p.lddy, to, height, p.N);
           if (need_dh) shrink_amx(to, down, p.scaling, dh + i * Rp, Rp, 1, N_steps, p.R);
         }
         if (p.dbias) column_sums_amx(left, dbias[t], n, N_steps);
@@ -214,11 +212,14 @@ void amx_backward(const CpuBackwardParams& p, Buffers& buffers) {
           wgrad_amx(left, own.lowT, dB.slabs[t], own.pairs, n, N_steps, p.R);
         }
         uint32_t* keep = dropout ? bits + m * K_steps : nullptr;
-        if (dropout && need_dh) dropout_bits(p.dropout, keep, m0 + m, rows, p.K);
         if (p.dA) {
+          const auto* x = static_cast<const uint16_t*>(p.x) + (m0 + m) * p.ldx;
+          if (dropout) to_dropped_blocks(x, p.ldx, p.dropout, m0 + m, nullptr, own.x, keep, rows, p.K);
+          else to_blocks(x, p.ldx, own.x, rows, p.K);
           transpose_low(dh, Rp, own.lowT, n * kSide);
-          to_blocks(static_cast<const uint16_t*>(p.x) + (m0 + m) * p.ldx, p.ldx, keep, own.x, rows, p.K);
           wgrad_amx(own.x, own.lowT, dA.slabs[t], own.pairs, n, K_steps, p.R);
+        } else if (keep) {
+          dropout_bits(p.dropout, keep, m0 + m, rows, p.K);
         }
       }
     });

@@ -73,7 +73,7 @@ void lora_gemm(const LoraGemm& g, Buffers& buffers, int threads);
 void dropout_mask(const Dropout& dropout, float* mask, int64_t row0, int64_t col0, int64_t rows, int64_t cols);
 
 // bits[rows, (cols + 31) / 32] = which elements of rows row0.. are kept, the lowest column in the lowest bit; bits past
-// cols are any.
+// cols are any. On AVX-512 only.
 void dropout_bits(const Dropout& dropout, uint32_t* bits, int64_t row0, int64_t rows, int64_t cols);
 
 // convert.cpp
