@@ -123,15 +123,15 @@ BF16_DOT void to_dropped_blocks(const uint16_t* src, int64_t ld, const Dropout& 
   const __m512i threshold = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold));
   for (int64_t m = 0; m < sides(rows) * kSide; ++m) {
     const uint16_t* row = src + m * ld;
-    const int64_t at = m / kSide * steps * kBlock + m % kSide * kSide, there = m < rows ? cols : 0;
+    const int64_t place = m / kSide * steps * kBlock + m % kSide * kSide, there = m < rows ? cols : 0;
     for (int64_t k = 0; k < steps; k += 2) {
       __mmask32 keep[2];
       draw64(seed, threshold, row0 + m, k * kSide, keep);
       for (int64_t j = k; j < std::min(k + 2, steps); ++j) {
         _mm_prefetch(row + j * kSide + 1024, _MM_HINT_T0);
         const __m512i line = load32(row + j * kSide, there - j * kSide);
-        if (whole) _mm512_store_si512(whole + at + j * kBlock, line);
-        _mm512_store_si512(dropped + at + j * kBlock, _mm512_maskz_mov_epi16(keep[j - k], line));
+        if (whole) _mm512_store_si512(whole + place + j * kBlock, line);
+        _mm512_store_si512(dropped + place + j * kBlock, _mm512_maskz_mov_epi16(keep[j - k], line));
         if (bits && m < rows) bits[m * steps + j] = keep[j - k];
       }
     }

@@ -35,19 +35,26 @@ Rows part(int64_t rows, int t, int threads) {
   return {sides(rows) * t / threads * kSide, std::min(rows, sides(rows) * (t + 1) / threads * kSide)};
 }
 
-// down [depth, R] in pairs, [sides(R)][sides(depth)]: of a matrix [R, depth] (transposed) or [depth, R].
-uint16_t* take_down(Buffers& buffers, int64_t depth, int64_t R) {
-  return buffers.take<uint16_t>(sides(R) * sides(depth) * kBlock);
-}
-void pack_down(const void* src, Dtype dtype, uint16_t* down, int64_t depth, int64_t R, bool transposed, int t, int n) {
-  const Rows k = part(depth, t, n);
-  if (k.begin >= k.end) return;
-  uint16_t* to = down + k.begin * kSide;
-  const int64_t panel = sides(depth) * kBlock;
-  if (transposed) pair_panels_transposed(at(src, k.begin, dtype), dtype, depth, to, panel, k.end - k.begin, R);
-  else pair_panels(at(src, k.begin * R, dtype), dtype, R, to, panel, k.end - k.begin, R);
-}
+// What stands right of shrink: down [depth, R] in pairs, packed a part a thread, of [R, depth] (transposed) or [depth, R].
+struct Down {
+  const void* src;
+  Dtype dtype;
+  int64_t depth, R;
+  bool transposed;
+  uint16_t* pairs = nullptr;  // [sides(R)][sides(depth)]
 
+  void take(Buffers& buffers) { pairs = buffers.take<uint16_t>(sides(R) * sides(depth) * kBlock); }
+  void pack(int t, int threads) const {
+    const Rows k = part(depth, t, threads);
+    if (!pairs || k.begin >= k.end) return;
+    uint16_t* to = pairs + k.begin * kSide;
+    const int64_t panel = sides(depth) * kBlock, rows = k.end - k.begin;
+    if (transposed) pair_panels_transposed(at(src, k.begin, dtype), dtype, depth, to, panel, rows, R);
+    else pair_panels(at(src, k.begin * R, dtype), dtype, R, to, panel, rows, R);
+  }
+};
+
+// Threads worth waking: tiles multiply about 16 times as fast as `threads_worth` reckons, low-rank products 4 times.
 int threads_of(int64_t M, int64_t N, int64_t K, int64_t R, bool inside, int threads) {
   return inside ? threads_worth(M * N * K / 16, threads) : threads_worth(M * (N + K) * R / 4, threads);
 }
@@ -63,59 +70,74 @@ void load_h(const uint16_t* h, int64_t R, uint16_t* low, int64_t Rp, int64_t row
   std::fill_n(low + rows * Rp, (round_up(rows, kSide) - rows) * Rp, uint16_t{0});
 }
 
-}  // namespace
-
-void amx_forward(const CpuForwardParams& p, Buffers& buffers) {
-  const int threads = threads_of(p.M, p.N, p.K, p.R, p.W, p.threads);
-  const int64_t steps = sides(p.K), Rp = sides(p.R) * kSide, walked = rows_walked(p.M, p.K);
-  const bool dropout = p.dropout.threshold > 0;
-  uint16_t *down = take_down(buffers, p.K, p.R), *blocks = buffers.take<uint16_t>(walked * steps * kSide),
-           *low = buffers.take<uint16_t>(walked * Rp);
-  uint16_t* masked = dropout ? buffers.take<uint16_t>(threads * kBlock * steps) : nullptr;
-  AmxGemm y{.left = blocks,
-            .right = static_cast<const uint16_t*>(p.W),
-            .low = low,
-            .thin = p.B,
-            .bias = static_cast<const uint16_t*>(p.bias),
-            .keep = nullptr,
-            .out = nullptr,
-            .M = walked,
-            .N = p.N,
-            .K = p.K,
-            .R = p.R,
-            .ld_right = p.ldw,
-            .thin_dtype = p.adapter_dtype,
-            .scale = 1.0f,
-            .by_rows = false};
-  const AmxScratch scratch(y, buffers, threads);
-  parallel(threads, [&](int t) { pack_down(p.A, p.adapter_dtype, down, p.K, p.R, true, t, threads); });
-
-  for (int64_t m0 = 0; m0 < p.M; m0 += walked) {
-    const int64_t M = std::min(walked, p.M - m0);
-    parallel(threads, [&](int t) {
-      const Tiles tiles;
-      const Rows own = part(M, t, threads);
-      for (int64_t m = own.begin; m < own.end; m += kSide) {
-        const int64_t rows = std::min(kSide, own.end - m);
-        const auto* x = static_cast<const uint16_t*>(p.x) + (m0 + m) * p.ldx;
-        uint16_t *to = blocks + m * steps * kSide, *left = to;
-        if (dropout) {
-          left = masked + t * kBlock * steps;
-          to_dropped_blocks(x, p.ldx, p.dropout, m0 + m, p.W ? to : nullptr, left, nullptr, rows, p.K);
-        } else {
-          to_blocks(x, p.ldx, to, rows, p.K);
-        }
-        shrink_amx(left, down, p.scaling * p.dropout.scale(), low + m * Rp, Rp, 1, steps, p.R);
-        store_h(low + m * Rp, Rp, static_cast<uint16_t*>(p.h) + (m0 + m) * p.R, rows, p.R);
-      }
-    });
-    y.M = M;
-    y.out = static_cast<uint16_t*>(p.y) + m0 * p.N;
-    amx_gemm(y, scratch);
+// What a forward works with.
+class Forward {
+ public:
+  Forward(const CpuForwardParams& params, Buffers& buffers)
+      : p(params),
+        threads(threads_of(p.M, p.N, p.K, p.R, p.W, p.threads)),
+        steps(sides(p.K)),
+        Rp(sides(p.R) * kSide),
+        walked(rows_walked(p.M, p.K)),
+        dropout(p.dropout.threshold > 0),
+        down{p.A, p.adapter_dtype, p.K, p.R, true},
+        blocks(buffers.take<uint16_t>(walked * steps * kSide)),
+        low(buffers.take<uint16_t>(walked * Rp)),
+        dropped(dropout ? buffers.take<uint16_t>(threads * kBlock * steps) : nullptr),
+        y{.left = blocks,
+          .right = static_cast<const uint16_t*>(p.W),
+          .low = low,
+          .thin = p.B,
+          .bias = static_cast<const uint16_t*>(p.bias),
+          .keep = nullptr,
+          .out = nullptr,
+          .M = walked,
+          .N = p.N,
+          .K = p.K,
+          .R = p.R,
+          .ld_right = p.ldw,
+          .thin_dtype = p.adapter_dtype,
+          .scale = 1.0f,
+          .by_rows = false},
+        scratch(y, buffers, threads) {
+    down.take(buffers);
   }
-}
 
-namespace {
+  void run() {
+    parallel(threads, [&](int t) { down.pack(t, threads); });
+    for (int64_t m0 = 0; m0 < p.M; m0 += walked) {
+      y.M = std::min(walked, p.M - m0);
+      y.out = static_cast<uint16_t*>(p.y) + m0 * p.N;
+      parallel(threads, [&](int t) { rows_of_thread(t, m0); });
+      amx_gemm(y, scratch);
+    }
+  }
+
+ private:
+  // x in blocks and h of thread t's rows among y.M from m0 on.
+  void rows_of_thread(int t, int64_t m0) const {
+    const Tiles tiles;
+    const Rows own = part(y.M, t, threads);
+    for (int64_t m = own.begin; m < own.end; m += kSide) {
+      const int64_t rows = std::min(kSide, own.end - m);
+      const auto* x = static_cast<const uint16_t*>(p.x) + (m0 + m) * p.ldx;
+      uint16_t *whole = blocks + m * steps * kSide, *left = dropout ? dropped + t * kBlock * steps : whole;
+      if (dropout) to_dropped_blocks(x, p.ldx, p.dropout, m0 + m, p.W ? whole : nullptr, left, nullptr, rows, p.K);
+      else to_blocks(x, p.ldx, whole, rows, p.K);
+      shrink_amx(left, down.pairs, p.scaling * p.dropout.scale(), low + m * Rp, Rp, 1, steps, p.R);
+      store_h(low + m * Rp, Rp, static_cast<uint16_t*>(p.h) + (m0 + m) * p.R, rows, p.R);
+    }
+  }
+
+  const CpuForwardParams& p;
+  int threads;
+  int64_t steps, Rp, walked;
+  bool dropout;
+  Down down;
+  uint16_t *blocks, *low, *dropped;  // [walked, K]; [walked, Rp]; a thread's 32 rows of dropped x, or null
+  AmxGemm y;
+  AmxScratch scratch;
+};
 
 // dA [R, width] (ranks_first) or dB [width, R], and the slabs [sides(R) * 32, sides(width) * 32] it gathers in.
 struct Gradient {
@@ -125,14 +147,14 @@ struct Gradient {
   bool ranks_first;
   Slabs slabs{dst != nullptr, round_up(R, kSide) * round_up(width, kSide)};
 
-  // Columns [n0, n1) of dst = the slabs' sum * factor.
-  void store(float factor, int64_t n0, int64_t n1) {
+  // Columns [begin, end) of dst = the slabs' sum * factor.
+  void store(float factor, Rows columns) const {
     const int64_t ld = round_up(width, kSide);
     float sums[kSide * kSide];
-    for (int64_t n = n0; n < n1; n += kSide)
+    for (int64_t n = columns.begin; dst && n < columns.end; n += kSide)
       for (int64_t r = 0; r < R; r += kSide) {
-        const int64_t cols = std::min(kSide, n1 - n), ranks = std::min(kSide, R - r);
-        for (int64_t i = 0; i < ranks; ++i) slabs.sum(r * ld + i * ld + n, cols, factor, sums + i * kSide);
+        const int64_t cols = std::min(kSide, columns.end - n), ranks = std::min(kSide, R - r);
+        for (int64_t i = 0; i < ranks; ++i) slabs.sum((r + i) * ld + n, cols, factor, sums + i * kSide);
         if (ranks_first) {
           for (int64_t i = 0; i < ranks; ++i)
             store_row(sums + i * kSide, at(dst, (r + i) * width + n, dtype), dtype, cols);
@@ -147,94 +169,132 @@ struct Gradient {
   }
 };
 
-}  // namespace
+// What a backward works with.
+class Backward {
+ public:
+  Backward(const CpuBackwardParams& params, Buffers& buffers)
+      : p(params),
+        threads(threads_of(p.M, p.N, p.K, p.R, p.dx && p.W, p.threads)),
+        N_steps(sides(p.N)),
+        K_steps(sides(p.K)),
+        Rp(sides(p.R) * kSide),
+        walked(rows_walked(p.M, std::max(p.N, p.K))),
+        at_once(rows_of_block(std::max(p.N, p.K))),
+        need_dh(p.dx || p.dA),
+        down{p.B, p.adapter_dtype, p.N, p.R, false},
+        blocks(buffers.take<uint16_t>(walked * N_steps * kSide)),
+        low(buffers.take<uint16_t>(walked * Rp)),
+        bits(p.dropout.threshold > 0 && need_dh ? buffers.take<uint32_t>(walked * K_steps) : nullptr),
+        dA{p.dA, p.adapter_dtype, p.K, p.R, true},
+        dB{p.dB, p.adapter_dtype, p.N, p.R, false},
+        dbias(p.dbias, N_steps * kSide),
+        dx{.left = blocks,
+           .right = static_cast<const uint16_t*>(p.W),
+           .low = low,
+           .thin = p.A,
+           .bias = nullptr,
+           .keep = bits,
+           .out = nullptr,
+           .M = walked,
+           .N = p.K,
+           .K = p.N,
+           .R = p.R,
+           .ld_right = p.ldw,
+           .thin_dtype = p.adapter_dtype,
+           .scale = p.dropout.scale(),
+           .by_rows = true},
+        scratch(dx, buffers, p.dx ? threads : 0) {
+    if (need_dh) down.take(buffers);
+    for (int t = 0; t < threads; ++t) {
+      dA.slabs.add(buffers), dB.slabs.add(buffers), dbias.add(buffers);
+      owns.push_back({buffers.take<uint16_t>(at_once * K_steps * kSide), buffers.take<uint16_t>(at_once * Rp),
+                      buffers.take<uint16_t>(at_once * Rp), buffers.take<uint16_t>(at_once * 2 * kSide)});
+    }
+  }
 
-void amx_backward(const CpuBackwardParams& p, Buffers& buffers) {
-  const bool need_dh = p.dx || p.dA, dropout = p.dropout.threshold > 0, inside = p.dx && p.W;
-  const int threads = threads_of(p.M, p.N, p.K, p.R, inside, p.threads);
-  const int64_t wide = std::max(p.N, p.K), N_steps = sides(p.N), K_steps = sides(p.K), Rp = sides(p.R) * kSide,
-                walked = rows_walked(p.M, wide), at_once = rows_of_block(wide);
-  const float scale = p.dropout.scale();
-  uint16_t *down = need_dh ? take_down(buffers, p.N, p.R) : nullptr, *low = buffers.take<uint16_t>(walked * Rp),
-           *blocks = buffers.take<uint16_t>(walked * N_steps * kSide);
-  uint32_t* bits = dropout ? buffers.take<uint32_t>(walked * K_steps) : nullptr;
-  Gradient dA{p.dA, p.adapter_dtype, p.K, p.R, true}, dB{p.dB, p.adapter_dtype, p.N, p.R, false};
-  Slabs dbias(p.dbias, N_steps * kSide);
+  void run() {
+    parallel(threads, [&](int t) {
+      down.pack(t, threads);
+      dA.slabs.clear(t), dB.slabs.clear(t), dbias.clear(t);
+    });
+    for (int64_t m0 = 0; m0 < p.M; m0 += walked) {
+      dx.M = std::min(walked, p.M - m0);
+      dx.out = static_cast<uint16_t*>(p.dx) + m0 * p.K;
+      parallel(threads, [&](int t) { rows_of_thread(t, m0); });
+      if (p.dx) amx_gemm(dx, scratch);
+    }
+    parallel(threads, [&](int t) {
+      dA.store(p.dropout.scale(), part(p.K, t, threads));
+      dB.store(1.0f, part(p.N, t, threads));
+    });
+    if (p.dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
+  }
+
+ private:
+  // A thread's own: x [at_once, K] in blocks, h [at_once, Rp], h or dh transposed, pairs for wgrad.
   struct Own {
     uint16_t *x, *h, *lowT, *pairs;
   };
-  std::vector<Own> owns;
-  for (int t = 0; t < threads; ++t) {
-    dA.slabs.add(buffers), dB.slabs.add(buffers), dbias.add(buffers);
-    owns.push_back({buffers.take<uint16_t>(at_once * K_steps * kSide), buffers.take<uint16_t>(at_once * Rp),
-                    buffers.take<uint16_t>(at_once * Rp), buffers.take<uint16_t>(at_once * 2 * kSide)});
-  }
-  AmxGemm dx{.left = blocks,
-             .right = static_cast<const uint16_t*>(p.W),
-             .low = low,
-             .thin = p.A,
-             .bias = nullptr,
-             .keep = bits,
-             .out = nullptr,
-             .M = walked,
-             .N = p.K,
-             .K = p.N,
-             .R = p.R,
-             .ld_right = p.ldw,
-             .thin_dtype = p.adapter_dtype,
-             .scale = scale,
-             .by_rows = true};
-  const AmxScratch scratch(dx, buffers, p.dx ? threads : 0);
-  parallel(threads, [&](int t) {
-    if (need_dh) pack_down(p.B, p.adapter_dtype, down, p.N, p.R, false, t, threads);
-    dA.slabs.clear(t), dB.slabs.clear(t), dbias.clear(t);
-  });
 
-  for (int64_t m0 = 0; m0 < p.M; m0 += walked) {
-    const int64_t M = std::min(walked, p.M - m0);
-    parallel(threads, [&](int t) {
-      const Tiles tiles;
-      const Own& own = owns[static_cast<size_t>(t)];
-      const Rows all = part(M, t, threads);
-      for (int64_t m = all.begin; m < all.end; m += at_once) {
-        const int64_t rows = std::min(at_once, all.end - m), n = sides(rows);
-        uint16_t *left = blocks + m * N_steps * kSide, *dh = low + m * Rp;
-        for (int64_t i = 0; i < rows; i += kSide) {
-          const int64_t height = std::min(kSide, rows - i);
-          uint16_t* to = left + i * N_steps * kSide;
-          to_blocks(static_cast<const uint16_t*>(p.dy) + (m0 + m + i) * p.lddy, p.lddy, to, height, p.N);
-          if (need_dh) shrink_amx(to, down, p.scaling, dh + i * Rp, Rp, 1, N_steps, p.R);
-        }
-        if (p.dbias) column_sums_amx(left, dbias[t], n, N_steps);
-        if (p.dB) {
-          load_h(static_cast<const uint16_t*>(p.h) + (m0 + m) * p.R, p.R, own.h, Rp, rows);
-          transpose_low(own.h, Rp, own.lowT, n * kSide);
-          wgrad_amx(left, own.lowT, dB.slabs[t], own.pairs, n, N_steps, p.R);
-        }
-        uint32_t* keep = dropout ? bits + m * K_steps : nullptr;
-        if (p.dA) {
-          const auto* x = static_cast<const uint16_t*>(p.x) + (m0 + m) * p.ldx;
-          if (dropout) to_dropped_blocks(x, p.ldx, p.dropout, m0 + m, nullptr, own.x, keep, rows, p.K);
-          else to_blocks(x, p.ldx, own.x, rows, p.K);
-          transpose_low(dh, Rp, own.lowT, n * kSide);
-          wgrad_amx(own.x, own.lowT, dA.slabs[t], own.pairs, n, K_steps, p.R);
-        } else if (keep) {
-          dropout_bits(p.dropout, keep, m0 + m, rows, p.K);
-        }
-      }
-    });
-    if (!p.dx) continue;
-    dx.M = M;
-    dx.out = static_cast<uint16_t*>(p.dx) + m0 * p.K;
-    amx_gemm(dx, scratch);
+  // dy in blocks, dh, and the shares of dA, dB and dbias, of thread t's rows among dx.M from m0 on.
+  void rows_of_thread(int t, int64_t m0) {
+    const Tiles tiles;
+    const Rows all = part(dx.M, t, threads);
+    for (int64_t m = all.begin; m < all.end; m += at_once) {
+      const int64_t rows = std::min(at_once, all.end - m);
+      from_dy(t, m0, m, rows);
+      if (need_dh) from_x(t, m0, m, rows);
+    }
   }
-  parallel(threads, [&](int t) {
-    const Rows k = part(p.K, t, threads), n = part(p.N, t, threads);
-    if (p.dA) dA.store(scale, k.begin, k.end);
-    if (p.dB) dB.store(1.0f, n.begin, n.end);
-  });
-  if (p.dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
-}
+
+  void from_dy(int t, int64_t m0, int64_t m, int64_t rows) {
+    const Own& own = owns[static_cast<size_t>(t)];
+    uint16_t* left = blocks + m * N_steps * kSide;
+    for (int64_t i = 0; i < rows; i += kSide) {
+      const auto* dy = static_cast<const uint16_t*>(p.dy) + (m0 + m + i) * p.lddy;
+      uint16_t* to = left + i * N_steps * kSide;
+      to_blocks(dy, p.lddy, to, std::min(kSide, rows - i), p.N);
+      if (need_dh) shrink_amx(to, down.pairs, p.scaling, low + (m + i) * Rp, Rp, 1, N_steps, p.R);
+    }
+    if (p.dbias) column_sums_amx(left, dbias[t], sides(rows), N_steps);
+    if (!p.dB) return;
+    load_h(static_cast<const uint16_t*>(p.h) + (m0 + m) * p.R, p.R, own.h, Rp, rows);
+    transpose_low(own.h, Rp, own.lowT, round_up(rows, kSide));
+    wgrad_amx(left, own.lowT, dB.slabs[t], own.pairs, sides(rows), N_steps, p.R);
+  }
+
+  void from_x(int t, int64_t m0, int64_t m, int64_t rows) {
+    const Own& own = owns[static_cast<size_t>(t)];
+    uint32_t* keep = bits ? bits + m * K_steps : nullptr;
+    if (!p.dA) {
+      if (keep) dropout_bits(p.dropout, keep, m0 + m, rows, p.K);
+      return;
+    }
+    const auto* x = static_cast<const uint16_t*>(p.x) + (m0 + m) * p.ldx;
+    if (keep) to_dropped_blocks(x, p.ldx, p.dropout, m0 + m, nullptr, own.x, keep, rows, p.K);
+    else to_blocks(x, p.ldx, own.x, rows, p.K);
+    transpose_low(low + m * Rp, Rp, own.lowT, round_up(rows, kSide));
+    wgrad_amx(own.x, own.lowT, dA.slabs[t], own.pairs, sides(rows), K_steps, p.R);
+  }
+
+  const CpuBackwardParams& p;
+  int threads;
+  int64_t N_steps, K_steps, Rp, walked, at_once;
+  bool need_dh;
+  Down down;
+  uint16_t *blocks, *low;  // [walked, N]; [walked, Rp] dh
+  uint32_t* bits;          // [walked, sides(K)] of x that is kept, or null
+  Gradient dA, dB;
+  Slabs dbias;
+  AmxGemm dx;
+  AmxScratch scratch;
+  std::vector<Own> owns;
+};
+
+}  // namespace
+
+void amx_forward(const CpuForwardParams& p, Buffers& buffers) { Forward(p, buffers).run(); }
+void amx_backward(const CpuBackwardParams& p, Buffers& buffers) { Backward(p, buffers).run(); }
 
 }  // namespace fused_lora::cpu
 

@@ -78,6 +78,21 @@ def test_lora_gemm_threads(poison, threads, count):
     assert torch.equal(one["y"], many["y"]) and torch.equal(one["dx"], many["dx"])
 
 
+# AMX: several walks over rows (8 MiB of x each) and chunks of 1024 steps with edges; several groups of 256 columns and
+# two steps of ranks.
+@pytest.mark.skipif(not _C.cpu_features()["amx"], reason="needs a CPU with AMX-BF16")
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("shape", [(1100, 40, 4200, 5), (70, 1100, 1056, 40)])
+def test_amx_walks_chunks_and_groups(poison, threads, shape, count):
+    threads(count)
+    p = exact_problem(*shape, torch.bfloat16, torch.float32)
+    assert_exact(run(p, backend="cpu:inside"), truth(p))
+    p, masked = random_problem(*shape, torch.bfloat16), dict(dropout_p=0.25, seed=torch.tensor([5]))
+    expect = run(p, backend="reference", **masked), truth(p, **masked)
+    for plan in ("inside", "around"):
+        assert_close(run(p, backend=f"cpu:{plan}", **masked), *expect)
+
+
 def test_strided_weight(poison, planned):
     """Rows of a wider matrix, and transposed storage; the NaNs around the view must not leak in."""
     p = exact_problem(40, 70, 90, 8)
