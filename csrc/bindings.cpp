@@ -90,8 +90,6 @@ PYBIND11_MODULE(_C, m) {
   def_keywords<kForward, forward>(m, "cpu_forward", "Writes h and y, or updates y; CpuForwardParams of csrc/lora.h.");
   def_keywords<kBackward, backward>(
       m, "cpu_backward", "Writes dA, dB and dbias, and writes or updates dx; CpuBackwardParams of csrc/lora.h.");
-  m.def("cpu_prefers_lora_gemm", &cpu_prefers_lora_gemm,
-        "Whether cpu_forward and cpu_backward should be given W for fp32 x.");
   m.def("cpu_features", &cpu_features,
         "Which of avx2, avx512, bf16_dot, amx the CPU kernels use; FUSED_LORA_MAX_CPU_ISA caps them.");
   m.def("build_info", &build_info, "What this build holds: compiler, cuda, cuda_archs.");

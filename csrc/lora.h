@@ -37,14 +37,14 @@ struct Dropout {
   float scale() const { return 65536.0f / (65536.0f - static_cast<float>(threshold)); }
 };
 
-// CPU, the forward: writes h, and y with the base product of its own (fp32 only) or, without W, by adding h B^T to the
-// caller's x W^T + bias.
+// CPU, the forward: writes h, and y with the base product of its own (fp32, and bf16 on AMX) or, without W, by adding
+// h B^T to the caller's x W^T + bias.
 struct CpuForwardParams {
   const void* x;     // [M, K], row stride ldx, dtype
-  const void* W;     // [N, K], row stride ldw, fp32; or null
+  const void* W;     // [N, K], row stride ldw, dtype; or null
   const void* A;     // [R, K], contiguous, adapter_dtype
   const void* B;     // [N, R], contiguous, adapter_dtype
-  const void* bias;  // [N], fp32, read with W only; or null
+  const void* bias;  // [N], dtype, read with W only; or null
   void* h;           // [M, R], contiguous, dtype
   void* y;           // [M, N], contiguous, dtype; updated where W is null
   int64_t M, N, K, R, ldx, ldw;
@@ -54,12 +54,12 @@ struct CpuForwardParams {
   int threads;
 };
 
-// CPU, the backward: dx with the base product of its own (fp32 only) or, without W, added to the caller's dy W. A null
-// output is not computed.
+// CPU, the backward: dx with the base product of its own (fp32, and bf16 on AMX) or, without W, added to the caller's
+// dy W. A null output is not computed.
 struct CpuBackwardParams {
   const void* dy;  // [M, N], row stride lddy, dtype
   const void* x;   // [M, K], row stride ldx, dtype; read for dA only
-  const void* W;   // [N, K], row stride ldw, fp32, read for dx only; or null
+  const void* W;   // [N, K], row stride ldw, dtype, read for dx only; or null
   const void* A;   // [R, K], contiguous, adapter_dtype
   const void* B;   // [N, R], contiguous, adapter_dtype
   const void* h;   // [M, R], contiguous, dtype; read for dB only
@@ -74,9 +74,6 @@ struct CpuBackwardParams {
   int threads;
 };
 
-// Whether W pays in fp32: with vectors of 32 bytes or more, where lora_gemm has reached PyTorch's own product on AMD's
-// and on Intel's CPUs (bench/NOTES.md).
-bool cpu_prefers_lora_gemm();
 Status cpu_forward(const CpuForwardParams& p);
 Status cpu_backward(const CpuBackwardParams& p);
 

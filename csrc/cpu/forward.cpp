@@ -1,12 +1,11 @@
 // The CPU forward: h = s * drop(x) A^T, and y += h B^T into the caller's x W^T + bias or, with W, y by lora_gemm.
 //
-// One walk for all dtypes. Each thread takes a run of rows in blocks of kRows: x is read once, in panels of kPanel
-// columns, for h; then the block's rows of y are updated once, while h is in L1. Nothing is summed across threads, so
-// results repeat bit for bit whatever their number is.
+// One walk for all dtypes, but for bf16 on AMX (amx_walk.cpp). Each thread takes a run of rows in blocks of kRows: x is
+// read once, in panels of kPanel columns, for h; then the block's rows of y are updated once, while h is in L1. Nothing
+// is summed across threads, so results repeat bit for bit whatever their number is.
 #include "amx.h"
 #include "block_bf16.h"
 #include "block_fp32.h"
-#include "features.h"
 #include "walk.h"
 
 namespace fused_lora::cpu {
@@ -47,8 +46,6 @@ template <class Block> void low_rank(const CpuForwardParams& p, Buffers& buffers
 
 namespace fused_lora {
 using namespace cpu;
-
-bool cpu_prefers_lora_gemm() { return features.avx2; }
 
 Status cpu_forward(const CpuForwardParams& p) {
   if (const Status status = check(p); status != Status::ok) return status;

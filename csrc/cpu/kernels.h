@@ -27,8 +27,8 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 // shrink.cpp     low[rows, Rp] += panel[rows, cols (row stride ld)] down[cols, Rp]; rows a multiple of kStrip.
 void shrink(const float* panel, int64_t ld, const float* down, float* low, int64_t rows, int64_t cols, int64_t Rp);
 
-// expand.cpp     out[kStrip, cols (row stride ldo)] += (without add =) low[kStrip, Rp] thin[R, cols (row stride ldt)]; cols rounded up
-//                to a multiple of 2 * kVec.
+// expand.cpp     out[kStrip, cols (row stride ldo)] += (without add =) low[kStrip, Rp] thin[R, cols (row stride ldt)];
+//                cols rounded up to a multiple of 2 * kVec.
 void expand(const float* low, const float* thin, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp,
             int64_t ldt, bool add);
 

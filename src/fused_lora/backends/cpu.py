@@ -14,8 +14,7 @@ from fused_lora.ops.internals import linear_with_bias
 from fused_lora.ops.reference import Gradients
 
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
-_LORA_GEMM = _C.cpu_prefers_lora_gemm()
-_TILES = (torch.bfloat16,) if _C.cpu_features()["amx"] else ()
+_FEATURES = _C.cpu_features()
 _LEAST_ROWS = 4  # below, packing W costs more than MKL's product without it (EPYC 9004, 2026-11-24)
 
 
@@ -31,9 +30,11 @@ def refusal(request: Request) -> str | None:
 def plans(request: Request) -> tuple[str, ...]:
     """See `backends`. Where there are instructions for it "inside" is as fast as PyTorch's product without the update, or
     faster (bench/NOTES.md)."""
-    if request.M < _LEAST_ROWS or request.dtype not in (torch.float32, *_TILES):
+    if request.M < _LEAST_ROWS or request.dtype is torch.float16:
         return ("around",)
-    return ("inside", "around") if request.dtype is torch.bfloat16 or _LORA_GEMM else ("around", "inside")
+    if request.dtype is torch.bfloat16:
+        return ("inside", "around") if _FEATURES["amx"] else ("around",)
+    return ("inside", "around") if _FEATURES["avx2"] else ("around", "inside")
 
 
 def summary(request: Request, plan: str) -> str:
