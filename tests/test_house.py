@@ -38,5 +38,7 @@ def test_files_and_functions_are_small(path):
 
 @pytest.mark.parametrize("suffix", [".h", ".cpp", ".cu", ".cuh"])
 def test_native_files_are_small(suffix):
-    sizes = {path: len(path.read_text().splitlines()) for path in (ROOT / "csrc").rglob(f"*{suffix}")}
-    assert {path: size for path, size in sizes.items() if size > 400} == {}
+    """At most 400 lines of at most 120 columns; clang-format leaves comments alone."""
+    files = {path: path.read_text().splitlines() for path in (ROOT / "csrc").rglob(f"*{suffix}")}
+    assert [path for path, lines in files.items() if len(lines) > 400] == []
+    assert [f"{path}:{i}" for path, lines in files.items() for i, line in enumerate(lines, 1) if len(line) > 120] == []

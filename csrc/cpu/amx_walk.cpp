@@ -4,9 +4,9 @@
 //   backward   dh = s * dy B               dx = dy W + mask * (dh A) / (1 - p)
 //              dA = dh^T drop(x)           dB = dy^T h       dbias = sum_M dy
 //
-// Rows are walked kScratch bytes of x (or dy) at a time. Each thread copies its rows into blocks, as they lie, and takes
-// the low-rank products from there; then every thread multiplies its columns of W by all the blocks. dA, dB and dbias
-// gather in one fp32 slab a thread and are summed in thread order, so results repeat bit for bit.
+// Rows are walked kScratch bytes of x (or dy) at a time. Each thread copies its rows into blocks, as they lie, and
+// takes the low-rank products from there; then every thread multiplies its columns of W by all the blocks. dA, dB and
+// dbias gather in one fp32 slab a thread and are summed in thread order, so results repeat bit for bit.
 #include "amx.h"
 #include "walk.h"
 
@@ -35,7 +35,8 @@ Rows part(int64_t rows, int t, int threads) {
   return {sides(rows) * t / threads * kSide, std::min(rows, sides(rows) * (t + 1) / threads * kSide)};
 }
 
-// What stands right of shrink: down [depth, R] in pairs, packed a part a thread, of [R, depth] (transposed) or [depth, R].
+// What stands right of shrink: down [depth, R] in pairs, packed a part a thread, of a matrix [R, depth]
+// (transposed) or [depth, R].
 struct Down {
   const void* src;
   Dtype dtype;

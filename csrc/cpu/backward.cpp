@@ -1,10 +1,10 @@
 // The CPU backward: dh = s * dy B, dx += mask * (dh A) / (1 - p) into the caller's dy W or, with W, dx by lora_gemm;
 // dA = dh^T drop(x), dB = dy^T h, dbias = sum_M dy.
 //
-// One walk for all dtypes, but for bf16 on AMX (amx_walk.cpp). Each thread takes a run of rows in blocks of kRows: dy is
-// read once, in panels of kPanel columns, for dh, dB and dbias; then x is read and dx updated once, under one dropout
-// mask. dA, dB and dbias gather in one fp32 slab a thread; the slabs are summed in thread order, so results repeat bit
-// for bit.
+// One walk for all dtypes, but for bf16 on AMX (amx_walk.cpp). Each thread takes a run of rows in blocks of kRows: dy
+// is read once, in panels of kPanel columns, for dh, dB and dbias; then x is read and dx updated once, under one
+// dropout mask. dA, dB and dbias gather in one fp32 slab a thread; the slabs are summed in thread order, so results
+// repeat bit for bit.
 #include "amx.h"
 #include "block_bf16.h"
 #include "block_fp32.h"

@@ -1,9 +1,9 @@
 // Philox by hand on AVX-512: 64 draws at a time, eight calls side by side.
 //
-// Of the loop in dropout.cpp the compiler multiplies 64 bits by 64 (three operations) and packs and unpacks words in each
-// round. Here a word stays in the lower half of a lane of 64 bits, all that vpmuludq reads; the upper half is rubbish.
-// The multiplications have one port of the CPU's, so upper halves come down by a shuffle, which has another, and not by
-// a shift.
+// Of the loop in dropout.cpp the compiler multiplies 64 bits by 64 (three operations) and packs and unpacks words in
+// each round. Here a word stays in the lower half of a lane of 64 bits, all that vpmuludq reads; the upper half is
+// rubbish. The multiplications have one port of the CPU's, so upper halves come down by a shuffle, which has another,
+// and not by a shift.
 #pragma once
 
 #include <cstdint>

@@ -4,8 +4,8 @@
 //   dropout_bits   bits[rows, words]: a bit for each element that is kept, 32 columns a word
 //
 // Used for drop(x) in the forward and in dA, and for dx. Drawn anew each time from (seed, row, column) as in philox.h.
-// The draws of a row's groups are independent, so the compiler runs 4 or 8 Philox calls side by side; AVX-512 is written
-// by hand.
+// The draws of a row's groups are independent, so the compiler runs 4 or 8 Philox calls side by side; AVX-512 is
+// written by hand.
 #include "draw_avx512.h"
 #include "kernels.h"
 #include "philox.h"

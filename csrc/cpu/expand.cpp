@@ -1,4 +1,6 @@
-// expand: out[rows, cols] += (or =) low[rows, Rp] thin[R, cols], the update of a panel of y (thin = B^T) or of dx (thin = A).
+// expand: out[rows, cols] += (or =) low[rows, Rp] thin[R, cols].
+//
+// The update of a panel of y, where thin = B^T, or of dx, where thin = A.
 //
 // Layouts: `out` and `thin` with row strides, `low` contiguous. In bf16, pairs of neighbouring ranks lie side by side
 // in `low` already, those of `thin` in [R / 2, cols].

@@ -32,8 +32,8 @@ void shrink(const float* panel, int64_t ld, const float* down, float* low, int64
 void expand(const float* low, const float* thin, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp,
             int64_t ldt, bool add);
 
-// wgrad.cpp      out[Rp, cols (row stride ldo)] += low[rows, Rp]^T panel[rows, cols (row stride ld)]; cols rounded up to
-//                a multiple of kLanes.
+// wgrad.cpp      out[Rp, cols (row stride ldo)] += low[rows, Rp]^T panel[rows, cols (row stride ld)]; cols rounded up
+//                to a multiple of kLanes.
 void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t ldo, int64_t rows, int64_t cols,
            int64_t Rp);
 //                out[cols] += sum over rows of panel (row stride ld): one panel's share of dbias.

@@ -4,12 +4,12 @@
 //   backward  dx [M, K] = dy [M, N] W  + dh [M, R] A              W, A [depth, columns]: by_rows = true
 //
 // Layouts: rows of every operand with a row stride, `out` contiguous.
-// Tiles: the update is R more steps of the summed dimension: `thin` lies below `right`, `low` beside `left`. A task owns
-// a range of rows and columns and walks it in blocks of kWidth columns and kDepth steps. A block of `right` is packed
-// once into panels of 32 columns (768 KiB in L2) and meets strips of up to 12 rows of `left` (18 KiB in L1) in register
-// tiles of 12 x 32 (AVX-512) or 6 x 16. A strip's rows are copied kPitch apart, a constant, so that one pointer reaches
-// all of them: GCC keeps row strides out of registers and reloads them in the loop. The rows of a task are cut into
-// strips of equal height, give or take one: 64 rows are 4 x 11 + 2 x 10, not 5 x 12 + 4.
+// Tiles: the update is R more steps of the summed dimension: `thin` lies below `right`, `low` beside `left`. A task
+// owns a range of rows and columns and walks it in blocks of kWidth columns and kDepth steps. A block of `right` is
+// packed once into panels of 32 columns (768 KiB in L2) and meets strips of up to 12 rows of `left` (18 KiB in L1) in
+// register tiles of 12 x 32 (AVX-512) or 6 x 16. A strip's rows are copied kPitch apart, a constant, so that one
+// pointer reaches all of them: GCC keeps row strides out of registers and reloads them in the loop. The rows of a task
+// are cut into strips of equal height, give or take one: 64 rows are 4 x 11 + 2 x 10, not 5 x 12 + 4.
 // Numerics: sums start afresh in every block, so that rounding errors grow with kDepth and not with all of K; the first
 // block stores its sums and adds the bias, the others add theirs.
 // Source of the loop order: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3),

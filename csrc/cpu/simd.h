@@ -62,7 +62,8 @@ template <class V> INLINE void store(float* p, const V& v) { __builtin_memcpy(p,
 
 // out[MR, NV vectors] += x[i * rs + q * cs] * p[q, :], q = 0 .. k - 1: the register tile of every fp32 product.
 // shrink: rs = row stride, cs = 1. wgrad: x = low^T, rs = 1. expand: x = low. Sums start at zero and join `out`
-// at the end (without kAdd they replace it): rounding errors grow with one panel or block, not with the whole of K or M.
+// at the end (without kAdd they replace it): rounding errors grow with one panel or block, not with the whole of K or
+// M.
 template <int MR, class V, int NV, bool kAdd = true>
 INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out,
                  int64_t ldo) {
@@ -90,7 +91,8 @@ INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t
     }
 }
 
-// out[rows, cols] += (or =) X P for X given by its strides: tiles of 16 columns, the last perhaps of 8. rows a multiple of 12.
+// out[rows, cols] += (or =) X P for X given by its strides: tiles of 16 columns, the last perhaps of 8; rows a
+// multiple of 12.
 template <bool kAdd = true>
 INLINE void product(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out,
                     int64_t ldo, int64_t rows, int64_t cols) {

@@ -1,4 +1,4 @@
-// wgrad: out[Rp, cols] += low[rows, Rp]^T panel[rows, cols], one panel's share of dB^T = h^T dy or dA = dh^T drop(x); and
+// wgrad: out[Rp, cols] += low[rows, Rp]^T panel[rows, cols], one panel's share of dB^T = h^T dy or dA = dh^T drop(x).
 // column_sums: out[cols] += sum over rows of the panel, its share of dbias.
 //
 // Layouts: rows of the panel with a row stride. The fp32 kernel reads `low` as it lies; the bf16 one reads it with its
