@@ -61,6 +61,8 @@ def preset(name: str, device: str) -> list[Case]:
                 _grid([512, 2048], _SQUARES, [16], [0.0], [_F32])
                 + _grid([512], _SQUARES, [16], [0.1], [_F32])
                 + _grid([512, 2048], _SQUARES, [16], [0.0], [_BF16])
+                + _grid([512], _SQUARES[:3], [16], [0.1], [_BF16])
+                + _grid([512], _SQUARES[:3], [64], [0.0], [_BF16])
             ),
             "full": lambda: _grid([16, 512, 2048], _SQUARES, [8, 16, 64, 256], [0.0, 0.1], [_F32]),
         }

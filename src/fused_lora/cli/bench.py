@@ -29,8 +29,10 @@ def bench(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the output file of an interrupted run.")] = False,
 ) -> None:
-    """Time the layer against the frozen one, plain PyTorch, PEFT and torch.compile. A wrong or failing candidate is
-    reported and dropped, and the exit code is 1."""
+    """Time the layer against the frozen one, plain PyTorch, PEFT and torch.compile.
+
+    A wrong or failing candidate is reported and dropped, and the exit code is 1.
+    """
     with errors():
         from fused_lora import bench as job
         from fused_lora.bench.results import faults

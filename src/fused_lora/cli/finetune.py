@@ -63,8 +63,10 @@ def finetune(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that the output holds.")] = False,
 ) -> None:
-    """Train a LoRA adapter on text; perplexity on held-out text before and after. The defaults take a few minutes on
-    two CPU cores."""
+    """Train a LoRA adapter on text; perplexity on held-out text before and after.
+
+    The defaults take a few minutes on two CPU cores.
+    """
     options = locals()
     with errors():
         given(model=model, output=output)

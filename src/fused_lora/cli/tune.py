@@ -52,8 +52,11 @@ def tune(
     ] = None,
     budget: Annotated[float, typer.Option(help="Seconds of timing a case, at the most.")] = 1.0,
 ) -> None:
-    """Check and time every back end and plan on this machine, each in a process of its own. From then on
-    backend="auto" takes what is right and fastest. A stop keeps what is done."""
+    """Find out which back end and plan is right and fastest on this machine.
+
+    Each is checked and timed in a process of its own; from then on backend="auto" takes the fastest. A stop keeps what
+    is done.
+    """
     with errors():
         given(model=model, dtype=dtype, rows=rows, r=r)
         from fused_lora.backends import tuned
