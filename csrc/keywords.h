@@ -97,12 +97,18 @@ bool parse(Params& params, PyObject* const* args, Py_ssize_t positions, PyObject
   return true;
 }
 
+// Other Python threads may run meanwhile. pybind11's own looks its thread state up first.
+struct WithoutGil {
+  PyThreadState* const state = PyEval_SaveThread();
+  ~WithoutGil() { PyEval_RestoreThread(state); }
+};
+
 template <const auto& keywords, auto run>
 PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t positions, PyObject* names) {
   decltype(params_of(keywords)) params{};
   if (!parse<keywords>(params, args, positions, names)) return nullptr;
   try {
-    const pybind11::gil_scoped_release release;
+    const WithoutGil release;
     run(params);
   } catch (const std::invalid_argument& e) {
     return PyErr_SetString(PyExc_ValueError, e.what()), nullptr;

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from fused_lora.ops import internals
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -69,7 +71,8 @@ def poison(monkeypatch):
 
         return wrapper
 
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+    owners = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
+    for owner, name in (*owners, (internals, "empty_on_cpu")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 

@@ -205,7 +205,9 @@ def test_every_instruction_set(isa):
 
 def test_an_unknown_instruction_set_is_refused():
     environment = os.environ | {"FUSED_LORA_MAX_CPU_ISA": "sse9"}
-    done = subprocess.run([sys.executable, "-c", "from fused_lora import _C"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "from fused_lora import _C"], env=environment, capture_output=True, text=True
+    )
     assert "FUSED_LORA_MAX_CPU_ISA must be baseline, avx2, avx512, avx512_bf16 or amx; got sse9" in done.stderr
 
 

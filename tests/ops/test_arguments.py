@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from fused_lora import lora_linear
+from fused_lora import backends, lora_linear
+from fused_lora.ops import linear
 from fused_lora.testing import random_problem
 
 GOOD = dict(x=(4, 32), weight=(24, 32), lora_A=(8, 32), lora_B=(24, 8), bias=(24,))
@@ -80,11 +81,12 @@ def outcome(call):
 
 def test_the_remembered_verdict_and_the_explained_one_agree():
     """Plain calls are checked once for each kind of arguments and remembered; calls that somebody listens to are
-    checked each time. Random arguments, good and bad, in random order: both say the same, the first time and again."""
+    checked each time. Random arguments, good and bad, in random order: both say the same, the first time and again. A
+    good lora_A stays the same tensor: it is what a verdict is found by."""
     g = random.Random(0)
     N, K, R = 6, 10, 3
     shapes = dict(x=(4, K), weight=(N, K), lora_A=(R, K), lora_B=(N, R), bias=(N,))
-    ran = 0
+    ran, lora_A = 0, torch.zeros(R, K)
     for _ in range(400):
         drawn = {}
         for name, shape in shapes.items():
@@ -94,6 +96,9 @@ def test_the_remembered_verdict_and_the_explained_one_agree():
             dtype = g.choice([torch.float16, torch.int32, torch.float64]) if g.random() < 0.08 else torch.float32
             device = "meta" if g.random() < 0.03 else "cpu"
             drawn[name] = torch.zeros(size, dtype=dtype, device=device)
+        given = drawn["lora_A"]
+        if (given.shape, given.dtype, given.device) == (lora_A.shape, lora_A.dtype, lora_A.device):
+            drawn["lora_A"] = lora_A
         drawn["bias"] = drawn["bias"] if g.random() < 0.7 else None
         if g.random() < 0.05:  # no tensor at all, or another's
             drawn[g.choice(list(shapes))] = g.choice([None, *drawn.values()])
@@ -110,3 +115,52 @@ def test_the_remembered_verdict_and_the_explained_one_agree():
         assert first == again == explained, (drawn, bias, dropout_p, backend)
         ran += first == "ran"
     assert 50 < ran < 350
+
+
+DATA = {
+    "x": (lambda p: p.x.bfloat16(), r"weight must have x's dtype"),
+    "weight": (lambda p: p.weight[:-1], r"lora_B must have shape \[23, 8\]"),
+    "lora_A": (lambda p: p.lora_A[:, 1:], r"lora_A must have shape \[R, 32\]"),
+    "lora_B": (lambda p: p.lora_B.half(), r"lora_B must have x's dtype"),
+    "bias": (lambda p: p.bias[1:], r"bias must have shape \[24\]"),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_new_data_of_a_remembered_tensor_is_checked(name):
+    p = random_problem(4, 24, 32, 8)
+    make, message = DATA[name]
+    tensor, before, changed = getattr(p, name), getattr(p, name).data, make(p)
+
+    def call():
+        return lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0, bias=p.bias)
+
+    y = call()
+    tensor.data = changed
+    with pytest.raises(ValueError, match=message):
+        call()
+    tensor.data = before
+    assert torch.equal(call(), y)
+
+
+def test_a_remembered_weight_is_read_as_it_lies():
+    """After a call with the weight in one piece, `weight.data` is a transposed one of the same shape."""
+    p = random_problem(64, 32, 32, 8)
+    y = lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0)
+    p.weight.data = p.weight.t().contiguous().t()
+    torch.testing.assert_close(lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0), y)
+
+
+def test_a_verdict_knows_every_bucket_of_rows(monkeypatch):
+    """Calls that differ in nothing but the number of rows ask once for each bucket."""
+    asked = []
+
+    def pick(backend, request):
+        asked.append(request.M)
+        return backends.pick(backend, request)
+
+    monkeypatch.setattr(linear, "pick", pick)
+    p = random_problem(300, 24, 32, 8)
+    for rows in (300, 2, 300, 0, 2, 257):
+        lora_linear(p.x[:rows], p.weight, p.lora_A, p.lora_B, p.scaling)
+    assert asked == [512, 2, 0]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fused_lora.bench.cases import Case
-from fused_lora.ops import reference
+from fused_lora.ops import internals, reference
 from fused_lora.tuning.check import Wrong, _check_close, _check_integers, check, expected
 from fused_lora.tuning.job import candidates_for
 
@@ -66,10 +66,10 @@ def test_another_mask_is_wrong_and_without_dropout_it_does_not_show():
 
 
 def test_memory_is_poisoned_for_the_candidate_alone():
-    before = torch.empty, torch.Tensor.new_empty
+    before = torch.empty, torch.Tensor.new_empty, internals.empty_on_cpu
     with pytest.raises(Wrong):
         check("unwritten", expected(Case(33, 40, 24, 4, 0.0, torch.float32), "cpu"))
-    assert before == (torch.empty, torch.Tensor.new_empty)
+    assert before == (torch.empty, torch.Tensor.new_empty, internals.empty_on_cpu)
 
 
 def test_what_a_dtype_cannot_hold_proves_nothing():

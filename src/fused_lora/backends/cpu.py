@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fused_lora import _C
 from fused_lora.backends import FUSED_DTYPES, Request, only_plain
+from fused_lora.ops import internals
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import linear_with_bias
 from fused_lora.ops.reference import Gradients
@@ -28,8 +29,8 @@ def refusal(request: Request) -> str | None:
 
 
 def plans(request: Request) -> tuple[str, ...]:
-    """See `backends`. Where there are instructions for it "inside" is as fast as PyTorch's product without the update, or
-    faster (bench/NOTES.md)."""
+    """See `backends`. Where there are instructions for it "inside" is as fast as PyTorch's product without the update,
+    or faster (bench/NOTES.md)."""
     if request.M < _LEAST_ROWS or request.dtype is torch.float16:
         return ("around",)
     if request.dtype is torch.bfloat16:
@@ -43,25 +44,20 @@ def summary(request: Request, plan: str) -> str:
 
 
 def _rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """t with neighbouring columns adjacent in memory, and its row stride, which may be any."""
-    if not t.is_contiguous():
-        if t.stride(1) == 1:
-            return t, t.stride(0)
-        t = t.contiguous()
-    return t, t.shape[1]
+    """t, not contiguous, with neighbouring columns adjacent in memory, and its row stride, which may be any."""
+    return (t, t.stride(0)) if t.stride(1) == 1 else (t.contiguous(), t.shape[1])
 
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan):
     """y [M, N] and h [M, R]; see `reference.forward`."""
-    (x, ldx), lora_A, lora_B = _rows(x), lora_A.contiguous(), lora_B.contiguous()
+    lora_A, lora_B, dtype = lora_A.contiguous(), lora_B.contiguous(), x.dtype
     (M, K), (N, R) = x.shape, lora_B.shape
-    h = x.new_empty(
-        M, R
-    )  # new_empty alone, of all that allocates, is a warm path; sizes one by one cost less than a tuple
+    x, ldx = (x, K) if x.is_contiguous() else _rows(x)
+    h = internals.empty_on_cpu((M, R), (R, 1), dtype)
     W_ptr = ldw = bias_ptr = 0
     if plan == "inside":
-        (weight, ldw), y = _rows(weight), x.new_empty(M, N)
-        W_ptr = weight.data_ptr()
+        weight, ldw = (weight, K) if weight.is_contiguous() else _rows(weight)
+        y, W_ptr = internals.empty_on_cpu((M, N), (N, 1), dtype), weight.data_ptr()
         if bias is not None:
             bias = bias.contiguous()
             bias_ptr = bias.data_ptr()
@@ -77,7 +73,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, 
         h=h.data_ptr(),
         y=y.data_ptr(),
         sizes=(M, N, K, R),
-        dtypes=(_CODE[x.dtype], _CODE[lora_A.dtype]),
+        dtypes=(_CODE[dtype], _CODE[lora_A.dtype]),
         scaling=scaling,
         dropout=dropout,
         threads=torch.get_num_threads(),
@@ -87,25 +83,27 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, 
 
 def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan):
     """The gradients that `needs` asks for, but for the weight's; see `reference.backward`."""
-    (dy, lddy), lora_A, lora_B = _rows(dy), lora_A.contiguous(), lora_B.contiguous()
+    lora_A, lora_B, dtype, adapter_dtype = lora_A.contiguous(), lora_B.contiguous(), dy.dtype, lora_A.dtype
     (M, N), (R, K) = dy.shape, lora_A.shape
+    dy, lddy = (dy, N) if dy.is_contiguous() else _rows(dy)
     dx = dA = dB = dbias = None
     dx_ptr = dA_ptr = dB_ptr = dbias_ptr = x_ptr = ldx = h_ptr = W_ptr = ldw = 0
     if needs.x:
         if plan == "inside":
-            (weight, ldw), dx = _rows(weight), dy.new_empty(M, K)
-            W_ptr = weight.data_ptr()
+            weight, ldw = (weight, K) if weight.is_contiguous() else _rows(weight)
+            dx, W_ptr = internals.empty_on_cpu((M, K), (K, 1), dtype), weight.data_ptr()
         else:
             dx = dy.mm(weight)
         dx_ptr = dx.data_ptr()
     if needs.lora_A:
-        (x, ldx), dA = _rows(x), lora_A.new_empty(R, K)
+        x, ldx = (x, K) if x.is_contiguous() else _rows(x)
+        dA = internals.empty_on_cpu((R, K), (K, 1), adapter_dtype)
         x_ptr, dA_ptr = x.data_ptr(), dA.data_ptr()
     if needs.lora_B:
-        h, dB = h.contiguous(), lora_B.new_empty(N, R)
+        h, dB = h.contiguous(), internals.empty_on_cpu((N, R), (R, 1), adapter_dtype)
         h_ptr, dB_ptr = h.data_ptr(), dB.data_ptr()
     if needs.bias:
-        dbias = dy.new_empty(N)
+        dbias = internals.empty_on_cpu((N,), (1,), dtype)
         dbias_ptr = dbias.data_ptr()
     dropout = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     _C.cpu_backward(
@@ -120,7 +118,7 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, nee
         dB=dB_ptr,
         dbias=dbias_ptr,
         sizes=(M, N, K, R),
-        dtypes=(_CODE[dy.dtype], _CODE[lora_A.dtype]),
+        dtypes=(_CODE[dtype], _CODE[adapter_dtype]),
         scaling=scaling,
         dropout=dropout,
         threads=torch.get_num_threads(),

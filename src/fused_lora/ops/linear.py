@@ -1,15 +1,18 @@
 """lora_linear(): every check of the op, once, before anything is computed."""
 
 import difflib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from fused_lora.backends import NAMES, Serving, bucket, forget, pick
 from fused_lora.ops.autograd import LoRALinearFunction, eager_apply, matrix, needs_plain_operators, nobody_listens
 from fused_lora.ops.dropout import dropout_threshold
-from fused_lora.ops.internals import any_autocast_enabled
+from fused_lora.ops.internals import alike, any_autocast_enabled
 from fused_lora.ops.reference import PLAIN, Variant, composition
 from fused_lora.ops.schema import aligned, request_of
 
@@ -74,8 +77,10 @@ def lora_linear(
     plain = not return_h and (
         x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None
     )
-    if plain and nobody_listens(x, weight, lora_A, lora_B, bias):
+    serving = None
+    if plain and not is_dynamo_compiling():
         serving = _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend)
+    if serving is not None:
         if type(scaling) is not float:
             lora_A, scaling = _tensor_scaling(lora_A, scaling)
         seed = _draw_seed(x, dropout_p) if dropout_p > 0.0 and training else None
@@ -101,48 +106,57 @@ def lora_linear(
     return (y, h.view(*x.shape[:-1], lora_A.shape[0])) if return_h else y
 
 
-# Who serves a call, by everything that `fault` and `pick` look at: a call is checked once, not each time.
-_SERVING: dict[tuple, Serving] = {}
+class _Verdict(NamedTuple):
+    """That a call is right and nobody listens, as long as its tensors are alike: all that a later call has to check."""
+
+    alike: Callable[..., bool]
+    biased: bool
+    backend: str
+    servings: dict[int, Serving]  # by the bucket of x's rows
 
 
-def _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> Serving:
-    """Who serves a call with plain tensors. Raises: ValueError if an argument is wrong or the back end refuses."""
-    try:
-        K = x.shape[-1]
-        key = (
-            backend,
-            dropout_p,
-            x.layout,
-            K,
-            bucket(x.numel() // K),
-            x.dtype,
-            x.device,
-            weight.shape,
-            weight.dtype,
-            weight.device,
-            lora_A.shape,
-            lora_A.dtype,
-            lora_A.device,
-            lora_B.shape,
-            lora_B.dtype,
-            lora_B.device,
-            None if bias is None else (bias.shape, bias.dtype, bias.device),
-            weight.is_cpu or aligned(weight),
-        )
-        return _SERVING[key]
-    except (KeyError, IndexError, ZeroDivisionError, TypeError):  # new, of no or an empty dimension, not hashable
-        error = fault(x, weight, lora_A, lora_B, bias, dropout_p, backend)
-        if error is not None:
-            raise error from None
-    if len(_SERVING) > 4096:
-        _SERVING.clear()
-    serving = _SERVING[key] = pick(backend, request_of(x, weight, lora_A, PLAIN))
+# By the address of lora_A: whatever else lies there later is either alike, too, or checked anew.
+_VERDICTS: dict[int, _Verdict] = {}
+
+
+def _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> Serving | None:
+    """Who serves a call with plain tensors; None if somebody listens, see `nobody_listens`.
+
+    Raises: ValueError if an argument is wrong or the back end refuses.
+    """
+    verdict = _VERDICTS.get(id(lora_A))
+    if verdict is not None:
+        same, biased, known, servings = verdict
+        if (
+            backend == known
+            and (same(x, weight, lora_A, lora_B, bias) if biased else bias is None and same(x, weight, lora_A, lora_B))
+            and type(dropout_p) in (float, int)
+            and 0.0 <= dropout_p < 1.0
+            and (weight.is_cpu or aligned(weight))
+        ):
+            rows = bucket(x.numel() // x.shape[-1])
+            if rows not in servings:
+                servings[rows] = pick(backend, request_of(x, weight, lora_A, PLAIN))
+            return servings[rows]
+    if not nobody_listens(x, weight, lora_A, lora_B, bias):
+        return None
+    error = fault(x, weight, lora_A, lora_B, bias, dropout_p, backend)
+    if error is not None:
+        raise error
+    request = request_of(x, weight, lora_A, PLAIN)
+    serving = pick(backend, request)
+    if request.aligned and x.layout is torch.strided:
+        same = alike(x, weight, lora_A, lora_B) if bias is None else alike(x, weight, lora_A, lora_B, bias)
+        if len(_VERDICTS) > 4096:
+            _VERDICTS.clear()
+        if same is not None:
+            _VERDICTS[id(lora_A)] = _Verdict(same, bias is not None, backend, {request.M: serving})
     return serving
 
 
 def forget_verdicts() -> None:
     """Ask anew who serves each call, see `backends.forget`."""
-    _SERVING.clear()
+    _VERDICTS.clear()
     forget()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_lora.bench import runner
 from fused_lora.bench.cases import Case
+from fused_lora.ops import internals
 from fused_lora.testing import Problem, assert_close, exact_problem, random_problem, run, truth
 
 
@@ -124,6 +125,7 @@ def _poisoned_memory() -> Iterator[None]:
 
     owners: tuple[tuple[Any, str], ...]
     owners = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
+    owners += ((internals, "empty_on_cpu"),)
     before = [getattr(owner, name) for owner, name in owners]
     try:
         for (owner, name), make in zip(owners, before):
