@@ -146,11 +146,11 @@ def _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> Serving | N
     request = request_of(x, weight, lora_A, PLAIN)
     serving = pick(backend, request)
     if request.aligned and x.layout is torch.strided:
-        same = alike(x, weight, lora_A, lora_B) if bias is None else alike(x, weight, lora_A, lora_B, bias)
+        check = alike(x, weight, lora_A, lora_B) if bias is None else alike(x, weight, lora_A, lora_B, bias)
         if len(_VERDICTS) > 4096:
             _VERDICTS.clear()
-        if same is not None:
-            _VERDICTS[id(lora_A)] = _Verdict(same, bias is not None, backend, {request.M: serving})
+        if check is not None:
+            _VERDICTS[id(lora_A)] = _Verdict(check, bias is not None, backend, {request.M: serving})
     return serving
 
 
