@@ -28,6 +28,14 @@ def raising(error):
     return function
 
 
+@pytest.fixture(autouse=True)
+def hangup():
+    """SIGHUP as a terminal has it, also where the tests run under nohup, which fused-lora heeds."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def killed_by(function, number):
     """The function, and after it the signal."""
 

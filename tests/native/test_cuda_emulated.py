@@ -152,7 +152,9 @@ def test_what_is_not_needed_is_not_there(schedule, poison):
     for need_x, need_A, need_B in itertools.product((False, True), repeat=3):
         x, given_h = p.x if need_A else None, h if need_B else None
         needs = Gradients(x=need_x, lora_A=need_A, lora_B=need_B, bias=False)
-        got = cuda.backward(p.dy, None, x, p.weight, p.lora_A, p.lora_B, given_h, p.scaling, 0.0, None, needs, PLAIN)
+        got = cuda.backward(
+            p.dy, None, x, p.weight, p.lora_A, p.lora_B, given_h, p.scaling, 0.0, None, needs, PLAIN, ""
+        )
         assert_exact({"dx": got.x, "dA": got.lora_A, "dB": got.lora_B}, exact)
 
 

@@ -183,7 +183,7 @@ def test_what_has_no_plan_is_an_error():
 
 def request_of(device="cuda", **others):
     """A request that the back end serves, for a device that this machine need not have, but for `others`."""
-    served = dict(dtype=torch.bfloat16, adapter_dtype=torch.float32, N=16, K=32, R=8, aligned=True, optional=())
+    served = dict(dtype=torch.bfloat16, adapter_dtype=torch.float32, M=64, N=16, K=32, R=8, aligned=True, optional=())
     return Request(device=torch.device(device, 0) if device == "cuda" else torch.device(device), **(served | others))
 
 
