@@ -23,24 +23,53 @@
 
 namespace fused_lora::cpu {
 
-// Memory aligned to whole cache lines; from 2 MiB on in huge pages, where the system has them.
-struct Lines {
-  static constexpr size_t kAlign = 64, kHuge = size_t{2} << 20;
+// Memory aligned to whole cache lines, none where the system has none left. From 2 MiB on in huge pages: a tile of
+// 1 KiB is 16 lines, and waits for a page's address as for the lines. In a mapping of its own, for advice given to the
+// heap would stay with whoever gets that piece of it next.
+class Lines {
+  static constexpr size_t kHuge = size_t{2} << 20;
   struct Free {
-    void operator()(std::byte* p) const { std::free(p); }
-  };
-  Lines() = default;
-  explicit Lines(size_t bytes) {
-    const size_t align = bytes < kHuge ? kAlign : kHuge;
-    size = (bytes + align - 1) / align * align;
-    memory.reset(static_cast<std::byte*>(std::aligned_alloc(align, size)));
-    if (!memory) throw std::bad_alloc();
+    size_t mapped;  // bytes, or 0 for memory of the heap
+    void operator()(std::byte* p) const {
 #ifdef MADV_HUGEPAGE
-    if (align == kHuge) madvise(memory.get(), size, MADV_HUGEPAGE);  // a tile of 1 KiB is 16 lines of scratch
+      if (mapped) {
+        munmap(p, mapped);
+        return;
+      }
 #endif
+      std::free(p);
+    }
+  };
+
+ public:
+  static constexpr size_t kAlign = 64;
+
+  Lines() : owner_(nullptr, Free{0}) {}
+  explicit Lines(size_t bytes) : Lines() {
+#ifdef MADV_HUGEPAGE
+    if (bytes >= kHuge) {
+      const size_t size = (bytes + kHuge - 1) / kHuge * kHuge, mapped = size + kHuge;  // room to align, never touched
+      void* p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (p == MAP_FAILED) return;
+      owner_ = {static_cast<std::byte*>(p), Free{mapped}};
+      data_ = owner_.get() + (kHuge - reinterpret_cast<uintptr_t>(p) % kHuge) % kHuge;
+      size_ = size;
+      madvise(data_, size_, MADV_HUGEPAGE);
+      return;
+    }
+#endif
+    const size_t size = (bytes + kAlign - 1) / kAlign * kAlign;
+    owner_ = {static_cast<std::byte*>(std::aligned_alloc(kAlign, size)), Free{0}};
+    data_ = owner_.get();
+    size_ = data_ ? size : 0;
   }
-  size_t size = 0;
-  std::unique_ptr<std::byte, Free> memory;
+  std::byte* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  std::unique_ptr<std::byte, Free> owner_;
+  std::byte* data_ = nullptr;
+  size_t size_ = 0;
 };
 
 // The buffers of one call, from memory that stays with the calling thread: as much as its largest call took, so that
@@ -50,7 +79,7 @@ class Buffers {
   Buffers() = default;
   Buffers(const Buffers&) = delete;
   ~Buffers() {
-    if (taken_ > kept_.size && taken_ <= kMost) kept_ = Lines(taken_);
+    if (taken_ > kept_.size() && taken_ <= kMost) kept_ = Lines(taken_);
   }
   template <class T = float> T* take(int64_t n) {
     const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + kAlign - 1) / kAlign * kAlign;
@@ -61,7 +90,7 @@ class Buffers {
  private:
   static constexpr size_t kAlign = Lines::kAlign, kMost = size_t{64} << 20;
   inline static thread_local Lines kept_;
-  std::pmr::monotonic_buffer_resource pool_{kept_.memory.get(), kept_.size};
+  std::pmr::monotonic_buffer_resource pool_{kept_.data(), kept_.size()};
   size_t taken_ = 0;
 };
 
