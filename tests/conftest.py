@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import pytest
 
 from fused_lora.ops import internals
+from fused_lora.ops.linear import forget_verdicts
 
 
 @dataclass(frozen=True)
@@ -109,3 +110,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """The path of a directory for what `fused-lora tune` finds out, which counts for one test and is not made yet."""
+    monkeypatch.setenv("FUSED_LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FUSED_LORA_TUNED", raising=False)
+    forget_verdicts()
+    yield tmp_path / "cache"
+    monkeypatch.undo()
+    forget_verdicts()

@@ -4,7 +4,7 @@
 //   backward  dx [M, K] = dy [M, N] W  + mask * (dh [M, R] A)       W, A [depth, columns]: by_rows = true
 //
 // Layouts: `left` in blocks (amx.h), `low` padded, the rest as it lies, `out` contiguous.
-// Tiles: a task owns a range of rows and of columns. kDepth x kGroup of `right` is packed into pairs (at most 1 MiB in
+// Tiles: a task owns a range of rows and of columns. kDepth x kGroup of `right` is packed into pairs (512 KiB in
 // L2) and meets all its rows of `left`, 32 at a time, of which the next 32 are on their way; 32 x 32 of sums in four
 // tile registers. With several chunks of depth the sums wait in fp32 meanwhile.
 // Numerics: one chain of fp32 sums over the depth; the update joins it at its end, or apart under dropout's mask; bias
@@ -112,15 +112,6 @@ int64_t group_size(const AmxGemm& g) {
   return std::min(kGroup, sides(g.N) * kSide) * (deep + round_up(g.R, kSide));
 }
 
-struct Range {
-  int64_t begin, end;
-};
-
-// Part i of n of [0, size), cut at multiples of 32.
-Range part(int64_t size, int64_t i, int64_t n) {
-  return {sides(size) * i / n * kSide, std::min(size, sides(size) * (i + 1) / n * kSide)};
-}
-
 BF16_DOT void pack(const AmxGemm& g, const void* src, Dtype dtype, int64_t ld, int64_t k, int64_t n, uint16_t* pairs,
                    int64_t depth, int64_t cols) {
   const int64_t panel = sides(depth) * kBlock;
@@ -190,7 +181,8 @@ void amx_gemm(const AmxGemm& g, const AmxScratch& scratch) {
   const int by_cols = scratch.by_cols, by_rows = scratch.by_rows;
   parallel(by_cols * by_rows, [&](int t) {
     const size_t i = static_cast<size_t>(t);
-    task(g, part(g.M, t / by_cols, by_rows), part(g.N, t % by_cols, by_cols), scratch.groups[i], scratch.sums[i]);
+    task(g, part(g.M, kSide, t / by_cols, by_rows), part(g.N, kSide, t % by_cols, by_cols), scratch.groups[i],
+         scratch.sums[i]);
   });
 }
 

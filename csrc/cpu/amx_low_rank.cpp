@@ -14,47 +14,49 @@
 namespace fused_lora::cpu {
 namespace {
 
-// low[16 rows, 16 ranks (row stride Rp)] = factor * sums in bf16.
-BF16_DOT_INLINE void store_low(const float* sums, __m512 factor, uint16_t* low, int64_t Rp) {
-  for (int i = 0; i < 16; ++i)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + i * Rp),
-                        (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(factor, _mm512_load_ps(sums + 16 * i))));
+// low[16, 16 (row stride Rp)] = factor * sums in bf16, zero past rows and ranks, which an Inf beside the padding's
+// zeros has made NaN.
+BF16_DOT_INLINE void store_low(const float* sums, __m512 factor, uint16_t* low, int64_t Rp, int64_t rows,
+                               int64_t ranks) {
+  const __mmask16 there = first16(ranks);
+  for (int64_t i = 0; i < 16; ++i) {
+    const __m512 scaled = _mm512_maskz_mul_ps(i < rows ? there : 0, factor, _mm512_load_ps(sums + 16 * i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + i * Rp), (__m256i)_mm512_cvtneps_pbh(scaled));
+  }
 }
 
 }  // namespace
 
 BF16_DOT void shrink_amx(const uint16_t* blocks, const uint16_t* down, float factor, uint16_t* low, int64_t Rp,
-                         int64_t n, int64_t steps, int64_t R) {
+                         int64_t rows, int64_t steps, int64_t R) {
   alignas(64) float sums[4][256];
   const __m512 scale = _mm512_set1_ps(factor);
-  for (int64_t m = 0; m < n; ++m)
-    for (int64_t r = 0; r < R; r += kSide) {
-      const uint16_t *a = blocks + m * steps * kBlock, *b = down + r / kSide * steps * kBlock;
-      const bool two = R - r > 16;
-      uint16_t* to = low + m * kSide * Rp + r;
-      tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-      for (int64_t k = 0; two && k < steps; ++k, a += kBlock, b += kBlock) {
-        tile_load<4>(a, 64), tile_load<6>(b, 64), tile_dot<0, 4, 6>();
-        tile_load<7>(b + kTile, 64), tile_dot<1, 4, 7>();
-        tile_load<5>(a + kTile, 64), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
-      }
-      for (int64_t k = 0; !two && k < steps; k += 2, a += 2 * kBlock, b += 2 * kBlock) {
-        tile_load<4>(a, 64), tile_load<6>(b, 64), tile_dot<0, 4, 6>();
-        tile_load<5>(a + kTile, 64), tile_dot<2, 5, 6>();
-        if (k + 1 == steps) break;
-        tile_load<4>(a + kBlock, 64), tile_load<7>(b + kBlock, 64), tile_dot<1, 4, 7>();
-        tile_load<5>(a + kBlock + kTile, 64), tile_dot<3, 5, 7>();
-      }
-      tile_store<0>(sums[0], 64), tile_store<1>(sums[1], 64);
-      tile_store<2>(sums[2], 64), tile_store<3>(sums[3], 64);
-      if (!two)
-        for (int i = 0; i < 256; ++i) {
-          sums[0][i] += sums[1][i], sums[2][i] += sums[3][i];
-          sums[1][i] = sums[3][i] = 0.0f;
-        }
-      store_low(sums[0], scale, to, Rp), store_low(sums[1], scale, to + 16, Rp);
-      store_low(sums[2], scale, to + 16 * Rp, Rp), store_low(sums[3], scale, to + 16 * Rp + 16, Rp);
+  for (int64_t r = 0; r < R; r += kSide) {
+    const uint16_t *a = blocks, *b = down + r / kSide * steps * kBlock;
+    const bool two = R - r > 16;
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    for (int64_t k = 0; two && k < steps; ++k, a += kBlock, b += kBlock) {
+      tile_load<4>(a, 64), tile_load<6>(b, 64), tile_dot<0, 4, 6>();
+      tile_load<7>(b + kTile, 64), tile_dot<1, 4, 7>();
+      tile_load<5>(a + kTile, 64), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
     }
+    for (int64_t k = 0; !two && k < steps; k += 2, a += 2 * kBlock, b += 2 * kBlock) {
+      tile_load<4>(a, 64), tile_load<6>(b, 64), tile_dot<0, 4, 6>();
+      tile_load<5>(a + kTile, 64), tile_dot<2, 5, 6>();
+      if (k + 1 == steps) break;
+      tile_load<4>(a + kBlock, 64), tile_load<7>(b + kBlock, 64), tile_dot<1, 4, 7>();
+      tile_load<5>(a + kBlock + kTile, 64), tile_dot<3, 5, 7>();
+    }
+    tile_store<0>(sums[0], 64), tile_store<1>(sums[1], 64);
+    tile_store<2>(sums[2], 64), tile_store<3>(sums[3], 64);
+    if (!two)
+      for (int i = 0; i < 256; ++i) sums[0][i] += sums[1][i], sums[2][i] += sums[3][i];
+    for (int half = 0; half < 2; ++half) {
+      uint16_t* to = low + 16 * half * Rp + r;
+      store_low(sums[2 * half], scale, to, Rp, rows - 16 * half, R - r);
+      store_low(sums[2 * half + 1], scale, to + 16, Rp, rows - 16 * half, R - r - 16);
+    }
+  }
 }
 
 BF16_DOT void wgrad_amx(const uint16_t* blocks, const uint16_t* lowT, float* slab, uint16_t* pairs, int64_t n,

@@ -17,10 +17,7 @@
 namespace fused_lora::cpu {
 namespace {
 
-// The first n of 16, none for n <= 0.
-BF16_DOT_INLINE __mmask16 first16(int64_t n) {
-  return static_cast<__mmask16>(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0);
-}
+// The first n of 32, none for n <= 0.
 BF16_DOT_INLINE __mmask32 first32(int64_t n) { return n >= 32 ? ~0u : n > 0 ? (1u << n) - 1 : 0; }
 
 // n of 32 elements as bf16, the others zero.

@@ -15,6 +15,7 @@
 namespace fused_lora::cpu {
 namespace {
 
+// Not swept, but for the effect of pages and of L2 that bench/NOTES.md tells.
 constexpr int64_t kScratch = 8 << 20;       // bytes of x or dy that lie in blocks at a time
 constexpr int64_t kRowsAtOnce = 256;        // of a thread: what one wgrad sums up
 constexpr int64_t kBlockBytes = 512 << 10;  // of a thread's rows: half of L2, or 32 rows
@@ -25,14 +26,6 @@ int64_t rows_walked(int64_t M, int64_t width) {
 }
 int64_t rows_of_block(int64_t width) {
   return std::clamp<int64_t>(kBlockBytes / (width * 2) / kSide * kSide, kSide, kRowsAtOnce);
-}
-
-struct Rows {
-  int64_t begin, end;
-};
-// Thread t's part of [0, rows), cut at multiples of 32.
-Rows part(int64_t rows, int t, int threads) {
-  return {sides(rows) * t / threads * kSide, std::min(rows, sides(rows) * (t + 1) / threads * kSide)};
 }
 
 // What stands right of shrink: down [depth, R] in pairs, packed a part a thread, of a matrix [R, depth]
@@ -46,7 +39,7 @@ struct Down {
 
   void take(Buffers& buffers) { pairs = buffers.take<uint16_t>(sides(R) * sides(depth) * kBlock); }
   void pack(int t, int threads) const {
-    const Rows k = part(depth, t, threads);
+    const Range k = part(depth, kSide, t, threads);
     if (!pairs || k.begin >= k.end) return;
     uint16_t* to = pairs + k.begin * kSide;
     const int64_t panel = sides(depth) * kBlock, rows = k.end - k.begin;
@@ -55,7 +48,8 @@ struct Down {
   }
 };
 
-// Threads worth waking: tiles multiply about 16 times as fast as `threads_worth` reckons, low-rank products 4 times.
+// Threads worth waking: tiles multiply 16 times as fast as fp32, thin products, which wait for memory, perhaps 4 times;
+// reckoned, not swept.
 int threads_of(int64_t M, int64_t N, int64_t K, int64_t R, bool inside, int threads) {
   return inside ? threads_worth(M * N * K / 16, threads) : threads_worth(M * (N + K) * R / 4, threads);
 }
@@ -118,14 +112,14 @@ class Forward {
   // x in blocks and h of thread t's rows among y.M from m0 on.
   void rows_of_thread(int t, int64_t m0) const {
     const Tiles tiles;
-    const Rows own = part(y.M, t, threads);
+    const Range own = part(y.M, kSide, t, threads);
     for (int64_t m = own.begin; m < own.end; m += kSide) {
       const int64_t rows = std::min(kSide, own.end - m);
       const auto* x = static_cast<const uint16_t*>(p.x) + (m0 + m) * p.ldx;
       uint16_t *whole = blocks + m * steps * kSide, *left = dropout ? dropped + t * kBlock * steps : whole;
       if (dropout) to_dropped_blocks(x, p.ldx, p.dropout, m0 + m, p.W ? whole : nullptr, left, nullptr, rows, p.K);
       else to_blocks(x, p.ldx, whole, rows, p.K);
-      shrink_amx(left, down.pairs, p.scaling * p.dropout.scale(), low + m * Rp, Rp, 1, steps, p.R);
+      shrink_amx(left, down.pairs, p.scaling * p.dropout.scale(), low + m * Rp, Rp, rows, steps, p.R);
       store_h(low + m * Rp, Rp, static_cast<uint16_t*>(p.h) + (m0 + m) * p.R, rows, p.R);
     }
   }
@@ -149,7 +143,7 @@ struct Gradient {
   Slabs slabs{dst != nullptr, round_up(R, kSide) * round_up(width, kSide)};
 
   // Columns [begin, end) of dst = the slabs' sum * factor.
-  void store(float factor, Rows columns) const {
+  void store(float factor, Range columns) const {
     const int64_t ld = round_up(width, kSide);
     float sums[kSide * kSide];
     for (int64_t n = columns.begin; dst && n < columns.end; n += kSide)
@@ -225,8 +219,8 @@ class Backward {
       if (p.dx) amx_gemm(dx, scratch);
     }
     parallel(threads, [&](int t) {
-      dA.store(p.dropout.scale(), part(p.K, t, threads));
-      dB.store(1.0f, part(p.N, t, threads));
+      dA.store(p.dropout.scale(), part(p.K, kSide, t, threads));
+      dB.store(1.0f, part(p.N, kSide, t, threads));
     });
     if (p.dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
   }
@@ -240,7 +234,7 @@ class Backward {
   // dy in blocks, dh, and the shares of dA, dB and dbias, of thread t's rows among dx.M from m0 on.
   void rows_of_thread(int t, int64_t m0) {
     const Tiles tiles;
-    const Rows all = part(dx.M, t, threads);
+    const Range all = part(dx.M, kSide, t, threads);
     for (int64_t m = all.begin; m < all.end; m += at_once) {
       const int64_t rows = std::min(at_once, all.end - m);
       from_dy(t, m0, m, rows);
@@ -253,9 +247,10 @@ class Backward {
     uint16_t* left = blocks + m * N_steps * kSide;
     for (int64_t i = 0; i < rows; i += kSide) {
       const auto* dy = static_cast<const uint16_t*>(p.dy) + (m0 + m + i) * p.lddy;
+      const int64_t height = std::min(kSide, rows - i);
       uint16_t* to = left + i * N_steps * kSide;
-      to_blocks(dy, p.lddy, to, std::min(kSide, rows - i), p.N);
-      if (need_dh) shrink_amx(to, down.pairs, p.scaling, low + (m + i) * Rp, Rp, 1, N_steps, p.R);
+      to_blocks(dy, p.lddy, to, height, p.N);
+      if (need_dh) shrink_amx(to, down.pairs, p.scaling, low + (m + i) * Rp, Rp, height, N_steps, p.R);
     }
     if (p.dbias) column_sums_amx(left, dbias[t], sides(rows), N_steps);
     if (!p.dB) return;

@@ -7,8 +7,9 @@
 
 #include <cstdint>
 
-#if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 10 || __clang_major__ >= 12)
-#define FUSED_LORA_BF16_DOT  // the compiler can make the code; features.bf16_dot says whether the CPU can run it
+#include "cpu_features.h"
+
+#ifdef FUSED_LORA_BF16_DOT
 #include <immintrin.h>
 
 // Not a whole-file option: an inline function of a header compiled for AVX-512 could serve the other files too.

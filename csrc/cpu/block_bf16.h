@@ -107,8 +107,11 @@ class BlockBf16 {
     shrink_bf16(left.data, left.ld, down.data() + n / 2 * Rp_, low, round_up(rows, kStrip), (cols + 1) / 2, Rp_);
   }
 
+  // Ranks and rows of the padding become zero: an Inf beside its zeros has made them NaN.
   void scale_low(float factor, int64_t rows) {
     const int64_t size = round_up(rows, kStrip) * Rp_;
+    for (int64_t i = 0; i < rows; ++i) std::fill_n(low + i * Rp_ + R_, Rp_ - R_, 0.0f);
+    std::fill_n(low + rows * Rp_, size - rows * Rp_, 0.0f);
     for (int64_t i = 0; i < size; ++i) low[i] *= factor;
     store_row(low, rounded_, Dtype::bf16, size);
   }

@@ -29,7 +29,7 @@ int highest() {
 
 // AMX-BF16 and AMX-TILE of CPUID, and the permission that the kernel gives a process on request. It refuses where a
 // thread has a signal stack too small for the tiles' state, and where it is too old.
-bool amx_permitted() {
+[[maybe_unused]] bool amx_permitted() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -44,10 +44,12 @@ Features detect() {
       most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   f.avx512 = most >= 2 && f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#if __GNUC__ >= 10 || __clang_major__ >= 12  // the compiler knows the name, and can make the code
+#ifdef FUSED_LORA_BF16_DOT
   f.bf16_dot = most >= 3 && f.avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
+#ifdef FUSED_LORA_AMX
   f.amx = most >= 4 && f.bf16_dot && amx_permitted();
+#endif
   return f;
 }
 

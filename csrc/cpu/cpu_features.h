@@ -5,6 +5,14 @@
 // same sums on several.
 #pragma once
 
+// What the compiler and its assembler can make. `features` holds nothing that is not made.
+#if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 10 || __clang_major__ >= 12)
+#define FUSED_LORA_BF16_DOT
+#if __GNUC__ >= 11 || __clang_major__ >= 12
+#define FUSED_LORA_AMX
+#endif
+#endif
+
 namespace fused_lora::cpu {
 
 struct Features {

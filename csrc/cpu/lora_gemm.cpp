@@ -160,16 +160,6 @@ template <class V> INLINE void multiply(int64_t height, const Strip& s) {
   }
 }
 
-struct Range {
-  int64_t begin, end;
-};
-
-// Part i of n of [0, size), cut at multiples of `grain`.
-INLINE Range part(int64_t size, int64_t grain, int64_t i, int64_t n) {
-  const int64_t grains = (size + grain - 1) / grain;
-  return {grains * i / n * grain, std::min(size, grains * (i + 1) / n * grain)};
-}
-
 constexpr int64_t kStripSize = kStrip * kPitch;
 // Floats of one task's strip, and of its packed block below it.
 int64_t buffer_size(const LoraGemm& g) {

@@ -20,6 +20,7 @@
 #include "cpu_features.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "simd.h"
 
 namespace fused_lora::cpu {
 
@@ -110,6 +111,16 @@ inline const char* at(const void* base, int64_t elements, Dtype dtype) {
 }
 inline char* at(void* base, int64_t elements, Dtype dtype) {
   return static_cast<char*>(base) + elements * item_size(dtype);
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Part i of n of [0, size), cut at multiples of `grain`.
+INLINE Range part(int64_t size, int64_t grain, int64_t i, int64_t n) {
+  const int64_t grains = (size + grain - 1) / grain;
+  return {grains * i / n * grain, std::min(size, grains * (i + 1) / n * grain)};
 }
 
 // Threads worth waking (about 5 us) for so many multiplications.

@@ -27,16 +27,6 @@ def row(dropout=0.0, **faults):
 
 
 @pytest.fixture
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("FUSED_LORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("FUSED_LORA_TUNED", raising=False)
-    forget_verdicts()
-    yield tmp_path / "cache"
-    monkeypatch.undo()
-    forget_verdicts()
-
-
-@pytest.fixture
 def written(cache):
     """A file of two rows."""
     document = dict(environment=tuned.environment(CPU), date="2026-11-26", rows=[row(), row(0.1)])

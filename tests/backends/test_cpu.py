@@ -191,6 +191,15 @@ for dtype, adapter in ((torch.float32, None), (torch.bfloat16, torch.float32), (
             q, masked = random_problem(*shape, dtype, adapter), dict(dropout_p=0.25, seed=torch.tensor([5]))
             assert_close(run(q, backend="cpu:" + plan, **masked), run(q, backend="reference", **masked),
                          truth(q, **masked))
+    for shape in ((5, 40, 33, 1), (13, 24, 40, 16), (33, 33, 33, 17)):
+        for name in ("x", "lora_A", "lora_B", "dy"):  # the padding's zeros beside an Inf must make no NaN
+            p = exact_problem(*shape, dtype, adapter)
+            for t in (p.x, p.weight, p.lora_A, p.lora_B, p.dy):
+                t.fill_(1.0)
+            getattr(p, name)[0, 0] = float("inf")
+            for plan in cpu.plans(request_of(p.x, p.weight, p.lora_A, PLAIN)):
+                for key, got in run(p, backend="cpu:" + plan).items():
+                    assert torch.equal(got.isposinf(), truth(p)[key].isposinf()), (plan, dtype, shape, name, key)
 """
 
 

@@ -15,17 +15,6 @@ CPU = torch.device("cpu")
 TIMES = {"cpu:around": 3.0, "cpu:inside": 2.0, "reference": 4.0}
 
 
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    """An empty cache directory that counts; what was read before is forgotten, then and afterwards."""
-    monkeypatch.setenv("FUSED_LORA_CACHE", str(tmp_path))
-    monkeypatch.delenv("FUSED_LORA_TUNED", raising=False)
-    forget_verdicts()
-    yield tmp_path
-    monkeypatch.undo()
-    forget_verdicts()
-
-
 def row(M=64, N=96, K=80, R=16, dropout=0.0, dtype="float32", **figures):
     """A row of the file: microseconds by candidate, or a fault's name; cpu_inside for cpu:inside."""
     found = {
@@ -37,8 +26,12 @@ def row(M=64, N=96, K=80, R=16, dropout=0.0, dtype="float32", **figures):
 
 
 def write(*rows, **environment):
-    document = dict(environment=tuned.environment(CPU) | environment, rows=rows)
-    tuned.path_of(CPU).write_text(json.dumps(document))
+    put(json.dumps(dict(environment=tuned.environment(CPU) | environment, rows=rows)).encode())
+
+
+def put(content):
+    tuned.directory().mkdir(exist_ok=True)
+    tuned.path_of(CPU).write_bytes(content)
     forget_verdicts()
 
 
@@ -155,8 +148,7 @@ def test_a_damaged_file_is_ignored_with_one_warning(cache, text):
 
 def _check_ignored(content):
     safe = served()
-    tuned.path_of(CPU).write_bytes(content)
-    forget_verdicts()
+    put(content)
     with pytest.warns(UserWarning, match="is ignored, it is no file of") as seen:
         assert served() == safe and served(M=512)
     assert len(seen) == 1 and tuned.load(CPU).ignored.startswith("damaged (")

@@ -31,17 +31,6 @@ CASE = Case(64, 40, 24, 4, 0.0, torch.float32)
 
 
 @pytest.fixture
-def cache(monkeypatch, tmp_path):
-    """An empty cache directory that counts; what was read is forgotten, before and after."""
-    monkeypatch.setenv("FUSED_LORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("FUSED_LORA_TUNED", raising=False)
-    forget_verdicts()
-    yield tmp_path / "cache"
-    monkeypatch.undo()
-    forget_verdicts()
-
-
-@pytest.fixture
 def one_case(monkeypatch):
     """Every model has one tiny shape."""
     monkeypatch.setattr(job, "cases_for", lambda *_: [CASE])
