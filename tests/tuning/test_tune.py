@@ -75,16 +75,17 @@ def test_broken_back_ends_are_caught_named_written_and_never_picked(cache, one_c
     monkeypatch.setattr(backends, "_LINES", {"cpu": line})
     forget_verdicts()
     assert picked() == "wrong"
-    document = tuning.tune(time_limit_s=2.0, budget_s=0.2, setup=SETUP)
+    document = tuning.tune(time_limit_s=20.0, budget_s=0.2, setup=SETUP)  # on a busy machine, too
     (path,) = cache.iterdir()
     assert json.loads(path.read_text()) == document and path == tuned.path_of(CPU)
     (row,) = document["rows"]
     found = row["candidates"]
     assert set(found) == set(line) and row["frozen"]["us"] > 0
     assert (found["wrong"]["fault"], found["hangs"]["fault"], found["crashes"]["fault"]) == ("wrong", "hung", "crashed")
-    assert "integers are off" in found["wrong"]["why"] and "no answer within 2 s" in found["hangs"]["why"]
+    assert "integers are off" in found["wrong"]["why"] and "no answer within 20 s" in found["hangs"]["why"]
     assert found["crashes"]["why"] == "signal 11 (Segmentation fault)"
     for name in ("talks", "reference"):  # right ones are timed, with intervals
+        assert "fault" not in found[name], found[name]
         assert 0 < found[name]["low_us"] <= found[name]["us"] <= found[name]["high_us"] and found[name]["rounds"] >= 7
         assert found[name]["ratio_low"] <= found[name]["ratio"] <= found[name]["ratio_high"]
     assert picked() in ("talks", "reference")
