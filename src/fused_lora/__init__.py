@@ -6,6 +6,7 @@ from fused_lora.adapters import apply_lora, load_adapter, merged, print_trainabl
 from fused_lora.config import LoraConfig
 from fused_lora.nn import LoRALinear
 from fused_lora.ops.linear import lora_linear
+from fused_lora.ops.update import lora_update
 
 __version__ = "0.1.0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "apply_lora",
     "load_adapter",
     "lora_linear",
+    "lora_update",
     "merged",
     "print_trainable_parameters",
     "save_adapter",

@@ -7,7 +7,9 @@ A back end is a module with
     plans(request) -> the names of the ways in which it can compute the request, the safe one first; ("",) for one way
     summary(request, plan) -> what it runs, in a phrase
 for x as [M, K] and the optional tensors 2-D, as `ops.reference` defines them. A call's forward and backward run with
-one plan.
+one plan. One that serves requests whose `optional` is UPDATE, the low-rank half over somebody else's y, also has
+    update(y, x, lora_A, lora_B, scaling, dropout_p, seed) -> (y, h)
+    update_backward(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, needs) -> Gradients
 """
 
 import functools
@@ -20,6 +22,7 @@ import torch
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+UPDATE = ("y",)  # Request.optional of `lora_update`
 
 # Who stands in line for a device type under backend="auto", and who does only if `fused-lora tune` has measured it
 # here: the compiled CUDA kernels run on request, until measured.
@@ -38,7 +41,7 @@ class Request(NamedTuple):
     K: int
     R: int
     aligned: bool  # the weight's rows lie in one piece each, from addresses that are multiples of 16 bytes
-    optional: tuple[str, ...]  # names of the optional tensors that are given
+    optional: tuple[str, ...]  # names of the optional tensors that are given; or UPDATE
 
 
 class Serving(NamedTuple):
@@ -55,6 +58,8 @@ def bucket(rows: int) -> int:
 
 def only_plain(request: Request) -> str | None:
     """The refusal of a back end that computes plain LoRA only."""
+    if request.optional == UPDATE:
+        return "the update together with its base product only; got lora_update"
     return f"plain LoRA only; got {', '.join(request.optional)}" if request.optional else None
 
 

@@ -2,13 +2,15 @@
 
 inside    our own product, in one pass with the update: fp32 by csrc/cpu/lora_gemm.cpp, bf16 by amx_gemm.cpp on AMX
 around    PyTorch's own GEMM writes y (dx), and the kernel adds the update into it
+
+`update`, whose base product somebody else has made, has the second plan only.
 """
 
 import torch
 from torch.nn import functional as F
 
 from fused_lora import _C
-from fused_lora.backends import FUSED_DTYPES, Request, only_plain
+from fused_lora.backends import FUSED_DTYPES, UPDATE, Request, only_plain
 from fused_lora.ops import internals
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import linear_with_bias
@@ -25,13 +27,13 @@ def refusal(request: Request) -> str | None:
         return f"CPU tensors; got {request.device}"
     if request.dtype not in FUSED_DTYPES:
         return f"bfloat16, float16 and float32; got {request.dtype}"
-    return only_plain(request)
+    return None if request.optional == UPDATE else only_plain(request)
 
 
 def plans(request: Request) -> tuple[str, ...]:
     """See `backends`. Where there are instructions for it "inside" is as fast as PyTorch's product without the update,
     or faster (bench/NOTES.md)."""
-    if request.M < _LEAST_ROWS or request.dtype is torch.float16:
+    if request.M < _LEAST_ROWS or request.dtype is torch.float16 or request.optional == UPDATE:
         return ("around",)
     if request.dtype is torch.bfloat16:
         return ("inside", "around") if _FEATURES["amx"] else ("around",)
@@ -50,19 +52,32 @@ def _rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan):
     """y [M, N] and h [M, R]; see `reference.forward`."""
+    if plan == "inside":
+        y = internals.empty_on_cpu((x.shape[0], weight.shape[0]), (weight.shape[0], 1), x.dtype)
+        return y, _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+    y = F.linear(x, weight) if bias is None else linear_with_bias(x, weight, bias)
+    return y, _forward(y, x, None, lora_A, lora_B, None, scaling, dropout_p, seed)
+
+
+def update(y, x, lora_A, lora_B, scaling, dropout_p, seed):
+    """y [M, N] with the update in a tensor of its own, and h [M, R]; see `reference.update`."""
+    y = y.clone(memory_format=torch.contiguous_format)
+    return y, _forward(y, x, None, lora_A, lora_B, None, scaling, dropout_p, seed)
+
+
+def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
+    """h [M, R]; y [M, N], contiguous, is written or, without the weight, updated."""
     lora_A, lora_B, dtype = lora_A.contiguous(), lora_B.contiguous(), x.dtype
     (M, K), (N, R) = x.shape, lora_B.shape
     x, ldx = (x, K) if x.is_contiguous() else _rows(x)
     h = internals.empty_on_cpu((M, R), (R, 1), dtype)
     W_ptr = ldw = bias_ptr = 0
-    if plan == "inside":
+    if weight is not None:
         weight, ldw = (weight, K) if weight.is_contiguous() else _rows(weight)
-        y, W_ptr = internals.empty_on_cpu((M, N), (N, 1), dtype), weight.data_ptr()
-        if bias is not None:
-            bias = bias.contiguous()
-            bias_ptr = bias.data_ptr()
-    else:
-        y = F.linear(x, weight) if bias is None else linear_with_bias(x, weight, bias)
+        W_ptr = weight.data_ptr()
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_ptr = bias.data_ptr()
     dropout = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     _C.cpu_forward(
         x=(x.data_ptr(), ldx),
@@ -78,23 +93,37 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, 
         dropout=dropout,
         threads=torch.get_num_threads(),
     )
-    return y, h
+    return h
 
 
 def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan):
     """The gradients that `needs` asks for, but for the weight's; see `reference.backward`."""
+    dx = None
+    if needs.x and plan == "inside":
+        dx = internals.empty_on_cpu((dy.shape[0], weight.shape[1]), (weight.shape[1], 1), dy.dtype)
+    elif needs.x:
+        dx, weight = dy.mm(weight), None
+    return _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
+
+
+def update_backward(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
+    """The gradients that `needs` asks for; see `reference.update_backward`."""
+    dx = dy.new_zeros((dy.shape[0], lora_A.shape[1])) if needs.x else None
+    return _backward(dx, dy, x, None, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
+
+
+def _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
+    """The gradients that `needs` asks for; dx [M, K], contiguous, is written or, without the weight, updated."""
     lora_A, lora_B, dtype, adapter_dtype = lora_A.contiguous(), lora_B.contiguous(), dy.dtype, lora_A.dtype
     (M, N), (R, K) = dy.shape, lora_A.shape
     dy, lddy = (dy, N) if dy.is_contiguous() else _rows(dy)
-    dx = dA = dB = dbias = None
+    dA = dB = dbias = None
     dx_ptr = dA_ptr = dB_ptr = dbias_ptr = x_ptr = ldx = h_ptr = W_ptr = ldw = 0
     if needs.x:
-        if plan == "inside":
-            weight, ldw = (weight, K) if weight.is_contiguous() else _rows(weight)
-            dx, W_ptr = internals.empty_on_cpu((M, K), (K, 1), dtype), weight.data_ptr()
-        else:
-            dx = dy.mm(weight)
         dx_ptr = dx.data_ptr()
+        if weight is not None:
+            weight, ldw = (weight, K) if weight.is_contiguous() else _rows(weight)
+            W_ptr = weight.data_ptr()
     if needs.lora_A:
         x, ldx = (x, K) if x.is_contiguous() else _rows(x)
         dA = internals.empty_on_cpu((R, K), (K, 1), adapter_dtype)

@@ -42,5 +42,5 @@ def dropout_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype = to
         w0, w1, w2, w3 = hi1 ^ w1 ^ k0, lo1, hi0 ^ w3 ^ k1, lo0
         k0, k1 = k0 + 0x9E3779B9 & _M32, k1 + 0xBB67AE85 & _M32
     words = torch.stack([w0, w1, w2, w3], dim=-1)
-    draws = torch.stack([words & 0xFFFF, words >> 16], dim=-1).view(M, -1)[:, :K]
+    draws = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, :K]
     return (draws >= threshold).to(dtype) * (65536 / (65536 - threshold))

@@ -16,7 +16,7 @@ from fused_lora.ops.internals import alike, any_autocast_enabled
 from fused_lora.ops.reference import PLAIN, Variant, composition
 from fused_lora.ops.schema import aligned, request_of
 
-_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
+DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 
 
 def lora_linear(
@@ -72,7 +72,7 @@ def lora_linear(
     Raises: ValueError naming the argument, what was expected and what was given.
     Source: Hu et al., arXiv 2106.09685; names as in Hugging Face PEFT.
     """
-    if any_autocast_enabled() and _autocasts(x):
+    if any_autocast_enabled() and autocasts(x):
         x, weight, lora_A, lora_B, bias, x_lora, h_in = _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in)
     plain = not return_h and (
         x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None
@@ -82,8 +82,8 @@ def lora_linear(
         serving = _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend)
     if serving is not None:
         if type(scaling) is not float:
-            lora_A, scaling = _tensor_scaling(lora_A, scaling)
-        seed = _draw_seed(x, dropout_p) if dropout_p > 0.0 and training else None
+            lora_A, scaling = tensor_scaling(lora_A, scaling)
+        seed = draw_seed(x, dropout_p) if dropout_p > 0.0 and training else None
         return eager_apply(x, lora_A, lora_B, (weight, bias, seed, scaling, dropout_p, serving))
     error = fault(x, weight, lora_A, lora_B, bias, dropout_p, backend)
     if error is not None:
@@ -92,7 +92,7 @@ def lora_linear(
     if not plain:
         _check_variant(x, weight, lora_A, variant)
     if type(scaling) is not float:
-        lora_A, scaling = _tensor_scaling(lora_A, scaling)
+        lora_A, scaling = tensor_scaling(lora_A, scaling)
     dropout_p = dropout_p if training else 0.0
     if needs_plain_operators(x, weight, lora_A, lora_B):
         return _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, variant, return_h)
@@ -100,7 +100,7 @@ def lora_linear(
         gate = x.new_full((*x.shape[:-1], 1), scaling, dtype=torch.float32) if gate is None else gate * scaling
         variant, scaling = variant._replace(gate=gate), 1.0
     rows = [t if t is None else matrix(t) for t in variant[:3]]
-    seed = _draw_seed(x, dropout_p)
+    seed = draw_seed(x, dropout_p)
     settings = (scaling, dropout_p, backend)
     y, h = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, *rows, *variant[3:], seed, settings)
     return (y, h.view(*x.shape[:-1], lora_A.shape[0])) if return_h else y
@@ -160,7 +160,7 @@ def forget_verdicts() -> None:
     forget()
 
 
-def _draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
+def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
     """Dropout's seed from PyTorch's default generator, None if no element would be dropped."""
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_threshold(dropout_p) else None
 
@@ -181,7 +181,7 @@ def _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, vari
     return (y, h) if return_h else y
 
 
-def _tensor_scaling(lora_A: Tensor, scaling) -> tuple[Tensor, float]:
+def tensor_scaling(lora_A: Tensor, scaling) -> tuple[Tensor, float]:
     """A scaling that is no Python float: a tensor moves into A, in fp32, so nothing is read on the host and it may
     train."""
     if not isinstance(scaling, Tensor):
@@ -191,7 +191,7 @@ def _tensor_scaling(lora_A: Tensor, scaling) -> tuple[Tensor, float]:
     return lora_A.float() * scaling if lora_A.dtype != torch.float64 else lora_A * scaling, 1.0
 
 
-def _autocasts(x: Tensor) -> bool:
+def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x's device type; some types (meta) have none."""
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -236,15 +236,13 @@ def fault(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ValueError | N
     for name, t in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
         if t is not None and t.layout not in (torch.strided, torch.jagged):
             return ValueError(f"{name} must be a dense tensor; got layout {t.layout}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         return ValueError(f"x must be bfloat16, float16, float32 or float64; got {x.dtype}")
     if weight.dtype != x.dtype:
         return ValueError(f"weight must have x's dtype {x.dtype}; got {weight.dtype}")
-    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if t.dtype not in (x.dtype, torch.float32):
-            return ValueError(f"{name} must have x's dtype {x.dtype} or float32; got {t.dtype}")
-    if lora_A.dtype != lora_B.dtype:
-        return ValueError(f"lora_B must have lora_A's dtype {lora_A.dtype}; got {lora_B.dtype}")
+    wrong = adapter_dtype_fault(x, lora_A, lora_B)
+    if wrong is not None:
+        return wrong
     if bias is not None and bias.shape != (N,):
         return ValueError(f"bias must have shape [{N}] to match weight {_shape(weight)}; got {_shape(bias)}")
     if bias is not None and bias.dtype != x.dtype:
@@ -252,6 +250,21 @@ def fault(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ValueError | N
     for name, t in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
         if t is not None and t.device != x.device:
             return ValueError(f"{name} must be on x's device {x.device}; got {t.device}")
+    return settings_fault(dropout_p, backend)
+
+
+def adapter_dtype_fault(x, lora_A, lora_B) -> ValueError | None:
+    """What is wrong with the adapter's dtypes, None if nothing is."""
+    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if t.dtype not in (x.dtype, torch.float32):
+            return ValueError(f"{name} must have x's dtype {x.dtype} or float32; got {t.dtype}")
+    if lora_A.dtype != lora_B.dtype:
+        return ValueError(f"lora_B must have lora_A's dtype {lora_A.dtype}; got {lora_B.dtype}")
+    return None
+
+
+def settings_fault(dropout_p, backend) -> ValueError | None:
+    """What is wrong with the arguments that are no tensors, None if nothing is."""
     if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p < 1.0:
         return ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
     name, _, plan = str(backend).partition(":")

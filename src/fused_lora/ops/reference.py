@@ -182,3 +182,24 @@ def composed_gradients(dy, dh, x, weight, lora_A, lora_B, scaling, dropout_p, se
     used, incoming = zip(*((out, grad) for out, grad in zip(outputs, (dy, dh)) if grad is not None))
     found = iter(torch.autograd.grad(used, wanted, incoming))
     return Gradients(*(next(found) if need else None for need in needs))
+
+
+def update(y, x, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
+    """y [M, N] + s * drop(x) At Bt in a tensor of its own, and h = s * drop(x) At [M, R]; the dtype of all is x's."""
+    mask = None if seed is None else dropout_mask(seed, x.shape[0], x.shape[1], dropout_p, x.dtype)
+    h = (_lora_input(x, PLAIN, mask) @ lora_A.to(x.dtype).t()).mul_(scaling)
+    return torch.addmm(y, h, lora_B.to(x.dtype).t()), h
+
+
+def update_backward(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, needs) -> Gradients:
+    """The gradients of `update` that `needs` asks for: dx is the low-rank path's alone, and y's is dy."""
+    low = needs._replace(x=False, x_lora=needs.x)
+    variant = Variant(x_lora=dy if x is None else x)  # x is None where no needed gradient reads it
+    grads = backward(dy, None, None, None, lora_A, lora_B, h, scaling, dropout_p, seed, low, variant)
+    return grads._replace(x=grads.x_lora, x_lora=None)
+
+
+def update_composition(y, x, lora_A, lora_B, scaling, mask) -> Tensor:
+    """`update` as PyTorch's autograd differentiates it, y and x with any leading dimensions; see `composition`."""
+    low = F.linear(_lora_input(x, PLAIN, mask), lora_A.to(x.dtype))
+    return y + scaling * F.linear(low, lora_B.to(x.dtype))

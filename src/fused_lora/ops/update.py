@@ -1,0 +1,145 @@
+"""lora_update(): the low-rank half of the op alone, over a y that somebody else's product has made."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.nn import functional as F
+
+from fused_lora.ops.autograd import matrix, needs_plain_operators
+from fused_lora.ops.internals import any_autocast_enabled, has_no_memory, reshaped
+from fused_lora.ops.linear import DTYPES, adapter_dtype_fault, autocasts, draw_seed, settings_fault, tensor_scaling
+from fused_lora.ops.reference import Gradients, update_backward, update_composition
+
+
+def lora_update(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """A LoRA update on the result of somebody else's linear layer: y + scaling * dropout(x) At Bt.
+
+    Equivalent to::
+
+        y + scaling * F.linear(F.linear(F.dropout(x, dropout_p, training), lora_A), lora_B)
+
+    in y's dtype and in a tensor of its own: y stays as it is, since whoever made it may have kept it. For layers whose
+    base product is not ours: a quantised library's, a sharded or a hooked module's. Differentiable in every tensor,
+    once. Products accumulate in fp32; h = scaling * dropout(x) At is rounded to x's dtype.
+
+    Args:
+        y: [..., N], a floating dtype; where it is not x's, the update is computed in x's dtype and added in the wider
+            one.
+        x: [..., K] with y's leading dimensions, bf16, fp16 or fp32 (fp64 on the reference back end), any strides, zero
+            rows allowed. Under autocast it is cast as `torch.nn.Linear` casts it.
+        lora_A, lora_B: [R, K] and [N, R], both in x's dtype or both fp32.
+        scaling: lora_alpha / r (rsLoRA: lora_alpha / sqrt(r)); a float or a 0-d tensor.
+        dropout_p, training: as in `lora_linear`.
+        backend: as in `lora_linear`; the GPU back ends have no such kernel yet, so "auto" takes the PyTorch composition
+            there.
+    Returns: [..., N] in y's dtype.
+    Raises: ValueError naming the argument, what was expected and what was given.
+    Source: Hu et al., arXiv 2106.09685; names as in Hugging Face PEFT.
+    """
+    if any_autocast_enabled() and autocasts(x) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        if lora_A.dtype != torch.float32 or lora_B.dtype != torch.float32:
+            lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    error = update_fault(y, x, lora_A, lora_B, dropout_p, backend)
+    if error is not None:
+        raise error
+    if type(scaling) is not float:
+        lora_A, scaling = tensor_scaling(lora_A, scaling)
+    dropout_p = dropout_p if training else 0.0
+    if needs_plain_operators(y, x, lora_A, lora_B):
+        if backend not in ("auto", "reference"):
+            raise ValueError(
+                "backend must be 'auto' or 'reference' under torch.func transforms, torch.jit.trace or a tensor "
+                f"subclass; got {backend!r}"
+            )
+        mask = F.dropout(torch.ones_like(x), dropout_p) if dropout_p > 0.0 else None
+        return update_composition(y, x, lora_A, lora_B, scaling, mask).to(y.dtype)
+    into = y if y.dtype == x.dtype else torch.zeros_like(y, dtype=x.dtype)
+    updated, _ = _UpdateFunction.apply(into, x, lora_A, lora_B, draw_seed(x, dropout_p), (scaling, dropout_p, backend))
+    return updated if into is y else (y + updated).to(y.dtype)
+
+
+class _UpdateFunction(torch.autograd.Function):
+    """y + update [..., N] and h [M, R] by torch.ops.fused_lora; saves x and h, each only if a needed gradient uses it,
+    and never y."""
+
+    @staticmethod
+    def forward(y, x, lora_A, lora_B, seed, settings):
+        updated, h = torch.ops.fused_lora.update(matrix(y), matrix(x), lora_A, lora_B, *settings[:2], seed, settings[2])
+        return updated if y.dim() == 2 else reshaped(updated, y.shape), h  # nobody's view
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, x, lora_A, lora_B, seed, settings = inputs
+        _, _, need_A, need_B, *_ = ctx.needs_input_grad
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if need_A else None, lora_A, lora_B, output[1] if need_B else None, seed)
+        ctx.settings, ctx.lead = settings, x.shape[:-1]
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        if torch.is_grad_enabled() and not is_dynamo_compiling():
+            return _once(ctx, dy, _)
+        if dy is None:
+            return None, None, None, None, None, None
+        need_y, *needs = ctx.needs_input_grad[:4]
+        dx, dA, dB = _gradients(ctx, matrix(dy), needs) if any(needs) else (None, None, None)
+        if dx is not None and len(ctx.lead) != 1:
+            dx = dx.view(*ctx.lead, dx.shape[1])
+        return dy if need_y else None, dx, dA, dB, None, None
+
+
+def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    """dx [M, K], dA and dB of dy [M, N], None for those that are not needed."""
+    x, lora_A, lora_B, h, seed = ctx.saved_tensors
+    scaling, dropout_p, backend = ctx.settings
+    given = dy, None if x is None else matrix(x), lora_A, lora_B, h, scaling, dropout_p, seed
+    if has_no_memory(dy):  # plain operators, which PyTorch can batch
+        grads = update_backward(*given, Gradients(x=needs[0], lora_A=needs[1], lora_B=needs[2]))
+        return [grads.x, grads.lora_A, grads.lora_B]
+    found = iter(torch.ops.fused_lora.update_backward(*given, needs, backend))
+    return [next(found) if need else None for need in needs]
+
+
+# With create_graph=True: differentiating once more must raise, not give zeros.
+_once = torch.autograd.function.once_differentiable(_UpdateFunction.backward)
+
+
+def update_fault(y, x, lora_A, lora_B, dropout_p, backend) -> ValueError | None:
+    """The first thing that is wrong with the arguments, None if nothing is."""
+    tensors = (("y", y), ("x", x), ("lora_A", lora_A), ("lora_B", lora_B))
+    for name, t in tensors:
+        if not isinstance(t, Tensor):
+            return ValueError(f"{name} must be a torch.Tensor; got {type(t).__name__}")
+        if t.layout not in (torch.strided, torch.jagged):
+            return ValueError(f"{name} must be a dense tensor; got layout {t.layout}")
+    A, B, X, Y = list(lora_A.shape), list(lora_B.shape), list(x.shape), list(y.shape)
+    if len(A) != 2 or min(A) < 1:
+        return ValueError(f"lora_A must have shape [R, K] with R, K >= 1; got {A}")
+    if len(X) == 0 or X[-1] != A[1]:
+        return ValueError(f"x must have shape [..., {A[1]}] to match lora_A {A}; got {X}")
+    if len(B) != 2 or B[0] < 1 or B[1] != A[0]:
+        return ValueError(f"lora_B must have shape [N, {A[0]}] with N >= 1 to match lora_A {A}; got {B}")
+    if [*X[:-1], B[0]] != Y:
+        return ValueError(f"y must have shape {[*X[:-1], B[0]]} to match x {X} and lora_B {B}; got {Y}")
+    if x.dtype not in DTYPES:
+        return ValueError(f"x must be bfloat16, float16, float32 or float64; got {x.dtype}")
+    if not y.dtype.is_floating_point:
+        return ValueError(f"y must have a floating dtype; got {y.dtype}")
+    for name, t in (tensors[0], *tensors[2:]):
+        if t.device != x.device:
+            return ValueError(f"{name} must be on x's device {x.device}; got {t.device}")
+    return adapter_dtype_fault(x, lora_A, lora_B) or settings_fault(dropout_p, backend)
