@@ -132,7 +132,7 @@ def test_merged_and_back(dtype):
     plain.load_state_dict(layer.state_dict())
     assert torch.equal(plain(x), layer(x))
     layer.unmerge()
-    assert linear.weight is weight and torch.equal(layer(x), want)
+    assert linear.weight is weight and torch.equal(layer(x), want) and layer.plain() is linear
 
 
 def test_a_quantised_weight_is_merged_by_nobody_here():
@@ -194,6 +194,8 @@ def test_conv1d_is_taken_over_as_it_lies(bias, dtype):
     other.load_state_dict(layer.state_dict(), strict=bias)
     layer.unmerge()
     assert layer.weight is conv.weight and torch.equal(layer(x), want)
+    again = layer.plain()
+    assert type(again) is Conv1D and again.weight is conv.weight and again.bias is conv.bias and again.nf == SIZES[1]
 
 
 def test_conv1d_with_a_hook_stays_itself():

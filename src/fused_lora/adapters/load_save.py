@@ -148,7 +148,7 @@ def _expected(plan: Plan, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     for name, module in plan.linears.items():
         kind = layer_class(module)
         key_A, key_B = peft_format.adapter_keys(name, kind)
-        shapes[key_A], shapes[key_B] = kind.adapter_shapes(module, config.layer(name).r)
+        shapes[key_A], shapes[key_B] = kind.shapes_over(module, config.layer(name).r)
     for name, saved in plan.saved.items():
         original = saved.original_module if isinstance(saved, ModuleToSave) else saved
         for key, tensor in original.state_dict().items():

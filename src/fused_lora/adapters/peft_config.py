@@ -190,7 +190,7 @@ def config_bytes(config: LoraConfig, model: nn.Module) -> bytes:
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": vars(model).get("name_or_path") or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(module.fan_in_fan_out for module in model.modules() if isinstance(module, LoRALayer)),
         "inference_mode": True,
         "init_lora_weights": True,
         "peft_type": "LORA",

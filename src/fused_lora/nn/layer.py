@@ -22,8 +22,9 @@ class LoRALayer(nn.Module):
     """
 
     file_keys = ("lora_A.weight", "lora_B.weight")  # of A and B in PEFT's file, after the layer's name
+    fan_in_fan_out = False  # whether the base weight lies transposed, [K, N]
 
-    def _start(self) -> None:
+    def _start_empty(self) -> None:
         """No adapters yet."""
         self.lora_A, self.lora_B = AdapterTensors(), AdapterTensors()
         self.r: dict[str, int] = {}
@@ -36,13 +37,21 @@ class LoRALayer(nn.Module):
         self._pristine: nn.Parameter | None = None  # the base weight while a merged one stands in its place
 
     @staticmethod
-    def adapter_shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes_over(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B of rank r over a base, plain or in a layer of this kind."""
         raise NotImplementedError
+
+    def adapter_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B of rank r in this layer."""
+        return self.shapes_over(self, r)
 
     def base(self) -> Any:
         """The module that has the base weight: the base layer where it is kept, else this one."""
         return self.base_layer if "base_layer" in self._modules else self
+
+    def plain(self) -> nn.Module:
+        """The layer without adapters, over the same Parameters."""
+        return self.base()
 
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Two matrices whose product, in the shape of the base weight, the adapter adds to it, but for the scaling."""
@@ -82,7 +91,7 @@ class LoRALayer(nn.Module):
         """Add a fresh adapter whose arguments are checked."""
         first = not self.lora_A
         device, dtype = adapter_place(self.base())
-        for tensors, shape in zip((self.lora_A, self.lora_B), self.adapter_shapes(self, config.r), strict=True):
+        for tensors, shape in zip((self.lora_A, self.lora_B), self.adapter_shapes(config.r), strict=True):
             empty = torch.empty(shape, device=device, dtype=adapter_dtype or dtype)
             tensors[adapter_name] = nn.Parameter(empty, requires_grad=False)
         self._set_config(adapter_name, config)

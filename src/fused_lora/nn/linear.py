@@ -103,17 +103,27 @@ class LoRALinear(LoRALayer):
         self._sizes_of(linear)
         self.weight = linear.weight  # [N, K]
         self.register_parameter("bias", linear.bias)  # [N]
-        self._start()
+        self._start_empty()
 
     def _sizes_of(self, linear: nn.Module) -> None:
         self.in_features, self.out_features = linear_sizes(linear)
         linear.requires_grad_(False)
 
     @staticmethod
-    def adapter_shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes_over(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A [R, K] and B [N, R]."""
         K, N = linear_sizes(base)
         return (r, K), (N, r)
+
+    def plain(self) -> nn.Module:
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        return self._over_parameters(linear)
+
+    def _over_parameters(self, plain: nn.Module) -> nn.Module:
+        """The plain layer with this one's Parameters."""
+        plain.register_parameter("weight", self._parameters["weight"])
+        plain.register_parameter("bias", self._parameters["bias"])
+        return plain.train(self.training)
 
     def forward(self, x: Tensor):
         """y [..., N] of x [..., K]."""
@@ -160,6 +170,14 @@ class LoRALinear(LoRALayer):
 class _LoRAConv1D(LoRALinear):
     """A LoRALinear whose weight lies transposed, [K, N], as transformers' Conv1D has it."""
 
+    fan_in_fan_out = True
+
+    def plain(self) -> nn.Module:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            return self._over_parameters(Conv1D(self.out_features, self.in_features))
+
     def forward(self, x: Tensor):
         return self._plain(x) if self.active_adapter is None or self.merged else self._several(x)
 
@@ -189,7 +207,11 @@ class LoRALinearAround(LoRALinear):
     def _adopt(self, linear: Any) -> None:
         self._sizes_of(linear)
         self.base_layer = linear
-        self._start()
+        self.fan_in_fan_out = is_conv1d(linear)
+        self._start_empty()
+
+    def plain(self) -> nn.Module:
+        return self.base_layer
 
     def __getattr__(self, name: str):
         if name in ("weight", "bias"):  # of the base, for who looks at them
@@ -207,7 +229,7 @@ class LoRALinearAround(LoRALinear):
 
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         lora_A, lora_B = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        return (lora_A.t(), lora_B.t()) if is_conv1d(self.base_layer) else (lora_B, lora_A)
+        return (lora_A.t(), lora_B.t()) if self.fan_in_fan_out else (lora_B, lora_A)
 
     def _check_addable(self) -> None:
         check_linear(self.base_layer)
