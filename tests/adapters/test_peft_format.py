@@ -89,7 +89,6 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
         (lambda d: edit_config(d, use_dora=True), r"use_dora is not supported and must be off; got True"),
         (lambda d: edit_config(d, lora_bias=True), r"lora_bias is not supported"),
         (lambda d: edit_config(d, bias="all"), r"bias is not supported and must be off; got 'all'"),
-        (lambda d: edit_config(d, fan_in_fan_out=True), r"fan_in_fan_out is not supported"),
         (
             lambda d: edit_config(d, layers_to_transform=[0]),
             r"layers_to_transform is not supported and must be off; got \[0\]",

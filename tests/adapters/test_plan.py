@@ -84,10 +84,7 @@ def test_compiled_model_saves_without_the_wrapper_s_names(tmp_path):
         ({"target_modules": "(q_proj"}, r"target_modules must be a regular expression; got '\(q_proj'"),
         ({"target_modules": []}, r"got \[\], which finds none"),
         ({"target_modules": None}, r"target_modules must be a list"),
-        (
-            {"target_modules": ["mlp"]},
-            r"target model\.layers\.0\.mlp: linear must be exactly torch\.nn\.Linear; got .*LlamaMLP",
-        ),
+        ({"target_modules": ["mlp"]}, r"target model\.layers\.0\.mlp: linear must be a linear layer.*; got .*LlamaMLP"),
         ({"target_modules": ["embed_tokens"]}, r"target model\.embed_tokens: .* got .*Embedding"),
         (
             {"modules_to_save": ["lm_heads"]},

@@ -51,8 +51,8 @@ def trained(model: nn.Module) -> nn.Module:
     return model
 
 
-def adapted() -> nn.Module:
-    return trained(apply_lora(Net(), 2, target_modules=["up", "down"], modules_to_save=["head"]))
+def adapted(modules_to_save=("head",)) -> nn.Module:
+    return trained(apply_lora(Net(), 2, target_modules=["up", "down"], modules_to_save=list(modules_to_save)))
 
 
 def set_block(model, wrap):
@@ -234,14 +234,27 @@ def test_offloaded_after_it_got_adapters(how, plain, tmp_path):
         torch.testing.assert_close(model(X), want)
 
 
-def test_offloaded_before_it_got_adapters_is_refused():
+@pytest.mark.parametrize("how", ["offloaded", "dispatched"])
+def test_offloaded_before_it_got_adapters(how, tmp_path):
     from accelerate import cpu_offload, dispatch_model
 
-    for put in (lambda m: cpu_offload(m), lambda m: dispatch_model(m, {"": "cpu"}, force_hooks=True)):
-        model = put(Net())
-        with pytest.raises(ValueError, match=r"target blocks\.0\.up: .* apply_lora first, then dispatch or offload"):
-            apply_lora(model)
-        assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    saved = ("head",) if how == "dispatched" else ()
+    here, away = adapted(saved), Net()
+    save_adapter(here, tmp_path / "here")
+    cpu_offload(away) if how == "offloaded" else dispatch_model(away, {"": "cpu"}, force_hooks=True)
+    assert away.blocks[0].up.weight.is_meta == (how == "offloaded")
+    apply_lora(away, target_modules=["up"], adapter_name="second")
+    load_adapter(away, tmp_path / "here")
+    assert not away.blocks[0].up.lora_A["default"].is_meta
+    want, got = here(X), away(X)
+    torch.testing.assert_close(got, want)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    torch.testing.assert_close(
+        away.blocks[0].up.lora_B["default"].grad, here.blocks[0].up.lora_B["default"].grad, rtol=1e-4, atol=1e-3
+    )
+    save_adapter(away, tmp_path / "away")
+    assert (tmp_path / "away" / WEIGHTS).read_bytes() == (tmp_path / "here" / WEIGHTS).read_bytes()
 
 
 def test_a_failure_half_way_leaves_the_model_as_it_was(plain, monkeypatch):

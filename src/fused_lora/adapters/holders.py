@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fused_lora.adapters.peft_format import lora_keys, saved_key
+from fused_lora.adapters.peft_format import adapter_keys, saved_key
 from fused_lora.adapters.plan import walk
 from fused_lora.adapters.wrappers import plain_key
-from fused_lora.nn.linear import LoRALinear
+from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.modules_to_save import ModuleToSave
 
-Layers = dict[str, LoRALinear]
+Layers = dict[str, LoRALayer]
 Wrappers = dict[str, ModuleToSave]
 
 
@@ -22,7 +22,7 @@ def all_holders(model: nn.Module) -> tuple[Layers, Wrappers]:
     for place in walk(model):
         if id(place.module) not in seen:
             seen.add(id(place.module))
-            if isinstance(place.module, LoRALinear):
+            if isinstance(place.module, LoRALayer):
                 layers[place.name] = place.module
             elif isinstance(place.module, ModuleToSave):
                 wrappers[place.name] = place.module
@@ -47,13 +47,24 @@ def adapter_names(model: nn.Module) -> list[str]:
     )
 
 
+def module_names(model: nn.Module) -> list[str]:
+    """The names that all modules of the plain model have."""
+    names: list[str] = []
+    for place in walk(model):
+        names.append(place.name)
+        base = place.module.base() if isinstance(place.module, LoRALayer) else place.module
+        if base is not place.module:
+            names += [f"{place.name}.{name}" for name, _ in base.named_modules() if name]
+    return names
+
+
 def tensors_of(
-    layers: Mapping[str, LoRALinear], saved: Mapping[str, ModuleToSave], adapter_name: str
+    layers: Mapping[str, LoRALayer], saved: Mapping[str, ModuleToSave], adapter_name: str
 ) -> dict[str, Tensor]:
     """The adapter's own tensors, not copies, by their keys in the file."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        key_A, key_B = lora_keys(name)
+        key_A, key_B = adapter_keys(name, layer)
         tensors[key_A], tensors[key_B] = layer.lora_A[adapter_name].detach(), layer.lora_B[adapter_name].detach()
     for name, wrapper in saved.items():
         for key, tensor in wrapper.modules_to_save[adapter_name].state_dict().items():

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.adapters import peft_config, peft_format
-from fused_lora.adapters.holders import adapter_names, holders_of, tensors_of
+from fused_lora.adapters.holders import adapter_names, holders_of, module_names, tensors_of
 from fused_lora.adapters.model import check_addable, check_not_merged, install, set_adapter
-from fused_lora.adapters.plan import Plan, make_plan, walk
+from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.wrappers import check_no_peft, fetched, fill, plain_key, unwrapped, whole, whole_tensor
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
+from fused_lora.nn import LoRALayer, layer_class
+from fused_lora.nn.layer import adapter_place
 from fused_lora.nn.modules_to_save import ModuleToSave
 
 
@@ -32,7 +34,7 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     layers, saved = holders_of(root, adapter_name)
     if not layers:
         raise unknown_name("adapter_name", adapter_name, adapter_names(root))
-    config = peft_config.config_of(layers, list(saved), [place.name for place in walk(root)], adapter_name)
+    config = peft_config.config_of(layers, list(saved), module_names(root), adapter_name)
     copies = [wrapper.modules_to_save[adapter_name] for wrapper in saved.values()]
     with whole(model), fetched([*layers.values(), *copies]):
         tensors = {key: whole_tensor(t) for key, t in tensors_of(layers, saved, adapter_name).items()}
@@ -118,26 +120,35 @@ def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adap
 
 def _check_values_here(plan: Plan) -> None:
     """Raises ValueError if what an adapter is to be read into has no values here: they would be dropped in silence."""
-    for name, module in (*plan.linears.items(), *plan.saved.items()):
-        if any(tensor.is_meta for tensor in module.parameters()):
-            raise ValueError(
-                f"model must have its values before load_adapter (load it first; offload it afterwards); got {name} on "
-                "the meta device"
-            )
+    elsewhere = [name for name, module in plan.linears.items() if _is_elsewhere(module)]
+    elsewhere += [name for name, module in plan.saved.items() if any(t.is_meta for t in module.parameters())]
+    if elsewhere:
+        raise ValueError(
+            "model must have its values before load_adapter (load it first; offload it afterwards); got "
+            f"{elsewhere[0]} on the meta device"
+        )
+
+
+def _is_elsewhere(module: nn.Module) -> bool:
+    """Whether an adapter's tensors over a module, those that it has or fresh ones, are on the meta device."""
+    layer = module if isinstance(module, LoRALayer) else None
+    held = [*layer.lora_A.values(), *layer.lora_B.values()] if layer is not None else []
+    device, _ = adapter_place(module if layer is None else layer.base())
+    return device.type == "meta" or any(t.is_meta for t in held)
 
 
 def _base_tensors(root: nn.Module) -> dict[str, Tensor]:
     """The base model's tensors by the plain model's names."""
-    return {plain_key(key).replace("original_module.", ""): tensor for key, tensor in root.state_dict().items()}
+    return {peft_format.base_name(plain_key(key)): tensor for key, tensor in root.state_dict().items()}
 
 
 def _expected(plan: Plan, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """The shapes that a file for this plan must have."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in plan.linears.items():
-        key_A, key_B = peft_format.lora_keys(name)
-        r = config.layer(name).r
-        shapes[key_A], shapes[key_B] = (r, module.in_features), (module.out_features, r)
+        kind = layer_class(module)
+        key_A, key_B = peft_format.adapter_keys(name, kind)
+        shapes[key_A], shapes[key_B] = kind.shapes_over(module, config.layer(name).r)
     for name, saved in plan.saved.items():
         original = saved.original_module if isinstance(saved, ModuleToSave) else saved
         for key, tensor in original.state_dict().items():

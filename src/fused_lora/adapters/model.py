@@ -11,7 +11,7 @@ from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.weight_readers import call_all_layers
 from fused_lora.adapters.wrappers import check_no_peft, check_open, is_sharded, reshard, unwrapped
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
-from fused_lora.nn.linear import LoRALinear
+from fused_lora.nn import LoRALayer, lora_layer
 from fused_lora.nn.modules_to_save import ModuleToSave
 
 
@@ -108,9 +108,9 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
         wrapper.set_adapter(_held(adapter_name, wrapper))
 
 
-def _held(adapter_name: str | None, holder: LoRALinear | ModuleToSave) -> str | None:
+def _held(adapter_name: str | None, holder: LoRALayer | ModuleToSave) -> str | None:
     """The adapter's name if the layer or wrapper holds it."""
-    names = holder.lora_A if isinstance(holder, LoRALinear) else holder.modules_to_save
+    names = holder.lora_A if isinstance(holder, LoRALayer) else holder.modules_to_save
     return adapter_name if adapter_name is not None and adapter_name in names else None
 
 
@@ -134,7 +134,7 @@ def merged(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Mod
             "merge a plain copy; got a sharded one"
         )
     layers, wrappers = all_holders(root)
-    holders: list[LoRALinear | ModuleToSave] = [*layers.values(), *wrappers.values()]
+    holders: list[LoRALayer | ModuleToSave] = [*layers.values(), *wrappers.values()]
     if adapter_name is not None and adapter_name not in adapter_names(root):
         raise unknown_name("adapter_name", adapter_name, adapter_names(root))
     if adapter_name is None and all(holder.active_adapter is None for holder in holders):
@@ -150,6 +150,7 @@ def merged(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Mod
         for wrapper in wrappers.values():
             wrapper.merged = True
         for name, layer in layers.items():
+            layer.shows_plain = True
             if layer.active_adapter is not None:
                 try:
                     layer.merge()
@@ -158,6 +159,7 @@ def merged(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Mod
         yield model
     finally:
         for layer in layers.values():
+            layer.shows_plain = False
             if layer.merged:
                 layer.unmerge()
         for wrapper in wrappers.values():
@@ -200,17 +202,17 @@ def install(root: nn.Module, plan: Plan, config: LoraConfig, adapter_name: str) 
     try:
         for name, module in plan.linears.items():
             layer = vars(config.layer(name))
-            if isinstance(module, LoRALinear):
+            if isinstance(module, LoRALayer):
                 module.add_adapter(adapter_name, **layer)
             else:
-                replacement[id(module)] = LoRALinear.from_linear(module, adapter_name=adapter_name, **layer)
+                replacement[id(module)] = lora_layer(module, adapter_name=adapter_name, **layer)
         for saved in plan.saved.values():
             wrapper = saved if isinstance(saved, ModuleToSave) else ModuleToSave(saved)
             wrapper.add_adapter(adapter_name)
             replacement[id(saved)] = wrapper
     except BaseException:
         for module in plan.linears.values():
-            if isinstance(module, LoRALinear) and adapter_name in module.lora_A:
+            if isinstance(module, LoRALayer) and adapter_name in module.lora_A:
                 module.delete_adapter(adapter_name)
         for saved in plan.saved.values():
             if isinstance(saved, ModuleToSave):

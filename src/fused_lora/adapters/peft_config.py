@@ -13,7 +13,7 @@ from torch import nn
 
 from fused_lora.adapters.wrappers import plain_class
 from fused_lora.config import LoraConfig, lora_scaling, matches
-from fused_lora.nn.linear import LoRALinear
+from fused_lora.nn.layer import LoRALayer
 
 CONFIG_NAME = "adapter_config.json"
 _SUPPORTED = tuple(field.name for field in fields(LoraConfig))
@@ -28,6 +28,7 @@ _WITHOUT_EFFECT = {
     "task_type",
     "inference_mode",
     "runtime_config",
+    "fan_in_fan_out",  # says how the base's weight lies, which its class says, too
     "init_lora_weights",
     "loftq_config",
     "eva_config",
@@ -120,11 +121,11 @@ def _read_object(path: Path) -> dict:
     return config
 
 
-def config_of(layers: dict[str, LoRALinear], saved: list[str], others: list[str], adapter_name: str) -> LoraConfig:
+def config_of(layers: dict[str, LoRALayer], saved: list[str], others: list[str], adapter_name: str) -> LoraConfig:
     """The configuration that describes an adapter as it sits in a model.
 
     Args:
-        layers: the LoRALinears that hold it, by name.
+        layers: the layers that hold it, by name.
         saved: names of the modules that it trains in full.
         others: names of all modules of the model.
         adapter_name: the adapter.
@@ -189,7 +190,7 @@ def config_bytes(config: LoraConfig, model: nn.Module) -> bytes:
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": vars(model).get("name_or_path") or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(module.fan_in_fan_out for module in model.modules() if isinstance(module, LoRALayer)),
         "inference_mode": True,
         "init_lora_weights": True,
         "peft_type": "LORA",

@@ -12,14 +12,16 @@ from torch import Tensor
 from fused_lora.adapters.peft_config import CONFIG_NAME
 from fused_lora.adapters.wrappers import plain_key, whole_tensor
 from fused_lora.files import write_whole
+from fused_lora.nn.layer import LoRALayer
 
 WEIGHTS_NAME, PICKLE_NAME = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 
 
-def lora_keys(name: str) -> tuple[str, str]:
-    """The keys of A and B of the layer of this name."""
-    return f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight"
+def adapter_keys(name: str, layer: LoRALayer | type[LoRALayer]) -> tuple[str, str]:
+    """The keys of A and B of the layer of this name and kind."""
+    key_A, key_B = layer.file_keys
+    return f"{_PREFIX}{name}.{key_A}", f"{_PREFIX}{name}.{key_B}"
 
 
 def saved_key(name: str, key: str) -> str:
@@ -34,7 +36,7 @@ def _plain(key: str) -> str:
     return _PREFIX + re.sub(r"(^|\.)modules_to_save\.[^.]+\.", r"\1", key)
 
 
-def _base_name(key: str) -> str:
+def base_name(key: str) -> str:
     """The name that a plain key has in the base model: PEFT calls a layer with an adapter on it base_layer."""
     return re.sub(r"(^|\.)(base_layer|original_module)\.", r"\1", key.removeprefix(_PREFIX))
 
@@ -87,7 +89,7 @@ def _sort_keys(path: Path, stored: list[str], expected: Mapping) -> tuple[dict[s
     for key in stored:
         plain = _plain(key)
         if plain not in expected:
-            others[key] = _base_name(plain)
+            others[key] = base_name(plain)
         elif plain in found:
             raise ValueError(f"{path} must hold one adapter; got {found[plain]} and {key}")
         else:

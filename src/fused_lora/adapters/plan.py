@@ -8,8 +8,8 @@ from torch import nn
 from fused_lora.adapters.weight_readers import reader_of
 from fused_lora.adapters.wrappers import inner_attribute, unwrapped
 from fused_lora.config import LoraConfig, endings, unknown_name
-from fused_lora.nn.base_linear import check_linear
-from fused_lora.nn.linear import LoRALinear
+from fused_lora.nn import LoRALayer, LoRALinear, check_base
+from fused_lora.nn.base_linear import is_linear
 from fused_lora.nn.modules_to_save import ModuleToSave
 
 
@@ -28,7 +28,7 @@ class Place:
 def walk(model: nn.Module) -> Iterator[Place]:
     """Every place of a model in the order of `named_modules`, a shared module as often as it is reached.
 
-    LoRALinears are leaves, a ModuleToSave shows the original under its own name, a wrapper the module in it.
+    Layers with adapters are leaves, a ModuleToSave shows the original under its own name, a wrapper the module in it.
     """
     reached: dict[str, tuple[nn.Module, str, bool]] = {}  # what may hold places: module, plain name, inside
     for path, module in unwrapped(model).named_modules(remove_duplicate=False):
@@ -45,7 +45,7 @@ def walk(model: nn.Module) -> Iterator[Place]:
             continue
         if attribute != inner_attribute(holder):
             name = f"{name}.{attribute}" if name else attribute
-        if not isinstance(module, LoRALinear):
+        if not isinstance(module, LoRALayer):
             reached[path] = (module, name, inside)
         if inner_attribute(module) is None:
             yield Place(name, module, holder, attribute, inside)
@@ -55,7 +55,7 @@ def walk(model: nn.Module) -> Iterator[Place]:
 class Plan:
     """What an adapter will sit in: modules by the first name they are reached by, and all places of the model."""
 
-    linears: dict[str, nn.Linear | LoRALinear]
+    linears: dict[str, nn.Module]
     saved: dict[str, nn.Module]
     places: list[Place]
 
@@ -85,28 +85,27 @@ def make_plan(model: nn.Module, config: LoraConfig, strict: bool) -> Plan:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or isinstance(module, LoRALinear)
+    return is_linear(module) or isinstance(module, LoRALinear)
 
 
 def _find_linears(
     model: nn.Module, config: LoraConfig, places: list[Place], first: dict[int, str]
-) -> dict[str, nn.Linear | LoRALinear]:
-    """Every nn.Linear or LoRALinear that target_modules names, each once."""
+) -> dict[str, nn.Module]:
+    """Every layer that target_modules names, each once."""
     get_head = getattr(model, "get_output_embeddings", None) if config.all_linear else None
     head = unwrapped(get_head()) if get_head is not None and get_head() is not None else None
-    found: dict[str, nn.Linear | LoRALinear] = {}
+    found: dict[str, nn.Module] = {}
     for place in places:
         name, module = place.name, place.module
         if place.inside or config.excludes(name):
             continue
         hit = module is not head and _is_linear(module) if config.all_linear else config.targets(name)
         if hit:
-            if not isinstance(module, LoRALinear):
+            if not isinstance(module, LoRALayer):
                 try:
-                    check_linear(module)
+                    check_base(module)
                 except ValueError as error:
                     raise ValueError(f"target_modules: target {name}: {error}") from None
-            assert isinstance(module, nn.Linear | LoRALinear)
             found[first[id(module)]] = module
     if not found:
         targets = config.target_modules
@@ -121,13 +120,13 @@ def _find_linears(
     return found
 
 
-def _check_saved(saved: dict[str, nn.Module], linears: dict[str, nn.Linear | LoRALinear]) -> None:
+def _check_saved(saved: dict[str, nn.Module], linears: dict[str, nn.Module]) -> None:
     """Raises ValueError for a module that cannot be copied and called in another's place, or that holds adapters."""
     for name, module in saved.items():
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
             raise ValueError(f"modules_to_save must name modules with a forward; got {name}, a {type(module).__name__}")
         if any(
-            isinstance(inner, LoRALinear) or (inner is not module and isinstance(inner, ModuleToSave))
+            isinstance(inner, LoRALayer) or (inner is not module and isinstance(inner, ModuleToSave))
             for inner in module.modules()
         ):
             raise ValueError(
@@ -145,7 +144,7 @@ def _check_reachable(linears: dict, saved: dict, places: list[Place]) -> None:
     """Raises ValueError for a module that torch.compile has wrapped by itself: it would go on to call the old one."""
     wanted = {id(module) for module in (*linears.values(), *saved.values())}
     for place in places:
-        has_place = isinstance(place.module, LoRALinear | ModuleToSave)
+        has_place = isinstance(place.module, LoRALayer | ModuleToSave)
         if place.attribute == "_orig_mod" and id(place.module) in wanted and not has_place:
             raise ValueError(
                 f"{place.name} must not be compiled by itself before it gets an adapter: apply_lora first, then "

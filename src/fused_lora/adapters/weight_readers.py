@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from fused_lora.nn.linear import LoRALinear
+from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.modules_to_save import ModuleToSave
 
 _NO_VALUES = {
@@ -73,7 +73,7 @@ def call_all_layers(model: nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
             continue
-        if any(isinstance(inner, LoRALinear | ModuleToSave) for inner in module.modules()):
+        if any(isinstance(inner, LoRALayer | ModuleToSave) for inner in module.modules()):
             if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False
             for layer in module.modules():

@@ -1,43 +1,90 @@
-"""What a LoRALinear can stand for: a plain nn.Linear over plain memory."""
+"""What a layer with adapters can stand for or be built around: modules that compute a linear map."""
+
+import sys
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
+_SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))  # GPTQ's layers have the second pair
 
 
-def check_linear(linear: nn.Module) -> None:
-    """Raises ValueError unless a LoRALinear can stand for `linear`: exactly nn.Linear, plain weights in a dtype that a
-    product exists in, and nothing attached that would be lost."""
-    if type(linear) is not nn.Linear:
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, a linear layer whose weight [K, N] lies transposed; transformers is not
+    imported to ask it."""
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return transformers is not None and isinstance(module, transformers.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means a module: an nn.Linear of any kind, or transformers' Conv1D; but not the projection in
+    an nn.MultiheadAttention, which reads its weight and never calls it."""
+    known = isinstance(module, nn.Linear) or is_conv1d(module)
+    return known and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """K and N of a module that computes a linear map. Raises: ValueError for any other."""
+    for names in (("nx", "nf"),) if is_conv1d(module) else _SIZES:
+        K, N = (getattr(module, name, None) for name in names)
+        if isinstance(K, int) and isinstance(N, int):
+            return K, N
+    raise ValueError(
+        "linear must be a linear layer: torch.nn.Linear, a subclass, transformers' Conv1D or a module with in_features "
+        f"and out_features; got {_name(module)}"
+    )
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def check_linear(linear: Any) -> None:
+    """Raises ValueError unless a layer with adapters can stand for `linear` or be built around it."""
+    K, N = linear_sizes(linear)
+    if isinstance(linear, NonDynamicallyQuantizableLinear):
         raise ValueError(
-            f"linear must be exactly torch.nn.Linear; got {type(linear).__module__}.{type(linear).__qualname__}"
+            "linear must be called by the module around it, torch.nn.MultiheadAttention reads the weight of its "
+            f"projection and would pass by the adapter; got {_name(linear)}"
         )
-    check_weight(linear.weight, (linear.out_features, linear.in_features))
-    if hasattr(linear, "_hf_hook"):
-        raise ValueError(
-            "linear must carry no accelerate hook, a LoRALinear would not run it: apply_lora first, then dispatch or "
-            f"offload the model; got {type(linear._hf_hook).__name__}"
-        )
-    attached = [name for name in _HOOKS if getattr(linear, name)]
-    if "forward" in vars(linear):
-        attached.append("forward of its own")
+    if _runs(linear, nn.Linear) or (is_conv1d(linear) and "forward" not in vars(linear)):
+        weight = linear.weight
+        if type(weight) is nn.Parameter or weight.is_nested:
+            check_weight(weight, (K, N) if is_conv1d(linear) else (N, K))
+
+
+def absorbable(linear: nn.Module) -> bool:
+    """Whether a module that `check_linear` lets pass is nothing but its weight and bias, so that a layer can take over
+    the two Parameters: nn.Linear's or Conv1D's own forward, plain memory and nothing attached that would be lost."""
+    conv1d = is_conv1d(linear) and type(linear) is sys.modules["transformers.pytorch_utils"].Conv1D
+    attached = [name for name in _HOOKS if getattr(linear, name, None)]
     attached += [name for name, _ in linear.named_parameters() if name not in ("weight", "bias")]
     attached += [name for name, _ in (*linear.named_buffers(), *linear.named_children())]
-    if attached:
-        raise ValueError(
-            f"linear must carry no hooks and nothing else, a LoRALinear would not run them; got {', '.join(attached)}"
-        )
+    if attached or not (conv1d or _runs(linear, nn.Linear)) or "forward" in vars(linear):
+        return False
+    return type(linear.weight) is nn.Parameter and type(linear.bias) in (nn.Parameter, type(None))
 
 
-def check_weight(weight: torch.Tensor, shape: tuple[int, int]) -> None:
-    """Raises ValueError unless a weight is a plain dense Parameter [N, K]: no DTensor, no quantised or packed form, no
-    shard."""
+def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module runs this class's forward, untouched."""
+    return (
+        isinstance(module, kind)
+        and type(module).forward is kind.forward
+        and type(module).__call__ is nn.Module.__call__
+        and "forward" not in vars(module)
+    )
+
+
+def check_weight(weight: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless a weight is a plain dense Parameter of this shape: no DTensor, no quantised or packed
+    form, no shard."""
     if type(weight) is not nn.Parameter:
         kind = type(weight)
         raise ValueError(
-            "weight must be a plain torch.nn.Parameter: adapters come before sharding and quantisation; got "
+            "weight must be a plain torch.nn.Parameter, neither sharded nor quantised nor made from others; got "
             f"{kind.__module__}.{kind.__qualname__}"
         )
     if weight.layout is not torch.strided or weight.is_nested:

@@ -13,6 +13,7 @@ from fused_lora.bench.cases import Case, preset
 from fused_lora.config import LoraConfig
 from fused_lora.models import check_name
 from fused_lora.nn import LoRALinear
+from fused_lora.nn.base_linear import linear_sizes
 
 # A verdict holds within a factor of 2 (backends.tuned): these leave no gap.
 ROWS = {"cpu": (64, 256, 1024), "cuda": (512, 2048, 8192)}
@@ -32,9 +33,10 @@ def shapes_of(model: nn.Module, ranks: Iterable[int] = ()) -> list[tuple[int, in
     layers = make_plan(model, LoraConfig(target_modules="all-linear"), strict=False).linears.values()
     found: dict[tuple[int, int, int], None] = {}
     for layer in layers:
+        K, N = linear_sizes(layer)
         own = {A.shape[0] for A in layer.lora_A.values()} if isinstance(layer, LoRALinear) else ()
         for R in tuple(ranks) or sorted(own) or (RANK,):
-            found[layer.in_features, layer.out_features, R] = None
+            found[K, N, R] = None
     return list(found)
 
 
