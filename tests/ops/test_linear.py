@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_lora import backends, lora_linear
 from fused_lora.ops import linear, schema
+from fused_lora.ops.dropout import dropout_mask
 from fused_lora.testing import assert_close, random_problem, run, truth
 
 
@@ -175,17 +176,50 @@ def test_inplace_on_the_result():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("trained", ["x, A, B", "bias too", "with a gate"])
-def test_differentiating_twice_is_refused(trained):
+def test_second_derivatives(trained, dropout_p):
+    """The gradient's gradient is the composition's, also where one input is made from another."""
+    p = random_problem(6, 10, 12, 3).to(torch.float64)
+    lead, gate = (2, 3), torch.rand(2, 3, 1, dtype=torch.float64) if trained == "with a gate" else None
+    mask = None
+
+    def by_composition(x, A, B, bias):
+        given = x if mask is None else x * mask
+        low = F.linear(given, A) if gate is None else F.linear(given, A) * gate
+        return F.linear(x, p.weight, bias) + p.scaling * F.linear(low, B)
+
+    def ours(x, A, B, bias):
+        torch.manual_seed(7)
+        return lora_linear(x, p.weight, A, B, p.scaling, bias=bias, gate=gate, dropout_p=dropout_p)
+
+    def second(f):
+        given = [t.clone().requires_grad_() for t in (p.x.view(*lead, 12), p.lora_A, p.lora_B, p.bias)]
+        x, A, B, bias = given
+        y = f(x * 2, A * x.mean(), B, bias if trained == "bias too" else bias.detach())
+        wanted = given if trained == "bias too" else given[:3]
+        first = torch.autograd.grad(y.pow(3).sum(), wanted, create_graph=True)
+        again = torch.autograd.grad(sum(g.pow(2).sum() for g in first), wanted)
+        return [*first, *again]
+
+    if dropout_p:
+        torch.manual_seed(7)
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)
+        mask = dropout_mask(seed, 6, 12, dropout_p, torch.float64).view(*lead, 12)
+    torch.testing.assert_close(second(ours), second(by_composition))
+
+
+def test_second_derivatives_without_x_are_refused():
+    """Where A is frozen x is not kept: what would need it raises, batched first derivatives take h."""
     p = random_problem(6, 10, 12, 3)
-    x, A, B, bias = leaves(p)
-    gate = torch.rand(6, 1, requires_grad=True) if trained == "with a gate" else None
-    bias.requires_grad_(trained == "bias too")
-    y = lambda: call(p, x, A, B, bias, gate=gate)
-    (dx,) = torch.autograd.grad(y().pow(2).sum(), x, create_graph=True)
-    torch.testing.assert_close(dx, torch.autograd.grad(y().pow(2).sum(), x)[0])
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dx.sum().backward()
+    x, B = p.x.clone().requires_grad_(), p.lora_B.clone().requires_grad_()
+    y = lora_linear(x, p.weight, p.lora_A, B, p.scaling)
+    with pytest.raises(RuntimeError, match="needs x, which is kept only where lora_A trains"):
+        torch.autograd.grad(y.sum(), B, create_graph=True)
+    batch = torch.stack([p.dy, 2 * p.dy])
+    (together,) = torch.autograd.grad(y, B, batch, is_grads_batched=True, retain_graph=True)
+    one_by_one = torch.stack([torch.autograd.grad(y, B, dy, retain_graph=True)[0] for dy in batch])
+    torch.testing.assert_close(together, one_by_one)
 
 
 def test_functional_transforms():

@@ -205,12 +205,20 @@ def test_functional_transforms_trace_and_subclasses_see_plain_operators():
     torch.testing.assert_close(*vectorized)
 
 
-def test_differentiating_twice_is_refused():
-    p = random_problem(6, 10, 12, 3)
-    ts = leaves(p, torch.randn(6, 10))
-    (dx,) = torch.autograd.grad(lora_update(*ts, 1.0).pow(2).sum(), ts[1], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dx.sum().backward()
+def test_second_derivatives():
+    p = random_problem(6, 10, 12, 3).to(torch.float64)
+
+    def second(f):
+        y, x, A, B = ts = leaves(p, torch.ones(6, 10, dtype=torch.float64))
+        first = torch.autograd.grad(f(y * 2, x * 2, A * x.mean(), B).pow(3).sum(), ts, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.pow(2).sum() for g in first), ts)]
+
+    want = second(lambda y, x, A, B: y + 1.5 * F.linear(F.linear(x, A), B))
+    torch.testing.assert_close(second(lambda *ts: lora_update(*ts, 1.5)), want)
+    ts = leaves(p, torch.ones(6, 10, dtype=torch.float64))
+    ts[2].requires_grad_(False)
+    with pytest.raises(RuntimeError, match="needs x, which is kept only where lora_A trains"):
+        torch.autograd.grad(lora_update(*ts, 1.5).sum(), ts[3], create_graph=True)
 
 
 GOOD = dict(y=(4, 24), x=(4, 32), lora_A=(8, 32), lora_B=(24, 8))

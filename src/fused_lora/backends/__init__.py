@@ -40,7 +40,7 @@ class Request(NamedTuple):
     N: int
     K: int
     R: int
-    aligned: bool  # the weight's rows lie in one piece each, from addresses that are multiples of 16 bytes
+    aligned: bool  # the weight's rows lie in one piece each, on a GPU from addresses that are multiples of 16 bytes
     optional: tuple[str, ...]  # names of the optional tensors that are given; or UPDATE
 
 

@@ -35,6 +35,8 @@ def plans(request: Request) -> tuple[str, ...]:
     or faster (bench/NOTES.md)."""
     if request.M < _LEAST_ROWS or request.dtype is torch.float16 or request.optional == UPDATE:
         return ("around",)
+    if not request.aligned:  # a transposed weight, which PyTorch's product takes as it lies and ours would copy
+        return ("around",)
     if request.dtype is torch.bfloat16:
         return ("inside", "around") if _FEATURES["amx"] else ("around",)
     return ("inside", "around") if _FEATURES["avx2"] else ("around", "inside")

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 import fused_lora.ops.schema  # noqa: F401  registers torch.ops.fused_lora
+from fused_lora.ops import reference
 from fused_lora.ops.internals import (
     dispatch_modes_active,
     function_apply,
@@ -16,7 +17,7 @@ from fused_lora.ops.internals import (
     reshaped,
     transforms_active,
 )
-from fused_lora.ops.reference import PLAIN, Gradients, Variant, composed_gradients
+from fused_lora.ops.reference import PLAIN, Gradients, Variant, backward_again
 
 _PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
@@ -91,8 +92,6 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dh):
-        if torch.is_grad_enabled() and not is_dynamo_compiling():
-            return _once(ctx, dy, dh)
         x, weight, lora_A, lora_B, h, seed, *variant = ctx.saved_tensors
         scaling, dropout_p, backend = ctx.settings
         if dy is None:  # nothing of y was used
@@ -102,10 +101,13 @@ class LoRALinearFunction(torch.autograd.Function):
         dy, x = matrix(dy), x if x is None else matrix(x)
         needs = Inputs(*ctx.needs_input_grad).differentiable()
         factors = x, weight, lora_A, lora_B
-        if has_no_memory(dy) or (dh is not None and has_no_memory(dh)):
-            grads = composed_gradients(dy, dh, *factors, scaling, dropout_p, seed, needs, Variant(*variant))
+        given = (*factors, h, scaling, dropout_p, seed)
+        if torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
+            grads = backward_again(dy, dh, *factors, scaling, dropout_p, seed, needs, Variant(*variant))
+        elif has_no_memory(dy) or (dh is not None and has_no_memory(dh)):  # plain operators, which PyTorch can batch
+            grads = reference.backward(dy, dh, *given, needs, Variant(*variant))
         else:
-            given = (*factors, h, scaling, dropout_p, seed, *variant)
+            given = (*given, *variant)
             found = iter(torch.ops.fused_lora.backward(dy, dh, *given, list(needs), backend))
             grads = Gradients(*(next(found) if need else None for need in needs))
         if len(ctx.lead) != 1 and grads.x is not None:
@@ -136,8 +138,6 @@ class _EagerFunction(torch.autograd.Function):
         lead, flat = None, x
         if x.dim() != 2:
             lead, flat = x.shape[:-1], matrix(x)
-            if x.is_contiguous():
-                x = flat  # saved as it is needed; a copy is not held
         y, h = back_end.forward(flat, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, PLAIN, plan)
         _, need_A, need_B, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, h if need_B else None, seed)
@@ -146,33 +146,34 @@ class _EagerFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():
-            return _eager_once(ctx, dy)
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         scaling, dropout_p, back_end, plan, lead = ctx.call
         if lead is not None:
             dy, x = matrix(dy), x if x is None else matrix(x)
         needs = _needs(ctx.needs_input_grad)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = backward_again(dy, None, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
+            dx = grads.x if lead is None or grads.x is None else grads.x.view(*lead, grads.x.shape[1])
+            return dx, grads.lora_A, grads.lora_B, None
+        given = (dy, None, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed)
         try:
-            seen = dispatch_modes_active()  # who came up after the forward sees its backward, too
-            if not seen:
-                given = (dy, None, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed)
+            if dispatch_modes_active():  # who came up after the forward sees its backward, too
+                name = back_end.__name__.rpartition(".")[2]
+                named = f"{name}:{plan}" if plan else name
+                found = iter(torch.ops.fused_lora.backward(*given, *PLAIN, list(needs), named))
+                grads = Gradients(*(next(found) if need else None for need in needs))
+            else:
                 grads = back_end.backward(*given, needs, PLAIN, plan)
         except RuntimeError:  # a batched dy has no address; asked only now, since each look costs
-            seen = has_no_memory(dy)
-            if not seen:
+            if not has_no_memory(dy):
                 raise
-        if seen:
-            grads = composed_gradients(dy, None, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs, PLAIN)
+            grads = reference.backward(*given, needs)
         dx = grads.x
         if lead is not None and dx is not None:
             dx = dx.view(*lead, dx.shape[1])
         return dx, grads.lora_A, grads.lora_B, None
 
 
-# With create_graph=True: differentiating once more must raise, not give zeros.
-_once = torch.autograd.function.once_differentiable(LoRALinearFunction.backward)
-_eager_once = torch.autograd.function.once_differentiable(_EagerFunction.backward)
 eager_apply = function_apply(_EagerFunction)
 
 

@@ -145,7 +145,7 @@ def _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> Serving | N
         raise error
     request = request_of(x, weight, lora_A, PLAIN)
     serving = pick(backend, request)
-    if request.aligned and x.layout is torch.strided:
+    if (request.aligned or weight.is_cpu) and x.layout is torch.strided:
         check = alike(x, weight, lora_A, lora_B) if bias is None else alike(x, weight, lora_A, lora_B, bias)
         if len(_VERDICTS) > 4096:
             _VERDICTS.clear()

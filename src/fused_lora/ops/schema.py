@@ -43,10 +43,10 @@ _lib.define(
 
 def aligned(weight: Tensor) -> bool:
     """Whether the rows of the weight lie in one piece each, from addresses that are multiples of 16 bytes; a CPU has no
-    need of it."""
-    return weight.is_cpu or (
-        weight.stride(1) == 1 and weight.stride(0) * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
-    )
+    need of those addresses."""
+    if weight.stride(1) != 1:
+        return False
+    return weight.is_cpu or (weight.stride(0) * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0)
 
 
 def request_of(x: Tensor, weight: Tensor, lora_A: Tensor, variant: Variant) -> Request:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fused_lora.ops.autograd import matrix, needs_plain_operators
 from fused_lora.ops.internals import any_autocast_enabled, has_no_memory, reshaped
 from fused_lora.ops.linear import DTYPES, adapter_dtype_fault, autocasts, draw_seed, settings_fault, tensor_scaling
-from fused_lora.ops.reference import Gradients, update_backward, update_composition
+from fused_lora.ops.reference import Gradients, update_backward, update_backward_again, update_composition
 
 
 def lora_update(
@@ -91,8 +91,6 @@ class _UpdateFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _):
-        if torch.is_grad_enabled() and not is_dynamo_compiling():
-            return _once(ctx, dy, _)
         if dy is None:
             return None, None, None, None, None, None
         need_y, *needs = ctx.needs_input_grad[:4]
@@ -106,16 +104,15 @@ def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
     """dx [M, K], dA and dB of dy [M, N], None for those that are not needed."""
     x, lora_A, lora_B, h, seed = ctx.saved_tensors
     scaling, dropout_p, backend = ctx.settings
-    given = dy, None if x is None else matrix(x), lora_A, lora_B, h, scaling, dropout_p, seed
+    x = None if x is None else matrix(x)
+    if torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
+        return update_backward_again(dy, x, lora_A, lora_B, scaling, dropout_p, seed, needs)
+    given = dy, x, lora_A, lora_B, h, scaling, dropout_p, seed
     if has_no_memory(dy):  # plain operators, which PyTorch can batch
         grads = update_backward(*given, Gradients(x=needs[0], lora_A=needs[1], lora_B=needs[2]))
         return [grads.x, grads.lora_A, grads.lora_B]
     found = iter(torch.ops.fused_lora.update_backward(*given, needs, backend))
     return [next(found) if need else None for need in needs]
-
-
-# With create_graph=True: differentiating once more must raise, not give zeros.
-_once = torch.autograd.function.once_differentiable(_UpdateFunction.backward)
 
 
 def update_fault(y, x, lora_A, lora_B, dropout_p, backend) -> ValueError | None:
