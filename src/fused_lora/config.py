@@ -4,13 +4,16 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import nn
 
+from fused_lora.name_patterns import NamePatterns, as_plain_name, check_regex, for_ends, layer_number, matches
+
 _LARGEST_RANK = 2**31 - 1
+_TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 
 
 def unknown_name(what: str, got: str | None, known: Iterable[str]) -> ValueError:
@@ -70,82 +73,6 @@ class LayerConfig:
         return lora_scaling(self.r, self.lora_alpha, self.use_rslora)
 
 
-def endings(name: str) -> Iterator[str]:
-    """A dotted name and its ends after a dot: a.b.c, b.c, c."""
-    yield name
-    for position, letter in enumerate(name):
-        if letter == ".":
-            yield name[position + 1 :]
-
-
-def matches(targets: str | Iterable[str], name: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a collection (best a set) holds names or their
-    ends after a dot."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(end in targets for end in endings(name))
-
-
-class NamePatterns:
-    """The keys of a rank_pattern or an alpha_pattern, read once, for thousands of names.
-
-    PEFT's rule: a key fits a name if re.match finds `(.*\\.)?(key)$`, and the first key that fits decides. Almost all
-    keys are plain names, in which a dot stands for any character; those are found in a dictionary by their length and
-    the places of their dots, all others are regular expressions, tried one by one.
-
-    Args:
-        keys: regular expressions, in PEFT's order.
-    Raises: re.error for a key that is none.
-    """
-
-    def __init__(self, keys: Iterable[str]):
-        self.keys = list(keys)
-        # Whether only a whole name fits, length, places of the dots, text: the keys of that text.
-        self._plain: dict[tuple[bool, int], dict[tuple[int, ...], dict[str, list[int]]]] = {}
-        self._regexes: list[tuple[int, re.Pattern]] = []
-        for index, key in enumerate(self.keys):
-            plain = _as_plain_name(key)
-            if plain is None:
-                self._regexes.append((index, re.compile(_for_ends(key))))
-                continue
-            text, dots = plain
-            alike = self._plain.setdefault((key.startswith("^"), len(text)), {})
-            alike.setdefault(dots, {}).setdefault(text, []).append(index)
-
-    def fitting(self, name: str) -> list[int]:
-        """The places of the keys that fit, the deciding one first."""
-        found = [index for index, regex in self._regexes if regex.match(name)]
-        for whole, text in ((True, name), *((False, end) for end in endings(name))):
-            for dots, keys in self._plain.get((whole, len(text)), {}).items():
-                found += keys.get(_with_dots(text, dots), ())
-        return sorted(found)
-
-
-def _as_plain_name(key: str) -> tuple[str, tuple[int, ...]] | None:
-    """A key as the text that it stands for and the places in it where a dot stands for any character; None for a
-    regular expression beyond that."""
-    text = key.removeprefix("^")
-    literal = text.replace("\\", "")
-    if re.escape(literal) == text:
-        return literal, ()
-    if re.fullmatch(r"[\w.-]+", text):
-        return text, tuple(place for place, letter in enumerate(text) if letter == ".")
-    return None
-
-
-def _for_ends(key: str) -> str:
-    """PEFT's regular expression for the names that a key of a pattern fits."""
-    return rf"(.*\.)?({key})$"
-
-
-def _with_dots(text: str, places: tuple[int, ...]) -> str:
-    """The text with a dot in each of these places."""
-    letters = list(text)
-    for place in places:
-        letters[place] = "."
-    return "".join(letters)
-
-
 @dataclass(frozen=True)
 class LoraConfig:
     """What an adapter is: the part of PEFT's LoraConfig that this library supports, under the same names.
@@ -158,6 +85,14 @@ class LoraConfig:
             regular expression; the first such key decides.
         modules_to_save: ends of names of modules of which the adapter trains and saves a full copy.
         exclude_modules: as target_modules, what gets no adapter all the same.
+        target_parameters: names or their ends after a dot of Parameters that modules read themselves, such as the fused
+            experts of a mixture or its router: [E, out, in], or [out, in]. A linear layer's weight is that layer.
+        layers_to_transform: numbers of the only layers in which target_modules, "all-linear" or a list of ends of
+            names, get an adapter; the number is the first in a name.
+        layers_pattern: the attribute of the list that these numbers count in, where it is not the first.
+        task_type: "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" put the head of such a model, classifier, score or
+            qa_outputs, among modules_to_save; other types of PEFT's change nothing. None, with "all-linear", does so
+            for a model whose class says what it is for.
     Raises: ValueError naming the field, what was expected and what was given.
     Source: Hugging Face PEFT's LoraConfig.
     """
@@ -171,10 +106,25 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] = field(default_factory=list)
     exclude_modules: str | list[str] = field(default_factory=list)
+    target_parameters: list[str] = field(default_factory=list)
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    task_type: str | None = None
 
     def __post_init__(self):
         LayerConfig(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora)
-        for name, one_string in (("target_modules", True), ("exclude_modules", True), ("modules_to_save", False)):
+        self._check_names()
+        self._check_patterns()
+        self._check_layers()
+        task_type = getattr(self.task_type, "value", self.task_type)  # of PEFT's enumeration
+        if task_type is not None and task_type not in _TASK_TYPES:
+            raise unknown_name("task_type", task_type, _TASK_TYPES)
+        object.__setattr__(self, "task_type", task_type)
+
+    def _check_names(self) -> None:
+        """Check the lists of names and take copies of them."""
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+            one_string = name in ("target_modules", "exclude_modules")
             value = getattr(self, name)
             if isinstance(value, list | tuple | set | frozenset):  # a copy of our own, in one order
                 value = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
@@ -186,18 +136,40 @@ class LoraConfig:
                     f"{value!r}"
                 )
             if isinstance(value, str):
-                _check_regex(name, value, value)
+                check_regex(name, value, value)
         for entry in self.modules_to_save:
-            _check_regex("modules_to_save entry", entry, _inside_saved(entry))
+            check_regex("modules_to_save entry", entry, _inside_saved(entry))
+
+    def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, name)
             if not isinstance(pattern, dict) or not all(isinstance(key, str) for key in pattern):
                 raise ValueError(f"{name} must be a dict from regular expressions to numbers; got {pattern!r}")
             object.__setattr__(self, name, dict(pattern))
             for key, value in pattern.items():
-                if _as_plain_name(key) is None:
-                    _check_regex(f"{name} key", key, _for_ends(key))
+                if as_plain_name(key) is None:
+                    check_regex(f"{name} key", key, for_ends(key))
                 LayerConfig(r=value) if name == "rank_pattern" else LayerConfig(lora_alpha=value)
+
+    def _check_layers(self) -> None:
+        layers, patterns = self.layers_to_transform, self.layers_pattern
+        listed = [layers] if isinstance(layers, int) else layers
+        if listed is not None and not (
+            isinstance(listed, list | tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in listed)
+        ):
+            raise ValueError(f"layers_to_transform must be an int or a list of int; got {layers!r}")
+        listed_patterns = [patterns] if isinstance(patterns, str) else patterns or []
+        if not isinstance(listed_patterns, list | tuple) or not all(isinstance(p, str) and p for p in listed_patterns):
+            raise ValueError(f"layers_pattern must be a non-empty str or a list of such; got {patterns!r}")
+        if listed and isinstance(self.target_modules, str) and not self.all_linear:
+            raise ValueError(
+                "layers_to_transform must be None where target_modules is a regular expression, which can say it "
+                f"itself; got {layers!r}"
+            )
+        if listed_patterns and not listed:
+            raise ValueError(f"layers_pattern must be None without layers_to_transform; got {patterns!r}")
+        for pattern in listed_patterns:
+            check_regex("layers_pattern", pattern, layer_number(pattern))
 
     @cached_property
     def ranks(self) -> NamePatterns:
@@ -209,9 +181,13 @@ class LoraConfig:
         """The keys of alpha_pattern."""
         return NamePatterns(self.alpha_pattern)
 
+    def pattern_name(self, name: str) -> str:
+        """The name by which the patterns know a layer: a linear layer may be in target_parameters by its weight."""
+        return f"{name}.weight" if self.targets_parameter(f"{name}.weight") else name
+
     def layer(self, name: str) -> LayerConfig:
         """What the adapter is in the layer of this name."""
-        r, lora_alpha = self.r, self.lora_alpha
+        r, lora_alpha, name = self.r, self.lora_alpha, self.pattern_name(name)
         for index in self.ranks.fitting(name)[:1]:
             r = self.rank_pattern[self.ranks.keys[index]]
         for index in self.alphas.fitting(name)[:1]:
@@ -228,6 +204,10 @@ class LoraConfig:
         return self.target_modules if isinstance(self.target_modules, str) else set(self.target_modules)
 
     @cached_property
+    def _parameters(self) -> set[str]:
+        return set(self.target_parameters)
+
+    @cached_property
     def _excluded(self) -> str | set[str]:
         return self.exclude_modules if isinstance(self.exclude_modules, str) else set(self.exclude_modules)
 
@@ -235,9 +215,30 @@ class LoraConfig:
     def _saved(self) -> list[re.Pattern]:
         return [re.compile(_inside_saved(entry)) for entry in self.modules_to_save]
 
+    @cached_property
+    def _numbered(self) -> tuple[list[re.Pattern], set[int]] | None:
+        """The expressions that find a layer's number in a name, and the numbers of layers_to_transform."""
+        layers, patterns = self.layers_to_transform, self.layers_pattern
+        listed: Sequence[str | None] = [patterns] if isinstance(patterns, str) else patterns or [None]
+        numbers = {layers} if isinstance(layers, int) else set(layers or ())
+        return ([re.compile(layer_number(pattern)) for pattern in listed], numbers) if numbers else None
+
+    def in_layers(self, name: str) -> bool:
+        """Whether layers_to_transform, if given, has the number in this name."""
+        if self._numbered is None:
+            return True
+        found = next((match for regex in self._numbered[0] if (match := regex.match(name))), None)
+        return found is not None and int(found["number"]) in self._numbered[1]
+
     def targets(self, name: str) -> bool:
-        """Whether target_modules, if not "all-linear", names the module of this name."""
-        return matches(self._targets, name)
+        """Whether target_modules, if not "all-linear", and layers_to_transform name the module of this name; a whole
+        name is not asked for its number."""
+        whole = isinstance(self._targets, set) and name in self._targets
+        return whole or (matches(self._targets, name) and self.in_layers(name))
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether target_parameters names the parameter of this name."""
+        return matches(self._parameters, name)
 
     def excludes(self, name: str) -> bool:
         """Whether exclude_modules or modules_to_save keep LoRA from the module of this name."""
@@ -247,10 +248,3 @@ class LoraConfig:
 def _inside_saved(entry: str) -> str:
     """PEFT's regular expression for the module that an entry of modules_to_save names and all modules in it."""
     return rf"(^|.*\.){entry}($|\..*)"
-
-
-def _check_regex(name: str, value: str, expression: str) -> None:
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise ValueError(f"{name} must be a regular expression; got {value!r} ({error})") from None

@@ -4,7 +4,7 @@ import random
 import re
 
 import pytest
-from peft import IA3Config
+from peft import IA3Config, get_peft_model
 from peft import LoraConfig as PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -97,6 +97,9 @@ def test_hundreds_of_patterns_are_read_once(monkeypatch):
         {"target_modules": r".*\.(q|k)", "exclude_modules": ["blocks.1.k"]},
         {"target_modules": ["q", "k"], "rank_pattern": {"blocks.1.q": 2}, "alpha_pattern": {"k": 3}},
         {"target_modules": ["q"], "modules_to_save": ["k"]},
+        {"target_modules": ["q", "blocks.0.k"], "layers_to_transform": 1, "layers_pattern": "blocks"},
+        {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["layers", "blocks"]},
+        {"target_modules": [], "target_parameters": ["q.weight", "blocks.2.k.weight"], "rank_pattern": {"q.weight": 3}},
         {"target_modules": "all-linear"},
     ],
 )
@@ -112,8 +115,31 @@ def test_ours_peft_s_and_keywords_say_the_same(fields, by_keyword):
     configs = [LoraConfig(**fields), PeftConfig(**fields)]
     models = [apply_lora(Blocks(), config=c) if by_keyword else apply_lora(Blocks(), c) for c in configs]
     assert layout(models[0]) == layout(models[1])
-    if "exclude_modules" not in fields:
-        assert layout(apply_lora(Blocks(), **fields)) == layout(models[0])
+    assert layout(apply_lora(Blocks(), **fields)) == layout(models[0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q", "0.k"], "layers_to_transform": [1, 2]},
+        {"target_modules": ["q", "blocks.0.k"], "layers_to_transform": 1, "layers_pattern": "blocks"},
+        {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["layers", "blocks"]},
+        {"target_modules": ["q", "k"], "exclude_modules": ["2.k", "blocks.0.q"]},
+        {"target_modules": ["k"], "target_parameters": ["q.weight"], "rank_pattern": {"q.weight": 3}},
+    ],
+)
+def test_the_layers_are_peft_s(fields):
+    peft = get_peft_model(nn.ModuleDict({"model": Blocks()}), PeftConfig(**fields)).base_model.model
+    want = {name.rpartition(".lora_A")[0]: m.weight.shape for name, m in peft.named_modules() if ".lora_A." in name}
+    ours = apply_lora(nn.ModuleDict({"model": Blocks()}), **fields)
+    assert {n: m.lora_A["default"].shape for n, m in ours.named_modules() if isinstance(m, LoRALinear)} == want
+
+
+def test_all_linear_takes_numbers_of_layers_too():
+    model = apply_lora(Blocks(), layers_to_transform=[0, 2], layers_pattern="blocks")
+    assert {n for n, m in model.named_modules() if isinstance(m, LoRALinear)} == {
+        f"blocks.{i}.{name}" for i in (0, 2) for name in "qk"
+    }
 
 
 def test_positions_as_before():
@@ -128,11 +154,7 @@ def test_positions_as_before():
         (PeftConfig(target_modules=["q"], init_lora_weights="gaussian"), {}, r"config: init_lora_weights must be True"),
         (PeftConfig(), {}, r"config: target_modules must be a list or a regular expression; got None"),
         (PeftConfig(target_modules=["q"], bias="all"), {}, r"config: bias is not supported and must be off; got 'all'"),
-        (
-            PeftConfig(target_modules=["q"], layers_to_transform=[0]),
-            {},
-            r"config: layers_to_transform is not supported",
-        ),
+        (PeftConfig(target_modules=["q"], lora_bias=True, bias="none"), {}, r"config: lora_bias is not supported"),
         (IA3Config(target_modules=["q"]), {}, r"config: peft_type must be 'LORA'; got 'IA3'"),
         (PeftConfig(target_modules=["p"]), {}, r"target_modules must be one of \['k', 'q'\]; got 'p'"),
         (LoraConfig(), {"lora_alpha": 16}, r"config and lora_alpha exclude each other; got both, lora_alpha=16"),
@@ -162,6 +184,13 @@ def test_a_config_keeps_copies_of_what_it_was_given():
         ({"lora_alpha": 10**400}, r"lora_alpha must be a finite number; got a number of 1329 bits"),
         ({"lora_alpha": float("inf")}, r"lora_alpha must be a finite number; got inf"),
         ({"rank_pattern": {"(q": 2}}, r"rank_pattern key must be a regular expression; got '\(q'"),
+        ({"layers_to_transform": ["0"]}, r"layers_to_transform must be an int or a list of int; got \['0'\]"),
+        ({"layers_pattern": "h"}, r"layers_pattern must be None without layers_to_transform; got 'h'"),
+        ({"layers_pattern": [1], "layers_to_transform": 1}, r"layers_pattern must be a non-empty str or a list"),
+        ({"layers_pattern": "(", "layers_to_transform": 1}, r"layers_pattern must be a regular expression; got '\('"),
+        ({"target_modules": "q|k", "layers_to_transform": 1}, r"layers_to_transform must be None where target_modules"),
+        ({"task_type": "SEQ_CLAS"}, r"task_type must be one of .*; got 'SEQ_CLAS' \(did you mean 'SEQ_CLS'\?\)"),
+        ({"target_parameters": "weight"}, r"target_parameters must be a list of non-empty str; got 'weight'"),
         ({"modules_to_save": ["("]}, r"modules_to_save entry must be a regular expression; got '\('"),
     ],
 )

@@ -89,12 +89,12 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
         (lambda d: edit_config(d, use_dora=True), r"use_dora is not supported and must be off; got True"),
         (lambda d: edit_config(d, lora_bias=True), r"lora_bias is not supported"),
         (lambda d: edit_config(d, bias="all"), r"bias is not supported and must be off; got 'all'"),
-        (
-            lambda d: edit_config(d, layers_to_transform=[0]),
-            r"layers_to_transform is not supported and must be off; got \[0\]",
-        ),
+        (lambda d: edit_config(d, layers_to_transform=[0]), r"got 8, 4 unexpected|exists on other layers"),
         (lambda d: edit_config(d, layer_replication=[[0, 1]]), r"layer_replication is not supported"),
-        (lambda d: edit_config(d, target_parameters=["experts"]), r"target_parameters is not supported"),
+        (
+            lambda d: edit_config(d, target_parameters=["norm.weight"]),
+            r"target_parameters: model\.norm: weight must be .* two or three dimensions",
+        ),
         (lambda d: edit_config(d, trainable_token_indices=[1]), r"trainable_token_indices is not supported"),
         (
             lambda d: edit_config(d, a_field_of_the_future=1),

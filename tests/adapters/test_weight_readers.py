@@ -147,13 +147,16 @@ class OtherLayer(Layers):
 def test_targets_that_are_read_are_refused(kind, inside):
     model = nn.Sequential(kind()) if inside else kind()
     before = [(name, p.requires_grad) for name, p in model.named_parameters()]
-    for arguments in ({}, {"target_modules": ["out"]}, {"target_modules": ["proj", "out"]}):
+    for arguments in ({"target_modules": ["out"]}, {"target_modules": ["proj", "out"]}):
         with pytest.raises(
             ValueError, match=rf"target_modules must leave out out of {kind.__name__}: code there reads"
         ):
             apply_lora(model, **arguments)
         assert [(name, p.requires_grad) for name, p in model.named_parameters()] == before
-    apply_lora(model, target_modules=["proj"])
+    with pytest.warns(UserWarning, match=rf"'all-linear' leaves out out of {kind.__name__}: code there reads"):
+        apply_lora(model)
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    assert adapted and all(name.endswith("proj") for name in adapted)
 
 
 def test_a_forward_put_on_the_object_is_read():

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.adapters import peft_config, peft_format
+from fused_lora.adapters.conventions import moved_layers, task_type_of
 from fused_lora.adapters.holders import adapter_names, holders_of, module_names, tensors_of
 from fused_lora.adapters.model import check_addable, check_not_merged, install, set_adapter
+from fused_lora.adapters.places import parameter_names, walk
 from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.wrappers import check_no_peft, fetched, fill, plain_key, unwrapped, whole, whole_tensor
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, layer_class
+from fused_lora.nn.experts import LoRAParameter, pattern_name
 from fused_lora.nn.layer import adapter_place
 from fused_lora.nn.modules_to_save import ModuleToSave
 
@@ -34,7 +37,15 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     layers, saved = holders_of(root, adapter_name)
     if not layers:
         raise unknown_name("adapter_name", adapter_name, adapter_names(root))
-    config = peft_config.config_of(layers, list(saved), module_names(root), adapter_name)
+    config = peft_config.config_of(
+        layers,
+        list(saved),
+        module_names(root),
+        adapter_name,
+        parameters=[key for place in walk(root) for key in parameter_names(place)],
+        moved=moved_layers(root),
+        task_type=task_type_of(root),
+    )
     copies = [wrapper.modules_to_save[adapter_name] for wrapper in saved.values()]
     with whole(model), fetched([*layers.values(), *copies]):
         tensors = {key: whole_tensor(t) for key, t in tensors_of(layers, saved, adapter_name).items()}
@@ -81,7 +92,7 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
             install(root, plan, config, adapter_name)
         layers, saved = holders_of(root, adapter_name)
         for name, layer in layers.items():
-            given = config.layer(name)
+            given = config.layer(pattern_name(name, layer))
             layer.set_hyperparameters(adapter_name, given.lora_alpha, given.lora_dropout, given.use_rslora)
         with torch.no_grad():
             for key, tensor in tensors_of(layers, saved, adapter_name).items():
@@ -102,7 +113,10 @@ def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adap
     file's ranks."""
     plan = _plan(root, directory, config)
     layers, saved = holders_of(root, adapter_name)
-    for what, have, want in (("layers", layers, plan.linears), ("modules_to_save", saved, plan.saved)):
+    for what, have, want in (
+        ("layers", layers, {**plan.linears, **plan.parameters}),
+        ("modules_to_save", saved, plan.saved),
+    ):
         if set(have) != set(want):
             differ = sorted(set(have) ^ set(want))
             raise ValueError(
@@ -110,7 +124,7 @@ def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adap
                 "under a new name"
             )
     for name, layer in layers.items():
-        r, new_r = layer.r[adapter_name], config.layer(name).r
+        r, new_r = layer.r[adapter_name], config.layer(pattern_name(name, layer)).r
         if r != new_r:
             raise ValueError(
                 f"adapter {adapter_name!r} exists with r={r} in {name}; got r={new_r}, load under a new name"
@@ -120,7 +134,8 @@ def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adap
 
 def _check_values_here(plan: Plan) -> None:
     """Raises ValueError if what an adapter is to be read into has no values here: they would be dropped in silence."""
-    elsewhere = [name for name, module in plan.linears.items() if _is_elsewhere(module)]
+    targets = plan.linears | {name: target.module for name, target in plan.parameters.items()}
+    elsewhere = [name for name, module in targets.items() if _is_elsewhere(module)]
     elsewhere += [name for name, module in plan.saved.items() if any(t.is_meta for t in module.parameters())]
     if elsewhere:
         raise ValueError(
@@ -149,6 +164,9 @@ def _expected(plan: Plan, config: LoraConfig) -> dict[str, tuple[int, ...]]:
         kind = layer_class(module)
         key_A, key_B = peft_format.adapter_keys(name, kind)
         shapes[key_A], shapes[key_B] = kind.shapes_over(module, config.layer(name).r)
+    for name, target in plan.parameters.items():
+        key_A, key_B = peft_format.adapter_keys(name, LoRAParameter)
+        shapes[key_A], shapes[key_B] = target.adapter_shapes(config.layer(pattern_name(name, target)).r)
     for name, saved in plan.saved.items():
         original = saved.original_module if isinstance(saved, ModuleToSave) else saved
         for key, tensor in original.state_dict().items():

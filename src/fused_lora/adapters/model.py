@@ -5,6 +5,7 @@ from contextlib import contextmanager, suppress
 
 from torch import nn
 
+from fused_lora.adapters.conventions import for_model
 from fused_lora.adapters.holders import adapter_names, all_holders
 from fused_lora.adapters.peft_config import from_peft, is_peft_config
 from fused_lora.adapters.plan import Plan, make_plan
@@ -12,6 +13,7 @@ from fused_lora.adapters.weight_readers import call_all_layers
 from fused_lora.adapters.wrappers import check_no_peft, check_open, is_sharded, reshard, unwrapped
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, lora_layer
+from fused_lora.nn.experts import LoRAParameter, pattern_name
 from fused_lora.nn.modules_to_save import ModuleToSave
 
 
@@ -27,6 +29,11 @@ def apply_lora(
     modules_to_save: list[str] | None = None,
     adapter_name: str = "default",
     *,
+    exclude_modules: str | list[str] | None = None,
+    target_parameters: list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: str | list[str] | None = None,
+    task_type: str | None = None,
     config: LoraConfig | None = None,
 ) -> nn.Module:
     """Put a fresh LoRA adapter on a model's linear layers, in place, and freeze everything else.
@@ -39,7 +46,8 @@ def apply_lora(
         model: any module whose targets are exactly torch.nn.Linear, in wrappers or not; DistributedDataParallel and
             FSDP come after adapters.
         r, lora_alpha, lora_dropout, use_rslora: as in `LoRALinear`.
-        target_modules, rank_pattern, alpha_pattern, modules_to_save: as in `LoraConfig`.
+        target_modules, rank_pattern, alpha_pattern, modules_to_save, exclude_modules, target_parameters,
+            layers_to_transform, layers_pattern, task_type: as in `LoraConfig`.
         adapter_name: its name, without dots.
         config: a LoraConfig, or PEFT's own, instead of all that but adapter_name; it may stand in the place of r, too.
     Returns: model.
@@ -54,6 +62,11 @@ def apply_lora(
         "rank_pattern": rank_pattern or {},
         "alpha_pattern": alpha_pattern or {},
         "modules_to_save": modules_to_save or [],
+        "exclude_modules": exclude_modules or [],
+        "target_parameters": target_parameters or [],
+        "layers_to_transform": layers_to_transform,
+        "layers_pattern": layers_pattern,
+        "task_type": task_type,
     }
     if config is None and (isinstance(r, LoraConfig) or is_peft_config(r)):
         lora_config = _config(given, r)
@@ -64,6 +77,7 @@ def apply_lora(
     known = adapter_names(model)
     if adapter_name in known:
         raise ValueError(f"adapter_name must be new to the model, which has {known}; got {adapter_name!r}")
+    lora_config = for_model(lora_config, model)
     install(unwrapped(model), make_plan(model, lora_config, strict=True), lora_config, adapter_name)
     set_adapter(model, adapter_name)
     return model
@@ -201,19 +215,25 @@ def install(root: nn.Module, plan: Plan, config: LoraConfig, adapter_name: str) 
     replacement: dict[int, nn.Module] = {}
     try:
         for name, module in plan.linears.items():
-            layer = vars(config.layer(name))
+            given = vars(config.layer(name))
             if isinstance(module, LoRALayer):
-                module.add_adapter(adapter_name, **layer)
+                module.add_adapter(adapter_name, **given)
             else:
-                replacement[id(module)] = lora_layer(module, adapter_name=adapter_name, **layer)
+                replacement[id(module)] = lora_layer(module, adapter_name=adapter_name, **given)
+        for name, target in plan.parameters.items():
+            given = vars(config.layer(pattern_name(name, target)))
+            if not isinstance(target, LoRAParameter):
+                inner = replacement.get(id(target.module), target.module)
+                replacement[id(target.module)] = target = LoRAParameter(inner, target.parameter_name)
+            target.add_adapter(adapter_name, **given)
         for saved in plan.saved.values():
             wrapper = saved if isinstance(saved, ModuleToSave) else ModuleToSave(saved)
             wrapper.add_adapter(adapter_name)
             replacement[id(saved)] = wrapper
     except BaseException:
-        for module in plan.linears.values():
-            if isinstance(module, LoRALayer) and adapter_name in module.lora_A:
-                module.delete_adapter(adapter_name)
+        for layer in (*plan.linears.values(), *plan.parameters.values()):
+            if isinstance(layer, LoRALayer) and adapter_name in layer.lora_A:
+                layer.delete_adapter(adapter_name)
         for saved in plan.saved.values():
             if isinstance(saved, ModuleToSave):
                 with suppress(KeyError):

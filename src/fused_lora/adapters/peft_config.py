@@ -5,14 +5,16 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
 from torch import nn
 
 from fused_lora.adapters.wrappers import plain_class
-from fused_lora.config import LoraConfig, lora_scaling, matches
+from fused_lora.config import LoraConfig, lora_scaling
+from fused_lora.name_patterns import matches
+from fused_lora.nn.experts import LoRAParameter, pattern_name
 from fused_lora.nn.layer import LoRALayer
 
 CONFIG_NAME = "adapter_config.json"
@@ -25,7 +27,6 @@ _WITHOUT_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
     "revision",
-    "task_type",
     "inference_mode",
     "runtime_config",
     "fan_in_fan_out",  # says how the base's weight lies, which its class says, too
@@ -36,6 +37,7 @@ _WITHOUT_EFFECT = {
     "layers_pattern",
     "megatron_core",
 }
+_NONE_IF_EMPTY = ("modules_to_save", "exclude_modules", "target_parameters")
 _OFF: tuple = (None, False, "none", [], {})
 _PLAIN_INIT = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -91,6 +93,10 @@ def _from_fields(config: Mapping) -> LoraConfig:
         if field not in _SUPPORTED and field not in _WITHOUT_EFFECT and value not in _OFF:
             raise ValueError(f"{field} is not supported and must be off; got {value!r}")
     given = {field: config[field] for field in _SUPPORTED if config.get(field) is not None}
+    if not given.get("layers_to_transform"):
+        given.pop("layers_pattern", None)  # which acts only with it
+    if "target_modules" not in given and given.get("target_parameters"):
+        given["target_modules"] = []
     if "target_modules" not in given:
         raise ValueError(f"target_modules must be a list or a regular expression; got {config.get('target_modules')!r}")
     return LoraConfig(**given)
@@ -121,7 +127,16 @@ def _read_object(path: Path) -> dict:
     return config
 
 
-def config_of(layers: dict[str, LoRALayer], saved: list[str], others: list[str], adapter_name: str) -> LoraConfig:
+def config_of(
+    layers: dict[str, LoRALayer],
+    saved: list[str],
+    others: list[str],
+    adapter_name: str,
+    *,
+    parameters: Collection[str] = (),
+    moved: Collection[str] = (),
+    task_type: str | None = None,
+) -> LoraConfig:
     """The configuration that describes an adapter as it sits in a model.
 
     Args:
@@ -129,6 +144,10 @@ def config_of(layers: dict[str, LoRALayer], saved: list[str], others: list[str],
         saved: names of the modules that it trains in full.
         others: names of all modules of the model.
         adapter_name: the adapter.
+        parameters: names of all parameters of the model.
+        moved: last parts of names that PEFT takes for experts in this model; linear layers of these names are written
+            as the parameters that their weights are.
+        task_type: PEFT's, if the model has a head of that kind among `saved`.
     Raises: ValueError if the layers differ in what PEFT can say only once (lora_dropout, use_rslora), or a scaling was
         set by hand.
     """
@@ -147,20 +166,27 @@ def config_of(layers: dict[str, LoRALayer], saved: list[str], others: list[str],
                 f"scaling of {name} must be {want}, as its r and lora_alpha say, which is all that the file holds; got "
                 f"{got}"
             )
-    ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
-    alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
+    named = {name: pattern_name(name, layer) for name, layer in layers.items() if isinstance(layer, LoRAParameter)}
+    if first.lora_dropout[adapter_name] == 0:
+        named |= {name: f"{name}.weight" for name in layers if name.rpartition(".")[2] in moved}
+    ranks = {named.get(name, name): layer.r[adapter_name] for name, layer in layers.items()}
+    alphas = {named.get(name, name): layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     config = LoraConfig(
         r=_commonest(ranks),
         lora_alpha=_commonest(alphas),
-        target_modules=list(layers),
         lora_dropout=first.lora_dropout[adapter_name],
         use_rslora=first.use_rslora[adapter_name],
         rank_pattern=_exceptions(ranks),
         alpha_pattern=_exceptions(alphas),
         modules_to_save=saved,
+        task_type=task_type if saved else None,
     )
     reachable = {name for name in others if not config.excludes(name)}
-    return replace(config, target_modules=_shortest_targets(set(layers), reachable))
+    return replace(
+        config,
+        target_modules=_shortest_targets(set(layers) - set(named), reachable),
+        target_parameters=_shortest_parameters(set(named.values()), set(parameters)),
+    )
 
 
 def _commonest(values: dict):
@@ -182,6 +208,16 @@ def _shortest_targets(names: set[str], reachable: set[str]) -> str | list[str]:
     return "|".join(re.escape(name) for name in sorted(names))
 
 
+def _shortest_parameters(names: set[str], reachable: set[str]) -> list[str]:
+    """target_parameters that select exactly `names` among `reachable`: one or two last parts of names, else whole
+    ones."""
+    for parts in (1, 2):
+        targets = {".".join(name.split(".")[-parts:]) for name in names}
+        if {name for name in reachable if matches(targets, name)} == names:
+            return sorted(targets)
+    return sorted(names)
+
+
 def config_bytes(config: LoraConfig, model: nn.Module) -> bytes:
     """adapter_config.json for this model: the fields that PEFT, vLLM, SGLang and TensorRT-LLM read of a plain LoRA
     adapter. PEFT fills in its defaults for the others."""
@@ -195,9 +231,8 @@ def config_bytes(config: LoraConfig, model: nn.Module) -> bytes:
         "init_lora_weights": True,
         "peft_type": "LORA",
         "revision": None,
-        "task_type": None,
         "use_dora": False,
     }
     content |= {field: getattr(config, field) for field in _SUPPORTED}
-    content |= {field: getattr(config, field) or None for field in ("modules_to_save", "exclude_modules")}
+    content |= {field: getattr(config, field) or None for field in _NONE_IF_EMPTY}
     return json.dumps(content, indent=2, sort_keys=True).encode()

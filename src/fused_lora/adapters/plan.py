@@ -1,63 +1,31 @@
 """Which modules of a model an adapter sits in, by PEFT's rules, under the plain model's names."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
+from fused_lora.adapters.parameters import PlainParameter, find_parameters
+from fused_lora.adapters.places import Place, is_linear_layer, parameter_names, walk
 from fused_lora.adapters.weight_readers import reader_of
-from fused_lora.adapters.wrappers import inner_attribute, unwrapped
-from fused_lora.config import LoraConfig, endings, unknown_name
-from fused_lora.nn import LoRALayer, LoRALinear, check_base
-from fused_lora.nn.base_linear import is_linear
+from fused_lora.adapters.wrappers import unwrapped
+from fused_lora.config import LoraConfig, unknown_name
+from fused_lora.name_patterns import endings
+from fused_lora.nn import LoRALayer, check_base
+from fused_lora.nn.experts import LoRAParameter, pattern_name
 from fused_lora.nn.modules_to_save import ModuleToSave
 
 
 @dataclass(frozen=True)
-class Place:
-    """One way to reach a module: parent.attribute is module, called `name` from the root. `inside` a ModuleToSave
-    nothing is replaced."""
-
-    name: str
-    module: nn.Module
-    parent: nn.Module
-    attribute: str
-    inside: bool
-
-
-def walk(model: nn.Module) -> Iterator[Place]:
-    """Every place of a model in the order of `named_modules`, a shared module as often as it is reached.
-
-    Layers with adapters are leaves, a ModuleToSave shows the original under its own name, a wrapper the module in it.
-    """
-    reached: dict[str, tuple[nn.Module, str, bool]] = {}  # what may hold places: module, plain name, inside
-    for path, module in unwrapped(model).named_modules(remove_duplicate=False):
-        if not path:
-            reached[path] = (module, "", False)
-            continue
-        holder_path, _, attribute = path.rpartition(".")
-        if holder_path not in reached:
-            continue
-        holder, name, inside = reached[holder_path]
-        if isinstance(holder, ModuleToSave):
-            if attribute == "original_module":
-                reached[path] = (module, name, True)
-            continue
-        if attribute != inner_attribute(holder):
-            name = f"{name}.{attribute}" if name else attribute
-        if not isinstance(module, LoRALayer):
-            reached[path] = (module, name, inside)
-        if inner_attribute(module) is None:
-            yield Place(name, module, holder, attribute, inside)
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What an adapter will sit in: modules by the first name they are reached by, and all places of the model."""
+    """What an adapter will sit in: modules by the first name they are reached by, and all places of the model.
+    Parameters by the names of their LoRAParameters, the inner of a module's first."""
 
     linears: dict[str, nn.Module]
     saved: dict[str, nn.Module]
     places: list[Place]
+    parameters: dict[str, LoRAParameter | PlainParameter]
 
 
 def make_plan(model: nn.Module, config: LoraConfig, strict: bool) -> Plan:
@@ -75,17 +43,16 @@ def make_plan(model: nn.Module, config: LoraConfig, strict: bool) -> Plan:
         first.setdefault(id(place.module), place.name)
     ends = tuple(config.modules_to_save)
     saved = {first[id(p.module)]: p.module for p in places if not p.inside and p.name.endswith(ends)} if ends else {}
+    parameters = find_parameters(config, places, first) if config.target_parameters else {}
     linears = _find_linears(unwrapped(model), config, places, first)
-    _check_saved(saved, linears)
+    linears = _without_unread(unwrapped(model), linears, config, places)
+    if not linears and not parameters:
+        raise _found_nothing(config, places)
+    _check_saved(saved, [*linears, *parameters])
     if strict:
-        _check_all_used(config, linears, saved, places)
+        _check_all_used(config, linears, saved, parameters, places)
     _check_reachable(linears, saved, places)
-    _check_called(unwrapped(model), linears, places)
-    return Plan(linears, saved, places)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return is_linear(module) or isinstance(module, LoRALinear)
+    return Plan(linears, saved, places, parameters)
 
 
 def _find_linears(
@@ -97,30 +64,37 @@ def _find_linears(
     found: dict[str, nn.Module] = {}
     for place in places:
         name, module = place.name, place.module
-        if place.inside or config.excludes(name):
+        if place.inside:
             continue
-        hit = module is not head and _is_linear(module) if config.all_linear else config.targets(name)
-        if hit:
+        if config.excludes(name):
+            hit = False
+        elif config.all_linear:
+            hit = module is not head and is_linear_layer(module) and config.in_layers(name)
+        else:
+            hit = config.targets(name) and not isinstance(module, LoRAParameter)
+        if hit or (is_linear_layer(module) and config.targets_parameter(f"{name}.weight")):
             if not isinstance(module, LoRALayer):
                 try:
                     check_base(module)
                 except ValueError as error:
                     raise ValueError(f"target_modules: target {name}: {error}") from None
             found[first[id(module)]] = module
-    if not found:
-        targets = config.target_modules
-        known = {place.name.rpartition(".")[2] for place in places if _is_linear(place.module)}
-        if isinstance(targets, list) and targets:
-            raise unknown_name("target_modules", targets[0], known)
-        rule = "'all-linear' or" if config.all_linear else "a list of names, or, being a string,"
-        raise ValueError(
-            f"target_modules must be {rule} a regular expression for the whole name of torch.nn.Linear modules, which "
-            f"end in {sorted(known)}; got {targets!r}, which finds none"
-        )
     return found
 
 
-def _check_saved(saved: dict[str, nn.Module], linears: dict[str, nn.Module]) -> None:
+def _found_nothing(config: LoraConfig, places: list[Place]) -> ValueError:
+    targets = config.target_modules
+    known = {place.name.rpartition(".")[2] for place in places if is_linear_layer(place.module)}
+    if isinstance(targets, list) and targets:
+        return unknown_name("target_modules", targets[0], known)
+    rule = "'all-linear' or" if config.all_linear else "a list of names, or, being a string,"
+    return ValueError(
+        f"target_modules must be {rule} a regular expression for the whole name of torch.nn.Linear modules, which "
+        f"end in {sorted(known)}; got {targets!r}, which finds none"
+    )
+
+
+def _check_saved(saved: dict[str, nn.Module], adapted: list[str]) -> None:
     """Raises ValueError for a module that cannot be copied and called in another's place, or that holds adapters."""
     for name, module in saved.items():
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
@@ -132,7 +106,7 @@ def _check_saved(saved: dict[str, nn.Module], linears: dict[str, nn.Module]) -> 
             raise ValueError(
                 f"modules_to_save must name modules without adapters in them; got {name}, which holds some"
             )
-        for linear in linears:
+        for linear in adapted:
             if linear == name or linear.startswith(f"{name}."):
                 raise ValueError(
                     f"modules_to_save and target_modules must not overlap; got {name} in the first and {linear} in the "
@@ -152,21 +126,27 @@ def _check_reachable(linears: dict, saved: dict, places: list[Place]) -> None:
             )
 
 
-def _check_called(model: nn.Module, linears: dict, places: list[Place]) -> None:
-    """Raises ValueError for targets whose weight is read by code that never calls them."""
+def _without_unread(model: nn.Module, linears: dict, config: LoraConfig, places: list[Place]) -> dict:
+    """The targets without those whose weight is read by code that never calls them, which "all-linear" leaves out, and
+    says so. Raises: ValueError for such targets that are named."""
     modules = {"": model} | {place.name: place.module for place in places}
     readers: dict[tuple[str, str], None] = {}
+    called = dict(linears)
     for target in linears:
         around = ["", *_around(target)]
         reader = reader_of(target, [(name, modules[name]) for name in around if name in modules])
         if reader is not None:
             readers[target.rpartition(".")[2], reader] = None
+            del called[target]
     if readers:
         listed = ", ".join(f"{name} of {reader}" for name, reader in readers)
-        raise ValueError(
-            f"target_modules must leave out {listed}: code there reads the layer's weight itself and would pass by the "
-            "adapter; name the other targets, or exclude_modules in a LoraConfig"
-        )
+        why = "code there reads the layer's weight itself and would pass by the adapter"
+        if not config.all_linear:
+            raise ValueError(
+                f"target_modules must leave out {listed}: {why}; name the other targets, or exclude_modules"
+            )
+        warnings.warn(f"'all-linear' leaves out {listed}: {why}", stacklevel=4)
+    return called
 
 
 def _around(name: str) -> Iterator[str]:
@@ -176,9 +156,9 @@ def _around(name: str) -> Iterator[str]:
             yield name[:position]
 
 
-def _check_all_used(config: LoraConfig, linears: dict, saved: dict, places: list[Place]) -> None:
+def _check_all_used(config: LoraConfig, linears: dict, saved: dict, parameters: dict, places: list[Place]) -> None:
     """Raises ValueError for a name or pattern that found nothing: a typing error, most likely."""
-    ends = {place.name.rpartition(".")[2] for place in places if _is_linear(place.module)}
+    ends = {place.name.rpartition(".")[2] for place in places if is_linear_layer(place.module)}
     reached = {end for place in places for end in endings(place.name)}
     for target in config.target_modules if isinstance(config.target_modules, list) else []:
         if target not in reached:
@@ -186,8 +166,13 @@ def _check_all_used(config: LoraConfig, linears: dict, saved: dict, places: list
     for target in config.modules_to_save:
         if not any(name.endswith(target) for name in saved):
             raise unknown_name("modules_to_save", target, {place.name.rpartition(".")[2] for place in places})
+    names = {key for place in places for key in parameter_names(place)}
+    for target in config.target_parameters:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise unknown_name("target_parameters", target, {".".join(name.split(".")[-2:]) for name in names})
+    adapted = [*map(config.pattern_name, linears), *(pattern_name(name, target) for name, target in parameters.items())]
     for kind, patterns in (("rank_pattern", config.ranks), ("alpha_pattern", config.alphas)):
-        used = {index for name in linears for index in patterns.fitting(name)}
+        used = {index for name in adapted for index in patterns.fitting(name)}
         for index, key in enumerate(patterns.keys):
             if index not in used:
-                raise unknown_name(f"a key of {kind}", key, {name.rpartition(".")[2] for name in linears})
+                raise unknown_name(f"a key of {kind}", key, {name.rpartition(".")[2] for name in adapted})

@@ -1,0 +1,165 @@
+"""LoRAParameter: LoRA on one parameter of a module that reads it itself, such as the fused experts of a mixture."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fused_lora.config import LayerConfig
+from fused_lora.nn.layer import LoRALayer
+from fused_lora.nn.merged_weight import check_values
+
+
+def parameter_shape(module: nn.Module, parameter_name: str) -> tuple[int, int, int]:
+    """E, out and in of a parameter [E, out, in], [E, in, out] or [out, in]. Raises: ValueError if it is none of these,
+    or in no dtype that a product exists in."""
+    weight = getattr(module, parameter_name)
+    kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
+    if type(weight) is not nn.Parameter or weight.dim() not in (2, 3) or not weight.is_floating_point():
+        raise ValueError(
+            f"{parameter_name} must be a plain floating point Parameter of two or three dimensions; got a {kind} of "
+            f"shape {list(weight.shape)} in {weight.dtype}"
+        )
+    experts, *shape = weight.shape if weight.dim() == 3 else (1, *weight.shape)
+    out_features, in_features = reversed(shape) if _is_transposed(module, weight) else shape
+    return experts, out_features, in_features
+
+
+def module_name(name: str) -> str:
+    """The name in the plain model of the module in the LoRAParameter of this name."""
+    return re.sub(r"(\.base_layer)+$", "", name)
+
+
+def pattern_name(name: str, layer: Any) -> str:
+    """The name by which rank_pattern and alpha_pattern know the layer of this name: a parameter's is its own."""
+    parameter_name = getattr(layer, "parameter_name", None)
+    return name if parameter_name is None else f"{module_name(name)}.{parameter_name}"
+
+
+def _is_transposed(module: nn.Module, weight: Tensor) -> bool:
+    return weight.dim() == 3 and bool(getattr(module, "is_transposed", False))
+
+
+def _check_no_dropout(config: LayerConfig) -> None:
+    if config.lora_dropout:
+        raise ValueError(f"lora_dropout must be 0 with target_parameters; got {config.lora_dropout}")
+
+
+class LoRAParameter(LoRALayer):
+    """A module with LoRA adapters by name on one of its parameters, which the module's own forward reads.
+
+    Equivalent to running `base_layer` with, for each of the E matrices of the parameter, e,::
+
+        parameter[e] + scaling * lora_B[:, e::E] @ lora_A[e * R:(e + 1) * R]
+
+    in the parameter's place, a whole copy of it in every forward; transposed for a module whose `is_transposed` says
+    that it stores [in, out]. Several parameters of one module are adapted by a LoRAParameter in another, in the order
+    in which the module registers them, so that the tensors have the keys of PEFT's file. Unknown attributes are the
+    module's. There is no dropout.
+
+    Args:
+        base_layer: the module, or a LoRAParameter of another parameter of it.
+        parameter_name: the parameter, [E, out, in], [E, in, out] or [out, in].
+    Raises: ValueError for a parameter that is not there, not two- or three-dimensional, or no plain floating point
+        Parameter.
+    Source: shapes and keys as in Hugging Face PEFT's target_parameters.
+    """
+
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str):
+        super().__init__()
+        self.base_layer, self.parameter_name, self._path = base_layer, parameter_name, parameter_name
+        inner = base_layer
+        while isinstance(inner, LoRAParameter):
+            inner, self._path = inner.base_layer, f"base_layer.{self._path}"
+        self.num_experts, self.out_features, self.in_features = parameter_shape(inner, parameter_name)
+        inner.requires_grad_(False)
+        self._start_empty()
+        self.training = inner.training
+
+    @property
+    def module(self) -> Any:
+        """The module that holds the parameter."""
+        module = self.base_layer
+        while isinstance(module, LoRAParameter):
+            module = module.base_layer
+        return module
+
+    @property
+    def weight(self) -> Tensor:
+        """The adapted parameter, as the module stores it."""
+        return getattr(self.module, self.parameter_name)
+
+    def plain(self) -> nn.Module:
+        return self.module
+
+    def adapter_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The shapes of A [E R, in] and B [out, R E]."""
+        rows = r * self.num_experts
+        return (rows, self.in_features), (self.out_features, rows)
+
+    def forward(self, *args, **kwargs):
+        if self.active_adapter is None or self.merged:
+            return self.base_layer(*args, **kwargs)
+        return functional_call(self.base_layer, {self._path: self._adapted()}, args, kwargs)
+
+    def _adapted(self) -> Tensor:
+        """The parameter with the active adapters in it, in its own dtype."""
+        weight = self.weight
+        adapted = weight if weight.dim() == 3 else weight[None]
+        for name in self.active_adapters:
+            left, right = self._factors(name)
+            adapted = adapted + torch.bmm(left.to(weight.dtype), right.to(weight.dtype)) * self.scaling[name]
+        return adapted.view(weight.shape)
+
+    def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Batches of E matrices whose products the adapter adds, but for the scaling."""
+        lora_A, lora_B = self.lora_A(adapter_name), self.lora_B(adapter_name)
+        left = lora_B.view(self.out_features, -1, self.num_experts).permute(2, 0, 1)  # [E, out, R]
+        right = lora_A.view(self.num_experts, -1, self.in_features)  # [E, R, in]
+        return (right.mT, left.mT) if _is_transposed(self.module, self.weight) else (left, right)
+
+    def _add(self, adapter_name: str, config: LayerConfig, adapter_dtype: torch.dtype | None) -> None:
+        _check_no_dropout(config)
+        super()._add(adapter_name, config, adapter_dtype)
+
+    def _set_config(self, adapter_name: str, config: LayerConfig) -> None:
+        _check_no_dropout(config)
+        super()._set_config(adapter_name, config)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """As `LoRALayer.merge`, of the parameter in its module, in its own dtype."""
+        names = self.active_adapters
+        if not names or self.merged:
+            raise ValueError(f"merge() needs an active adapter that is not merged yet; got {self.active_adapter!r}")
+        check_values(self.parameter_name, self.weight)
+        for name in names:
+            check_values("lora_A", self.lora_A[name])
+            check_values("lora_B", self.lora_B[name])
+        merged = self._adapted()
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"the weight merged with adapter {', '.join(map(repr, names))} must be finite; got others")
+        object.__setattr__(self, "_pristine", self.weight)
+        setattr(self.module, self.parameter_name, nn.Parameter(merged, requires_grad=False))
+
+    def unmerge(self) -> None:
+        """Put the parameter back that `merge` set aside. Raises: ValueError if nothing is merged."""
+        if self._pristine is None:
+            raise ValueError("unmerge() needs a merged adapter; got none")
+        setattr(self.module, self.parameter_name, self._pristine)
+        self._pristine = None
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in vars(self).get("_modules", {}):  # half-built, in deepcopy or unpickling
+                raise
+            return getattr(self.base_layer, name)
+
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}, {self._adapters_repr()}"
