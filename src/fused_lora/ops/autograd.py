@@ -60,24 +60,18 @@ class LoRALinearFunction(torch.autograd.Function):
     where it makes no autograd nodes.
     """
 
+    # Every parameter is named: torch.compile counts them to learn, without gradients, that the first is no ctx.
     @staticmethod
-    def forward(*inputs):
-        given = Inputs(*inputs)
-        scaling, dropout_p, backend = given.settings
+    def forward(
+        x, weight, lora_A, lora_B, bias, x_lora, h_in, gate, out_scale, grad_row_scale, seed, settings
+    ) -> tuple[Tensor, Tensor]:
+        scaling, dropout_p, backend = settings
+        variant = x_lora, h_in, gate, out_scale, grad_row_scale
         y, h = torch.ops.fused_lora.forward(
-            matrix(given.x),
-            given.weight,
-            given.lora_A,
-            given.lora_B,
-            given.bias,
-            scaling,
-            dropout_p,
-            given.seed,
-            *given.variant(),
-            backend,
+            matrix(x), weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *variant, backend
         )
         # nobody's view, so that models may add to it in place
-        return y if given.x.dim() == 2 else reshaped(y, (*given.x.shape[:-1], y.shape[1])), h
+        return y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[1])), h
 
     @staticmethod
     def setup_context(ctx, inputs, output):
