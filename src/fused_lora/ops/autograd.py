@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 import fused_lora.ops.schema  # noqa: F401  registers torch.ops.fused_lora
 from fused_lora.ops.internals import (
@@ -186,8 +186,9 @@ def nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bi
 
 
 def needs_plain_operators(*tensors: Tensor) -> bool:
-    """Whether the caller must see PyTorch's own operators: torch.func transforms and vmap, torch.jit.trace, and tensor
-    subclasses that are made of other tensors (DTensor, jagged, quantised), whose rules know those only."""
-    if any(hasattr(type(t), "__tensor_flatten__") for t in tensors if type(t) not in _PLAIN_TENSORS):
+    """Whether the caller must see PyTorch's own operators: torch.export (and with it ONNX), whose programs run without
+    this library, torch.func transforms and vmap, torch.jit.trace, and tensor subclasses that are made of other tensors
+    (DTensor, jagged, quantised), whose rules know those only."""
+    if is_exporting() or any(hasattr(type(t), "__tensor_flatten__") for t in tensors if type(t) not in _PLAIN_TENSORS):
         return True
     return not is_dynamo_compiling() and (transforms_active() or is_tracing() or any(map(has_no_memory, tensors)))

@@ -167,9 +167,7 @@ def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
 
 def _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, variant, return_h):
     """The op in plain PyTorch operators, for who must see them."""
-    given = (
-        f"torch.jit.trace or a tensor subclass; got {', '.join(type(t).__name__ for t in (x, weight, lora_A, lora_B))}"
-    )
+    given = f"torch.export, torch.jit.trace or a tensor subclass; got {', '.join(type(t).__name__ for t in (x, weight))}"
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend must be 'auto' or 'reference' under {given}")
     if variant.grad_row_scale is not None:
