@@ -169,7 +169,7 @@ def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
 
 def _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, variant, return_h):
     """The op in plain PyTorch operators, for who must see them; on DTensors the op of each process's part."""
-    if variant == PLAIN and not return_h:
+    if not return_h and all(t is None for t in variant):
         op = partial(lora_linear, scaling=scaling, dropout_p=dropout_p, backend=backend)
         y = on_shards(op, x, weight, lora_A, lora_B, bias)
         if y is not None:
