@@ -1,4 +1,4 @@
-"""The two operators as PyTorch sees them: opcheck, torch.compile, export, fake tensors, selective checkpointing."""
+"""The two operators as PyTorch sees them: opcheck, torch.compile, fake tensors, selective checkpointing."""
 
 from functools import partial
 
@@ -92,21 +92,6 @@ def test_dynamic_token_counts_and_tensor_scaling_do_not_recompile():
     for s in (0.5, 1.0, 2.0, 3.0):
         f(p.x, p.weight, A, p.lora_B, p.bias, torch.tensor(s)).backward()
     assert counter.frame_count == 1
-
-
-def test_export():
-    class Layer(torch.nn.Module):
-        def __init__(self, p):
-            super().__init__()
-            self.W, self.A, self.B = p.weight, p.lora_A, p.lora_B
-
-        def forward(self, x):
-            return lora_linear(x, self.W, self.A, self.B, 1.5)
-
-    p = random_problem(8, 16, 32, 4)
-    program = torch.export.export(Layer(p), (p.x,))
-    torch.testing.assert_close(program.module()(p.x), Layer(p)(p.x))
-    assert any(node.target is FORWARD for node in program.graph.nodes)
 
 
 def test_selective_checkpointing_sees_the_operator():

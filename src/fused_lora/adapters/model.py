@@ -144,8 +144,8 @@ def merged(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Mod
     root = unwrapped(model)
     if is_sharded(model):
         raise ValueError(
-            "model must not be sharded to be merged, FSDP puts its own weights back before each call: save_adapter and "
-            "merge a plain copy; got a sharded one"
+            "model must not be sharded to be merged, no process has the whole weights: save_adapter and merge a plain "
+            "copy; got a sharded one"
         )
     layers, wrappers = all_holders(root)
     holders: list[LoRALayer | ModuleToSave] = [*layers.values(), *wrappers.values()]

@@ -45,15 +45,20 @@ def _of_fsdp(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP1 or FSDP2 holds parameters of the model."""
-    return bool(_of_fsdp(model, "FSDPModule") or _of_fsdp(model, "FullyShardedDataParallel"))
+    """Whether FSDP1 or FSDP2 holds parameters of the model, or tensor parallelism has split some."""
+    if _of_fsdp(model, "FSDPModule") or _of_fsdp(model, "FullyShardedDataParallel"):
+        return True
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def check_open(model: nn.Module) -> None:
     """Raises ValueError unless adapters can be put on the model now: a wrapper that has taken stock of the parameters
     would never see new ones, PEFT's layers would get adapters on their adapters."""
     if is_sharded(model):
-        raise ValueError("model must not be sharded when adapters are added, apply_lora before FSDP; got a sharded one")
+        raise ValueError(
+            "model must not be sharded when adapters are added, apply_lora before FSDP and tensor parallelism; got a "
+            "sharded one"
+        )
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 import fused_lora.ops.schema  # noqa: F401  registers torch.ops.fused_lora
 from fused_lora.ops import reference
@@ -61,24 +61,18 @@ class LoRALinearFunction(torch.autograd.Function):
     where it makes no autograd nodes.
     """
 
+    # Every parameter is named: torch.compile counts them to learn, without gradients, that the first is no ctx.
     @staticmethod
-    def forward(*inputs):
-        given = Inputs(*inputs)
-        scaling, dropout_p, backend = given.settings
+    def forward(
+        x, weight, lora_A, lora_B, bias, x_lora, h_in, gate, out_scale, grad_row_scale, seed, settings
+    ) -> tuple[Tensor, Tensor]:
+        scaling, dropout_p, backend = settings
+        variant = x_lora, h_in, gate, out_scale, grad_row_scale
         y, h = torch.ops.fused_lora.forward(
-            matrix(given.x),
-            given.weight,
-            given.lora_A,
-            given.lora_B,
-            given.bias,
-            scaling,
-            dropout_p,
-            given.seed,
-            *given.variant(),
-            backend,
+            matrix(x), weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *variant, backend
         )
         # nobody's view, so that models may add to it in place
-        return y if given.x.dim() == 2 else reshaped(y, (*given.x.shape[:-1], y.shape[1])), h
+        return y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[1])), h
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -193,8 +187,9 @@ def nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bi
 
 
 def needs_plain_operators(*tensors: Tensor) -> bool:
-    """Whether the caller must see PyTorch's own operators: torch.func transforms and vmap, torch.jit.trace, and tensor
-    subclasses that are made of other tensors (DTensor, jagged, quantised), whose rules know those only."""
-    if any(hasattr(type(t), "__tensor_flatten__") for t in tensors if type(t) not in _PLAIN_TENSORS):
+    """Whether the caller must see PyTorch's own operators: torch.export (and with it ONNX), whose programs run without
+    this library, torch.func transforms and vmap, torch.jit.trace, and tensor subclasses that are made of other tensors
+    (DTensor, jagged, quantised), whose rules know those only."""
+    if is_exporting() or any(hasattr(type(t), "__tensor_flatten__") for t in tensors if type(t) not in _PLAIN_TENSORS):
         return True
     return not is_dynamo_compiling() and (transforms_active() or is_tracing() or any(map(has_no_memory, tensors)))

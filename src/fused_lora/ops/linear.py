@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import alike, any_autocast_enabled
 from fused_lora.ops.reference import PLAIN, Variant, composition
 from fused_lora.ops.schema import aligned, request_of
+from fused_lora.ops.sharded import on_shards
 
 DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 
@@ -166,9 +168,14 @@ def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
 
 
 def _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, variant, return_h):
-    """The op in plain PyTorch operators, for who must see them."""
+    """The op in plain PyTorch operators, for who must see them; on DTensors the op of each process's part."""
+    if not return_h and all(t is None for t in variant):
+        op = partial(lora_linear, scaling=scaling, dropout_p=dropout_p, backend=backend)
+        y = on_shards(op, x, weight, lora_A, lora_B, bias)
+        if y is not None:
+            return y
     given = (
-        f"torch.jit.trace or a tensor subclass; got {', '.join(type(t).__name__ for t in (x, weight, lora_A, lora_B))}"
+        f"torch.export, torch.jit.trace or a tensor subclass; got {', '.join(type(t).__name__ for t in (x, weight))}"
     )
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend must be 'auto' or 'reference' under {given}")
