@@ -7,10 +7,10 @@ their import has made.
 
 from torch import nn
 
-from fused_lora.bases.around import lora_around
+from fused_lora.bases.around import added, lora_around
 from fused_lora.bases.base import Base, of
 
-__all__ = ["Base", "lora_around", "of", "quantised"]
+__all__ = ["Base", "added", "lora_around", "of", "quantised"]
 
 
 def quantised(linear: nn.Module) -> bool:

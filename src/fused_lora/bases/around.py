@@ -50,14 +50,19 @@ def lora_around(
     base = of(linear)
     dropout_p = dropout_p if training else 0.0
     cast = x if base is None else x.to(base.compute_dtype(x))
-    fits = lora_A.dtype in (cast.dtype, torch.float32)
-    if base is None or not fits or not _dense_serves(base, x):
-        into = (cast if fits else x.to(lora_A.dtype)).to(lora_A.device)
-        return lora_update(linear(x), into, lora_A, lora_B, scaling, dropout_p=dropout_p)
+    if base is None or lora_A.dtype not in (cast.dtype, torch.float32) or not _dense_serves(base, x):
+        return added(linear(x), cast, lora_A, lora_B, scaling, dropout_p)
     # Autocast has acted on x, and must not on what the kernels call.
     with torch.autocast(x.device.type, enabled=False) if any_autocast_enabled() else nullcontext():
         y = _over_dense(base, cast, lora_A, lora_B, scaling, dropout_p)
     return y.to(x.dtype) if base.returns_input_dtype else y
+
+
+def added(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout_p: float) -> Tensor:
+    """`lora_update` for whatever a layer was called with: x goes to the adapter's device and, where the adapter has
+    neither its dtype nor fp32, into the adapter's dtype, as in PEFT."""
+    dtype = x.dtype if lora_A.dtype is torch.float32 else lora_A.dtype
+    return lora_update(y, x.to(lora_A.device, dtype), lora_A, lora_B, scaling, dropout_p=dropout_p)
 
 
 def _dense_serves(base: Base, x: Tensor) -> bool:
