@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_lora import bases
 from fused_lora.config import LayerConfig, check_adapter_name, unknown_name
 from fused_lora.nn.adapter_tensors import AdapterTensors, set_trainable
-from fused_lora.nn.merged_weight import check_values, merged_weight
+from fused_lora.nn.merged_weight import check_values, merged_weight, summed
 
 ActiveAdapter = str | list[str] | None
 Summand = tuple[Tensor, Tensor, float | Tensor, float]  # A, B, scaling, dropout_p
@@ -184,11 +185,11 @@ class LoRALayer(nn.Module):
 
         Equivalent to ``weight = (weight.float() + scaling * B.float() @ A.float()).to(weight.dtype)``, in a new
         Parameter: the base weight is kept aside, so `unmerge` restores it bit for bit and a tied twin never sees the
-        merged one. Costs a second weight meanwhile.
+        merged one. Costs a second weight meanwhile. A quantised weight is dequantised, merged and quantised again.
 
         Raises: ValueError if no adapter is active, one is merged already, the tensors are not plain or not here
-            (quantised, sharded, offloaded, on the meta device), or the merged weight is not finite; nothing changes
-            then.
+            (quantised by a library that `bases` does not know or cannot quantise with, sharded, offloaded, on the meta
+            device), or the merged weight is not finite; nothing changes then.
         """
         names, base = self.active_adapters, self.base()
         if not names or self.merged:
@@ -196,23 +197,40 @@ class LoRALayer(nn.Module):
                 f"merge() needs an active adapter that is not merged yet; got {self.active_adapter!r}, "
                 f"{'merged' if self.merged else 'none active'}"
             )
-        check_values("weight", base.weight)
+        quantised = bases.of(base)
+        if quantised is None:
+            check_values("weight", base.weight)
         for name in names:
             check_values("lora_A", self.lora_A[name])
             check_values("lora_B", self.lora_B[name])
         updates = [(*self._factors(name), float(self.scaling[name])) for name in names]
-        merged = nn.Parameter(merged_weight(base.weight, updates, names), requires_grad=False)
+        if quantised is None:
+            merged, pristine = (
+                nn.Parameter(merged_weight(base.weight, updates, names), requires_grad=False),
+                base.weight,
+            )
+        else:
+            merged, pristine = quantised.merged(summed(updates)), quantised.aside()
         # Past Module.__setattr__, which would register a second parameter.
-        object.__setattr__(self, "_pristine", base.weight)
-        base.weight = merged
+        object.__setattr__(self, "_pristine", pristine)
+        self._put(merged)
 
     def unmerge(self) -> None:
         """Put the base weight back, the very Parameter that `merge` set aside. Raises: ValueError if nothing is
         merged."""
         if self._pristine is None:
             raise ValueError("unmerge() needs a merged adapter; got none")
-        self.base().weight = self._pristine
+        self._put(self._pristine)
         self._pristine = None
+
+    def _put(self, weight: nn.Parameter) -> None:
+        """Let a weight be the base's."""
+        base = self.base()
+        quantised = bases.of(base)
+        if quantised is None:
+            base.weight = weight
+        else:
+            quantised.put(weight)
 
     def _apply(self, fn, recurse=True):
         """Module.to(), .half() and the like reach the weight kept aside too."""

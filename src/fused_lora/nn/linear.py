@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_lora.bases import added, lora_around
 from fused_lora.config import LayerConfig, check_adapter_name
 from fused_lora.nn.base_linear import absorbable, check_linear, check_weight, is_conv1d, linear_sizes
 from fused_lora.nn.layer import LoRALayer
@@ -196,7 +197,8 @@ class _LoRAConv1D(LoRALinear):
 
 class LoRALinearAround(LoRALinear):
     """A LoRALinear that keeps its base, a linear layer of any kind, whole as `base_layer` and calls it, so that hooks,
-    quantisation, sharding and a forward of its own act as ever; the updates are added to what comes back.
+    sharding and a forward of its own act as ever; the updates are added to what comes back. A quantised base that
+    `bases` knows is dequantised for `lora_linear` where that is faster.
 
     `state_dict()` holds the base's entries under base_layer and lora_A, lora_B by adapter. Made by
     `LoRALinear.from_linear`.
@@ -220,11 +222,15 @@ class LoRALinearAround(LoRALinear):
 
     def forward(self, x: Tensor, *args, **kwargs):
         """What the base returns for its arguments, with the updates of x [..., K] added to it."""
-        y = self.base_layer(x, *args, **kwargs)
         if self.active_adapter is None or self.merged:
-            return y
-        for lora_A, lora_B, scaling, dropout_p in self._summands():
-            y = lora_update(y, x.to(lora_A.device), lora_A, lora_B, scaling, dropout_p=dropout_p)
+            return self.base_layer(x, *args, **kwargs)
+        (lora_A, lora_B, scaling, dropout_p), *others = self._summands()
+        if args or kwargs:
+            y = added(self.base_layer(x, *args, **kwargs), x, lora_A, lora_B, scaling, dropout_p)
+        else:
+            y = lora_around(self.base_layer, x, lora_A, lora_B, scaling, dropout_p=dropout_p)
+        for lora_A, lora_B, scaling, dropout_p in others:
+            y = added(y, x, lora_A, lora_B, scaling, dropout_p)
         return y
 
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:

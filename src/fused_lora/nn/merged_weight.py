@@ -42,3 +42,13 @@ def merged_weight(weight: Tensor, updates: Sequence[tuple[Tensor, Tensor, float]
             "elements that are not"
         )
     return merged
+
+
+@torch.no_grad()
+def summed(updates: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """The sum of scaling * left right of every update, in fp32: what a quantised weight gets added."""
+    (left, right, scaling), *others = updates
+    total = scaling * (left.float() @ right.float())
+    for left, right, scaling in others:
+        total.addmm_(left.float(), right.float(), alpha=scaling)
+    return total
