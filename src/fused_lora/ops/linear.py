@@ -76,6 +76,8 @@ def lora_linear(
     """
     if any_autocast_enabled() and autocasts(x):
         x, weight, lora_A, lora_B, bias, x_lora, h_in = _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in)
+    if type(scaling) is not float:
+        lora_A, lora_B, scaling = tensor_scaling(lora_A, lora_B, scaling)
     plain = not return_h and (
         x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None
     )
@@ -83,8 +85,6 @@ def lora_linear(
     if plain and not is_dynamo_compiling():
         serving = _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend)
     if serving is not None:
-        if type(scaling) is not float:
-            lora_A, scaling = tensor_scaling(lora_A, scaling)
         seed = draw_seed(x, dropout_p) if dropout_p > 0.0 and training else None
         return eager_apply(x, lora_A, lora_B, (weight, bias, seed, scaling, dropout_p, serving))
     error = fault(x, weight, lora_A, lora_B, bias, dropout_p, backend)
@@ -93,8 +93,6 @@ def lora_linear(
     variant = Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
     if not plain:
         _check_variant(x, weight, lora_A, variant)
-    if type(scaling) is not float:
-        lora_A, scaling = tensor_scaling(lora_A, scaling)
     dropout_p = dropout_p if training else 0.0
     if needs_plain_operators(x, weight, lora_A, lora_B):
         return _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, variant, return_h)
@@ -188,14 +186,18 @@ def _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, vari
     return (y, h) if return_h else y
 
 
-def tensor_scaling(lora_A: Tensor, scaling) -> tuple[Tensor, float]:
-    """A scaling that is no Python float: a tensor moves into A, in fp32, so nothing is read on the host and it may
-    train."""
+def tensor_scaling(lora_A: Tensor, lora_B: Tensor, scaling) -> tuple[Tensor, Tensor, float]:
+    """A scaling that is no Python float: a tensor moves into A, both factors in fp32, so nothing is read on the host
+    and it may train."""
     if not isinstance(scaling, Tensor):
-        return lora_A, float(scaling)
+        return lora_A, lora_B, float(scaling)
     if scaling.dim() != 0:
         raise ValueError(f"scaling must be a number or a 0-d tensor; got a tensor of shape {list(scaling.shape)}")
-    return lora_A.float() * scaling if lora_A.dtype != torch.float64 else lora_A * scaling, 1.0
+    if not (isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor)):
+        return lora_A, lora_B, 1.0  # refused by who asks
+    if lora_A.dtype is lora_B.dtype and lora_A.dtype is not torch.float64:
+        lora_A, lora_B = lora_A.float(), lora_B.float()
+    return lora_A * scaling, lora_B, 1.0
 
 
 def autocasts(x: Tensor) -> bool:

@@ -56,7 +56,7 @@ def lora_update(
     if error is not None:
         raise error
     if type(scaling) is not float:
-        lora_A, scaling = tensor_scaling(lora_A, scaling)
+        lora_A, lora_B, scaling = tensor_scaling(lora_A, lora_B, scaling)
     dropout_p = dropout_p if training else 0.0
     if needs_plain_operators(y, x, lora_A, lora_B):
         if backend not in ("auto", "reference"):
