@@ -11,7 +11,7 @@ from fused_lora.bases.base import Base, of
 from fused_lora.ops.autograd import matrix, needs_plain_operators
 from fused_lora.ops.internals import any_autocast_enabled, has_no_memory, reshaped
 from fused_lora.ops.linear import draw_seed, fault, lora_linear, tensor_scaling
-from fused_lora.ops.reference import PLAIN, Gradients, composed_gradients
+from fused_lora.ops.reference import PLAIN, Gradients, backward_again
 from fused_lora.ops.update import lora_update
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
@@ -120,7 +120,7 @@ def _gradients(ctx: Any, dy: Tensor, needs: Gradients) -> Gradients:
     settings = scaling, dropout_p, seed
     if has_no_memory(dy):
         weight = base.dense(dy.dtype)
-        return composed_gradients(dy, None, x, weight, lora_A, lora_B, *settings, needs, PLAIN)
+        return backward_again(dy, None, x, weight, lora_A, lora_B, *settings, needs, PLAIN)
     if needs.x:
         given = dy, None, x, base.dense(dy.dtype), lora_A, lora_B, h, *settings, *PLAIN
         found = iter(torch.ops.fused_lora.backward(*given, list(needs), "auto"))
