@@ -103,7 +103,6 @@ def test_a_resized_vocabulary_is_named(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"targets": ["q_proj", "embed_tokens"]}, r"target_modules: target model\.embed_tokens: .* got .*Embedding"),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices is not supported and must be off; got"),
         ({"bias": "lora_only"}, r"bias is not supported and must be off; got 'lora_only'"),
         ({"lora_bias": True, "targets": ["q_proj"]}, r"lora_bias is not supported and must be off; got True"),

@@ -85,7 +85,6 @@ def test_compiled_model_saves_without_the_wrapper_s_names(tmp_path):
         ({"target_modules": []}, r"got \[\], which finds none"),
         ({"target_modules": None}, r"target_modules must be a list"),
         ({"target_modules": ["mlp"]}, r"target model\.layers\.0\.mlp: linear must be a linear layer.*; got .*LlamaMLP"),
-        ({"target_modules": ["embed_tokens"]}, r"target model\.embed_tokens: .* got .*Embedding"),
         (
             {"modules_to_save": ["lm_heads"]},
             r"modules_to_save must be one of .* got 'lm_heads' \(did you mean 'lm_head'\?\)",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from fused_lora.adapters.wrappers import check_no_peft, check_open, is_sharded, 
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, lora_layer
 from fused_lora.nn.experts import LoRAParameter, pattern_name
+from fused_lora.nn.layer import ActiveAdapter, one_or_list
 from fused_lora.nn.modules_to_save import ModuleToSave
 
 
@@ -98,34 +100,42 @@ def _config(given: dict, config) -> LoraConfig:
     return from_peft(config)
 
 
-def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
-    """Make one adapter of the model active and the only one that trains; None is the base model.
+def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
+    """Make one adapter of the model, or those of a list, active and the only ones that train; None is the base model.
 
-    Layers and modules_to_save without that adapter run as in the base model.
+    The updates of several are added. Layers and modules_to_save without such an adapter run as in the base model; of
+    modules_to_save one copy can act.
 
-    Raises: ValueError for an unknown adapter, or if another one is merged into some layer; nothing changes then.
+    Raises: ValueError for an unknown adapter, if another one is merged into some layer, or for two copies of a module;
+        nothing changes then.
     """
     root = unwrapped(model)
     known = adapter_names(root)
-    if adapter_name is not None and adapter_name not in known:
-        raise unknown_name("adapter_name", adapter_name, known)
+    for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name or ():
+        if name not in known:
+            raise unknown_name("adapter_name", name, known)
     layers, wrappers = all_holders(root)
-    reshard(root)
     for name, layer in layers.items():
-        if layer.merged and layer.active_adapter != adapter_name:
+        if layer.merged and layer.active_adapter != _held(adapter_name, layer):
             raise ValueError(
                 f"{name}: adapter {layer.active_adapter!r} is merged, unmerge before switching; got {adapter_name!r}"
             )
+    for name, wrapper in wrappers.items():
+        if isinstance(held := _held(adapter_name, wrapper), list):
+            raise ValueError(f"adapter_name must name one adapter that trains a copy of {name}; got {held}")
+    reshard(root)
     for layer in layers.values():
         layer.set_adapter(_held(adapter_name, layer))
     for wrapper in wrappers.values():
         wrapper.set_adapter(_held(adapter_name, wrapper))
 
 
-def _held(adapter_name: str | None, holder: LoRALayer | ModuleToSave) -> str | None:
-    """The adapter's name if the layer or wrapper holds it."""
-    names = holder.lora_A if isinstance(holder, LoRALayer) else holder.modules_to_save
-    return adapter_name if adapter_name is not None and adapter_name in names else None
+def _held(adapter_name: ActiveAdapter, holder: LoRALayer | ModuleToSave) -> Any:
+    """The adapter's name if the layer or wrapper holds it; of a list those that it holds, a list where they are
+    several."""
+    names = [adapter_name] if isinstance(adapter_name, str) else dict.fromkeys(adapter_name or ())
+    own = holder.lora_A if isinstance(holder, LoRALayer) else holder.modules_to_save
+    return one_or_list([name for name in names if name in own])
 
 
 @contextmanager

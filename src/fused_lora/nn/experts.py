@@ -126,6 +126,9 @@ class LoRAParameter(LoRALayer):
         _check_no_dropout(config)
         super()._add(adapter_name, config, adapter_dtype)
 
+    def _check_addable(self) -> None:
+        parameter_shape(self.module, self.parameter_name)
+
     def _set_config(self, adapter_name: str, config: LayerConfig) -> None:
         _check_no_dropout(config)
         super()._set_config(adapter_name, config)
@@ -152,14 +155,6 @@ class LoRAParameter(LoRALayer):
             raise ValueError("unmerge() needs a merged adapter; got none")
         setattr(self.module, self.parameter_name, self._pristine)
         self._pristine = None
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "base_layer" not in vars(self).get("_modules", {}):  # half-built, in deepcopy or unpickling
-                raise
-            return getattr(self.base_layer, name)
 
     def extra_repr(self) -> str:
         return f"parameter_name={self.parameter_name!r}, {self._adapters_repr()}"

@@ -15,6 +15,11 @@ ActiveAdapter = str | list[str] | None
 Summand = tuple[Tensor, Tensor, float | Tensor, float]  # A, B, scaling, dropout_p
 
 
+def one_or_list(names: list[str]) -> ActiveAdapter:
+    """The value of active_adapter for these names: a list only for two and more."""
+    return names if len(names) > 1 else next(iter(names), None)
+
+
 class LoRALayer(nn.Module):
     """A frozen base layer with LoRA adapters by name, of which none, one or several act.
 
@@ -37,9 +42,70 @@ class LoRALayer(nn.Module):
         self.shows_plain = False  # inside `merged(model)`: state_dict() is the plain layer's, merged or not
         self._pristine: nn.Parameter | None = None  # the base weight while a merged one stands in its place
 
+    @classmethod
+    def over(
+        cls,
+        base: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_name: str = "default",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> Any:
+        """A layer with a first adapter for an existing layer, which it freezes: nothing is copied and tied weights stay
+        tied.
+
+        Args:
+            base: the layer, of a kind that this class is for.
+            r: rank R of the adapter.
+            lora_alpha: the update is scaled by lora_alpha / r.
+            lora_dropout: dropout on the low-rank path's input while training, in [0, 1).
+            use_rslora: scale by lora_alpha / sqrt(r) instead.
+            adapter_name: the adapter's name.
+            adapter_dtype: of A and B; None takes float32, over a float64 base float64.
+        Returns: the layer, in the training mode of `base`.
+        Raises: ValueError naming the argument, what was expected and what was given.
+        """
+        cls.check_base(base)
+        check_adapter_name(adapter_name)
+        config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora)
+        cls.shapes_over(base, r)
+        layer = cls._kind_for(base).__new__(cls._kind_for(base))
+        nn.Module.__init__(layer)
+        layer._adopt(base)
+        layer._add(adapter_name, config, adapter_dtype)
+        return layer.train(base.training)
+
+    @staticmethod
+    def check_base(base: Any) -> None:
+        """Raises ValueError unless a layer of this class can have this base."""
+        raise NotImplementedError
+
+    @classmethod
+    def _kind_for(cls, base: nn.Module) -> type["LoRALayer"]:
+        """The subclass for a base."""
+        return cls
+
+    def _adopt(self, base: Any) -> None:
+        """Keep the base, frozen, and start without adapters."""
+        self.base_layer = base.requires_grad_(False)
+        self._start_empty()
+
+    def __getattr__(self, name: str):
+        """What the base shows in public, for code around it that reads its weight or sizes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = vars(self).get("_modules", {}).get("base_layer")
+            if base is None or name.startswith("_"):
+                raise
+            return getattr(base, name)
+
     @staticmethod
     def shapes_over(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of A and B of rank r over a base, plain or in a layer of this kind."""
+        """The shapes of A and B of rank r over a base, plain or in a layer of this kind. Raises: ValueError if the rank
+        cannot be."""
         raise NotImplementedError
 
     def adapter_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -64,6 +130,7 @@ class LoRALayer(nn.Module):
 
     def _check_addable(self) -> None:
         """Raises ValueError if the base is not in a state to get an adapter."""
+        self.check_base(self.base())
 
     def add_adapter(
         self,
@@ -86,6 +153,7 @@ class LoRALayer(nn.Module):
                 f"adapter_name must be new to the layer, which has {sorted(self.lora_A)}; got {adapter_name!r}"
             )
         self._check_addable()
+        self.adapter_shapes(r)
         self._add(adapter_name, config, adapter_dtype)
 
     def _add(self, adapter_name: str, config: LayerConfig, adapter_dtype: torch.dtype | None) -> None:
@@ -145,7 +213,7 @@ class LoRALayer(nn.Module):
         for name in self.lora_A:
             set_trainable(self.lora_A[name], name in names)
             set_trainable(self.lora_B[name], name in names)
-        self.active_adapter = names if len(names) > 1 else next(iter(names), None)
+        self.active_adapter = one_or_list(names)
 
     def _check_resettable(self, adapter_name: str) -> None:
         self._check_known(adapter_name)
@@ -159,9 +227,8 @@ class LoRALayer(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A[adapter_name], a=math.sqrt(5))
         nn.init.zeros_(self.lora_B[adapter_name])
 
-    def _summands(self) -> list[Summand]:
-        """A, B, scaling and dropout of the active adapters; those of several without dropout as one adapter, with A
-        above A, B beside B and the scaling in B."""
+    def _acting(self) -> list[Summand]:
+        """A, B, scaling and dropout of the active adapters."""
         summands: list[Summand] = []
         for name in self.active_adapters:
             lora_A, lora_B = self.lora_A[name], self.lora_B[name]
@@ -169,6 +236,11 @@ class LoRALayer(nn.Module):
                 lora_A, lora_B = self.lora_A(name), self.lora_B(name)
             dropout_p = self.lora_dropout[name] if self.training else 0.0
             summands.append((lora_A, lora_B, self.scaling[name], dropout_p))
+        return summands
+
+    def _summands(self) -> list[Summand]:
+        """`_acting`; several without dropout as one adapter, with A above A, B beside B and the scaling in B."""
+        summands = self._acting()
         if len(summands) < 2 or any(dropout_p > 0.0 for *_, dropout_p in summands):
             return summands
         above, beside = ([lora_A for lora_A, *_ in summands], [lora_B * scaling for _, lora_B, scaling, _ in summands])

@@ -89,15 +89,16 @@ class LoRALinear(LoRALayer):
         Returns: the layer, in the training mode of `linear`.
         Raises: ValueError naming the argument, what was expected and what was given.
         """
-        check_linear(linear)
-        check_adapter_name(adapter_name)
-        config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora)
-        kind = LoRALinearAround if not absorbable(linear) else _LoRAConv1D if is_conv1d(linear) else cls
-        layer = kind.__new__(kind)
-        nn.Module.__init__(layer)
-        layer._adopt(linear)
-        layer._add(adapter_name, config, adapter_dtype)
-        return layer.train(linear.training)
+        return cls.over(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_name, adapter_dtype)
+
+    @staticmethod
+    def check_base(base: Any) -> None:
+        """Raises ValueError unless it is a linear layer that can be called or taken over."""
+        check_linear(base)
+
+    @classmethod
+    def _kind_for(cls, base: nn.Module) -> type[LoRALayer]:
+        return LoRALinearAround if not absorbable(base) else _LoRAConv1D if is_conv1d(base) else cls
 
     def _adopt(self, linear: Any) -> None:
         """Take over the base layer's Parameters, frozen, and start without adapters."""
@@ -214,11 +215,6 @@ class LoRALinearAround(LoRALinear):
 
     def plain(self) -> nn.Module:
         return self.base_layer
-
-    def __getattr__(self, name: str):
-        if name in ("weight", "bias"):  # of the base, for who looks at them
-            return getattr(self.base_layer, name)
-        return super().__getattr__(name)
 
     def forward(self, x: Tensor, *args, **kwargs):
         """What the base returns for its arguments, with the updates of x [..., K] added to it."""

@@ -143,7 +143,8 @@ class _EagerFunction(torch.autograd.Function):
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         scaling, dropout_p, back_end, plan, lead = ctx.call
         if lead is not None:
-            dy, x = matrix(dy), x if x is None else matrix(x)
+            N, K = weight.shape
+            dy, x = dy.reshape(-1, N), x if x is None else x.reshape(-1, K)
         needs = _needs(ctx.needs_input_grad)
         if torch.is_grad_enabled():  # create_graph=True
             grads = backward_again(dy, None, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
