@@ -10,7 +10,7 @@ from fused_lora.adapters.holders import adapter_names, all_holders
 from fused_lora.adapters.peft_config import from_peft, is_peft_config
 from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.weight_readers import call_all_layers
-from fused_lora.adapters.wrappers import check_no_peft, check_open, is_sharded, reshard, unwrapped
+from fused_lora.adapters.wrappers import check_no_peft, check_open, is_replicated, is_sharded, reshard, unwrapped
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, lora_layer
 from fused_lora.nn.experts import LoRAParameter, pattern_name
@@ -109,6 +109,7 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     known = adapter_names(root)
     if adapter_name is not None and adapter_name not in known:
         raise unknown_name("adapter_name", adapter_name, known)
+    check_may_train(model, adapter_name)
     layers, wrappers = all_holders(root)
     reshard(root)
     for name, layer in layers.items():
@@ -190,6 +191,17 @@ def print_trainable_parameters(model: nn.Module) -> None:
         f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: "
         f"{100 * trainable / max(total, 1):.4f}"
     )
+
+
+def check_may_train(model: nn.Module, adapter_name: str | None) -> None:
+    """Raises ValueError where DistributedDataParallel has taken stock of what trains, and it is another adapter."""
+    layers, _ = all_holders(model)
+    trains = {name for layer in layers.values() for name, lora_A in layer.lora_A.items() if lora_A.requires_grad}
+    if is_replicated(model) and trains != {adapter_name}:
+        raise ValueError(
+            "model must be wrapped in DistributedDataParallel after the adapter that trains is set, it would not "
+            f"synchronise another's gradients; got one that trains {sorted(trains)} for {adapter_name!r}"
+        )
 
 
 def check_addable(model: nn.Module) -> None:
