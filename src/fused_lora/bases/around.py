@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from fused_lora.bases.base import Base, of
+from fused_lora.ops import reference
 from fused_lora.ops.autograd import matrix, needs_plain_operators
 from fused_lora.ops.internals import any_autocast_enabled, has_no_memory, reshaped
 from fused_lora.ops.linear import draw_seed, fault, lora_linear, tensor_scaling
-from fused_lora.ops.reference import PLAIN, Gradients, composed_gradients
+from fused_lora.ops.reference import PLAIN, Gradients, backward_again
 from fused_lora.ops.update import lora_update
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
@@ -79,7 +80,7 @@ def _over_dense(base: Base, x, lora_A, lora_B, scaling, dropout_p) -> Any:
     if needs_plain_operators(x, lora_A, lora_B):
         return lora_linear(x, base.dense(x.dtype), lora_A, lora_B, scaling, bias=bias, dropout_p=dropout_p)
     if type(scaling) is not float:
-        lora_A, scaling = tensor_scaling(lora_A, scaling)
+        lora_A, lora_B, scaling = tensor_scaling(lora_A, lora_B, scaling)
     return _OverBase.apply(x, lora_A, lora_B, bias, (base, scaling, dropout_p))
 
 
@@ -103,8 +104,6 @@ class _OverBase(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():
-            return _once(ctx, dy)
         dy = matrix(dy)
         need_x, need_A, need_B, need_bias, _ = ctx.needs_input_grad
         grads = _gradients(ctx, dy, Gradients(need_x, False, need_A, need_B, False, False, False, False, False))
@@ -118,9 +117,10 @@ def _gradients(ctx: Any, dy: Tensor, needs: Gradients) -> Gradients:
     base, scaling, dropout_p = ctx.call
     x = None if x is None else matrix(x)
     settings = scaling, dropout_p, seed
-    if has_no_memory(dy):
-        weight = base.dense(dy.dtype)
-        return composed_gradients(dy, None, x, weight, lora_A, lora_B, *settings, needs, PLAIN)
+    if torch.is_grad_enabled():  # create_graph=True
+        return backward_again(dy, None, x, base.dense(dy.dtype), lora_A, lora_B, *settings, needs)
+    if has_no_memory(dy):  # plain operators, which PyTorch can batch
+        return reference.backward(dy, None, x, base.dense(dy.dtype), lora_A, lora_B, h, *settings, needs)
     if needs.x:
         given = dy, None, x, base.dense(dy.dtype), lora_A, lora_B, h, *settings, *PLAIN
         found = iter(torch.ops.fused_lora.backward(*given, list(needs), "auto"))
@@ -128,7 +128,3 @@ def _gradients(ctx: Any, dy: Tensor, needs: Gradients) -> Gradients:
         wanted = [False, needs.lora_A, needs.lora_B]
         found = iter(torch.ops.fused_lora.update_backward(dy, x, lora_A, lora_B, h, *settings, wanted, "auto"))
     return Gradients(*(next(found) if need else None for need in needs))
-
-
-# With create_graph=True: differentiating once more must raise, not give zeros.
-_once = torch.autograd.function.once_differentiable(_OverBase.backward)
