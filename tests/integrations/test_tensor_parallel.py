@@ -3,7 +3,6 @@ shards of W, by the fused op."""
 
 import copy
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
-from torch.utils._python_dispatch import TorchDispatchMode
-from two_processes import Decoder, adapted, batch, loss_of, outcomes, run_checks, steps, trained, whole
+from two_processes import Collectives, Decoder, adapted, batch, loss_of, outcomes, run_checks, steps, trained, whole
 
 from fused_lora import LoRALinear, apply_lora, load_adapter, lora_linear, merged, save_adapter, set_adapter
 from fused_lora.distributed import ColwiseLoRA, RowwiseLoRA, tensor_parallel_plan
@@ -70,22 +68,6 @@ def placements(directory: Path) -> None:
         if layer.bias is not None:
             assert layer.bias.placements == (Shard(0) if column else Replicate(),)
         assert [p.requires_grad for p in layer.parameters()] == [False, *[False] * (layer.bias is not None), True, True]
-
-
-class Collectives(TorchDispatchMode):
-    """Counts them by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it calls the collectives
-        name = func.__name__.partition(".")[0]
-        if func.namespace == "_c10d_functional" and name.startswith("all_"):
-            self.names[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def no_weight_is_gathered(directory: Path) -> None:
