@@ -6,13 +6,16 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora.adapters import apply_lora
 
@@ -48,6 +51,22 @@ def run_checks(checks: Iterable[Callable[[Path], None]], rank: int, directory: P
             found[check.__name__] = traceback.format_exc()
     (directory / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collective operations of DTensors by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it calls the collectives
+        name = func.__name__.partition(".")[0]
+        if func.namespace == "_c10d_functional" and name.startswith("all_"):
+            self.names[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Block(nn.Module):

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from two_processes import adapted, batch, loss_of, outcomes, run_checks, steps, trained, whole
 
-from fused_lora import LoRALinear
+from fused_lora import LoRALinear, apply_lora, load_adapter, save_adapter, set_adapter
 from fused_lora.testing import assert_close
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -173,8 +173,31 @@ def adapters_sharded_by_themselves_are_refused(directory: Path) -> None:
         model(batch(0)[0])
 
 
+def another_adapter_is_refused_once_replicated(directory: Path) -> None:
+    """DistributedDataParallel would leave its gradients as each process has them; what it knows is set and loaded."""
+    mine = directory / f"of{dist.get_rank()}"
+    save_adapter(adapted(2), mine)
+    model = adapted()
+    apply_lora(model, 4, target_modules=["q"], adapter_name="other")
+    set_adapter(model, "default")
+    model = DistributedDataParallel(model)
+    want = model(batch(0)[0])
+    for call in (
+        lambda: set_adapter(model, "other"),
+        lambda: set_adapter(model, None),
+        lambda: load_adapter(model, mine, "other"),
+    ):
+        with pytest.raises(ValueError, match=r"after the adapter that trains is set.* that trains \['default'\] for"):
+            call()
+    torch.testing.assert_close(model(batch(0)[0]), want, rtol=0, atol=0)
+    set_adapter(model, "default")
+    load_adapter(model, mine)
+    torch.testing.assert_close(model(batch(0)[0]), adapted(2)(batch(0)[0]))
+
+
 CHECKS = [
     replicated,
+    another_adapter_is_refused_once_replicated,
     replicated_with_layers_that_are_not_run,
     replicated_with_accumulation,
     sharded_in_blocks,

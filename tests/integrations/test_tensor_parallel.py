@@ -1,34 +1,36 @@
 """Column- and row-parallel layers with adapters in two processes: the outputs, gradients and steps of one process, on
 shards of W, by the fused op."""
 
+import copy
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
-from torch.utils._python_dispatch import TorchDispatchMode
-from two_processes import Decoder, adapted, batch, loss_of, outcomes, run_checks, steps, trained, whole
+from two_processes import Collectives, Decoder, adapted, batch, loss_of, outcomes, run_checks, steps, trained, whole
 
 from fused_lora import LoRALinear, apply_lora, load_adapter, lora_linear, merged, save_adapter, set_adapter
-from fused_lora.distributed import ColwiseLoRA, RowwiseLoRA
+from fused_lora.distributed import ColwiseLoRA, RowwiseLoRA, tensor_parallel_plan
 from fused_lora.ops import linear
 from fused_lora.testing import assert_close
 
 COLUMNS, ROWS = ("q", "k", "v", "up"), ("o", "down")
 
 
-def split(model: nn.Module) -> nn.Module:
+def split(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
     """One plan for layers with adapters and the head, which has none."""
     plan = {f"blocks.*.{name}": ColwiseLoRA() for name in COLUMNS} | {
         f"blocks.*.{name}": RowwiseLoRA() for name in ROWS
     }
     plan["head"] = ColwiseLoRA(output_layouts=Replicate())
-    return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    return parallelize_module(model, mesh or init_device_mesh("cpu", (2,)), plan)
 
 
 def one_batch(dtype):
@@ -66,22 +68,6 @@ def placements(directory: Path) -> None:
         if layer.bias is not None:
             assert layer.bias.placements == (Shard(0) if column else Replicate(),)
         assert [p.requires_grad for p in layer.parameters()] == [False, *[False] * (layer.bias is not None), True, True]
-
-
-class Collectives(TorchDispatchMode):
-    """Counts them by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it calls the collectives
-        name = func.__name__.partition(".")[0]
-        if func.namespace == "_c10d_functional" and name.startswith("all_"):
-            self.names[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def no_weight_is_gathered(directory: Path) -> None:
@@ -145,6 +131,37 @@ def adapters_are_switched_and_disabled(directory: Path) -> None:
     torch.testing.assert_close(model(x), adapted()(x))
 
 
+def several_act_together(directory: Path) -> None:
+    x, outputs = batch(0)[0], []
+    for style in (ColwiseLoRA(output_layouts=Replicate()), None):
+        layer = adapted().blocks[0].q
+        layer.add_adapter("other")
+        torch.manual_seed(1)
+        nn.init.normal_(layer.lora_A["other"])
+        nn.init.normal_(layer.lora_B["other"])
+        layer.set_adapter(["default", "other"])
+        if style is not None:
+            parallelize_module(layer, init_device_mesh("cpu", (2,)), style)
+        outputs.append(layer(x))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+def transposed_weights(directory: Path) -> None:
+    """transformers' Conv1D holds W as [K, N]; it is split over the same N or K."""
+    from transformers.pytorch_utils import Conv1D
+
+    x, mesh = batch(0)[0], init_device_mesh("cpu", (2,))
+    for style, split_dim in ((ColwiseLoRA(output_layouts=Replicate()), 1), (RowwiseLoRA(input_layouts=Replicate()), 0)):
+        torch.manual_seed(0)
+        plain = nn.Sequential(Conv1D(24, 16))
+        layer = copy.deepcopy(apply_lora(plain, 4))[0]
+        nn.init.normal_(layer.lora_B["default"])
+        want = layer(x)
+        parallelize_module(layer, mesh, style)
+        assert layer.weight.placements == (Shard(split_dim),)
+        torch.testing.assert_close(layer(x), want)
+
+
 def dropout(directory: Path) -> None:
     """With the masks fixed the update is linear in A and in B, so <y - base, dy> = <A, dA> = <B, dB>."""
     x, mesh = batch(0)[0], init_device_mesh("cpu", (2,))
@@ -170,6 +187,56 @@ def copied_head(directory: Path) -> None:
     assert model.head.current().weight.placements == (Shard(0),)
 
 
+def plan_of_transformers(directory: Path) -> None:
+    """A Llama by its own plan: heads and MLP are split, logits come back whole."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    ids, mesh = torch.arange(12).view(2, 6), init_device_mesh("cpu", (2,))
+    found = []
+    for splits, dtype in ((True, torch.float32), (False, torch.float32), (False, torch.float64)):
+        torch.manual_seed(0)
+        shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+        model = apply_lora(LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2)), 4)
+        g = torch.Generator().manual_seed(1)
+        for p in trained(model).values():
+            nn.init.normal_(p, std=0.1, generator=g)
+        if splits:
+            parallelize_module(model, mesh, tensor_parallel_plan(model))
+            assert model.model.layers[0].self_attn.q_proj.lora_B["default"].placements == (Shard(0),)
+        output = model.to(dtype)(input_ids=ids, labels=ids)
+        output.loss.backward()
+        found.append({"logits": output.logits} | {name: whole(p.grad) for name, p in trained(model).items()})
+    assert_close(*found)
+    with pytest.raises(
+        ValueError, match="model must have a tp_plan, as transformers' models do; got a Decoder without"
+    ):
+        tensor_parallel_plan(adapted())
+    model.tp_plan = {"model.layers.*.mlp.gate_proj": "packed_colwise"}
+    with pytest.raises(ValueError, match="by linear layers alone; got 'packed_colwise' for model.layers"):
+        tensor_parallel_plan(model)
+
+
+def both_kinds_of_parallelism(directory: Path) -> None:
+    """FSDP2 over a mesh of one by two, whose second dimension splits layers."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    model = split(adapted(), mesh["tensor"])
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh["data"])
+    one, exact = (steps(adapted().to(dtype), one_batch(dtype)) for dtype in (torch.float32, torch.float64))
+    assert_close(steps(model, one_batch(torch.float32)), one, exact)
+    assert model.blocks[0].q.weight.device_mesh.ndim == 2
+
+
+def checkpoints_come_back(directory: Path) -> None:
+    """torch.distributed.checkpoint writes each process's part and puts it back."""
+    models = [split(adapted(seed)) for seed in (1, 2)]
+    states = [get_model_state_dict(model) for model in models]
+    dcp.save(states[0], checkpoint_id=directory / "checkpoint")
+    dcp.load(states[1], checkpoint_id=directory / "checkpoint")
+    set_model_state_dict(models[1], states[1])
+    torch.testing.assert_close(models[1](batch(0)[0]), adapted()(batch(0)[0]))
+
+
 def what_is_not_served_is_refused(directory: Path) -> None:
     mesh, model = init_device_mesh("cpu", (2,)), split(adapted())
     before = {name: id(p) for name, p in model.named_parameters()}
@@ -178,13 +245,18 @@ def what_is_not_served_is_refused(directory: Path) -> None:
         parallelize_module(layer, mesh, RowwiseLoRA())
     with pytest.raises(ValueError, match="model must not be sharded to be merged"), merged(model):
         pass
-    with pytest.raises(ValueError, match="weight must be a plain torch.nn.Parameter.*DTensor"):
+    with pytest.raises(ValueError, match="weight must be a plain .*DTensor"):
         layer.merge()
     with pytest.raises(ValueError, match="model must not be sharded when adapters are added"):
         apply_lora(model, adapter_name="second")
     assert before == {name: id(p) for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match="x, weight, lora_A, lora_B must be DTensors all or none.*got DTensors for we"):
         LoRALinear.forward(layer, batch(0)[0])
+    hooked = nn.Linear(16, 16)
+    hooked.register_forward_hook(lambda *_: None)
+    around = LoRALinear.from_linear(hooked)
+    with pytest.raises(ValueError, match="a layer must have its weight itself to be split; got one around a Linear"):
+        parallelize_module(around, mesh, ColwiseLoRA())
     whole_layer = adapted().blocks[0].q
     whole_layer.merge()
     with pytest.raises(ValueError, match="a layer must be unmerged to be split; got adapter 'default' merged"):
@@ -199,8 +271,13 @@ CHECKS = [
     dtensors_in_and_out,
     files_are_those_of_a_plain_model,
     adapters_are_switched_and_disabled,
+    several_act_together,
+    transposed_weights,
     dropout,
     copied_head,
+    plan_of_transformers,
+    both_kinds_of_parallelism,
+    checkpoints_come_back,
     what_is_not_served_is_refused,
 ]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fused_lora.adapters import peft_config, peft_format
 from fused_lora.adapters.conventions import moved_layers, task_type_of
 from fused_lora.adapters.holders import adapter_names, holders_of, module_names, tensors_of
-from fused_lora.adapters.model import check_addable, check_not_merged, install, set_adapter
+from fused_lora.adapters.model import check_addable, check_may_train, check_not_merged, install, set_adapter
 from fused_lora.adapters.places import parameter_names, walk
 from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.wrappers import check_no_peft, fetched, fill, plain_key, unwrapped, whole, whole_tensor
@@ -79,6 +79,7 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     known = adapter_name in adapter_names(root)
     if known:
         check_no_peft(model)
+        check_may_train(model, adapter_name)
         check_not_merged(root)
     else:
         check_addable(model)

@@ -11,7 +11,7 @@ from fused_lora.adapters.holders import adapter_names, all_holders
 from fused_lora.adapters.peft_config import from_peft, is_peft_config
 from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.weight_readers import call_all_layers
-from fused_lora.adapters.wrappers import check_no_peft, check_open, is_sharded, reshard, unwrapped
+from fused_lora.adapters.wrappers import check_no_peft, check_open, is_replicated, is_sharded, reshard, unwrapped
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, lora_layer
 from fused_lora.nn.experts import LoRAParameter, pattern_name
@@ -111,9 +111,11 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
     """
     root = unwrapped(model)
     known = adapter_names(root)
-    for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name or ():
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name or ())
+    for name in names:
         if name not in known:
             raise unknown_name("adapter_name", name, known)
+    check_may_train(model, names)
     layers, wrappers = all_holders(root)
     for name, layer in layers.items():
         if layer.merged and layer.active_adapter != _held(adapter_name, layer):
@@ -200,6 +202,17 @@ def print_trainable_parameters(model: nn.Module) -> None:
         f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: "
         f"{100 * trainable / max(total, 1):.4f}"
     )
+
+
+def check_may_train(model: nn.Module, names: list[str]) -> None:
+    """Raises ValueError where DistributedDataParallel has taken stock of what trains, and it is other adapters."""
+    layers, _ = all_holders(model)
+    trains = {name for layer in layers.values() for name, lora_A in layer.lora_A.items() if lora_A.requires_grad}
+    if is_replicated(model) and trains != set(names):
+        raise ValueError(
+            "model must be wrapped in DistributedDataParallel after the adapter that trains is set, it would not "
+            f"synchronise another's gradients; got one that trains {sorted(trains)} for {names}"
+        )
 
 
 def check_addable(model: nn.Module) -> None:

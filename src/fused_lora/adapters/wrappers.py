@@ -51,6 +51,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
+def is_replicated(model: nn.Module) -> bool:
+    """Whether DistributedDataParallel has taken stock of what trains in the model."""
+    return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+
+
 def check_open(model: nn.Module) -> None:
     """Raises ValueError unless adapters can be put on the model now: a wrapper that has taken stock of the parameters
     would never see new ones, PEFT's layers would get adapters on their adapters."""
@@ -59,12 +64,11 @@ def check_open(model: nn.Module) -> None:
             "model must not be sharded when adapters are added, apply_lora before FSDP and tensor parallelism; got a "
             "sharded one"
         )
-    for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                "model must be wrapped in DistributedDataParallel after adapters are added, it would not synchronise "
-                "their gradients; got a wrapped one"
-            )
+    if is_replicated(model):
+        raise ValueError(
+            "model must be wrapped in DistributedDataParallel after adapters are added, it would not synchronise their "
+            "gradients; got a wrapped one"
+        )
 
 
 def check_no_peft(model: nn.Module) -> None:

@@ -1,5 +1,5 @@
 """Tensor parallelism for layers with adapters."""
 
-from fused_lora.distributed.tensor_parallel import ColwiseLoRA, RowwiseLoRA
+from fused_lora.distributed.tensor_parallel import ColwiseLoRA, RowwiseLoRA, tensor_parallel_plan
 
-__all__ = ["ColwiseLoRA", "RowwiseLoRA"]
+__all__ = ["ColwiseLoRA", "RowwiseLoRA", "tensor_parallel_plan"]

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
 from fused_lora.nn.linear import LoRALinear
@@ -21,7 +21,7 @@ class ColwiseLoRA(ColwiseParallel):
     draw the same random numbers for dropout, as torch's own layers need it.
 
     Args: input_layouts, output_layouts, use_local_output: as in ColwiseParallel.
-    Raises: ValueError for a layer that is merged, or split already.
+    Raises: ValueError for a layer that is merged or split already, or that is built around another (quantised, hooked).
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -37,7 +37,7 @@ class RowwiseLoRA(RowwiseParallel):
     in ColwiseLoRA.
 
     Args: input_layouts, output_layouts, use_local_output: as in RowwiseParallel.
-    Raises: ValueError for a layer that is merged, or split already.
+    Raises: ValueError for a layer that is merged or split already, or that is built around another (quantised, hooked).
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -45,7 +45,9 @@ class RowwiseLoRA(RowwiseParallel):
         return _apply(self, super()._apply, module, device_mesh, places, Shard(-1))
 
 
-def _apply(style: Any, torch_apply: Any, module: nn.Module, mesh: DeviceMesh, places: dict, x: Placement) -> nn.Module:
+def _apply(
+    style: Any, torch_apply: Any, module: nn.Module, mesh: DeviceMesh, places: dict[str, Any], x: Placement
+) -> nn.Module:
     """Split a module and have it called with x and return y as the style says."""
     if isinstance(module, ModuleToSave):  # its copies are plain modules
         for inner in (module.original_module, *module.modules_to_save.values()):
@@ -53,10 +55,15 @@ def _apply(style: Any, torch_apply: Any, module: nn.Module, mesh: DeviceMesh, pl
         return module
     if not isinstance(module, LoRALinear):
         return torch_apply(module, mesh)
+    if "base_layer" in module._modules:
+        kind = type(module.base_layer).__name__
+        raise ValueError(f"a layer must have its weight itself to be split; got one around a {kind}")
     if module.merged:
         raise ValueError(f"a layer must be unmerged to be split; got adapter {module.active_adapter!r} merged")
     if isinstance(module.weight, DTensor):
         raise ValueError(f"a layer must be whole to be split; got a weight placed {module.weight.placements}")
+    if module.fan_in_fan_out:  # the weight lies as [K, N]
+        places = places | {"weight": Shard(1 - places["weight"].dim)}
     style.desired_input_layouts = (x,)
     return distribute_module(
         module,
@@ -73,3 +80,35 @@ def _split(places: dict[str, Placement], source: int | None, name: str, module: 
         if parameter is not None:
             split = distribute_tensor(parameter, mesh, [places[name or key]], src_data_rank=source)
             module.register_parameter(key, nn.Parameter(split, requires_grad=parameter.requires_grad))
+
+
+def tensor_parallel_plan(model: Any) -> dict[str, ParallelStyle]:
+    """The plan that a transformers model has for tensor parallelism, for `parallelize_module` and with adapters.
+
+    The model is loaded whole (without `tp_plan=`), gets its adapters, then is split::
+
+        parallelize_module(apply_lora(model), mesh, tensor_parallel_plan(model))
+
+    Embeddings and norms stay whole in each process.
+
+    Args:
+        model: a transformers model whose class has a tp_plan.
+    Returns: styles by module name, `*` for any layer.
+    Raises: ValueError for a model without a plan, or one that needs another style than column- and row-parallel linear
+        layers (packed projections, experts).
+    """
+    whole = Replicate()
+    styles: dict[str, ParallelStyle | None] = {
+        "colwise": ColwiseLoRA(),
+        "colwise_gather_output": ColwiseLoRA(output_layouts=whole),
+        "rowwise": RowwiseLoRA(),
+        "rowwise_split_input": RowwiseLoRA(input_layouts=whole),
+    }
+    styles |= dict.fromkeys(("embedding_rowwise", "embedding_colwise", "replicated_with_grad_allreduce"))
+    named = getattr(model, "tp_plan", None)
+    if not named:
+        raise ValueError(f"model must have a tp_plan, as transformers' models do; got a {type(model).__name__} without")
+    for name, style in named.items():
+        if style not in styles:
+            raise ValueError(f"model must be split by linear layers alone; got {style!r} for {name}")
+    return {name: found for name, style in named.items() if (found := styles[style]) is not None}

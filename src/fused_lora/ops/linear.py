@@ -172,16 +172,12 @@ def _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, vari
         y = on_shards(op, x, weight, lora_A, lora_B, bias)
         if y is not None:
             return y
-    given = (
-        f"torch.export, torch.jit.trace or a tensor subclass; got {', '.join(type(t).__name__ for t in (x, weight))}"
-    )
+    given = f"torch.export, torch.jit.trace or a tensor subclass; got {type(x).__name__} and {type(weight).__name__}"
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend must be 'auto' or 'reference' under {given}")
     if variant.grad_row_scale is not None:
         raise ValueError(f"grad_row_scale must be None under {given}")
-    mask = None
-    if dropout_p > 0.0:
-        mask = F.dropout(torch.ones_like(x), dropout_p)
+    mask = F.dropout(torch.ones_like(x), dropout_p) if dropout_p > 0.0 else None
     y, h = composition(x, weight, lora_A, lora_B, bias, scaling, mask, variant)
     return (y, h) if return_h else y
 
