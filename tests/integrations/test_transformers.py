@@ -222,9 +222,18 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_trainer_s_losses_are_peft_s(run, directory, tmp_path):
-    got, trainer = trained(ours(directory), tmp_path, **RUNS[run])
+def fused(directory, **lora):
+    fused_lora_peft = pytest.importorskip("fused_lora.peft")
+    model = peer(directory, **lora)
+    fused_lora_peft.fuse(model, strict=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, run", [(ours, run) for run in RUNS] + [(fused, run) for run in RUNS if run != "compiled"]
+)
+def test_trainer_s_losses_are_peft_s(run, make, directory, tmp_path):
+    got, trainer = trained(make(directory), tmp_path, **RUNS[run])
     want, _ = trained(peer(directory), tmp_path, **(RUNS[run] if run != "compiled" else {}))
     assert len(got) == 4 and got[-1] != got[0]
     torch.testing.assert_close(got, want, atol=2e-2 if "16" in run else 1e-4, rtol=0)
@@ -246,6 +255,16 @@ def test_trainer_s_checkpoints_hold_adapters_and_resume(directory, tmp_path, cap
     whole.save_model(tmp_path / "final")
     assert "model.safetensors" not in written(tmp_path / "final")
     close(logits(peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "final")), logits(whole.model))
+
+
+def test_fused_peft_models_resume_and_bring_the_best_back(directory, tmp_path):
+    every = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+    every |= dict(metric_for_best_model="loss", greater_is_better=True)
+    want, whole = trained(fused(directory), tmp_path, **every)
+    losses = [entry["eval_loss"] for entry in whole.state.log_history if "eval_loss" in entry]
+    assert whole.evaluate()["eval_loss"] == pytest.approx(max(losses), abs=1e-6)
+    got, _ = trained(fused(directory), tmp_path, resume=str(tmp_path / "checkpoint-2"), **every)
+    assert got[-2:] == want[-2:]
 
 
 def test_the_best_model_comes_back(directory, tmp_path, caplog):

@@ -1,5 +1,6 @@
 """TRL's trainers with models of apply_lora: losses as with PEFT's, and a reference model that is the right one."""
 
+import contextlib
 import math
 import os
 
@@ -13,7 +14,7 @@ from fused_lora import apply_lora, load_adapter, reference_model, save_adapter, 
 peft = pytest.importorskip("peft", reason="needs peft, to compare with")
 pytest.importorskip("trl", reason="needs trl")
 datasets = pytest.importorskip("datasets", reason="needs datasets, which TRL reads from")
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 
 LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
 TEXTS = ["one two three", "a b c d e f", "hello, world", "the quick brown fox", "x = y + z", "to be or not"] * 2
@@ -71,6 +72,42 @@ def test_sft_losses_are_peft_s(checkpointing, tiny_model, tmp_path):
     trainer.save_model(tmp_path / "final")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(tmp_path / "final"))
     assert "model.safetensors" not in os.listdir(tmp_path / "final")
+
+
+def test_peft_config_under_patched_trains_fused_layers(tiny_model, tmp_path):
+    fused = pytest.importorskip("fused_lora.peft")
+    data, curves = [{"text": text} for text in TEXTS], []
+    for context in (contextlib.nullcontext(), fused.patched()):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(**LORA)
+        with context:
+            got, trainer = losses(
+                SFTTrainer, SFTConfig, base(tiny_model), tiny_model, data, tmp_path, peft_config=config
+            )
+        curves.append(got)
+    torch.testing.assert_close(curves[0], curves[1], atol=1e-4, rtol=0)
+    layers = [module for module in trainer.model.modules() if isinstance(module, peft.tuners.lora.Linear)]
+    assert layers and not [layer for layer in layers if type(layer) is peft.tuners.lora.Linear]
+
+
+def test_grpo_is_peft_s(tiny_model, tmp_path):
+    def run(model):
+        settings = dict(num_generations=4, max_completion_length=8, per_device_train_batch_size=4, max_steps=2, seed=1)
+        settings |= dict(use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", bf16=False, logging_steps=1)
+        trainer = GRPOTrainer(
+            randomise(model),
+            reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+            args=GRPOConfig(str(tmp_path), learning_rate=0.01, **settings),
+            train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in TEXTS]),
+            processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        )
+        trainer.train()
+        return [(entry["reward"], entry["grad_norm"]) for entry in trainer.state.log_history if "reward" in entry]
+
+    got = run(apply_lora(base(tiny_model), **LORA))
+    want = run(peft.get_peft_model(base(tiny_model), peft.LoraConfig(**LORA)))
+    assert len(got) == 2 and all(norm > 0 for _, norm in got)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 def pairs():
