@@ -2,7 +2,20 @@
 
 from typing import TYPE_CHECKING
 
-from fused_lora.adapters import apply_lora, load_adapter, merged, print_trainable_parameters, save_adapter, set_adapter
+from fused_lora.adapters import (
+    apply_lora,
+    delete_adapter,
+    disable_adapter,
+    get_nb_trainable_parameters,
+    load_adapter,
+    merge_and_unload,
+    merged,
+    print_trainable_parameters,
+    reference_model,
+    save_adapter,
+    set_adapter,
+    unload,
+)
 from fused_lora.config import LoraConfig
 from fused_lora.nn import LoRALinear
 from fused_lora.ops.linear import lora_linear
@@ -14,14 +27,20 @@ __all__ = [
     "LoRALinear",
     "LoraConfig",
     "apply_lora",
+    "delete_adapter",
+    "disable_adapter",
+    "get_nb_trainable_parameters",
     "load_adapter",
     "lora_linear",
     "lora_update",
+    "merge_and_unload",
     "merged",
     "print_trainable_parameters",
+    "reference_model",
     "save_adapter",
     "set_adapter",
     "tune",
+    "unload",
 ]
 
 if TYPE_CHECKING:

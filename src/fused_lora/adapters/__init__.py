@@ -1,6 +1,27 @@
 """Adapters of whole models."""
 
 from fused_lora.adapters.load_save import load_adapter, save_adapter
-from fused_lora.adapters.model import apply_lora, merged, print_trainable_parameters, set_adapter
+from fused_lora.adapters.model import (
+    apply_lora,
+    get_nb_trainable_parameters,
+    merged,
+    print_trainable_parameters,
+    set_adapter,
+)
+from fused_lora.adapters.reference import reference_model
+from fused_lora.adapters.unload import delete_adapter, disable_adapter, merge_and_unload, unload
 
-__all__ = ["apply_lora", "load_adapter", "merged", "print_trainable_parameters", "save_adapter", "set_adapter"]
+__all__ = [
+    "apply_lora",
+    "delete_adapter",
+    "disable_adapter",
+    "get_nb_trainable_parameters",
+    "load_adapter",
+    "merge_and_unload",
+    "merged",
+    "print_trainable_parameters",
+    "reference_model",
+    "save_adapter",
+    "set_adapter",
+    "unload",
+]

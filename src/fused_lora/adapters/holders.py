@@ -12,6 +12,7 @@ from fused_lora.nn.modules_to_save import ModuleToSave
 
 Layers = dict[str, LoRALayer]
 Wrappers = dict[str, ModuleToSave]
+Holder = LoRALayer | ModuleToSave
 
 
 def all_holders(model: nn.Module) -> tuple[Layers, Wrappers]:
@@ -27,6 +28,12 @@ def all_holders(model: nn.Module) -> tuple[Layers, Wrappers]:
             elif isinstance(place.module, ModuleToSave):
                 wrappers[place.name] = place.module
     return layers, wrappers
+
+
+def named_holders(model: nn.Module) -> dict[str, Holder]:
+    """Layers and wrappers together."""
+    layers, wrappers = all_holders(model)
+    return {**layers, **wrappers}
 
 
 def holders_of(model: nn.Module, adapter_name: str) -> tuple[Layers, Wrappers]:
@@ -58,6 +65,17 @@ def module_names(model: nn.Module) -> list[str]:
     return names
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters that act somewhere in a model, sorted."""
+    return sorted({name for holder in named_holders(model).values() for name in active_of(holder)})
+
+
+def active_of(holder: Holder) -> list[str]:
+    """The names of the adapters that act in a layer or wrapper."""
+    active = holder.active_adapter
+    return [active] if isinstance(active, str) else list(active or ())
+
+
 def tensors_of(
     layers: Mapping[str, LoRALayer], saved: Mapping[str, ModuleToSave], adapter_name: str
 ) -> dict[str, Tensor]:
@@ -70,3 +88,18 @@ def tensors_of(
         for key, tensor in wrapper.modules_to_save[adapter_name].state_dict().items():
             tensors[saved_key(name, plain_key(key))] = tensor
     return tensors
+
+
+def live_keys(model: nn.Module, adapter_name: str) -> list[str]:
+    """The keys of an adapter's tensors in the model's own state dict, in the order of `tensors_of`."""
+    layers, saved = holders_of(model, adapter_name)
+    own = [tensors[adapter_name] for layer in layers.values() for tensors in (layer.lora_A, layer.lora_B)]
+    for wrapper in saved.values():
+        own += wrapper.modules_to_save[adapter_name].state_dict(keep_vars=True).values()
+    names = {id(tensor): plain_key(key) for key, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return [names[id(tensor)] for tensor in own]
+
+
+def file_keys(model: nn.Module, adapter_name: str) -> list[str]:
+    """The keys of an adapter's tensors in PEFT's file, in the order of `tensors_of`."""
+    return list(tensors_of(*holders_of(model, adapter_name), adapter_name))

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from fused_lora.adapters import peft_config, peft_format
 from fused_lora.adapters.conventions import moved_layers, task_type_of
-from fused_lora.adapters.holders import adapter_names, holders_of, module_names, tensors_of
+from fused_lora.adapters.holders import Layers, Wrappers, adapter_names, holders_of, live_keys, module_names, tensors_of
+from fused_lora.adapters.hub import adapter_directory
 from fused_lora.adapters.model import check_addable, check_may_train, check_not_merged, install, set_adapter
 from fused_lora.adapters.places import parameter_names, walk
 from fused_lora.adapters.plan import Plan, make_plan
@@ -32,11 +33,30 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     Raises: ValueError for an unknown adapter, or one without values; OSError naming the file, with the old files
         untouched.
     """
+    check_no_peft(unwrapped(model))
+    tensors = adapter_tensors(model, adapter_name)
+    peft_format.write_files(Path(directory), tensors, config_file(unwrapped(model), adapter_name))
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Whole copies of an adapter's tensors on the CPU, by their keys in the file; every process must come here.
+
+    Raises: ValueError for an unknown adapter, or one without values.
+    """
     root = unwrapped(model)
-    check_no_peft(root)
-    layers, saved = holders_of(root, adapter_name)
-    if not layers:
-        raise unknown_name("adapter_name", adapter_name, adapter_names(root))
+    layers, saved = _layers_of(root, adapter_name)
+    copies = [wrapper.modules_to_save[adapter_name] for wrapper in saved.values()]
+    with whole(model), fetched([*layers.values(), *copies]):
+        tensors = {key: whole_tensor(t) for key, t in tensors_of(layers, saved, adapter_name).items()}
+        for key, tensor in tensors.items():
+            if tensor.is_meta:
+                raise ValueError(f"adapter {adapter_name!r} must have values to be saved; got {key} on the meta device")
+        return {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+
+
+def config_file(root: nn.Module, adapter_name: str) -> bytes:
+    """adapter_config.json of an adapter. Raises: ValueError for an unknown adapter, or what the format cannot say."""
+    layers, saved = _layers_of(root, adapter_name)
     config = peft_config.config_of(
         layers,
         list(saved),
@@ -46,16 +66,24 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         moved=moved_layers(root),
         task_type=task_type_of(root),
     )
-    copies = [wrapper.modules_to_save[adapter_name] for wrapper in saved.values()]
-    with whole(model), fetched([*layers.values(), *copies]):
-        tensors = {key: whole_tensor(t) for key, t in tensors_of(layers, saved, adapter_name).items()}
-        for key, tensor in tensors.items():
-            if tensor.is_meta:
-                raise ValueError(f"adapter {adapter_name!r} must have values to be saved; got {key} on the meta device")
-        peft_format.write_files(Path(directory), tensors, peft_config.config_bytes(config, root))
+    return peft_config.config_bytes(config, root)
 
 
-def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> nn.Module:
+def _layers_of(root: nn.Module, adapter_name: str) -> tuple[Layers, Wrappers]:
+    layers, saved = holders_of(root, adapter_name)
+    if not layers:
+        raise unknown_name("adapter_name", adapter_name, adapter_names(root))
+    return layers, saved
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    adapter_name: str = "default",
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> nn.Module:
     """Read an adapter that PEFT or `save_adapter` wrote, and activate it, trainable. Only safetensors is read, nothing
     is unpickled.
 
@@ -67,27 +95,30 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     Args:
         model: the base model, plain or with adapters of this library, in wrappers or not. Under FSDP and
             DistributedDataParallel only an adapter that it has can be read again.
-        directory: holds adapter_config.json and adapter_model.safetensors.
+        directory: holds adapter_config.json and adapter_model.safetensors; or "owner/name" on the Hugging Face hub, if
+            huggingface_hub is installed.
         adapter_name: the name to give it.
+        revision, subfolder: where on the hub; a subfolder may be a directory's, too.
     Returns: model.
     Raises: FileNotFoundError; ValueError for a damaged file, an adapter of another base model, a model on the meta
         device or offloaded, and configurations beyond plain LoRA, each naming file and field. The model is unchanged
         then.
     """
-    directory, root = Path(directory), unwrapped(model)
+    root = unwrapped(model)
     check_adapter_name(adapter_name)
     known = adapter_name in adapter_names(root)
     if known:
         check_no_peft(model)
-        check_may_train(model, adapter_name)
-        check_not_merged(root)
+        check_may_train(model, [adapter_name])
+        check_not_merged(root, "an adapter is read again")
     else:
         check_addable(model)
+    directory = adapter_directory(directory, revision, subfolder)
     config = peft_config.read_config(directory)
     with whole(model, writeback=True):
         plan = _plan_of_existing(root, directory, config, adapter_name) if known else _plan(root, directory, config)
         _check_values_here(plan)
-        found = peft_format.find_tensors(directory, _expected(plan, config), lambda: _base_tensors(root))
+        found = peft_format.find_tensors(directory, _expected(plan, config), lambda: base_tensors(root))
         values = peft_format.read_tensors(directory, found)
         if not known:
             install(root, plan, config, adapter_name)
@@ -153,9 +184,11 @@ def _is_elsewhere(module: nn.Module) -> bool:
     return device.type == "meta" or any(t.is_meta for t in held)
 
 
-def _base_tensors(root: nn.Module) -> dict[str, Tensor]:
-    """The base model's tensors by the plain model's names."""
-    return {peft_format.base_name(plain_key(key)): tensor for key, tensor in root.state_dict().items()}
+def base_tensors(root: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The base model's tensors by the plain model's names, from the model's state dict if that is given."""
+    own = {key for name in adapter_names(root) for key in live_keys(root, name)}
+    state = {plain_key(key): tensor for key, tensor in (state_dict or root.state_dict()).items()}
+    return {peft_format.base_name(key): tensor for key, tensor in state.items() if key not in own}
 
 
 def _expected(plan: Plan, config: LoraConfig) -> dict[str, tuple[int, ...]]:

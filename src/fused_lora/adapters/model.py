@@ -161,18 +161,9 @@ def merged(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Mod
         )
     layers, wrappers = all_holders(root)
     holders: list[LoRALayer | ModuleToSave] = [*layers.values(), *wrappers.values()]
-    if adapter_name is not None and adapter_name not in adapter_names(root):
-        raise unknown_name("adapter_name", adapter_name, adapter_names(root))
-    if adapter_name is None and all(holder.active_adapter is None for holder in holders):
-        raise ValueError(f"adapter_name must be one of {adapter_names(root)} while no adapter is active; got None")
-    for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(f"{name} must not be merged yet; got adapter {layer.active_adapter!r} merged")
     before = [holder.active_adapter for holder in holders]
+    choose_to_merge(root, adapter_name)
     try:
-        # Without touching requires_grad, so an optimizer sees no change.
-        for holder in holders if adapter_name is not None else []:
-            holder.active_adapter = _held(adapter_name, holder)
         for wrapper in wrappers.values():
             wrapper.merged = True
         for name, layer in layers.items():
@@ -194,10 +185,37 @@ def merged(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Mod
             holder.active_adapter = active
 
 
+def choose_to_merge(root: nn.Module, adapter_name: str | None) -> None:
+    """Have the adapter act that is to be merged, the active one if the name is None, without touching requires_grad, so
+    an optimizer sees no change. Raises: ValueError as `merged`; nothing changes then."""
+    layers, wrappers = all_holders(root)
+    holders: list[LoRALayer | ModuleToSave] = [*layers.values(), *wrappers.values()]
+    if adapter_name is not None and adapter_name not in adapter_names(root):
+        raise unknown_name("adapter_name", adapter_name, adapter_names(root))
+    if adapter_name is None and all(holder.active_adapter is None for holder in holders):
+        raise ValueError(f"adapter_name must be one of {adapter_names(root)} while no adapter is active; got None")
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name} must not be merged yet; got adapter {layer.active_adapter!r} merged")
+    for holder in holders if adapter_name is not None else []:
+        holder.active_adapter = _held(adapter_name, holder)
+
+
+def get_nb_trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many parameters train, and how many there are; tied ones count once, two 4-bit numbers in a byte as two."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        numbers = parameter.numel()
+        if type(parameter).__name__ == "Params4bit":  # of bitsandbytes, packed
+            numbers *= 2 * parameter.element_size()
+        total += numbers
+        trainable += numbers if parameter.requires_grad else 0
+    return trainable, total
+
+
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print PEFT's line: trainable parameters, all parameters and the percentage, tied parameters counted once."""
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable, total = get_nb_trainable_parameters(model)
     print(
         f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: "
         f"{100 * trainable / max(total, 1):.4f}"
@@ -219,16 +237,14 @@ def check_addable(model: nn.Module) -> None:
     """Raises ValueError if no new adapter can be put on the model now."""
     check_no_peft(model)
     check_open(model)
-    check_not_merged(model)
+    check_not_merged(model, "an adapter is added")
 
 
-def check_not_merged(model: nn.Module) -> None:
-    """Raises ValueError naming a layer that holds a merged adapter."""
+def check_not_merged(model: nn.Module, what: str) -> None:
+    """Raises ValueError naming a layer that holds a merged adapter, before `what`."""
     for name, layer in all_holders(model)[0].items():
         if layer.merged:
-            raise ValueError(
-                f"{name} must be unmerged before an adapter is added; got adapter {layer.active_adapter!r} merged"
-            )
+            raise ValueError(f"{name} must be unmerged before {what}; got adapter {layer.active_adapter!r} merged")
 
 
 def install(root: nn.Module, plan: Plan, config: LoraConfig, adapter_name: str) -> None:
@@ -269,3 +285,6 @@ def install(root: nn.Module, plan: Plan, config: LoraConfig, adapter_name: str) 
             setattr(place.parent, place.attribute, replacement[id(place.module)])
     root.requires_grad_(False)
     call_all_layers(root)
+    from fused_lora.adapters.transformers_model import adopt  # which binds the functions of this file
+
+    adopt(root)

@@ -151,7 +151,7 @@ def _open(path: Path):
 
 
 def write_files(directory: Path, tensors: Mapping[str, Tensor], config: bytes) -> None:
-    """Write both files, see `files.write_whole`. Raises: OSError naming the file."""
-    contiguous = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    """Write both files, the tensors being on the CPU, see `files.write_whole`. Raises: OSError naming the file."""
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     weights = to_bytes(contiguous, metadata={"format": "pt"})
     write_whole({directory / WEIGHTS_NAME: weights, directory / CONFIG_NAME: config})

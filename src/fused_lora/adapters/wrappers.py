@@ -73,7 +73,7 @@ def check_open(model: nn.Module) -> None:
 
 def check_no_peft(model: nn.Module) -> None:
     """Raises ValueError if the model or a module in it is PEFT's."""
-    if getattr(model, "peft_config", None):
+    if vars(model).get("peft_config"):
         raise ValueError(f"model must be the base model; got a {type(model).__name__} with PEFT adapters")
     for name, module in model.named_modules():
         if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):

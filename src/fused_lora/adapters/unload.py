@@ -1,0 +1,178 @@
+"""Adapters off a model again: for a while, one of them, or all, folded into the weights or not."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from fused_lora.adapters.holders import active_of, adapter_names, all_holders, holders_of, named_holders
+from fused_lora.adapters.model import check_not_merged, choose_to_merge
+from fused_lora.adapters.places import walk
+from fused_lora.adapters.wrappers import is_sharded, unwrapped
+from fused_lora.config import unknown_name
+from fused_lora.nn.layer import LoRALayer
+from fused_lora.nn.modules_to_save import ModuleToSave
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the base model: inside, no adapter and no module of modules_to_save acts.
+
+    What trains stays as it is, so an optimizer sees no change. On leaving, the active adapters act again.
+
+    Raises: ValueError if an adapter is merged into some layer.
+    """
+    before = switch_off(model)
+    try:
+        yield model
+    finally:
+        switch_on(model, before)
+
+
+def switch_off(model: nn.Module) -> dict[str, list[str]]:
+    """Have no adapter act. Returns: what acted, by layer and wrapper."""
+    root = unwrapped(model)
+    check_not_merged(root, "adapters are switched off")
+    holders = named_holders(root)
+    before = {name: active_of(holder) for name, holder in holders.items()}
+    for holder in holders.values():
+        holder.active_adapter = None
+    return before
+
+
+def switch_on(model: nn.Module, before: dict[str, list[str]]) -> None:
+    """Have act again what `switch_off` said, where it is still there."""
+    for name, holder in named_holders(unwrapped(model)).items():
+        names = holder.lora_A if isinstance(holder, LoRALayer) else holder.modules_to_save
+        acted = [adapter for adapter in before.get(name, ()) if adapter in names]
+        if isinstance(holder, LoRALayer) and len(acted) > 1:
+            holder.active_adapter = acted
+        else:
+            holder.active_adapter = next(iter(acted), None)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter of the model; where it was active, no adapter is. Without its last adapter the model is the
+    plain one again, as after `unload`.
+
+    Raises: ValueError for an unknown adapter, a merged one, or a sharded model; nothing changes then.
+    """
+    root = unwrapped(model)
+    if adapter_name not in adapter_names(root):
+        raise unknown_name("adapter_name", adapter_name, adapter_names(root))
+    _check_removable(root)
+    if adapter_names(root) == [adapter_name]:
+        unload(model)
+        return
+    layers, wrappers = holders_of(root, adapter_name)
+    for layer in layers.values():
+        layer.delete_adapter(adapter_name)
+    for wrapper in wrappers.values():
+        if wrapper.active_adapter == adapter_name:
+            wrapper.set_adapter(None)
+        del wrapper.modules_to_save[adapter_name]
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take all adapters off, in place: every layer is the plain one that it was, over the same Parameters, so tied
+    weights stay tied. They stay frozen.
+
+    Returns: model.
+    Raises: ValueError for a model without adapters, a merged, sharded or offloaded one; nothing changes then.
+    """
+    root = unwrapped(model)
+    _check_removable(root)
+    places = _places(root)
+    layers, wrappers = all_holders(root)
+    for layer in layers.values():
+        _replace(places, layer, layer.plain())
+    for wrapper in wrappers.values():
+        _replace(places, wrapper, wrapper.original_module)
+    _release(root)
+    return model
+
+
+def merge_and_unload(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
+    """Fold an adapter into the weights for good, in place, and take all adapters off: a plain, frozen model is left.
+
+    One layer is merged after the other, each into a new tensor, so there is no second copy of all weights. Where a
+    merged weight was tied to another one, as an output head to the embedding, it no longer is, and the model's
+    configuration is told so.
+
+    Args:
+        model: a model with adapters, none of them merged, not sharded and not offloaded.
+        adapter_name: the adapter to merge; None takes the active one.
+    Returns: model.
+    Raises: ValueError as `merged`. If a merged weight is not finite, the layers before it are merged already and the
+        others still have their adapters: the model computes what it did.
+    """
+    root = unwrapped(model)
+    _check_removable(root)
+    choose_to_merge(root, adapter_name)
+    places = _places(root)
+    layers, wrappers = all_holders(root)
+    while layers:  # which keeps no layer, and so no weight, longer than needed
+        name = next(iter(layers))
+        layer = layers.pop(name)
+        if layer.active_adapter is not None:
+            try:
+                layer.merge()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        _replace(places, layer, layer.plain())
+    for wrapper in wrappers.values():
+        _replace(places, wrapper, wrapper.current())
+    _tell_untied(root)
+    _release(root)
+    return model
+
+
+def _check_removable(root: nn.Module) -> None:
+    """Raises ValueError unless adapters can be taken off the model now."""
+    layers, wrappers = all_holders(root)
+    if not layers and not wrappers:
+        raise ValueError("model must have adapters of this library; got one without")
+    check_not_merged(root, "an adapter is taken off")
+    if is_sharded(root):
+        raise ValueError(
+            "model must not be sharded when adapters are taken off: save_adapter and load the base model again; got a "
+            "sharded one"
+        )
+    for place in walk(root):
+        holds = isinstance(place.module, LoRALayer | ModuleToSave)
+        if holds and any(hasattr(module, "_hf_hook") for module in place.module.modules()):
+            raise ValueError(
+                f"{place.name} must carry no accelerate hook when adapters are taken off, it would be lost: "
+                "accelerate.hooks.remove_hook_from_submodules first"
+            )
+        if holds and place.attribute == "_orig_mod":
+            raise ValueError(f"{place.name} must not be compiled by itself when adapters are taken off")
+
+
+def _places(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each module is reached, as parent and attribute."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for place in walk(root):
+        places.setdefault(id(place.module), []).append((place.parent, place.attribute))
+    return places
+
+
+def _replace(places: dict[int, list[tuple[nn.Module, str]]], old: nn.Module, new: nn.Module) -> None:
+    for parent, attribute in places[id(old)]:
+        setattr(parent, attribute, new)
+
+
+def _tell_untied(root: Any) -> None:
+    """Have a transformers model's configuration say so if its output head no longer has its embedding's weight."""
+    if not getattr(getattr(root, "config", None), "tie_word_embeddings", False):
+        return
+    head = root.get_output_embeddings()
+    if head is not None and head.weight is not root.get_input_embeddings().weight:
+        root.config.tie_word_embeddings = False
+
+
+def _release(root: nn.Module) -> None:
+    from fused_lora.adapters.transformers_model import release  # which binds the functions of this file
+
+    release(root)
