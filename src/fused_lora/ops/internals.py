@@ -48,6 +48,8 @@ transforms_active = _private("_C._are_functorch_transforms_active") or (lambda: 
 # Whether torch.jit.trace records.
 is_tracing = _private("_C._is_tracing") or torch.jit.is_tracing
 
+# Whether hooks are set on all modules at once (torch.nn.modules.module.register_module_forward_hook and its kin).
+any_module_hook = _private("nn.modules.module._has_any_global_hook") or (lambda: False)
 
 _TensorGuards = _private("_C._dynamo.guards.TensorGuards")
 

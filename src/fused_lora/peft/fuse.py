@@ -1,0 +1,78 @@
+"""fuse(), unfuse() and explain(): PEFT's LoRA layers of a model on the op, and back, and which of them are."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from fused_lora import backends
+from fused_lora.peft.classes import fused_class, swap, swap_back
+from fused_lora.peft.request import active_update, misfit, readable_base
+from fused_lora.peft.ways import Row, Ways
+
+
+def fuse(model: nn.Module, strict: bool = False) -> Ways:
+    """Let the LoRA layers of a PEFT model run on the fused op, in place.
+
+    Equivalent to the model before: names, `state_dict()`, files, merging, switching and adding adapters are PEFT's, and
+    a layer runs PEFT's own forward whenever the op can't serve it as it then is. Adapters that are added later to the
+    same layers are fused, too; layers that become LoRA layers later want another call, which leaves the others alone.
+
+    Args:
+        model: what get_peft_model, PeftModel.from_pretrained or transformers' add_adapter has made, or a part of it.
+        strict: raise if a layer's forward would be PEFT's.
+    Returns: the table that `explain` gives.
+    Raises: ValueError if the model has no adapters of PEFT, or, strict, naming the layers that stay PEFT's and why;
+        nothing is changed then.
+    """
+    layers = list(_layers(model))
+    if not layers:
+        raise ValueError(f"model must have adapters of PEFT; got a {type(model).__name__} without")
+    ways = Ways(tuple(_row(name, layer, fused=True) for name, layer in layers))
+    if strict and ways.of("peft"):
+        raise ValueError(f"model must have no layer that stays PEFT's; got\n{Ways(ways.of('peft'))}")
+    for _, layer in layers:
+        swap(layer)
+    return ways
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give the LoRA layers of a model PEFT's own forward again, in place; undoes `fuse`, `patched` and
+    `custom_module_mapping`."""
+    for _, layer in _layers(model):
+        swap_back(layer)
+
+
+def explain(model: nn.Module) -> Ways:
+    """Which adapted layers of a PEFT model run fused and which through PEFT's own forward, and why, as they now are.
+
+    It says what a call with x alone gets, in the base weight's dtype or under autocast; with `adapter_names` or other
+    arguments PEFT's forward runs.
+    """
+    return Ways(tuple(_row(name, layer, type(layer) is fused_class(layer)) for name, layer in _layers(model)))
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer))
+
+
+def _row(name: str, layer: Any, fused: bool) -> Row:
+    """How the layer runs if it is, or is not, of the fused class."""
+    if fused_class(layer) is None:
+        kind = f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
+        return Row(name, "peft", f"a {kind} is served by PEFT alone")
+    if "forward" in layer.__dict__:
+        return Row(name, "peft", "the layer has a forward of its own")
+    update, base = active_update(layer), readable_base(layer)
+    if isinstance(update, str):
+        return Row(name, "peft", update)
+    refused = base if isinstance(base, str) else misfit(base, update)
+    if refused is not None and (update.bias is not None or not isinstance(base, str)):
+        return Row(name, "peft", refused)
+    if not fused:
+        return Row(name, "peft", "fuse(model) has not been called since the layer was made")
+    if isinstance(base, str):
+        return Row(name, "update", f"{base}: it computes its own product, and one call adds the update")
+    back_end, why = backends.explain(base.weight.device, base.weight.dtype)
+    return Row(name, "fused", f"back end {back_end}: {why}")

@@ -1,0 +1,49 @@
+"""PEFT's LoRA layers with the op in their forward."""
+
+from typing import Any
+
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.torchao import TorchaoLoraLinear as PeftTorchaoLoraLinear
+from torch import Tensor
+
+from fused_lora.ops.linear import lora_linear
+from fused_lora.ops.update import lora_update
+from fused_lora.peft.request import active_update, linear_fits, readable_base, update_fits
+
+
+class FusedForward:
+    """The forward of PEFT's linear LoRA layers, to stand before one of them in a class's bases: one call of
+    `lora_linear` where the op can read the base layer, the base layer's own call and `lora_update` where it can't,
+    and PEFT's forward for all that the op doesn't compute."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """y [..., N] of x [..., K]."""
+        update = "it is called with more than x" if args or kwargs else active_update(self)
+        if not isinstance(update, str):
+            lora_A, lora_B, scaling, dropout_p, lora_bias = update
+            base = readable_base(self)
+            if not isinstance(base, str):
+                if linear_fits(x, base, update):
+                    weight, bias = base
+                    if lora_bias is not None:
+                        bias = (lora_bias if bias is None else bias + lora_bias).to(weight.dtype)
+                    return lora_linear(x, weight, lora_A, lora_B, scaling, bias=bias, dropout_p=dropout_p)
+            elif lora_bias is None and update_fits(x, update):
+                y = self.base_layer(x)  # type: ignore[attr-defined]
+                return lora_update(y, x, lora_A, lora_B, scaling, dropout_p=dropout_p)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+
+class Linear(FusedForward, PeftLinear):
+    """PEFT's lora.Linear with the fused forward.
+
+    It adds no state and overrides nothing else, and has PEFT's class name, so that names, files, merging, and whatever
+    else PEFT does to its layers are PEFT's. `fuse` makes layers into this class; `explain` says which go where.
+
+    Equivalent to: `peft.tuners.lora.layer.Linear`. Over a bf16 or fp16 base without autocast PEFT computes the low-rank
+    path of fp32 adapters in fp32; here its inner result, [..., R], is rounded to the base's dtype, and x is not copied.
+    """
+
+
+class TorchaoLoraLinear(FusedForward, PeftTorchaoLoraLinear):
+    """PEFT's layer over a torchao weight, likewise: torchao computes the base product."""

@@ -1,0 +1,177 @@
+"""What a call of a PEFT layer asks of the op, read from the layer as it is at that call; or, in a sentence, why not.
+
+Nothing is remembered from call to call: adapters, hooks, scalings, dtypes and devices may change at any time, and all
+of it is read in less time than one of the four module calls that PEFT's forward makes.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fused_lora.ops.internals import any_autocast_enabled, any_module_hook
+
+_PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
+_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
+
+
+class Base(NamedTuple):
+    """The base layer's tensors."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor | None  # [N]
+
+
+class Update(NamedTuple):
+    """The low-rank update of the active adapters together."""
+
+    lora_A: Tensor  # [R, K]
+    lora_B: Tensor  # [N, R]
+    scaling: float | Tensor
+    dropout_p: float
+    bias: Tensor | None  # [N], lora_bias with its scaling
+
+
+def active_update(layer: Any) -> Update | str:
+    """What the layer's active adapters add in its present state, or why PEFT must compute it."""
+    if layer._disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged_adapters:
+        return "its adapters are merged into the base weight"
+    if any_module_hook():
+        return "a hook on all modules wants to see each one called"
+    known = layer._modules["lora_A"]._modules
+    names = [name for name in layer.active_adapters if name in known]
+    if len(names) == 1:
+        return _adapter(layer, names[0])
+    if not names:
+        return "none of its adapters is active"
+    updates = [_adapter(layer, name) for name in names]
+    reasons = [each for each in updates if isinstance(each, str)]
+    return reasons[0] if reasons else _joined([each for each in updates if isinstance(each, Update)])
+
+
+def readable_base(layer: Any) -> Base | str:
+    """The tensors of the base layer, or why its own forward must run."""
+    base = layer._modules["base_layer"]
+    if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
+        return f"its base layer is a {_class(base)}"
+    if not _bare(base):
+        return "its base layer has hooks or a forward of its own"
+    own = base._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    if weight is None or type(weight) not in _PLAIN_TENSORS:
+        return f"its base weight is {_kind(weight)}"
+    if bias is not None and type(bias) not in _PLAIN_TENSORS:
+        return f"its base bias is {_kind(bias)}"
+    if weight.requires_grad:
+        return "its base weight trains"
+    return Base(weight.t() if layer.fan_in_fan_out else weight, bias)
+
+
+def linear_fits(x: Tensor, base: Base, update: Update) -> bool:
+    """Whether `lora_linear` computes with these dtypes what PEFT does; `misfit` is the rule without x."""
+    if x.dtype is base.weight.dtype:
+        return update_fits(x, update)
+    return _autocast(x) and _castable(x, *base, *update[:2])
+
+
+def update_fits(x: Tensor, update: Update) -> bool:
+    """Whether `lora_update` computes with these dtypes what PEFT does."""
+    adapter = update.lora_A.dtype
+    if adapter is x.dtype or (adapter is torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
+        return x.dtype in _DTYPES
+    return _autocast(x) and _castable(x, *update[:2])
+
+
+def misfit(base: Base, update: Update) -> str | None:
+    """Why an x of the weight's dtype, without autocast, would go through PEFT; None if it would not."""
+    dtype, adapter = base.weight.dtype, update.lora_A.dtype
+    if dtype not in _DTYPES:
+        return f"its base weight is {_name(dtype)}"
+    if adapter not in (dtype, torch.float32):
+        return f"its adapters are {_name(adapter)} over a base weight in {_name(dtype)} (fused under autocast)"
+    return None
+
+
+def _autocast(x: Tensor) -> bool:
+    return any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+
+
+def _castable(*tensors: Tensor | None) -> bool:
+    return all(t is None or (t.dtype in _DTYPES and t.dtype is not torch.float64) for t in tensors)
+
+
+def _bare(module: Any) -> bool:
+    """Whether calling the module runs its class's forward and nothing else: no hooks, no forward of its own, as
+    accelerate gives it."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _adapter(layer: Any, name: str) -> Update | str:
+    """What one adapter adds, or why PEFT must compute it."""
+    modules = layer._modules
+    module_A, module_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    if name in layer.lora_variant:
+        kind = type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
+        return f"adapter {name!r} is no plain LoRA ({kind})"
+    if type(module_A) is not nn.Linear or type(module_B) is not nn.Linear:
+        other = module_B if type(module_A) is nn.Linear else module_A
+        return f"adapter {name!r} has a {_class(other)} in the place of an nn.Linear"
+    if not (_bare(module_A) and _bare(module_B) and _bare(dropout)):
+        return f"adapter {name!r} has hooks or a forward of its own"
+    own_A, own_B = module_A._parameters, module_B._parameters
+    lora_A, lora_B = own_A.get("weight"), own_B.get("weight")
+    if lora_A is None or lora_B is None or {type(lora_A), type(lora_B)} - _PLAIN_TENSORS:
+        other = lora_B if type(lora_A) in _PLAIN_TENSORS else lora_A
+        return f"adapter {name!r} holds {_kind(other)}"
+    if lora_A.dtype is not lora_B.dtype:
+        return f"adapter {name!r} has lora_A in {_name(lora_A.dtype)} and lora_B in {_name(lora_B.dtype)}"
+    if own_A.get("bias") is not None:
+        return f"adapter {name!r} has a bias in lora_A"
+    if not layer.cast_input_dtype_enabled:
+        return "PEFT's casting of its input is switched off"
+    if type(dropout) is nn.Identity:
+        dropout_p = 0.0
+    elif type(dropout) is nn.Dropout and not dropout.inplace and dropout.p < 1.0:
+        dropout_p = dropout.p if dropout.training else 0.0
+    else:
+        return f"adapter {name!r} has a dropout that the op has not: {dropout}"
+    scaling, bias = layer.scaling[name], own_B.get("bias")
+    if isinstance(scaling, Tensor) and scaling.dim():
+        return f"adapter {name!r} has a scaling of shape {list(scaling.shape)}"
+    return Update(lora_A, lora_B, scaling, dropout_p, bias if bias is None else bias * scaling)
+
+
+def _joined(updates: list[Update]) -> Update | str:
+    """Several active adapters as one of their ranks' sum: A below one another, scaled B side by side."""
+    if any(update.dropout_p for update in updates):
+        return "several adapters are active, each with a dropout mask of its own"
+    if len({update.lora_A.dtype for update in updates}) > 1:
+        return "several adapters of different dtypes are active"
+    exact = torch.promote_types(updates[0].lora_A.dtype, torch.float32)  # scaled B isn't rounded
+    lora_A = torch.cat([update.lora_A.to(exact) for update in updates])
+    lora_B = torch.cat([update.lora_B.to(exact) * update.scaling for update in updates], 1)
+    biases = [update.bias for update in updates if update.bias is not None]
+    return Update(lora_A, lora_B, 1.0, 0.0, sum(biases[1:], biases[0]) if biases else None)
+
+
+def _kind(t: Any) -> str:
+    gathered = ", until FSDP2 gathers it for a forward" if type(t).__name__ == "DTensor" else ""
+    return f"a {type(t).__name__}, no plain tensor{gathered}"
+
+
+def _class(module: Any) -> str:
+    return f"{type(module).__module__.partition('.')[0]} {type(module).__name__}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

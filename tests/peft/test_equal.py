@@ -1,0 +1,78 @@
+"""A fused PEFT model computes what stock PEFT computes, whatever its configuration: logits, gradients, names."""
+
+import pytest
+import torch
+from peft_twins import assert_like_peft, fused_twin, gpt2, peft_model, step
+from tiny_llama import llama
+
+from fused_lora.peft import explain
+
+ATTENTION = ["q_proj", "v_proj"]
+CONFIGS = {  # name: (base, LoraConfig, the ways that its layers go)
+    "plain": (llama, {}, {"fused"}),
+    "rslora": (llama, dict(use_rslora=True, r=3), {"fused"}),
+    "patterns": (llama, dict(rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 5}), {"fused"}),
+    "dropout in eval": (llama, dict(lora_dropout=0.3), {"fused"}),
+    "modules to save": (llama, dict(target_modules=ATTENTION, modules_to_save=["lm_head"]), {"fused"}),
+    "lora_bias without a base bias": (llama, dict(lora_bias=True), {"fused"}),
+    "pissa": (llama, dict(init_lora_weights="pissa"), {"fused"}),
+    "olora": (llama, dict(init_lora_weights="olora"), {"fused"}),
+    "dora": (llama, dict(use_dora=True), {"peft"}),
+    "embedding": (llama, dict(target_modules=["embed_tokens", "q_proj"]), {"fused", "peft"}),
+    "target_parameters": (
+        llama,
+        dict(target_modules=["q_proj"], target_parameters=["mlp.gate_proj.weight"]),
+        {"fused", "peft"},
+    ),
+    "conv1d": (gpt2, {}, {"fused"}),
+    "conv1d, all biases": (gpt2, dict(bias="all"), {"fused"}),
+    "conv1d, biases of the layers": (gpt2, dict(bias="lora_only"), {"fused"}),
+    "conv1d, lora_bias": (gpt2, dict(lora_bias=True), {"fused"}),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_gradients_and_names(name):
+    base, lora, ways = CONFIGS[name]
+    stock = peft_model(base, **lora)
+    twin = fused_twin(stock)
+    assert {row.way for row in explain(twin)} == ways
+    assert_like_peft(step(twin), step(stock))
+    assert list(twin.state_dict()) == list(stock.state_dict())
+    assert [n for n, _ in twin.named_parameters()] == [n for n, _ in stock.named_parameters()]
+    assert repr(twin) == repr(stock)
+
+
+HALF = {  # name: (model, autocast)
+    "fp32 adapters": (dict(dtype=torch.bfloat16), False),
+    "bf16 adapters": (dict(dtype=torch.bfloat16, autocast_adapter_dtype=False), False),
+    "under autocast": ({}, True),
+    "conv1d, lora_bias, fp32 adapters": (dict(base=gpt2, dtype=torch.bfloat16, lora_bias=True, bias="all"), False),
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_a_half_precision_base(name):
+    model, autocast = HALF[name]
+    stock = peft_model(**model)
+    twin, exact = fused_twin(stock), step(fused_twin(stock).double())
+    assert {row.way for row in explain(twin)} == {"fused"}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert_like_peft(step(twin), step(stock), exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    stock = peft_model().train()
+    twin = fused_twin(stock)
+    twin.enable_input_require_grads()
+    twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert_like_peft(step(twin), step(stock))
+
+
+def test_a_compiled_model_has_no_graph_breaks():
+    stock = peft_model(target_modules=ATTENTION)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused_twin(stock), backend="aot_eager", fullgraph=True)
+    got = {name.removeprefix("_orig_mod."): t for name, t in step(compiled).items()}
+    assert_like_peft(got, step(stock))

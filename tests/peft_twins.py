@@ -1,0 +1,61 @@
+"""A PEFT model and its fused twin, and how far they may differ."""
+
+import copy
+import warnings
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_llama import TOKENS, llama, randomise
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from fused_lora.peft import fuse
+
+
+def gpt2(dtype=torch.float32) -> GPT2LMHeadModel:
+    """A tiny model of Conv1D layers, all with biases."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config).to(dtype).eval()
+
+
+def peft_model(base=llama, dtype=torch.float32, autocast_adapter_dtype=True, **lora) -> nn.Module:
+    """The base with an adapter that looks trained."""
+    config = LoraConfig(**dict(r=4, lora_alpha=8, target_modules="all-linear") | lora)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base(dtype), config, autocast_adapter_dtype=autocast_adapter_dtype)
+    return randomise(model).eval()
+
+
+def fused_twin(model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(model)
+    fuse(twin)
+    return twin
+
+
+def step(model: nn.Module, **inputs) -> dict[str, torch.Tensor]:
+    """The logits and every gradient."""
+    model.zero_grad()
+    out = model(input_ids=TOKENS, labels=TOKENS, **inputs)
+    out.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {"logits": out.logits.detach()} | grads
+
+
+def assert_like_peft(got: dict, peer: dict, exact: dict | None = None, dtype=torch.float32) -> None:
+    """Each tensor is as near to the truth as PEFT's own, up to a factor of 2 and the rounding of `dtype`.
+
+    Without `exact` PEFT's is the truth, and 50 roundings are allowed.
+    """
+    eps = torch.finfo(dtype).eps
+    assert got.keys() == peer.keys()
+    for name, t in got.items():
+        assert t.dtype == peer[name].dtype and t.shape == peer[name].shape, name
+        want = peer[name].double() if exact is None else exact[name].double()
+        largest = want.abs().max().item()
+        limit = 50 * eps * largest
+        if exact is not None:
+            limit = 2 * (peer[name].double() - want).abs().max().item() + 2 * eps * largest
+        error = (t.double() - want).abs().max().item()
+        assert error <= limit, f"{name}: {error:.2e} over {limit:.2e}"
