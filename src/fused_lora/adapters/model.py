@@ -9,6 +9,7 @@ from fused_lora.adapters.conventions import for_model
 from fused_lora.adapters.holders import adapter_names, all_holders
 from fused_lora.adapters.peft_config import from_peft, is_peft_config
 from fused_lora.adapters.plan import Plan, make_plan
+from fused_lora.adapters.untrained import watch
 from fused_lora.adapters.weight_readers import call_all_layers
 from fused_lora.adapters.wrappers import check_no_peft, check_open, is_sharded, reshard, unwrapped
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
@@ -246,3 +247,4 @@ def install(root: nn.Module, plan: Plan, config: LoraConfig, adapter_name: str) 
             setattr(place.parent, place.attribute, replacement[id(place.module)])
     root.requires_grad_(False)
     call_all_layers(root)
+    watch(root)
