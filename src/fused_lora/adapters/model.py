@@ -70,9 +70,9 @@ def apply_lora(
         "task_type": task_type,
     }
     if config is None and (isinstance(r, LoraConfig) or is_peft_config(r)):
-        lora_config = _config(given, r)
+        lora_config = _config(given, r, unwrapped(model))
     else:
-        lora_config = _config({"r": r, **given}, config)
+        lora_config = _config({"r": r, **given}, config, unwrapped(model))
     check_adapter_name(adapter_name)
     check_addable(model)
     known = adapter_names(model)
@@ -84,7 +84,7 @@ def apply_lora(
     return model
 
 
-def _config(given: dict, config) -> LoraConfig:
+def _config(given: dict, config, model: nn.Module) -> LoraConfig:
     """The configuration of keywords, or of an object, ours or PEFT's, beside which no keyword is given."""
     if config is None:
         return LoraConfig(**given)
@@ -96,7 +96,7 @@ def _config(given: dict, config) -> LoraConfig:
         return config
     if not is_peft_config(config):
         raise ValueError(f"config must be a LoraConfig, fused_lora's or PEFT's; got a {type(config).__name__}")
-    return from_peft(config)
+    return from_peft(config, model)
 
 
 def set_adapter(model: nn.Module, adapter_name: str | None) -> None:

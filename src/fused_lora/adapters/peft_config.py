@@ -68,8 +68,9 @@ def is_peft_config(config: object) -> bool:
     return hasattr(config, "peft_type") and hasattr(config, "to_dict")
 
 
-def from_peft(config) -> LoraConfig:
-    """The same configuration, of PEFT's LoraConfig for a fresh adapter.
+def from_peft(config, model: nn.Module) -> LoraConfig:
+    """The same configuration, of PEFT's LoraConfig for a fresh adapter; target_modules that are None are PEFT's own for
+    a model of this type.
 
     Raises: ValueError for anything that is not a plain LoRA configuration, naming field and value.
     """
@@ -81,6 +82,10 @@ def from_peft(config) -> LoraConfig:
         raise ValueError(
             f"config: init_lora_weights must be True, as LoRALinear starts; got {given['init_lora_weights']!r}"
         )
+    if given.get("target_modules") is None:
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as usual
+
+        given["target_modules"] = usual.get(getattr(getattr(model, "config", None), "model_type", None))
     try:
         return _from_fields(given)
     except ValueError as error:
