@@ -9,6 +9,7 @@ from fused_lora.adapters.conventions import for_model
 from fused_lora.adapters.holders import adapter_names, all_holders
 from fused_lora.adapters.peft_config import from_peft, is_peft_config
 from fused_lora.adapters.plan import Plan, make_plan
+from fused_lora.adapters.starts import check_start, start
 from fused_lora.adapters.untrained import watch
 from fused_lora.adapters.weight_readers import call_all_layers
 from fused_lora.adapters.wrappers import check_no_peft, check_open, is_sharded, reshard, unwrapped
@@ -35,6 +36,7 @@ def apply_lora(
     layers_to_transform: int | list[int] | None = None,
     layers_pattern: str | list[str] | None = None,
     task_type: str | None = None,
+    init_lora_weights: bool | str = True,
     config: LoraConfig | None = None,
 ) -> nn.Module:
     """Put a fresh LoRA adapter on a model's linear layers, in place, and freeze everything else.
@@ -48,7 +50,7 @@ def apply_lora(
             FSDP come after adapters.
         r, lora_alpha, lora_dropout, use_rslora: as in `LoRALinear`.
         target_modules, rank_pattern, alpha_pattern, modules_to_save, exclude_modules, target_parameters,
-            layers_to_transform, layers_pattern, task_type: as in `LoraConfig`.
+            layers_to_transform, layers_pattern, task_type, init_lora_weights: as in `LoraConfig`.
         adapter_name: its name, without dots.
         config: a LoraConfig, or PEFT's own, instead of all that but adapter_name; it may stand in the place of r, too.
     Returns: model.
@@ -68,6 +70,7 @@ def apply_lora(
         "layers_to_transform": layers_to_transform,
         "layers_pattern": layers_pattern,
         "task_type": task_type,
+        "init_lora_weights": init_lora_weights,
     }
     if config is None and (isinstance(r, LoraConfig) or is_peft_config(r)):
         lora_config = _config(given, r, unwrapped(model))
@@ -79,7 +82,10 @@ def apply_lora(
     if adapter_name in known:
         raise ValueError(f"adapter_name must be new to the model, which has {known}; got {adapter_name!r}")
     lora_config = for_model(lora_config, model)
-    install(unwrapped(model), make_plan(model, lora_config, strict=True), lora_config, adapter_name)
+    plan = make_plan(model, lora_config, strict=True)
+    check_start(plan, lora_config)
+    install(unwrapped(model), plan, lora_config, adapter_name)
+    start(unwrapped(model), adapter_name, lora_config.init_lora_weights)
     set_adapter(model, adapter_name)
     return model
 
