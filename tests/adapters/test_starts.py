@@ -71,7 +71,11 @@ def test_random_starts(init):
         (nn.Linear, {"init_lora_weights": "pisa"}, r"init_lora_weights must be a bool or one of .*; got 'pisa'"),
         (nn.Linear, {"init_lora_weights": "orthogonal", "r": 3}, r"r must be even .*; got 3 in 0"),
         (nn.Linear, {"init_lora_weights": "pissa", "r": 7}, r"r up to its smaller side; got .* \[8, 6\] and r=7 in 0"),
-        (nn.Bilinear, {"init_lora_weights": "pissa", "target_parameters": ["0.weight"]}, r"needs linear layers; got 0.wei"),
+        (
+            nn.Bilinear,
+            {"init_lora_weights": "pissa", "target_parameters": ["0.weight"]},
+            r"needs linear layers; got 0.wei",
+        ),
     ],
 )
 def test_refusals(model, arguments, message, refuses):
@@ -85,6 +89,8 @@ def test_without_peft(monkeypatch, refuses):
         monkeypatch.setitem(sys.modules, name, None)
     for init in _BY_PEFT:
         model = nn.Sequential(nn.Linear(4, 4))
-        with refuses(model, rf"init_lora_weights='{init}' is PEFT's, which is not installed: pip install 'fused-lora\[peft"):
+        with refuses(
+            model, rf"init_lora_weights='{init}' is PEFT's, which is not installed: pip install 'fused-lora\[peft"
+        ):
             apply_lora(model, r=2, init_lora_weights=init)
     apply_lora(model, r=2, init_lora_weights="gaussian")
