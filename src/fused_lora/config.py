@@ -13,6 +13,7 @@ from torch import nn
 from fused_lora.name_patterns import NamePatterns, as_plain_name, check_regex, for_ends, layer_number, matches
 
 _LARGEST_RANK = 2**31 - 1
+_STARTS = ("gaussian", "orthogonal", "pissa", "olora")
 _TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 
 
@@ -93,6 +94,9 @@ class LoraConfig:
         task_type: "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" put the head of such a model, classifier, score or
             qa_outputs, among modules_to_save; other types of PEFT's change nothing. None, with "all-linear", does so
             for a model whose class says what it is for.
+        init_lora_weights: True for a random A and a zero B, "gaussian" for another random A, False for a random B as
+            well; by PEFT, if it is installed, "orthogonal", and "pissa" and "olora", which take A and B out of the base
+            weights and leave the rest in them.
     Raises: ValueError naming the field, what was expected and what was given.
     Source: Hugging Face PEFT's LoraConfig.
     """
@@ -110,6 +114,7 @@ class LoraConfig:
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     task_type: str | None = None
+    init_lora_weights: bool | str = True
 
     def __post_init__(self):
         LayerConfig(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora)
@@ -120,6 +125,8 @@ class LoraConfig:
         if task_type is not None and task_type not in _TASK_TYPES:
             raise unknown_name("task_type", task_type, _TASK_TYPES)
         object.__setattr__(self, "task_type", task_type)
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in _STARTS:
+            raise ValueError(f"init_lora_weights must be a bool or one of {_STARTS}; got {self.init_lora_weights!r}")
 
     def _check_names(self) -> None:
         """Check the lists of names and take copies of them."""

@@ -101,8 +101,12 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
             r"a_field_of_the_future is not supported and must be off; got 1",
         ),
         (
-            lambda d: edit_config(d, init_lora_weights="pissa"),
-            r"init_lora_weights must be one of .* rewrite the base weights .*; got 'pissa'",
+            lambda d: edit_config(d, init_lora_weights="pissa_niter_4"),
+            r"init_lora_weights must be one of .* rewrite the base weights .*; got 'pissa_niter_4'",
+        ),
+        (
+            lambda d: edit_config(d, init_lora_weights="pissa", r=65),
+            r"must have shape|up to its smaller side; got .* and r=65|exists with",
         ),
         (lambda d: edit_config(d, init_lora_weights="mica"), r"init_lora_weights must be one of .*; got 'mica'"),
     ],

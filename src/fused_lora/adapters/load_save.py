@@ -12,6 +12,7 @@ from fused_lora.adapters.hub import adapter_directory
 from fused_lora.adapters.model import check_addable, check_may_train, check_not_merged, install, set_adapter
 from fused_lora.adapters.places import parameter_names, walk
 from fused_lora.adapters.plan import Plan, make_plan
+from fused_lora.adapters.starts import check_start, start
 from fused_lora.adapters.wrappers import check_no_peft, fetched, fill, plain_key, unwrapped, whole, whole_tensor
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, layer_class
@@ -121,7 +122,9 @@ def load_adapter(
         found = peft_format.find_tensors(directory, _expected(plan, config), lambda: base_tensors(root))
         values = peft_format.read_tensors(directory, found)
         if not known:
+            check_start(plan, config)
             install(root, plan, config, adapter_name)
+            start(root, adapter_name, config.init_lora_weights)
         layers, saved = holders_of(root, adapter_name)
         for name, layer in layers.items():
             given = config.layer(pattern_name(name, layer))
@@ -156,6 +159,12 @@ def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adap
                 "under a new name"
             )
     for name, layer in layers.items():
+        init, new_init = layer.init_lora_weights[adapter_name], config.init_lora_weights
+        if init != new_init and {init, new_init} & {"pissa", "olora"}:
+            raise ValueError(
+                f"adapter {adapter_name!r} exists with init_lora_weights={init!r}; got {new_init!r}, load into a fresh "
+                "model"
+            )
         r, new_r = layer.r[adapter_name], config.layer(pattern_name(name, layer)).r
         if r != new_r:
             raise ValueError(

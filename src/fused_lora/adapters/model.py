@@ -10,6 +10,8 @@ from fused_lora.adapters.conventions import for_model
 from fused_lora.adapters.holders import adapter_names, all_holders
 from fused_lora.adapters.peft_config import from_peft, is_peft_config
 from fused_lora.adapters.plan import Plan, make_plan
+from fused_lora.adapters.starts import check_start, start
+from fused_lora.adapters.untrained import watch
 from fused_lora.adapters.weight_readers import call_all_layers
 from fused_lora.adapters.wrappers import check_no_peft, check_open, is_replicated, is_sharded, reshard, unwrapped
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
@@ -36,6 +38,7 @@ def apply_lora(
     layers_to_transform: int | list[int] | None = None,
     layers_pattern: str | list[str] | None = None,
     task_type: str | None = None,
+    init_lora_weights: bool | str = True,
     config: LoraConfig | None = None,
 ) -> nn.Module:
     """Put a fresh LoRA adapter on a model's linear layers, in place, and freeze everything else.
@@ -49,7 +52,7 @@ def apply_lora(
             FSDP come after adapters.
         r, lora_alpha, lora_dropout, use_rslora: as in `LoRALinear`.
         target_modules, rank_pattern, alpha_pattern, modules_to_save, exclude_modules, target_parameters,
-            layers_to_transform, layers_pattern, task_type: as in `LoraConfig`.
+            layers_to_transform, layers_pattern, task_type, init_lora_weights: as in `LoraConfig`.
         adapter_name: its name, without dots.
         config: a LoraConfig, or PEFT's own, instead of all that but adapter_name; it may stand in the place of r, too.
     Returns: model.
@@ -69,23 +72,27 @@ def apply_lora(
         "layers_to_transform": layers_to_transform,
         "layers_pattern": layers_pattern,
         "task_type": task_type,
+        "init_lora_weights": init_lora_weights,
     }
     if config is None and (isinstance(r, LoraConfig) or is_peft_config(r)):
-        lora_config = _config(given, r)
+        lora_config = _config(given, r, unwrapped(model))
     else:
-        lora_config = _config({"r": r, **given}, config)
+        lora_config = _config({"r": r, **given}, config, unwrapped(model))
     check_adapter_name(adapter_name)
     check_addable(model)
     known = adapter_names(model)
     if adapter_name in known:
         raise ValueError(f"adapter_name must be new to the model, which has {known}; got {adapter_name!r}")
     lora_config = for_model(lora_config, model)
-    install(unwrapped(model), make_plan(model, lora_config, strict=True), lora_config, adapter_name)
+    plan = make_plan(model, lora_config, strict=True)
+    check_start(plan, lora_config)
+    install(unwrapped(model), plan, lora_config, adapter_name)
+    start(unwrapped(model), adapter_name, lora_config.init_lora_weights)
     set_adapter(model, adapter_name)
     return model
 
 
-def _config(given: dict, config) -> LoraConfig:
+def _config(given: dict, config, model: nn.Module) -> LoraConfig:
     """The configuration of keywords, or of an object, ours or PEFT's, beside which no keyword is given."""
     if config is None:
         return LoraConfig(**given)
@@ -97,7 +104,7 @@ def _config(given: dict, config) -> LoraConfig:
         return config
     if not is_peft_config(config):
         raise ValueError(f"config must be a LoraConfig, fused_lora's or PEFT's; got a {type(config).__name__}")
-    return from_peft(config)
+    return from_peft(config, model)
 
 
 def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
@@ -285,6 +292,7 @@ def install(root: nn.Module, plan: Plan, config: LoraConfig, adapter_name: str) 
             setattr(place.parent, place.attribute, replacement[id(place.module)])
     root.requires_grad_(False)
     call_all_layers(root)
+    watch(root)
     from fused_lora.adapters.transformers_model import adopt  # which binds the functions of this file
 
     adopt(root)

@@ -30,7 +30,6 @@ _WITHOUT_EFFECT = {
     "inference_mode",
     "runtime_config",
     "fan_in_fan_out",  # says how the base's weight lies, which its class says, too
-    "init_lora_weights",
     "loftq_config",
     "eva_config",
     "qalora_group_size",
@@ -39,7 +38,8 @@ _WITHOUT_EFFECT = {
 }
 _NONE_IF_EMPTY = ("modules_to_save", "exclude_modules", "target_parameters")
 _OFF: tuple = (None, False, "none", [], {})
-_PLAIN_INIT = (True, False, "gaussian", "orthogonal", "eva")
+_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # which a file's values make one
+_STARTS_OF_WEIGHTS = ("pissa", "olora")  # which take the adapter out of the base weight, the same at every time
 
 
 def read_config(directory: Path) -> LoraConfig:
@@ -53,11 +53,13 @@ def read_config(directory: Path) -> LoraConfig:
     try:
         if config.get("peft_type") != "LORA":
             raise ValueError(f"peft_type must be 'LORA'; got {config.get('peft_type')!r}")
-        if config.get("init_lora_weights", True) not in _PLAIN_INIT:
+        start = config.get("init_lora_weights")
+        if start not in _PLAIN_STARTS + _STARTS_OF_WEIGHTS:
             raise ValueError(
-                f"init_lora_weights must be one of {_PLAIN_INIT}, others rewrite the base weights or the forward; got "
-                f"{config['init_lora_weights']!r}"
+                f"init_lora_weights must be one of {_PLAIN_STARTS[1:] + _STARTS_OF_WEIGHTS}, others rewrite the base "
+                f"weights or the forward; got {start!r}"
             )
+        config["init_lora_weights"] = start if start in _STARTS_OF_WEIGHTS else True
         return _from_fields(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -68,8 +70,9 @@ def is_peft_config(config: object) -> bool:
     return hasattr(config, "peft_type") and hasattr(config, "to_dict")
 
 
-def from_peft(config) -> LoraConfig:
-    """The same configuration, of PEFT's LoraConfig for a fresh adapter.
+def from_peft(config, model: nn.Module) -> LoraConfig:
+    """The same configuration, of PEFT's LoraConfig for a fresh adapter; target_modules that are None are PEFT's own for
+    a model of this type.
 
     Raises: ValueError for anything that is not a plain LoRA configuration, naming field and value.
     """
@@ -77,10 +80,10 @@ def from_peft(config) -> LoraConfig:
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
         raise ValueError(f"config: peft_type must be 'LORA'; got {kind!r}")
-    if given.get("init_lora_weights", True) is not True:
-        raise ValueError(
-            f"config: init_lora_weights must be True, as LoRALinear starts; got {given['init_lora_weights']!r}"
-        )
+    if given.get("target_modules") is None:
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as usual
+
+        given["target_modules"] = usual.get(getattr(getattr(model, "config", None), "model_type", None))
     try:
         return _from_fields(given)
     except ValueError as error:
@@ -180,6 +183,7 @@ def config_of(
         alpha_pattern=_exceptions(alphas),
         modules_to_save=saved,
         task_type=task_type if saved else None,
+        init_lora_weights=first.init_lora_weights[adapter_name],
     )
     reachable = {name for name in others if not config.excludes(name)}
     return replace(
@@ -228,7 +232,6 @@ def config_bytes(config: LoraConfig, model: nn.Module) -> bytes:
         "bias": "none",
         "fan_in_fan_out": any(module.fan_in_fan_out for module in model.modules() if isinstance(module, LoRALayer)),
         "inference_mode": True,
-        "init_lora_weights": True,
         "peft_type": "LORA",
         "revision": None,
         "use_dora": False,

@@ -29,7 +29,7 @@ def walk(model: nn.Module) -> Iterator[Place]:
     """Every place of a model in the order of `named_modules`, a shared module as often as it is reached.
 
     Layers with adapters are leaves, a ModuleToSave shows the original under its own name, a wrapper the module in it.
-    The module in a LoRAParameter has that one's name, a LoRAParameter in another the name of PEFT's file, with ".base_layer".
+    The module in a LoRAParameter has that one's name, a LoRAParameter in another PEFT's, with ".base_layer".
     """
     reached: dict[str, tuple[nn.Module, str, bool]] = {}  # what may hold places: module, plain name, inside
     for path, module in unwrapped(model).named_modules(remove_duplicate=False):

@@ -38,6 +38,7 @@ class LoRALayer(nn.Module):
         self.scaling: dict[str, float | Tensor] = {}
         self.lora_dropout: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
+        self.init_lora_weights: dict[str, bool | str] = {}  # PEFT's word for how each started
         self.active_adapter: ActiveAdapter = None  # a list of two or more
         self.shows_plain = False  # inside `merged(model)`: state_dict() is the plain layer's, merged or not
         self._pristine: nn.Parameter | None = None  # the base weight while a merged one stands in its place
@@ -165,6 +166,7 @@ class LoRALayer(nn.Module):
             tensors[adapter_name] = nn.Parameter(empty, requires_grad=False)
         self._set_config(adapter_name, config)
         self.reset_lora_parameters(adapter_name)
+        self.init_lora_weights[adapter_name] = True
         if first:
             self.set_adapter(adapter_name)
 
@@ -189,7 +191,14 @@ class LoRALayer(nn.Module):
         if adapter_name in active:
             self.set_adapter([name for name in active if name != adapter_name])
         del self.lora_A[adapter_name], self.lora_B[adapter_name]
-        for values in (self.r, self.lora_alpha, self.scaling, self.lora_dropout, self.use_rslora):
+        for values in (
+            self.r,
+            self.lora_alpha,
+            self.scaling,
+            self.lora_dropout,
+            self.use_rslora,
+            self.init_lora_weights,
+        ):
             del values[adapter_name]
 
     @property

@@ -1,0 +1,96 @@
+"""How fresh adapters start: PEFT's words for it, by PEFT's own code where it is more than two lines."""
+
+import sys
+
+import peft
+import pytest
+import torch
+from tiny_llama import TOKENS, llama, randomise
+from torch import nn
+
+from fused_lora import LoRALinear, apply_lora, load_adapter, save_adapter, set_adapter
+from fused_lora.adapters.starts import _BY_PEFT
+
+GIVEN = dict(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"])
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def of_peft(init):
+    torch.manual_seed(1)
+    return peft.get_peft_model(llama(), peft.LoraConfig(**GIVEN, init_lora_weights=init)).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_comes_out_of_the_weight_is_peft_s(init, tmp_path):
+    theirs, ours = of_peft(init), apply_lora(llama(), **GIVEN, init_lora_weights=init)
+    for name, layer in layers(ours).items():
+        other = theirs.get_submodule(f"base_model.model.{name}")
+        assert torch.equal(layer.lora_A["default"], other.lora_A["default"].weight)
+        assert torch.equal(layer.lora_B["default"], other.lora_B["default"].weight)
+        assert torch.equal(layer.weight, other.weight) and not layer.weight.requires_grad
+    torch.testing.assert_close(logits(ours), logits(llama()))
+    set_adapter(ours, None)
+    assert (logits(ours) - logits(llama())).abs().max() > 1e-2  # the rest of the weights alone is another model
+    set_adapter(ours, "default")
+    randomise(ours)
+    save_adapter(ours, tmp_path)
+    again, back = load_adapter(llama(), tmp_path), peft.PeftModel.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(logits(again), logits(ours))
+    torch.testing.assert_close(logits(back), logits(ours))
+    load_adapter(ours, tmp_path)
+    with pytest.raises(ValueError, match=f"exists with init_lora_weights=True; got '{init}', load into a fresh model"):
+        load_adapter(apply_lora(llama(), **GIVEN), tmp_path)
+    assert torch.equal(logits(again), logits(ours))
+
+
+@pytest.mark.parametrize("init", [False, "gaussian", "orthogonal"])
+def test_random_starts(init):
+    torch.manual_seed(0)
+    model = apply_lora(nn.Sequential(nn.Linear(400, 300)), r=8, init_lora_weights=init)
+    A, B = model[0].lora_A["default"].data, model[0].lora_B["default"].data
+    if init == "gaussian":
+        assert not B.any() and A.std() == pytest.approx(1 / 8, rel=0.05) and A.abs().max() > 3 / 8
+    elif init is False:
+        for tensor, fan in ((A, 400), (B, 8)):
+            assert tensor.abs().max() <= fan**-0.5 and tensor.std() == pytest.approx((3 * fan) ** -0.5, rel=0.05)
+    else:
+        assert A.any() and B.any() and (B @ A).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "model, arguments, message",
+    [
+        (nn.Linear, {"init_lora_weights": "pisa"}, r"init_lora_weights must be a bool or one of .*; got 'pisa'"),
+        (nn.Linear, {"init_lora_weights": "orthogonal", "r": 3}, r"r must be even .*; got 3 in 0"),
+        (nn.Linear, {"init_lora_weights": "pissa", "r": 7}, r"r up to its smaller side; got .* \[8, 6\] and r=7 in 0"),
+        (
+            nn.Bilinear,
+            {"init_lora_weights": "pissa", "target_parameters": ["0.weight"]},
+            r"needs linear layers; got 0.wei",
+        ),
+    ],
+)
+def test_refusals(model, arguments, message, refuses):
+    model = nn.Sequential(model(6, 8) if model is nn.Linear else model(6, 6, 8), nn.Linear(4, 4))
+    with refuses(model, message):
+        apply_lora(model, **{"r": 2, "target_modules": ["0"] if "r" in arguments else ["1"], **arguments})
+
+
+def test_without_peft(monkeypatch, refuses):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    for init in _BY_PEFT:
+        model = nn.Sequential(nn.Linear(4, 4))
+        with refuses(
+            model, rf"init_lora_weights='{init}' is PEFT's, which is not installed: pip install 'fused-lora\[peft"
+        ):
+            apply_lora(model, r=2, init_lora_weights=init)
+    apply_lora(model, r=2, init_lora_weights="gaussian")
