@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fused_lora.adapters import (
+    add_weighted_adapter,
     apply_lora,
     delete_adapter,
     disable_adapter,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LoRALinear",
     "LoraConfig",
+    "add_weighted_adapter",
     "apply_lora",
     "delete_adapter",
     "disable_adapter",

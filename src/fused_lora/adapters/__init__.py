@@ -10,8 +10,10 @@ from fused_lora.adapters.model import (
 )
 from fused_lora.adapters.reference import reference_model
 from fused_lora.adapters.unload import delete_adapter, disable_adapter, merge_and_unload, unload
+from fused_lora.adapters.weighted import add_weighted_adapter
 
 __all__ = [
+    "add_weighted_adapter",
     "apply_lora",
     "delete_adapter",
     "disable_adapter",

@@ -142,7 +142,7 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
 def _held(adapter_name: ActiveAdapter, holder: LoRALayer | ModuleToSave) -> Any:
     """The adapter's name if the layer or wrapper holds it; of a list those that it holds, a list where they are
     several."""
-    names = [adapter_name] if isinstance(adapter_name, str) else dict.fromkeys(adapter_name or ())
+    names = [adapter_name] if isinstance(adapter_name, str) else adapter_name or ()
     own = holder.lora_A if isinstance(holder, LoRALayer) else holder.modules_to_save
     return one_or_list([name for name in names if name in own])
 

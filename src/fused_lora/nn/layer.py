@@ -212,7 +212,7 @@ class LoRALayer(nn.Module):
 
         Raises: ValueError if an adapter is unknown, or others are merged into the weight.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name or ()))
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name or ())
         for name in names:
             self._check_known(name)
         if self.merged and names != self.active_adapters:
