@@ -16,8 +16,8 @@ from fused_lora.adapters.weight_readers import call_all_layers
 from fused_lora.adapters.wrappers import check_no_peft, check_open, is_replicated, is_sharded, reshard, unwrapped
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, lora_layer
+from fused_lora.nn.by_name import ActiveAdapter, one_or_list
 from fused_lora.nn.experts import LoRAParameter, pattern_name
-from fused_lora.nn.layer import ActiveAdapter, one_or_list
 from fused_lora.nn.modules_to_save import ModuleToSave
 
 

@@ -1,26 +1,17 @@
-"""LoRALayer: what all layers with adapters have in common: adapters by name, which of them act, merging, saving."""
+"""LoRALayer: what all layers with adapters have in common: a base under the adapters, merging, saving."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_lora import bases
-from fused_lora.config import LayerConfig, check_adapter_name, unknown_name
-from fused_lora.nn.adapter_tensors import AdapterTensors, set_trainable
+from fused_lora.config import LayerConfig, check_adapter_name
+from fused_lora.nn.by_name import AdaptersByName
 from fused_lora.nn.merged_weight import check_values, merged_weight, summed
 
-ActiveAdapter = str | list[str] | None
-Summand = tuple[Tensor, Tensor, float | Tensor, float]  # A, B, scaling, dropout_p
 
-
-def one_or_list(names: list[str]) -> ActiveAdapter:
-    """The value of active_adapter for these names: a list only for two and more."""
-    return names if len(names) > 1 else next(iter(names), None)
-
-
-class LoRALayer(nn.Module):
+class LoRALayer(AdaptersByName):
     """A frozen base layer with LoRA adapters by name, of which none, one or several act.
 
     A layer of this kind either has taken over the base's Parameters or holds the base as `base_layer`. While merged its
@@ -29,19 +20,6 @@ class LoRALayer(nn.Module):
 
     file_keys = ("lora_A.weight", "lora_B.weight")  # of A and B in PEFT's file, after the layer's name
     fan_in_fan_out = False  # whether the base weight lies transposed, [K, N]
-
-    def _start_empty(self) -> None:
-        """No adapters yet."""
-        self.lora_A, self.lora_B = AdapterTensors(), AdapterTensors()
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float | Tensor] = {}
-        self.lora_dropout: dict[str, float] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.init_lora_weights: dict[str, bool | str] = {}  # PEFT's word for how each started
-        self.active_adapter: ActiveAdapter = None  # a list of two or more
-        self.shows_plain = False  # inside `merged(model)`: state_dict() is the plain layer's, merged or not
-        self._pristine: nn.Parameter | None = None  # the base weight while a merged one stands in its place
 
     @classmethod
     def over(
@@ -125,10 +103,6 @@ class LoRALayer(nn.Module):
         """Two matrices whose product, in the shape of the base weight, the adapter adds to it, but for the scaling."""
         raise NotImplementedError
 
-    def _check_known(self, name: str | None) -> None:
-        if name is None or name not in self.lora_A:
-            raise unknown_name("adapter_name", name, self.lora_A)
-
     def _check_addable(self) -> None:
         """Raises ValueError if the base is not in a state to get an adapter."""
         self.check_base(self.base())
@@ -169,96 +143,6 @@ class LoRALayer(nn.Module):
         self.init_lora_weights[adapter_name] = True
         if first:
             self.set_adapter(adapter_name)
-
-    def set_hyperparameters(self, adapter_name: str, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
-        """Set an adapter's lora_alpha, lora_dropout and use_rslora, and with them its scaling; its rank is that of its
-        tensors.
-
-        Raises: ValueError for an unknown adapter or a value out of range.
-        """
-        self._check_known(adapter_name)
-        self._set_config(adapter_name, LayerConfig(self.r[adapter_name], lora_alpha, lora_dropout, use_rslora))
-
-    def _set_config(self, adapter_name: str, config: LayerConfig) -> None:
-        self.r[adapter_name], self.lora_alpha[adapter_name] = config.r, config.lora_alpha
-        self.lora_dropout[adapter_name] = float(config.lora_dropout)
-        self.use_rslora[adapter_name], self.scaling[adapter_name] = config.use_rslora, config.scaling
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was active, it is so no more. Raises: ValueError if it is unknown or merged."""
-        self._check_known(adapter_name)
-        active = self.active_adapters
-        if adapter_name in active:
-            self.set_adapter([name for name in active if name != adapter_name])
-        del self.lora_A[adapter_name], self.lora_B[adapter_name]
-        for values in (
-            self.r,
-            self.lora_alpha,
-            self.scaling,
-            self.lora_dropout,
-            self.use_rslora,
-            self.init_lora_weights,
-        ):
-            del values[adapter_name]
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The names of the adapters that act, in the order in which they were set."""
-        active = self.active_adapter
-        return [active] if isinstance(active, str) else list(active or ())
-
-    def set_adapter(self, adapter_name: ActiveAdapter) -> None:
-        """Make one adapter, or those of a list, active and the only trainable ones; None is the base layer alone.
-
-        Raises: ValueError if an adapter is unknown, or others are merged into the weight.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name or ())
-        for name in names:
-            self._check_known(name)
-        if self.merged and names != self.active_adapters:
-            raise ValueError(
-                f"adapter {self.active_adapter!r} is merged, unmerge() before switching; got {adapter_name!r}"
-            )
-        for name in self.lora_A:
-            set_trainable(self.lora_A[name], name in names)
-            set_trainable(self.lora_B[name], name in names)
-        self.active_adapter = one_or_list(names)
-
-    def _check_resettable(self, adapter_name: str) -> None:
-        self._check_known(adapter_name)
-        if self.merged and adapter_name in self.active_adapters:
-            raise ValueError(f"adapter {adapter_name!r} is merged, unmerge() before resetting it")
-
-    def reset_lora_parameters(self, adapter_name: str) -> None:
-        """Start an adapter afresh: A from U(-1/sqrt(K), 1/sqrt(K)) with K inputs to an element of h, B zero. Raises:
-        ValueError if it is unknown or merged."""
-        self._check_resettable(adapter_name)
-        nn.init.kaiming_uniform_(self.lora_A[adapter_name], a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B[adapter_name])
-
-    def _acting(self) -> list[Summand]:
-        """A, B, scaling and dropout of the active adapters."""
-        summands: list[Summand] = []
-        for name in self.active_adapters:
-            lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-            if lora_A.is_meta:  # offloaded, or a model without values
-                lora_A, lora_B = self.lora_A(name), self.lora_B(name)
-            dropout_p = self.lora_dropout[name] if self.training else 0.0
-            summands.append((lora_A, lora_B, self.scaling[name], dropout_p))
-        return summands
-
-    def _summands(self) -> list[Summand]:
-        """`_acting`; several without dropout as one adapter, with A above A, B beside B and the scaling in B."""
-        summands = self._acting()
-        if len(summands) < 2 or any(dropout_p > 0.0 for *_, dropout_p in summands):
-            return summands
-        above, beside = ([lora_A for lora_A, *_ in summands], [lora_B * scaling for _, lora_B, scaling, _ in summands])
-        return [(torch.cat(above), torch.cat(beside, dim=1), 1.0, 0.0)]
-
-    @property
-    def merged(self) -> bool:
-        """Whether the base weight holds weight + scaling * B A of the active adapters."""
-        return self._pristine is not None
 
     def merge(self) -> None:
         """Fold the active adapters into the weight: the plain layer's cost per call and no LoRA gradients until
@@ -346,14 +230,6 @@ class LoRALayer(nn.Module):
     def _tied_weights_keys(self) -> dict[str, str]:
         """transformers' save_pretrained writes a tensor of these names once, where a layer is reached by two names."""
         return {name: name for name, _ in self.named_parameters()}
-
-    def _adapters_repr(self) -> str:
-        adapters = ", ".join(
-            f"{name}(r={self.r[name]}, lora_alpha={self.lora_alpha[name]}, lora_dropout={self.lora_dropout[name]}"
-            f"{', use_rslora=True' if self.use_rslora[name] else ''})"
-            for name in self.lora_A
-        )
-        return f"adapters=[{adapters}], active_adapter={self.active_adapter!r}, merged={self.merged}"
 
 
 def adapter_place(base: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -47,9 +47,9 @@ def lora_linear(
 
     and, with the optional tensors,
     ``y = out_scale * (x Wt + scaling * ((x_lora At + h_in) * gate) Bt) + bias``.
-    Differentiable in every tensor but `grad_row_scale`, once (no double backward). Under autocast x, weight and bias
-    are cast as `torch.nn.Linear` casts them. Products accumulate in fp32; h = scaling * dropout(x) At is rounded to x's
-    dtype.
+    Differentiable in every tensor but `grad_row_scale`, its gradients once more through the composition. Under autocast
+    x, weight and bias are cast as `torch.nn.Linear` casts them. Products accumulate in fp32; h = scaling * dropout(x)
+    At is rounded to x's dtype.
 
     Args:
         x: [..., K], bf16, fp16 or fp32 (fp64 on the reference back end), any strides, zero rows allowed.
@@ -203,8 +203,7 @@ def autocasts(x: Tensor) -> bool:
 
 
 def _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in):
-    """What torch.nn.Linear's autocast does; fp32 adapters stay as they are (the kernels take them over a half-precision
-    x)."""
+    """What torch.nn.Linear's autocast does; fp32 adapters stay, the kernels take them over a half-precision x."""
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype == torch.float64:
         return x, weight, lora_A, lora_B, bias, x_lora, h_in

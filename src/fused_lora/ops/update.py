@@ -32,7 +32,7 @@ def lora_update(
 
     in y's dtype and in a tensor of its own: y stays as it is, since whoever made it may have kept it. For layers whose
     base product is not ours: a quantised library's, a sharded or a hooked module's. Differentiable in every tensor,
-    once. Products accumulate in fp32; h = scaling * dropout(x) At is rounded to x's dtype.
+    its gradients once more. Products accumulate in fp32; h = scaling * dropout(x) At is rounded to x's dtype.
 
     Args:
         y: [..., N], a floating dtype; where it is not x's, the update is computed in x's dtype and added in the wider
