@@ -192,3 +192,51 @@ def test_wrong_weighted_arguments_change_nothing(files, refuses, arguments, mess
     model = ours(files[1])
     with refuses(model, message):
         add_weighted_adapter(model, *arguments)
+
+
+def every_kind(names) -> nn.Module:
+    """A model in which two adapters sit in layers of every kind, the named ones active."""
+    model = Net()
+    for name in ("a", "b"):
+        apply_lora(model, 2, target_modules=["vectors", "up", "wide", "down", "conv"], adapter_name=name)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.3)
+    set_adapter(model, names)
+    return model.eval()
+
+
+def gradients(model: nn.Module, output: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    output.square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("names", ["a", ["a", "b"]])
+def test_every_kind_compiles_into_one_graph(names):
+    model = every_kind(names)
+    want = model(TOKENS)
+    grads = gradients(model, want)
+    torch._dynamo.reset()
+    output = torch.compile(model, fullgraph=True, backend="aot_eager")(TOKENS)
+    near(output, want)
+    got = gradients(model, output)
+    assert got.keys() == grads.keys() and len(got) == 5 * 2 * len(names)
+    for name in grads:
+        near(got[name], grads[name])
+
+
+@pytest.mark.parametrize("names", ["a", ["a", "b"]])
+@pytest.mark.parametrize("how", ["offloaded", "dispatched"])
+def test_every_kind_is_offloaded(how, names, tmp_path):
+    from accelerate import cpu_offload, dispatch_model
+
+    here, away = every_kind(names), every_kind(names)
+    cpu_offload(away) if how == "offloaded" else dispatch_model(away, {"": "cpu"}, force_hooks=True)
+    with torch.no_grad():
+        near(away(TOKENS), here(TOKENS))
+    for model, name in ((here, "here"), (away, "away")):
+        save_adapter(model, tmp_path / name, "b")
+    assert (tmp_path / "away" / WEIGHTS).read_bytes() == (tmp_path / "here" / WEIGHTS).read_bytes()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_lora.bases import added, lora_around
+from fused_lora.bases import added, lora_around, quantised
 from fused_lora.config import LayerConfig, check_adapter_name
 from fused_lora.nn.base_linear import absorbable, check_linear, check_weight, is_conv1d, linear_sizes
 from fused_lora.nn.layer import LoRALayer
@@ -210,7 +210,7 @@ class LoRALinearAround(LoRALinear):
     def _adopt(self, linear: Any) -> None:
         self._sizes_of(linear)
         self.base_layer = linear
-        self.fan_in_fan_out = is_conv1d(linear)
+        self.fan_in_fan_out, self._is_quantised = is_conv1d(linear), quantised(linear)
         self._start_empty()
 
     def plain(self) -> nn.Module:
@@ -221,10 +221,10 @@ class LoRALinearAround(LoRALinear):
         if self.active_adapter is None or self.merged:
             return self.base_layer(x, *args, **kwargs)
         (lora_A, lora_B, scaling, dropout_p), *others = self._summands()
-        if args or kwargs:
-            y = added(self.base_layer(x, *args, **kwargs), x, lora_A, lora_B, scaling, dropout_p)
-        else:
+        if self._is_quantised and not args and not kwargs:
             y = lora_around(self.base_layer, x, lora_A, lora_B, scaling, dropout_p=dropout_p)
+        else:
+            y = added(self.base_layer(x, *args, **kwargs), x, lora_A, lora_B, scaling, dropout_p)
         for lora_A, lora_B, scaling, dropout_p in others:
             y = added(y, x, lora_A, lora_B, scaling, dropout_p)
         return y
