@@ -78,6 +78,11 @@ def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def runs_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module runs this class's forward and no hooks."""
+    return _runs(module, kind) and not any(getattr(module, name, None) for name in _HOOKS)
+
+
 def check_weight(weight: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless a weight is a plain dense Parameter of this shape: no DTensor, no quantised or packed
     form, no shard."""

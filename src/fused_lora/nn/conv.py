@@ -2,12 +2,44 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
+from fused_lora.nn.base_linear import runs_untouched
 from fused_lora.nn.layer import LoRALayer
+from fused_lora.ops.linear import lora_linear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _is_pointwise(conv: Any) -> bool:
+    """Whether a convolution is a linear layer on the channels of every point, with nothing attached to it."""
+    return (
+        not is_dynamo_compiling()  # which fuses the convolutions itself
+        and set(conv.kernel_size) == set(conv.stride) == {1}
+        and conv.groups == 1
+        and (isinstance(conv.padding, str) or set(conv.padding) == {0})
+        and runs_untouched(conv, CONVOLUTIONS[len(conv.kernel_size) - 1])
+        and type(conv.weight) is nn.Parameter
+    )
+
+
+def _by_pixel(
+    conv: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout_p: float
+) -> Tensor:
+    """A pointwise convolution and its update by `lora_linear`, in x's order of dimensions in memory.
+
+    Of 320 channels and 4096 points in bf16 it takes 0.3 to 0.45 of the time of three convolutions, in fp32 0.7 to 0.95
+    (forward and backward, two cores of a Xeon with AMX, 2026-11-26).
+    """
+    channels = -1 - len(conv.kernel_size)
+    points = x.movedim(channels, -1)
+    weight, lora_A, lora_B = (t.flatten(1) for t in (conv.weight, lora_A, lora_B))
+    y: Any = lora_linear(points, weight, lora_A, lora_B, scaling, bias=conv.bias, dropout_p=dropout_p)
+    y = y.movedim(-1, channels)
+    return y if channels < -2 and points.is_contiguous() else y.contiguous()
 
 
 class LoRAConv(LoRALayer):
@@ -37,13 +69,16 @@ class LoRAConv(LoRALayer):
         ones = (1,) * len(base.kernel_size)
         return (r, base.in_channels, *base.kernel_size), (base.out_channels, r // base.groups, *ones)
 
-    def forward(self, x: Tensor, *args, **kwargs):
+    def forward(self, x: Tensor):
         """What the base returns, with the updates of x [..., C_in, size...] added to it."""
         base: Any = self.base_layer
-        y = base(x, *args, **kwargs)
         if self.active_adapter is None or self.merged:
-            return y
-        result = y
+            return base(x)
+        if _is_pointwise(base):
+            summand, *others = self._summands()
+            if not others and summand[0].dtype in (base.weight.dtype, torch.float32):
+                return _by_pixel(base, x, *summand)
+        y = result = base(x)
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(base.kernel_size) - 1]
         for lora_A, lora_B, scaling, dropout_p in self._acting():
             given = F.dropout(x.to(lora_A.device, lora_A.dtype), dropout_p)
