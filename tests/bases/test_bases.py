@@ -153,6 +153,15 @@ def test_training_after_generating(updates):
     assert_right(gradients(y, x, A, B), again, linear.bias, x, A, B)
 
 
+def test_a_4_bit_weight_that_sharding_made_anew():
+    """FSDP's parameters are plain tensors with the packed values; the layer keeps the scales."""
+    linear, x, (A, B) = quantised("nf4"), inputs(M), factors()
+    W = bases.of(linear).dense(torch.bfloat16)
+    linear.weight = torch.nn.Parameter(linear.weight.data, requires_grad=False)
+    y = bases.lora_around(linear, x, A, B, SCALING)
+    assert_right(gradients(y, x, A, B), W, linear.bias, x, A, B)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_dropout_has_one_mask_in_forward_and_backward(kind):
     """With W and bias taken away y is linear in x, so <y, dy> = <x, dx> iff both draw one mask."""

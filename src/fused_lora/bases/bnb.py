@@ -34,16 +34,19 @@ class FourBits(Base):
     def product_serves(self, rows: int) -> bool:
         return super().product_serves(rows) or self._packed()
 
+    def _state(self) -> Any:
+        """The scales; the layer has them, too, since sharding makes another tensor of the weight."""
+        return getattr(self.linear.weight, "quant_state", None) or self.linear.quant_state
+
     def _packed(self) -> bool:
-        return getattr(self.linear.weight.quant_state, "packing_format_for_cpu", False)
+        return getattr(self._state(), "packing_format_for_cpu", False)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        if getattr(self.linear.weight, "quant_state", None) is None:
+        if self._state() is None:
             raise ValueError("linear must be quantised, move it to its device first; got a Linear4bit that is not")
         if self._packed():
             self.linear.state_dict()  # which unpacks it in place
-        weight = self.linear.weight
-        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        return bitsandbytes.functional.dequantize_4bit(self.linear.weight.data, self._state()).to(dtype)
 
     def quantised(self, dense: Tensor) -> nn.Parameter:
         weight = self.linear.weight
