@@ -32,7 +32,7 @@ def outcomes(script: str, directory: Path) -> dict[str, list[str | None]]:
         subprocess.Popen([*command, str(rank), str(directory)], env=environment, stderr=subprocess.PIPE)
         for rank in (0, 1)
     ]
-    said = [rank.communicate(timeout=200)[1].decode()[-3000:] for rank in ranks]
+    said = [rank.communicate(timeout=300)[1].decode()[-3000:] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
     found = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return {name: [one[name] for one in found] for name in found[0]}
@@ -84,6 +84,9 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.up(x)))
 
 
+TARGETS = ("q", "k", "v", "o", "up", "down")  # all but the head
+
+
 class Decoder(nn.Module):
     """x [M, T, 16] to logits [M, T, 32]."""
 
@@ -100,8 +103,7 @@ class Decoder(nn.Module):
 
 def adapted(seed: int = 1, **lora) -> nn.Module:
     """The decoder with trained-looking adapters on all layers but the head."""
-    targets = ["q", "k", "v", "o", "up", "down"]
-    model = apply_lora(Decoder(), 4, target_modules=targets, **lora)
+    model = apply_lora(Decoder(), 4, target_modules=list(TARGETS), **lora)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

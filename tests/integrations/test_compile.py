@@ -5,13 +5,17 @@ from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
 from tiny_llama import randomise
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fused_lora import LoRALinear, apply_lora, load_adapter, merged, save_adapter, set_adapter
+from fused_lora import LoRALinear, apply_lora, merged, set_adapter
+from fused_lora.backends import cpu
+from fused_lora.peft import fuse
 from fused_lora.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,15 +51,31 @@ def grads(model: nn.Module, call, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), **trained}
 
 
-def test_a_training_step_is_one_graph_for_all_lengths():
-    """No graph break (fullgraph raises at one), two compilations for three lengths, eager's gradients."""
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """Grows by a name with each call of the CPU back end, which stands behind the operators and eager mode alike."""
+    made: list[str] = []
+
+    def watched(name, function, *args):
+        made.append(name)
+        return function(*args)
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(cpu, name, partial(watched, name, getattr(cpu, name)))
+    return made
+
+
+def test_a_training_step_is_one_graph_for_all_lengths(calls):
+    """No graph break (fullgraph raises at one), two compilations for three lengths, eager's gradients, our kernels."""
     model = adapted()
     exact = copy.deepcopy(model).double()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for length in (8, 12, 9):
         ids = tokens(length)
+        calls.clear()
         got = grads(model, compiled, ids)
+        assert calls == ["forward"] * 7 + ["backward"] * 7
         assert_close(got, grads(model, model, ids), grads(exact, exact, ids))
     assert counter.frame_count <= 2
 
@@ -94,19 +114,6 @@ def test_a_tensor_as_scaling_changes_without_a_compilation():
     assert counter.frame_count == 1 and len(losses) == 3
 
 
-def test_a_model_compiled_before_it_gets_adapters(tmp_path):
-    """apply_lora and load_adapter see through the wrapper, and the next call compiles anew."""
-    save_adapter(adapted(), tmp_path)
-    ids, model = tokens(8), base().eval()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        plain = compiled(ids).logits
-        assert load_adapter(compiled, tmp_path) is compiled
-        got = compiled(ids).logits
-        torch.testing.assert_close(got, adapted().eval()(ids).logits)
-        assert (got - plain).abs().max() > 0.1
-
-
 def test_blocks_compiled_in_place_share_one_compilation():
     """Regional compilation, as accelerate does it."""
     model, ids = adapted(layers=2), tokens(8)
@@ -116,6 +123,26 @@ def test_blocks_compiled_in_place_share_one_compilation():
         block.compile(fullgraph=True, backend=counter)
     torch.testing.assert_close(grads(model, model, ids), want)
     assert counter.frame_count <= 2  # the first block's x needs no gradient
+
+
+def test_a_model_of_peft_compiles_as_ours(calls):
+    model = randomise(get_peft_model(base(), PeftConfig(r=4, target_modules="all-linear"))).train()
+    ids = tokens(8)
+    twin = copy.deepcopy(model).double()
+    exact = grads(twin, twin, ids)
+    stock = grads(model, model, ids)
+    fuse(model, strict=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    got = grads(model, compiled, ids)
+    assert calls == ["forward"] * 7 + ["backward"] * 7
+    assert_close(got, stock, exact)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+            with model.disable_adapter():
+                torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+    assert counter.frame_count == 3
 
 
 def test_autocast():

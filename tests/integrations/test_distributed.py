@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from two_processes import adapted, batch, loss_of, outcomes, run_checks, steps, trained, whole
+from two_processes import TARGETS, Decoder, adapted, batch, loss_of, outcomes, run_checks, steps, trained, whole
 
 from fused_lora import LoRALinear, apply_lora, load_adapter, save_adapter, set_adapter
 from fused_lora.testing import assert_close
@@ -117,7 +117,7 @@ def sharded_with_checkpointing(directory: Path) -> None:
 
 def sharded_and_compiled(directory: Path) -> None:
     model = adapted()
-    model.blocks[1].compile(backend="aot_eager")
+    model.blocks[1].compile(backend="eager")
     equal_to_one_process(sharded(model))
 
 
@@ -195,6 +195,29 @@ def another_adapter_is_refused_once_replicated(directory: Path) -> None:
     torch.testing.assert_close(model(batch(0)[0]), adapted(2)(batch(0)[0]))
 
 
+def models_of_peft(directory: Path) -> None:
+    """Layers of PEFT that `fuse` made ours run the op on what FSDP2 gathers."""
+    from peft import LoraConfig, get_peft_model
+
+    from fused_lora.peft import fuse
+    from fused_lora.peft import layer as peft_layer
+
+    def model():
+        torch.manual_seed(2)
+        return get_peft_model(Decoder(), LoraConfig(r=4, target_modules=list(TARGETS), init_lora_weights=False))
+
+    one, exact = (steps(model().to(dtype), partial(both_losses, dtype)) for dtype in (torch.float32, torch.float64))
+    ours, calls, real = model(), [], peft_layer.lora_linear
+    fuse(ours, strict=True)
+    sharded(ours.base_model.model)
+    peft_layer.lora_linear = lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1]
+    try:
+        assert_close(steps(ours, my_loss), one, exact)
+    finally:
+        peft_layer.lora_linear = real
+    assert len(calls) == 2 * 2 * len(TARGETS)
+
+
 CHECKS = [
     replicated,
     another_adapter_is_refused_once_replicated,
@@ -208,6 +231,7 @@ CHECKS = [
     sharded_in_mixed_precision,
     checkpoints_come_back,
     adapters_sharded_by_themselves_are_refused,
+    models_of_peft,
 ]
 
 

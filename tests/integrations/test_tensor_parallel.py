@@ -101,7 +101,7 @@ def dtensors_in_and_out(directory: Path) -> None:
         want.backward(dy)
         placed = [distribute_tensor(t, mesh, [p]) for t, p in zip(given, (x_placed, *[Replicate()] * 4))]
         shards = [t.requires_grad_() for t in placed]
-        y = lora_linear(*shards[:4], 2.0, bias=shards[4])
+        y = lora_linear(*shards[:4], torch.tensor(2.0), bias=shards[4])
         y.backward(distribute_tensor(dy, mesh, [Replicate()]))
         torch.testing.assert_close(whole(y), whole(want))
         for shard, leaf in zip(shards, leaves):

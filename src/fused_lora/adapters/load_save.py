@@ -24,8 +24,8 @@ from fused_lora.nn.modules_to_save import ModuleToSave
 def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
     """Write an adapter as PEFT does: adapter_config.json and adapter_model.safetensors, tensors in their own dtype.
 
-    Names are those of the plain model, whatever wraps it or a part of it. Under FSDP every process must call this, and
-    each writes the whole adapter.
+    Names are those of the plain model, whatever wraps it or a part of it. Under FSDP and tensor parallelism every
+    process must call this, and each writes the whole adapter.
 
     Args:
         model: a model with adapters.
@@ -94,8 +94,8 @@ def load_adapter(
     be equal to the model's.
 
     Args:
-        model: the base model, plain or with adapters of this library, in wrappers or not. Under FSDP and
-            DistributedDataParallel only an adapter that it has can be read again.
+        model: the base model, plain or with adapters of this library, in wrappers or not. Under FSDP, tensor
+            parallelism and DistributedDataParallel only an adapter that it has can be read again.
         directory: holds adapter_config.json and adapter_model.safetensors; or "owner/name" on the Hugging Face hub, if
             huggingface_hub is installed.
         adapter_name: the name to give it.
