@@ -176,6 +176,14 @@ class AdapterFile:
     def __init__(self, model: nn.Module, adapter_name: str):
         self.model, self.adapter_name = model, adapter_name
 
+    @property
+    def peft_type(self):
+        """PEFT asks for it when it is given the model to adapt."""
+        raise AttributeError(
+            "model must be the base model to get PEFT's adapters, fused_lora.unload(model) gives it back; got one with "
+            "adapters of fused_lora"
+        )
+
     def save_pretrained(self, save_directory) -> None:
         """Write adapter_config.json."""
         path = Path(save_directory) / CONFIG_NAME
