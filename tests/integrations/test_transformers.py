@@ -6,8 +6,10 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny_llama import randomise
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, Trainer, TrainingArguments
 
 import fused_lora
@@ -125,6 +127,28 @@ def test_new_models_of_the_adapted_class_are_plain(directory):
     for plain in (type(model)(model.config), type(model).from_pretrained(directory)):
         assert type(plain) is LlamaForCausalLM
     assert type(fused_lora.unload(model)) is LlamaForCausalLM
+
+
+def test_peft_refuses_an_adapted_model(directory):
+    model = apply_lora(base_of(directory), r=4, target_modules=["q_proj"])
+    with pytest.raises(AttributeError, match=r"fused_lora\.unload\(model\) gives it back; got one with adapters"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj"]))
+
+
+def test_sharded_models_save_whole_adapters(directory, tmp_path):
+    model = randomise(apply_lora(base_of(directory), r=4, modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path / "whole")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        for layer in (*model.model.layers, model):
+            fully_shard(layer)
+        model(IDS)
+        model.save_pretrained(tmp_path / "sharded")
+        assert type(model).__name__ == "FSDPLlamaForCausalLM" and hasattr(model.lm_head.weight, "full_tensor")
+    finally:
+        dist.destroy_process_group()
+    for name in FILES:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "sharded" / name).read_bytes()
 
 
 def test_merged_models_save_plain_ones(directory, tmp_path):

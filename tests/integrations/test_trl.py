@@ -74,6 +74,13 @@ def test_sft_losses_are_peft_s(checkpointing, tiny_model, tmp_path):
     assert "model.safetensors" not in os.listdir(tmp_path / "final")
 
 
+def test_an_adapter_on_the_head_that_trl_passes_by_is_named(tiny_model, tmp_path):
+    model = apply_lora(base(tiny_model), r=4, target_modules=["q_proj", "lm_head"])
+    data = [{"text": text} for text in TEXTS]
+    with pytest.warns(UserWarning, match="lm_head"):  # TRL multiplies with the head's weight itself
+        losses(SFTTrainer, SFTConfig, model, tiny_model, data, tmp_path)
+
+
 def test_peft_config_under_patched_trains_fused_layers(tiny_model, tmp_path):
     fused = pytest.importorskip("fused_lora.peft")
     data, curves = [{"text": text} for text in TEXTS], []

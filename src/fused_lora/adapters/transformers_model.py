@@ -109,17 +109,20 @@ class AdaptedModel(nn.Module):
         keys = [key.removeprefix("base_model.model.") for key in file_keys(self, name)]
         return dict(zip(keys, own, strict=True))
 
-    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs) -> None:
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As transformers' own: the folder of the active adapter, or, inside `merged`, of the plain model.
 
         A base model that came from no folder or hub, so that the adapter cannot name it, is saved beside the adapter.
         In a folder that has the name of a Trainer's checkpoint, all adapters are written under the model's own keys
         too: Trainer resumes from that file alone. Under FSDP every process must call this.
         """
-        if not self._hf_peft_config_loaded:
+        if self._hf_peft_config_loaded:
+            self._save_adapter(save_directory, *args, **kwargs)
+        else:
             self._check_all_merged()
-            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)  # type: ignore[misc]
-            return
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_adapter(self, save_directory, is_main_process=True, state_dict=None, **kwargs) -> None:
         folder, name = Path(save_directory), self._adapter_to_save()
         own = dict(self._live_tensors(name, state_dict))
         for_trainer: dict[str, Tensor] = {}
@@ -140,7 +143,7 @@ class AdaptedModel(nn.Module):
         """As nn.Module's. Beside adapters alone, which Trainer reads of a checkpoint, the base is not missing."""
         outcome = super().load_state_dict(state_dict, strict, assign)
         own = {key for name in adapter_names(self) for key in live_keys(self, name)}
-        if own.issuperset(state_dict):
+        if state_dict and own.issuperset(state_dict):
             outcome.missing_keys[:] = [key for key in outcome.missing_keys if key in own]
         return outcome
 
@@ -175,6 +178,14 @@ class AdapterFile:
 
     def __init__(self, model: nn.Module, adapter_name: str):
         self.model, self.adapter_name = model, adapter_name
+
+    @property
+    def peft_type(self):
+        """PEFT asks for it when it is given the model to adapt."""
+        raise AttributeError(
+            "model must be the base model to get PEFT's adapters, fused_lora.unload(model) gives it back; got one with "
+            "adapters of fused_lora"
+        )
 
     def save_pretrained(self, save_directory) -> None:
         """Write adapter_config.json."""
