@@ -81,7 +81,8 @@ def test_multihead_attention_is_no_target():
     attention = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2), "head": nn.Linear(16, 2)})
     with pytest.raises(ValueError, match=r"target attention\.out_proj: .* got .*NonDynamicallyQuantizableLinear"):
         apply_lora(attention, target_modules=["out_proj"])
-    apply_lora(attention)
+    with pytest.warns(UserWarning, match="'all-linear' leaves out out_proj of MultiheadAttention: code there reads"):
+        apply_lora(attention)
     assert not isinstance(attention["attention"].out_proj, LoRALinear)
 
 
@@ -190,6 +191,8 @@ MODELS = {  # of transformers: what their code reads, and what it only seems to
     "mamba.modeling_mamba.MambaMixer": ({"x_proj", "dt_proj", "out_proj"}, {"in_proj"}),
     "mamba2.modeling_mamba2.Mamba2Mixer": ({"out_proj"}, {"in_proj"}),
     "wavlm.modeling_wavlm.WavLMAttention": ({"q_proj", "k_proj", "v_proj", "out_proj"}, set()),
+    "jamba.modeling_jamba.JambaMambaMixer": ({"dt_proj"}, {"in_proj", "x_proj", "out_proj"}),
+    "mobilebert.modeling_mobilebert.MobileBertLMPredictionHead": ({"dense", "decoder"}, {"transform.dense"}),
     "t5.modeling_t5.T5DenseGatedActDense": (set(), {"wi_0", "wi_1", "wo"}),
     "llama.modeling_llama.LlamaForCausalLM": (set(), {"lm_head"}),
     "bloom.modeling_bloom.BloomAttention": (set(), {"dense", "query_key_value"}),

@@ -113,6 +113,15 @@ def test_without_an_adapter_it_is_the_module():
         _ = layer.nothing
 
 
+def test_it_compiles_without_graph_breaks():
+    layer, x = adapted(), torch.randn(5, K)
+    want, got = layer(x, scale=0.5), torch.compile(layer, backend="aot_eager", fullgraph=True)(x, scale=0.5)
+    torch.testing.assert_close(got, want)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    grads, wanted = (torch.autograd.grad(y.square().sum(), trained) for y in (got, want))
+    torch.testing.assert_close(grads, wanted)
+
+
 def test_copies_and_checkpoints_are_whole():
     layer, x = adapted(), torch.randn(5, K)
     fresh = LoRAParameter(LoRAParameter(Experts(), "up"), "down")

@@ -58,7 +58,8 @@ def for_model(config: LoraConfig, model: nn.Module) -> LoraConfig:
 def _with_head(config: LoraConfig, model: nn.Module, places: list[Place]) -> LoraConfig:
     task_type = config.task_type or task_type_of(model)
     ends = tuple(_HEADS.get(task_type or "", ()))
-    heads = [place.name for place in places if ends and place.name.endswith(ends)]
+    lists = nn.ModuleList | nn.ModuleDict  # nothing calls these
+    heads = [p.name for p in places if ends and p.name.endswith(ends) and not isinstance(p.module, lists)]
     heads = [name for name in heads if not config.excludes(name)]
     if not heads:
         return config
@@ -92,7 +93,9 @@ def _with_experts(config: LoraConfig, model: nn.Module, places: list[Place]) -> 
         key = rf".*\.{_FUSED}"
         changes["rank_pattern"] = config.rank_pattern | {key: 2 * config.r}
         changes["alpha_pattern"] = config.alpha_pattern | {key: 2 * config.lora_alpha}
-    dense = [p.name for p in places if is_linear_layer(p.module) and _last(p.name) in moved]
+    # A router that is a linear layer still has its adapter as ever.
+    fused = {old for old, new in moved.items() if new != "weight"}
+    dense = [p.name for p in places if is_linear_layer(p.module) and _last(p.name) in fused]
     if config.all_linear and dense:
         given = config.exclude_modules
         one = "|".join([given, *(re.escape(name) for name in dense)]) if isinstance(given, str) else [*given, *dense]

@@ -132,6 +132,9 @@ def _without_unread(model: nn.Module, linears: dict, config: LoraConfig, places:
     modules = {"": model} | {place.name: place.module for place in places}
     readers: dict[tuple[str, str], None] = {}
     called = dict(linears)
+    for place in places if config.all_linear else []:
+        if isinstance(place.parent, nn.MultiheadAttention) and not config.excludes(place.name):
+            readers[place.attribute, "MultiheadAttention"] = None
     for target in linears:
         around = ["", *_around(target)]
         reader = reader_of(target, [(name, modules[name]) for name in around if name in modules])
@@ -166,9 +169,10 @@ def _check_all_used(config: LoraConfig, linears: dict, saved: dict, parameters: 
     for target in config.modules_to_save:
         if not any(name.endswith(target) for name in saved):
             raise unknown_name("modules_to_save", target, {place.name.rpartition(".")[2] for place in places})
-    names = {key for place in places for key in parameter_names(place)}
+    names = {key for place in places for key in parameter_names(place)} if config.target_parameters else set()
+    reachable = {end for name in names for end in endings(name)}
     for target in config.target_parameters:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        if target not in reachable:
             raise unknown_name("target_parameters", target, {".".join(name.split(".")[-2:]) for name in names})
     adapted = [*map(config.pattern_name, linears), *(pattern_name(name, target) for name, target in parameters.items())]
     for kind, patterns in (("rank_pattern", config.ranks), ("alpha_pattern", config.alphas)):
