@@ -259,3 +259,20 @@ def test_the_gpu_back_ends_say_that_they_have_no_such_kernel(on_triton):
     torch.testing.assert_close(
         lora_update(p.dy, p.x, p.lora_A, p.lora_B, 1.0), p.dy + F.linear(F.linear(p.x, p.lora_A), p.lora_B)
     )
+
+
+@pytest.mark.parametrize("op", ["linear", "update"])
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
+def test_a_tensor_scaling_over_half_precision(op, adapter):
+    """The scaling moves into A in fp32; B must have A's dtype in the kernels, or they read past it."""
+    p = random_problem(20, 24, 32, 8, torch.bfloat16, adapter)
+    outs = {}
+    for scaling in (p.scaling, torch.tensor(p.scaling)):
+        x, A, B = (t.clone().requires_grad_() for t in (p.x, p.lora_A, p.lora_B))
+        y = lora_linear(x, p.weight, A, B, scaling) if op == "linear" else lora_update(p.dy, x, A, B, scaling)
+        y.backward(p.dy)
+        outs[type(scaling)] = dict(y=y.detach(), dx=x.grad, dA=A.grad, dB=B.grad)
+    for name, t in outs[torch.Tensor].items():
+        want = outs[float][name]
+        assert t.dtype == want.dtype
+        torch.testing.assert_close(t, want, rtol=0.02, atol=0.02 * want.abs().max().item())

@@ -7,7 +7,7 @@ from fused_lora.peft import layer
 
 @pytest.fixture
 def calls(monkeypatch) -> list[dict]:
-    """The keyword arguments of every call of `lora_linear` and `lora_update` from a fused layer; `op` is its name."""
+    """The keyword arguments of every call of `lora_linear` and `lora_around` from a fused layer; `op` is its name."""
     seen: list[dict] = []
 
     def counted(name, op):
@@ -17,6 +17,6 @@ def calls(monkeypatch) -> list[dict]:
 
         return call
 
-    for name in ("lora_linear", "lora_update"):
+    for name in ("lora_linear", "lora_around"):
         monkeypatch.setattr(layer, name, counted(name, getattr(layer, name)))
     return seen

@@ -1,17 +1,72 @@
-"""fused-lora info: what is installed and which back end serves what."""
+"""fused-lora info: what is installed and which back end serves what; or how the layers of a PEFT model run."""
 
 import re
 import textwrap
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
 
-from fused_lora.cli.console import out
+import typer
+
+from fused_lora.cli.console import Dtype, Model, errors, given, out, printable
 
 _EXTRAS = ("cli", "peft", "finetune", "bench")  # for users; the others are for work on the project
 
 
-def info() -> None:
-    """What is installed, what the compiled part holds, and which back end serves each device and dtype, and why."""
+def info(
+    model: Model = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Directory of an adapter that PEFT loads.", show_default=False)
+    ] = None,
+    dtype: Dtype = "fp32",
+) -> None:
+    """What is installed, what the compiled part holds, and which back end serves each device and dtype, and why.
+
+    With an adapter: how each layer of that PEFT model runs after fused_lora.peft.fuse, and why.
+    """
+    if model is None and adapter is None:
+        return _print_machine()
+    with errors():
+        given(model=model, adapter=adapter)
+        if adapter is None:
+            raise ValueError(
+                "--adapter must be given beside --model, the table is of a model with an adapter; got none"
+            )
+        _print_ways(model, Path(adapter), dtype)
+
+
+def _print_ways(model: str | None, adapter: Path, dtype: str) -> None:
+    """The table of `fused_lora.peft.fuse`, layers of like names in one row."""
+    from fused_lora.models import DTYPES, check_name, load_model, packaged_model
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if not (adapter / "adapter_config.json").is_file():
+        raise ValueError(f"--adapter must be a directory with an adapter_config.json; got {adapter}")
+    chosen = packaged_model() if model is None else model
+    check_name(chosen)
+    from fused_lora.peft import fuse
+
+    ways = fuse(_with_adapter(load_model(chosen, DTYPES[dtype], "cpu")[0], adapter))
+    out.print(f"{len(ways.of('fused'))} of {len(ways)} adapted layers are fused", style="bold")
+    _print_table([("layers", "name", "way", "why"), *(tuple(map(printable, line)) for line in ways.lines())])
+
+
+def _with_adapter(base: Any, adapter: Path) -> Any:
+    """The PEFT model. Raises: ValueError if PEFT can't load the adapter on this base."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, str(adapter))
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        words = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{adapter} must be an adapter of this model; PEFT says {type(error).__name__}: {words}"
+        ) from None
+
+
+def _print_machine() -> None:
     import torch
 
     from fused_lora.backends import explain

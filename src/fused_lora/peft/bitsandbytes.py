@@ -7,8 +7,8 @@ from fused_lora.peft.layer import FusedForward
 
 
 class Linear4bit(FusedForward, PeftLinear4bit):
-    """PEFT's layer over a 4-bit weight with the fused forward: bitsandbytes computes the base product."""
+    """PEFT's layer over a 4-bit weight with the fused forward."""
 
 
 class Linear8bitLt(FusedForward, PeftLinear8bitLt):
-    """PEFT's layer over an int8 weight with the fused forward: bitsandbytes computes the base product."""
+    """PEFT's layer over an int8 weight with the fused forward."""

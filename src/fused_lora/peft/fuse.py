@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fused_lora import backends
+from fused_lora.bases import quantised
 from fused_lora.peft.classes import fused_class, swap, swap_back
 from fused_lora.peft.request import active_update, misfit, readable_base
 from fused_lora.peft.ways import Row, Ways
@@ -65,14 +66,19 @@ def _row(name: str, layer: Any, fused: bool) -> Row:
     if "forward" in layer.__dict__:
         return Row(name, "peft", "the layer has a forward of its own")
     update, base = active_update(layer), readable_base(layer)
-    if isinstance(update, str):
-        return Row(name, "peft", update)
-    refused = base if isinstance(base, str) else misfit(base, update)
-    if refused is not None and (update.bias is not None or not isinstance(base, str)):
+    refused = update if isinstance(update, str) else None if isinstance(base, str) else misfit(base, update)
+    if refused is not None:
         return Row(name, "peft", refused)
     if not fused:
         return Row(name, "peft", "fuse(model) has not been called since the layer was made")
     if isinstance(base, str):
-        return Row(name, "update", f"{base}: it computes its own product, and one call adds the update")
+        return _around(name, layer.base_layer, base)
     back_end, why = backends.explain(base.weight.device, base.weight.dtype)
     return Row(name, "fused", f"back end {back_end}: {why}")
+
+
+def _around(name: str, base_layer: nn.Module, why: str) -> Row:
+    """A layer whose base weight is no plain matrix."""
+    if quantised(base_layer):
+        return Row(name, "fused", f"{why}: dequantised for each call, or its own product where that is faster")
+    return Row(name, "update", f"{why}: it computes its own product, and one call adds the update")

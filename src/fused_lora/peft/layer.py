@@ -6,15 +6,15 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.torchao import TorchaoLoraLinear as PeftTorchaoLoraLinear
 from torch import Tensor
 
+from fused_lora.bases import lora_around
 from fused_lora.ops.linear import lora_linear
-from fused_lora.ops.update import lora_update
 from fused_lora.peft.request import active_update, linear_fits, readable_base, update_fits
 
 
 class FusedForward:
-    """The forward of PEFT's linear LoRA layers, to stand before one of them in a class's bases: one call of
-    `lora_linear` where the op can read the base layer, the base layer's own call and `lora_update` where it can't,
-    and PEFT's forward for all that the op doesn't compute."""
+    """The forward of PEFT's linear LoRA layers, to stand before one of them in a class's bases: `lora_linear` where
+    the base layer's weight is a plain matrix, `lora_around` on base layers of other kinds, and PEFT's forward for all
+    that these don't compute."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """y [..., N] of x [..., K]."""
@@ -22,15 +22,16 @@ class FusedForward:
         if not isinstance(update, str):
             lora_A, lora_B, scaling, dropout_p, lora_bias = update
             base = readable_base(self)
-            if not isinstance(base, str):
-                if linear_fits(x, base, update):
-                    weight, bias = base
-                    if lora_bias is not None:
-                        bias = (lora_bias if bias is None else bias + lora_bias).to(weight.dtype)
-                    return lora_linear(x, weight, lora_A, lora_B, scaling, bias=bias, dropout_p=dropout_p)
-            elif lora_bias is None and update_fits(x, update):
-                y = self.base_layer(x)  # type: ignore[attr-defined]
-                return lora_update(y, x, lora_A, lora_B, scaling, dropout_p=dropout_p)
+            if isinstance(base, str):
+                if update_fits(x, update):
+                    linear = self._modules["base_layer"]  # type: ignore[attr-defined]
+                    y = lora_around(linear, x, lora_A, lora_B, scaling, dropout_p=dropout_p)
+                    return y if lora_bias is None else y + lora_bias.to(y.dtype)
+            elif linear_fits(x, base, update):
+                weight, bias = base
+                if lora_bias is not None:
+                    bias = (lora_bias if bias is None else bias + lora_bias).to(weight.dtype)
+                return lora_linear(x, weight, lora_A, lora_B, scaling, bias=bias, dropout_p=dropout_p)
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -46,4 +47,4 @@ class Linear(FusedForward, PeftLinear):
 
 
 class TorchaoLoraLinear(FusedForward, PeftTorchaoLoraLinear):
-    """PEFT's layer over a torchao weight, likewise: torchao computes the base product."""
+    """PEFT's layer over a torchao weight with the fused forward."""
