@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 _MIB = 2**20
-# glibc raises the size from which a block is a mapping of its own with every such block that is freed, up to 32 MiB; what
-# lies in the heap instead stays resident behind any small block, another 100 MiB in one run and none in the next.
+# glibc raises the size from which a block is a mapping of its own with every such block that is freed, up to 32 MiB;
+# what lies in the heap instead stays resident behind any small block: 100 MiB in one run, none in the next.
 _FREED_IS_FREE = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 
 
