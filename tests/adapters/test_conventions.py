@@ -1,5 +1,6 @@
 """Heads and experts: what a configuration leaves to the model, as PEFT and transformers have it."""
 
+import copy
 import warnings
 
 import peft
@@ -11,6 +12,7 @@ from tiny_llama import randomise
 from torch import nn
 
 from fused_lora import LoraConfig, LoRALinear, apply_lora, load_adapter, merged, save_adapter, set_adapter
+from fused_lora.adapters.unload import merge_and_unload, unload
 from fused_lora.nn.experts import LoRAParameter, pattern_name
 from fused_lora.nn.modules_to_save import ModuleToSave
 
@@ -161,6 +163,20 @@ def test_several_adapters_on_experts(refuses):
         model, r"must name the same parameters of model\.layers\.0\.mlp\.experts as the adapters that are there"
     ):
         apply_lora(model, target_parameters=["experts.gate_up_proj"], target_modules=[], adapter_name="third")
+
+
+def test_a_model_with_adapted_experts_is_saved_and_made_plain(tmp_path):
+    model = randomise(apply_lora(moe(), r=2))
+    want, plain = model(TOKENS).logits, moe()(TOKENS).logits
+    model.save_pretrained(tmp_path)  # with its base, which came from nowhere
+    again = hf.Qwen3MoeForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(TOKENS).logits, want)
+    merge_and_unload(copied := copy.deepcopy(model))
+    torch.testing.assert_close(copied(TOKENS).logits, want)
+    unload(model)
+    assert torch.equal(model(TOKENS).logits, plain)
+    for left in (copied, model):
+        assert left.state_dict().keys() == moe().state_dict().keys()
 
 
 def test_deepseek_s_dense_layers_are_written_so_that_peft_reads_them(tmp_path):

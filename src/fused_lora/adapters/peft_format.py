@@ -38,7 +38,7 @@ def _plain(key: str) -> str:
 
 def base_name(key: str) -> str:
     """The name that a key has in the base model: PEFT calls a layer with an adapter on it base_layer."""
-    return re.sub(r"(^|\.)(base_layer|original_module)\.", r"\1", key.removeprefix(_PREFIX))
+    return re.sub(r"(^|\.)((base_layer|original_module)\.)+", r"\1", key.removeprefix(_PREFIX))
 
 
 def find_tensors(
