@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_llama import llama, randomise
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import fused_lora
 from fused_lora import apply_lora, delete_adapter, disable_adapter, merge_and_unload, merged, set_adapter, unload
@@ -87,6 +88,33 @@ def test_merge_and_unload(tie, name, tmp_path):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied == model.config.tie_word_embeddings
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path).eval()), want, atol=1e-5, rtol=1e-5)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=128, n_positions=64)).eval()
+
+
+def dispatched():
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    places = dict.fromkeys(("model", "lm_head"), "cpu")
+    return accelerate.dispatch_model(llama(), places, main_device="cpu", force_hooks=True)
+
+
+@pytest.mark.parametrize("make, targets", [(gpt2, ["c_attn", "wte"]), (dispatched, ["q_proj", "up_proj"])])
+def test_other_layers_come_back_as_they_were(make, targets):
+    model = make()
+    before = [(name, type(module), "_hf_hook" in vars(module)) for name, module in model.named_modules()]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    want = logits(randomise(apply_lora(model, target_modules=targets)))
+    assert not torch.equal(want, logits(make()))
+    with merged(model):
+        torch.testing.assert_close(logits(model), want, atol=1e-4, rtol=1e-4)
+    unload(model)
+    assert [(name, type(module), "_hf_hook" in vars(module)) for name, module in model.named_modules()] == before
+    assert all(p is parameters[name] for name, p in model.named_parameters(remove_duplicate=False))
+    merge_and_unload(randomise(apply_lora(model, target_modules=targets)))
+    torch.testing.assert_close(logits(model), want, atol=1e-4, rtol=1e-4)
 
 
 def test_merging_holds_one_layer_s_weight_more(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from tiny_llama import randomise
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fused_lora import apply_lora, load_adapter, reference_model, save_adapter, set_adapter
+from fused_lora import LoRALinear, apply_lora, load_adapter, reference_model, save_adapter, set_adapter
 
 peft = pytest.importorskip("peft", reason="needs peft, to compare with")
 pytest.importorskip("trl", reason="needs trl")
@@ -124,7 +124,10 @@ def pairs():
 def test_dpo_from_a_trained_adapter_compares_with_that_adapter(tiny_model, adapter, tmp_path):
     run = (tiny_model, pairs(), tmp_path)
     ours = load_adapter(base(tiny_model), adapter)
-    got, trainer = losses(DPOTrainer, DPOConfig, ours, *run, ref_model=reference_model(ours))
+    for layer in ours.modules():
+        if isinstance(layer, LoRALinear):
+            layer.set_hyperparameters("default", lora_alpha=8, lora_dropout=0.5, use_rslora=False)
+    got, trainer = losses(DPOTrainer, DPOConfig, ours, *run, ref_model=reference_model(ours))  # which needs no dropout
     theirs = peft.PeftModel.from_pretrained(base(tiny_model), adapter, is_trainable=True)
     want, _ = losses(DPOTrainer, DPOConfig, theirs, *run)
     assert got[0] == pytest.approx(math.log(2), abs=1e-5) and got[-1] != got[0]

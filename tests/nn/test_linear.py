@@ -261,3 +261,14 @@ def test_what_is_no_linear_layer_is_refused():
     with pytest.raises(ValueError, match="Bilinear"):
         LoRALinear.from_linear(bilinear)
     assert all(p.requires_grad for p in bilinear.parameters())
+
+
+def test_setting_p_of_every_dropout_sets_that_of_the_adapters():
+    layer = LoRALinear(8, 8, lora_dropout=0.5)
+    layer.add_adapter("second", lora_dropout=0.25)
+    twin = copy.deepcopy(layer)
+    for module in twin.modules():
+        if isinstance(module, nn.Dropout):
+            assert module.p == 0.5
+            module.p = 0
+    assert twin.lora_dropout == {"default": 0, "second": 0} and layer.lora_dropout == {"default": 0.5, "second": 0.25}

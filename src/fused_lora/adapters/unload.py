@@ -141,7 +141,7 @@ def _check_removable(root: nn.Module) -> None:
         )
     for place in walk(root):
         holds = isinstance(place.module, LoRALayer | ModuleToSave)
-        if holds and any(hasattr(module, "_hf_hook") for module in place.module.modules()):
+        if holds and hasattr(place.module, "_hf_hook"):  # a base layer that is kept whole keeps its own
             raise ValueError(
                 f"{place.name} must carry no accelerate hook when adapters are taken off, it would be lost: "
                 "accelerate.hooks.remove_hook_from_submodules first"

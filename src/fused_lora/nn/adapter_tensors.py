@@ -1,4 +1,4 @@
-"""The tensors of a layer's adapters, by the adapters' names."""
+"""The tensors and the dropout of a layer's adapters, by the adapters' names."""
 
 from torch import Tensor, nn
 
@@ -12,6 +12,27 @@ class AdapterTensors(nn.ParameterDict):
 
     def forward(self, adapter_name: str) -> nn.Parameter:
         return self[adapter_name]
+
+
+class AdapterDropout(nn.Dropout):
+    """The switch of a layer's dropout. What changes dropout in a whole model by setting `p` of every nn.Dropout, as
+    TRL's DPO turns it off, so changes that of all adapters of the layer.
+
+    Args:
+        rates: the layer's own dropout by adapter.
+    """
+
+    def __init__(self, rates: dict[str, float]):
+        nn.Module.__init__(self)
+        self.rates, self.inplace = rates, False
+
+    @property
+    def p(self) -> float:
+        return max(self.rates.values(), default=0.0)
+
+    @p.setter
+    def p(self, rate: float) -> None:
+        self.rates.update(dict.fromkeys(self.rates, rate))
 
 
 def set_trainable(parameter: Tensor, trains: bool) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.config import LayerConfig, unknown_name
-from fused_lora.nn.adapter_tensors import AdapterTensors, set_trainable
+from fused_lora.nn.adapter_tensors import AdapterDropout, AdapterTensors, set_trainable
 
 ActiveAdapter = str | list[str] | None
 Summand = tuple[Tensor, Tensor, float | Tensor, float]  # A, B, scaling, dropout_p
@@ -27,6 +27,7 @@ class AdaptersByName(nn.Module):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float | Tensor] = {}
         self.lora_dropout: dict[str, float] = {}
+        self.lora_dropout_switch = AdapterDropout(self.lora_dropout)
         self.use_rslora: dict[str, bool] = {}
         self.init_lora_weights: dict[str, bool | str] = {}  # PEFT's word for how each started
         self.active_adapter: ActiveAdapter = None  # a list of two or more
