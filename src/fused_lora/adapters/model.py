@@ -43,13 +43,12 @@ def apply_lora(
 ) -> nn.Module:
     """Put a fresh LoRA adapter on a model's linear layers, in place, and freeze everything else.
 
-    The layers become `LoRALinear`s over the same Parameters. Called again with another adapter_name it adds that
-    adapter and activates it. nn.TransformerEncoder's fused inference path, which would pass by the adapters, is off
-    from then on.
+    Linear layers become `LoRALinear`s over the same Parameters, or around a layer of a kind of its own; embeddings and
+    convolutions get adapters where they are named. Called again with another adapter_name it adds that adapter and
+    activates it. nn.TransformerEncoder's fused inference path, which would pass by the adapters, is off from then on.
 
     Args:
-        model: any module whose targets are exactly torch.nn.Linear, in wrappers or not; DistributedDataParallel and
-            FSDP come after adapters.
+        model: any module, in wrappers or not; DistributedDataParallel and FSDP come after adapters.
         r, lora_alpha, lora_dropout, use_rslora: as in `LoRALinear`.
         target_modules, rank_pattern, alpha_pattern, modules_to_save, exclude_modules, target_parameters,
             layers_to_transform, layers_pattern, task_type, init_lora_weights: as in `LoraConfig`.
