@@ -80,7 +80,7 @@ class LoraConfig:
 
     Args:
         r, lora_alpha, lora_dropout, use_rslora: as in `LoRALinear`.
-        target_modules: "all-linear" for every nn.Linear but the output head, names or their ends after a dot, or a
+        target_modules: "all-linear" for every linear layer but the output head, names or their ends after a dot, or a
             regular expression for the whole name.
         rank_pattern, alpha_pattern: r and lora_alpha of layers whose name, or its end after a dot, a key matches as a
             regular expression; the first such key decides.
@@ -203,7 +203,7 @@ class LoraConfig:
 
     @property
     def all_linear(self) -> bool:
-        """Whether target_modules is the word for every nn.Linear but the output head."""
+        """Whether target_modules is the word for every linear layer but the output head."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
     @cached_property

@@ -10,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fused_lora import add_weighted_adapter
-from fused_lora.adapters import apply_lora, load_adapter, merged, save_adapter, set_adapter
+from fused_lora.adapters import apply_lora, load_adapter, merge_and_unload, merged, save_adapter, set_adapter
+from fused_lora.nn import LoRALayer
 
 WEIGHTS = "adapter_model.safetensors"
 TOKENS = torch.randint(0, 20, (3, 6), generator=torch.Generator().manual_seed(1))
@@ -91,6 +92,12 @@ def test_the_updates_of_several_are_added(files, names):
     with merged(model):
         near(model(TOKENS), want)
     assert torch.equal(model(TOKENS), before) and model.up.active_adapters == names
+    set_adapter(model, None)
+    with merged(model, names):
+        near(model(TOKENS), want)
+    plain = merge_and_unload(model, names)
+    assert not any(isinstance(module, LoRALayer) for module in plain.modules())
+    near(plain(TOKENS), want)
 
 
 def test_each_adapter_has_its_own_dropout():

@@ -11,8 +11,11 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 from transformers.pytorch_utils import Conv1D
 
 from fused_lora.adapters import apply_lora, load_adapter, merged, save_adapter
+from fused_lora.backends import cpu
 from fused_lora.nn import LoRALinear
 from fused_lora.nn.linear import LoRALinearAround
+from fused_lora.ops.reference import PLAIN
+from fused_lora.ops.schema import request_of
 
 SIZES = 24, 40  # K, N
 
@@ -198,6 +201,12 @@ def test_conv1d_is_taken_over_as_it_lies(bias, dtype):
     assert type(again) is Conv1D and again.weight is conv.weight and again.bias is conv.bias and again.nf == SIZES[1]
 
 
+def test_a_transposed_weight_is_multiplied_as_it_lies():
+    weight, x, A = torch.randn(SIZES), torch.randn(64, SIZES[0]), torch.randn(4, SIZES[0])
+    assert not request_of(x, weight.t(), A, PLAIN).aligned and request_of(x, weight.t().contiguous(), A, PLAIN).aligned
+    assert cpu.plans(request_of(x, weight.t(), A, PLAIN)) == ("around",)
+
+
 def test_conv1d_with_a_hook_stays_itself():
     conv = Conv1D(SIZES[1], SIZES[0])
     hooked(conv)
@@ -229,3 +238,8 @@ def test_a_model_of_all_kinds_is_saved_loaded_and_merged(tmp_path):
         plain.load_state_dict(model.state_dict())
         assert torch.equal(plain(x), model(x))
     assert torch.equal(model(x), want)
+
+
+def test_a_model_without_linear_layers_is_named():
+    with pytest.raises(ValueError, match="model must have linear layers beside its output head"):
+        apply_lora(nn.Sequential(nn.ReLU(), nn.Embedding(4, 4)))

@@ -43,13 +43,12 @@ def apply_lora(
 ) -> nn.Module:
     """Put a fresh LoRA adapter on a model's linear layers, in place, and freeze everything else.
 
-    The layers become `LoRALinear`s over the same Parameters. Called again with another adapter_name it adds that
-    adapter and activates it. nn.TransformerEncoder's fused inference path, which would pass by the adapters, is off
-    from then on.
+    Linear layers become `LoRALinear`s over the same Parameters, or around a layer of a kind of its own; embeddings and
+    convolutions get adapters where they are named. Called again with another adapter_name it adds that adapter and
+    activates it. nn.TransformerEncoder's fused inference path, which would pass by the adapters, is off from then on.
 
     Args:
-        model: any module whose targets are exactly torch.nn.Linear, in wrappers or not; DistributedDataParallel and
-            FSDP come after adapters.
+        model: any module, in wrappers or not; DistributedDataParallel and FSDP come after adapters.
         r, lora_alpha, lora_dropout, use_rslora: as in `LoRALinear`.
         target_modules, rank_pattern, alpha_pattern, modules_to_save, exclude_modules, target_parameters,
             layers_to_transform, layers_pattern, task_type, init_lora_weights: as in `LoraConfig`.
@@ -117,26 +116,30 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
         nothing changes then.
     """
     root = unwrapped(model)
-    known = adapter_names(root)
-    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name or ())
-    for name in names:
-        if name not in known:
-            raise unknown_name("adapter_name", name, known)
-    check_may_train(model, names)
+    check_may_train(model, _checked_names(root, adapter_name))
     layers, wrappers = all_holders(root)
     for name, layer in layers.items():
         if layer.merged and layer.active_adapter != _held(adapter_name, layer):
             raise ValueError(
                 f"{name}: adapter {layer.active_adapter!r} is merged, unmerge before switching; got {adapter_name!r}"
             )
-    for name, wrapper in wrappers.items():
-        if isinstance(held := _held(adapter_name, wrapper), list):
-            raise ValueError(f"adapter_name must name one adapter that trains a copy of {name}; got {held}")
     reshard(root)
     for layer in layers.values():
         layer.set_adapter(_held(adapter_name, layer))
     for wrapper in wrappers.values():
         wrapper.set_adapter(_held(adapter_name, wrapper))
+
+
+def _checked_names(root: nn.Module, adapter_name: ActiveAdapter) -> list[str]:
+    """The names of adapters that are to act together. Raises: ValueError if they cannot."""
+    names, known = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name or ()), adapter_names(root)
+    for name in names:
+        if name not in known:
+            raise unknown_name("adapter_name", name, known)
+    for place, wrapper in all_holders(root)[1].items():
+        if isinstance(held := _held(names, wrapper), list):
+            raise ValueError(f"adapter_name must name one adapter that trains a copy of {place}; got {held}")
+    return names
 
 
 def _held(adapter_name: ActiveAdapter, holder: LoRALayer | ModuleToSave) -> Any:
@@ -148,7 +151,7 @@ def _held(adapter_name: ActiveAdapter, holder: LoRALayer | ModuleToSave) -> Any:
 
 
 @contextmanager
-def merged(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Module]:
+def merged(model: nn.Module, adapter_name: str | list[str] | None = None) -> Iterator[nn.Module]:
     """Run with an adapter folded into the weights: every layer is one GEMM, and `model.state_dict()` is that of the
     plain model.
 
@@ -156,7 +159,7 @@ def merged(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Mod
 
     Args:
         model: a model with adapters, none of them merged, not sharded and not offloaded.
-        adapter_name: the adapter to merge; None takes the active one.
+        adapter_name: the adapter to merge, or a list of some; None takes the active ones.
     Raises: ValueError for an unknown adapter, none active, a layer that is merged already, a sharded model, weights
         that are elsewhere, or a merged weight that is not finite.
     """
@@ -192,13 +195,12 @@ def merged(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Mod
             holder.active_adapter = active
 
 
-def choose_to_merge(root: nn.Module, adapter_name: str | None) -> None:
+def choose_to_merge(root: nn.Module, adapter_name: ActiveAdapter) -> None:
     """Have the adapter act that is to be merged, the active one if the name is None, without touching requires_grad, so
     an optimizer sees no change. Raises: ValueError as `merged`; nothing changes then."""
     layers, wrappers = all_holders(root)
     holders: list[LoRALayer | ModuleToSave] = [*layers.values(), *wrappers.values()]
-    if adapter_name is not None and adapter_name not in adapter_names(root):
-        raise unknown_name("adapter_name", adapter_name, adapter_names(root))
+    _checked_names(root, adapter_name)
     if adapter_name is None and all(holder.active_adapter is None for holder in holders):
         raise ValueError(f"adapter_name must be one of {adapter_names(root)} while no adapter is active; got None")
     for name, layer in layers.items():

@@ -87,10 +87,14 @@ def _found_nothing(config: LoraConfig, places: list[Place]) -> ValueError:
     known = {place.name.rpartition(".")[2] for place in places if is_linear_layer(place.module)}
     if isinstance(targets, list) and targets:
         return unknown_name("target_modules", targets[0], known)
-    rule = "'all-linear' or" if config.all_linear else "a list of names, or, being a string,"
+    if config.all_linear:
+        return ValueError(
+            "model must have linear layers beside its output head, which target_modules='all-linear' leaves out; its "
+            f"linear layers end in {sorted(known)}"
+        )
     return ValueError(
-        f"target_modules must be {rule} a regular expression for the whole name of torch.nn.Linear modules, which "
-        f"end in {sorted(known)}; got {targets!r}, which finds none"
+        "target_modules must be a list of names, or, being a string, a regular expression for the whole name of linear "
+        f"layers, which end in {sorted(known)}; got {targets!r}, which finds none"
     )
 
 

@@ -93,7 +93,7 @@ def unload(model: nn.Module) -> nn.Module:
     return model
 
 
-def merge_and_unload(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
+def merge_and_unload(model: nn.Module, adapter_name: str | list[str] | None = None) -> nn.Module:
     """Fold an adapter into the weights for good, in place, and take all adapters off: a plain, frozen model is left.
 
     One layer is merged after the other, each into a new tensor, so there is no second copy of all weights. Where a
@@ -102,7 +102,7 @@ def merge_and_unload(model: nn.Module, adapter_name: str | None = None) -> nn.Mo
 
     Args:
         model: a model with adapters, none of them merged, not sharded and not offloaded.
-        adapter_name: the adapter to merge; None takes the active one.
+        adapter_name: the adapter to merge, or a list of some; None takes the active ones.
     Returns: model.
     Raises: ValueError as `merged`. If a merged weight is not finite, the layers before it are merged already and the
         others still have their adapters: the model computes what it did.
