@@ -295,3 +295,18 @@ def test_leading_dimensions(shape):
     fuse(twin)
     x = torch.randn(shape)
     torch.testing.assert_close(twin(x), stock(x))
+
+
+def test_compiled_without_graph_breaks():
+    """One graph, which follows a change of what it was made from."""
+    stock = peft_layer()
+    twin = copy.deepcopy(stock)
+    fuse(twin)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer_of(twin), backend="eager", fullgraph=True)
+    x = torch.randn(3, K)
+    torch.testing.assert_close(compiled(x), layer_of(stock)(x))
+    for model in (stock, twin):
+        layer_of(model).set_scale("default", 3.0)
+        layer_of(model).lora_B["default"].register_forward_hook(double)
+    torch.testing.assert_close(compiled(x), layer_of(stock)(x))
