@@ -130,7 +130,7 @@ def test_a_llama_step_on_a_small_model(monkeypatch):
     batches = (steps.Batch(1, 8), steps.Batch(2, 8, checkpointing=True))
     workload = steps.Workload("small", lambda: model, batches, (0.0, module.DROPOUT))
     plain, checkpointed = steps.run_steps(workload, budget_s=0, least=1)
-    names = ["frozen", "peft", "fused", "peft p=0.05", "fused p=0.05", "addmm"]
+    names = ["frozen", "peft", "peft+fuse", "fused", "peft p=0.05", "peft+fuse p=0.05", "fused p=0.05", "addmm"]
     for rows in (plain, checkpointed):
         assert [r["candidate"] for r in rows] == names and not any("fault" in r for r in rows), rows
         by = {r["candidate"]: r for r in rows}

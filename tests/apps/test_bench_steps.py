@@ -23,7 +23,7 @@ def quick(monkeypatch):
 
 def test_a_step_of_every_candidate(quick, capsys):
     for batch, rows in zip(SMALL.batches, run_steps(SMALL, budget_s=0, least=2)):
-        assert [r["candidate"] for r in rows] == ["frozen", "peft", "fused", "addmm"]
+        assert [r["candidate"] for r in rows] == ["frozen", "peft", "peft+fuse", "fused", "addmm"]
         for r in rows:
             assert r["rounds"] == 2 and 0 < r["step_p20_ms"] <= r["step_ms"] <= r["step_p80_ms"]
             assert abs(r["loss"] - rows[0]["loss"]) < 1e-3 and r["step_mib"] == 2.0
@@ -37,14 +37,14 @@ def test_a_step_of_every_candidate(quick, capsys):
 def test_candidates_share_the_weights_of_the_base():
     base = BASE()
     kept = {id(p) for p in base.parameters()}
-    for kind in ("frozen", "peft", "addmm", "fused"):
+    for kind in ("frozen", "peft", "peft+fuse", "addmm", "fused"):
         model = model_for(Candidate(kind), base)
         assert kept <= {id(p) for p in model.parameters()}
         trained = [p for p in model.parameters() if p.requires_grad]
         assert len(trained) == (0 if kind == "frozen" else 2 * 7 * 2)  # A and B on seven linears of two layers
     assert not any(p.requires_grad for p in base.parameters())
     assert isinstance(base.model.layers[0].self_attn.q_proj, nn.Linear)
-    with pytest.raises(ValueError, match="kind must be frozen, peft, addmm or fused; got 'fast'"):
+    with pytest.raises(ValueError, match="kind must be frozen, peft, peft.fuse, addmm or fused; got 'fast'"):
         model_for(Candidate("fast"), base)
 
 
@@ -63,7 +63,7 @@ def test_a_wrong_or_failing_candidate_is_dropped(monkeypatch, quick):
 
     monkeypatch.setattr(steps, "model_for", spoiled)
     for rows in run_steps(SMALL, budget_s=0, least=1):
-        frozen, peft, fused, addmm = rows
+        frozen, peft, _, fused, addmm = rows
         assert "fault" not in frozen and peft["fault"] == "failed" and "peft" in peft["why"]
         assert addmm["fault"] == "wrong" and addmm["why"].startswith("the loss must be ")
         assert fused["fault"] == "wrong" and "lora_A.default has no finite gradient" in fused["why"]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft_twins import assert_like_peft, fused_twin, gpt2, peft_model, step
 from tiny_llama import llama
 
-from fused_lora.peft import explain
+from fused_lora.peft import explain, fuse
 
 ATTENTION = ["q_proj", "v_proj"]
 CONFIGS = {  # name: (base, LoraConfig, the ways that its layers go)
@@ -70,9 +71,13 @@ def test_checkpointing(reentrant):
     assert_like_peft(step(twin), step(stock))
 
 
-def test_a_compiled_model_has_no_graph_breaks():
-    stock = peft_model(target_modules=ATTENTION)
-    torch._dynamo.reset()
-    compiled = torch.compile(fused_twin(stock), backend="aot_eager", fullgraph=True)
-    got = {name.removeprefix("_orig_mod."): t for name, t in step(compiled).items()}
-    assert_like_peft(got, step(stock))
+def test_a_model_that_accelerate_has_dispatched(calls):
+    """Its base layers have forwards of their own, which are called; the updates are ours."""
+    names = ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")
+    places = {f"model.{name}": "cpu" for name in names} | {"lm_head": "cpu"}
+    dispatched = peft_model(lambda dtype: dispatch_model(llama(dtype), places, main_device="cpu", force_hooks=True))
+    assert {row.way for row in fuse(dispatched, strict=True)} == {"update"}
+    stock = peft_model()
+    stock.load_state_dict(dispatched.state_dict())
+    assert_like_peft(step(dispatched), step(stock))
+    assert [call["op"] for call in calls] == ["lora_around"] * 14

@@ -180,7 +180,7 @@ def bias_in_A(layer):
 
 
 CHANGES = {  # what changes between two calls: the op that serves the second
-    base_trains: "lora_around",
+    base_trains: "lora_linear",
     base_is_parametrized: "lora_around",
     base_is_a_subclass: "lora_around",
     new_weight_data: "lora_linear",
@@ -265,6 +265,20 @@ def test_dropout_is_inside_while_its_module_trains(calls):
     assert not torch.equal(trained, evaluated)
 
 
+def test_fsdp1_s_attributes_come_before_the_parameters(calls):
+    """In a forward of FSDP1 the gathered tensors are attributes; the parameters hold this process's part."""
+    stock = peft_layer()
+    twin = copy.deepcopy(stock)
+    fuse(twin)
+    for model in (stock, twin):
+        layer = layer_of(model)
+        for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+            module.__dict__["weight"] = module.weight.detach() * 2
+    x = torch.randn(3, K)
+    torch.testing.assert_close(twin(x), stock(x))
+    assert [call["op"] for call in calls] == ["lora_linear"]
+
+
 def test_gradients_of_a_trained_base_bias(calls):
     stock = peft_layer(bias="lora_only")
     twin = copy.deepcopy(stock)
@@ -281,3 +295,18 @@ def test_leading_dimensions(shape):
     fuse(twin)
     x = torch.randn(shape)
     torch.testing.assert_close(twin(x), stock(x))
+
+
+def test_compiled_without_graph_breaks():
+    """One graph, which follows a change of what it was made from."""
+    stock = peft_layer()
+    twin = copy.deepcopy(stock)
+    fuse(twin)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer_of(twin), backend="eager", fullgraph=True)
+    x = torch.randn(3, K)
+    torch.testing.assert_close(compiled(x), layer_of(stock)(x))
+    for model in (stock, twin):
+        layer_of(model).set_scale("default", 3.0)
+        layer_of(model).lora_B["default"].register_forward_hook(double)
+    torch.testing.assert_close(compiled(x), layer_of(stock)(x))

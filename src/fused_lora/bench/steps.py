@@ -52,13 +52,13 @@ class Workload:
 
     def candidates(self) -> dict[str, "Candidate"]:
         """All of them by name, frozen first."""
-        ours = [Candidate(kind, p) for p in self.dropouts for kind in ("peft", "fused")]
+        ours = [Candidate(kind, p) for p in self.dropouts for kind in ("peft", "peft+fuse", "fused")]
         return {c.name: c for c in (Candidate("frozen"), *ours, Candidate("addmm"))}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to train the model: frozen, peft, fused or addmm; LoRA dropout for PEFT and ours."""
+    """A way to train the model: frozen, peft, peft+fuse, fused or addmm; LoRA dropout for PEFT and ours."""
 
     kind: str
     dropout: float = 0.0
@@ -87,13 +87,17 @@ def model_for(candidate: Candidate, base: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     if kind == "frozen":  # its backward runs as deep as the others' where the embeddings need a gradient
         model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
-    elif kind == "peft":
+    elif kind in ("peft", "peft+fuse"):
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear")
         with warnings.catch_warnings():  # PEFT reads an attribute that transformers has renamed
             warnings.simplefilter("ignore", FutureWarning)
             model = get_peft_model(model, config)
+        if kind == "peft+fuse":
+            from fused_lora.peft import fuse
+
+            fuse(model, strict=True)
     elif kind == "addmm":
         head = model.get_output_embeddings()
         for parent, key, linear in list(_linears(model)):
@@ -102,7 +106,7 @@ def model_for(candidate: Candidate, base: nn.Module) -> nn.Module:
     elif kind == "fused":
         apply_lora(model, r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear")
     else:
-        raise ValueError(f"kind must be frozen, peft, addmm or fused; got {kind!r}")
+        raise ValueError(f"kind must be frozen, peft, peft+fuse, addmm or fused; got {kind!r}")
     return model.train()
 
 

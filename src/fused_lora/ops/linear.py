@@ -100,9 +100,8 @@ def lora_linear(
         gate = x.new_full((*x.shape[:-1], 1), scaling, dtype=torch.float32) if gate is None else gate * scaling
         variant, scaling = variant._replace(gate=gate), 1.0
     rows = [t if t is None else matrix(t) for t in variant[:3]]
-    seed = draw_seed(x, dropout_p)
-    settings = (scaling, dropout_p, backend)
-    y, h = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, *rows, *variant[3:], seed, settings)
+    settings = draw_seed(x, dropout_p), (scaling, dropout_p, backend)
+    y, h = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, *rows, *variant[3:], *settings)
     return (y, h.view(*x.shape[:-1], lora_A.shape[0])) if return_h else y
 
 

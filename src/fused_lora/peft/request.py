@@ -59,14 +59,11 @@ def readable_base(layer: Any) -> Base | str:
         return f"its base layer is a {_class(base)}"
     if not _bare(base):
         return "its base layer has hooks or a forward of its own"
-    own = base._parameters
-    weight, bias = own.get("weight"), own.get("bias")
+    weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
     if weight is None or type(weight) not in _PLAIN_TENSORS:
         return f"its base weight is {_kind(weight)}"
     if bias is not None and type(bias) not in _PLAIN_TENSORS:
         return f"its base bias is {_kind(bias)}"
-    if weight.requires_grad:
-        return "its base weight trains"
     return Base(weight.t() if layer.fan_in_fan_out else weight, bias)
 
 
@@ -115,6 +112,12 @@ def _bare(module: Any) -> bool:
     )
 
 
+def _tensor(module: Any, name: str) -> Tensor | None:
+    """A parameter of the module, or what FSDP1 puts before it during a forward: an attribute."""
+    attribute = module.__dict__.get(name)
+    return module._parameters.get(name) if attribute is None else attribute
+
+
 def _adapter(layer: Any, name: str) -> Update | str:
     """What one adapter adds, or why PEFT must compute it."""
     modules = layer._modules
@@ -128,14 +131,13 @@ def _adapter(layer: Any, name: str) -> Update | str:
         return f"adapter {name!r} has a {_class(other)} in the place of an nn.Linear"
     if not (_bare(module_A) and _bare(module_B) and _bare(dropout)):
         return f"adapter {name!r} has hooks or a forward of its own"
-    own_A, own_B = module_A._parameters, module_B._parameters
-    lora_A, lora_B = own_A.get("weight"), own_B.get("weight")
+    lora_A, lora_B = _tensor(module_A, "weight"), _tensor(module_B, "weight")
     if lora_A is None or lora_B is None or {type(lora_A), type(lora_B)} - _PLAIN_TENSORS:
         other = lora_B if type(lora_A) in _PLAIN_TENSORS else lora_A
         return f"adapter {name!r} holds {_kind(other)}"
     if lora_A.dtype is not lora_B.dtype:
         return f"adapter {name!r} has lora_A in {_name(lora_A.dtype)} and lora_B in {_name(lora_B.dtype)}"
-    if own_A.get("bias") is not None:
+    if _tensor(module_A, "bias") is not None:
         return f"adapter {name!r} has a bias in lora_A"
     if not layer.cast_input_dtype_enabled:
         return "PEFT's casting of its input is switched off"
@@ -145,7 +147,7 @@ def _adapter(layer: Any, name: str) -> Update | str:
         dropout_p = dropout.p if dropout.training else 0.0
     else:
         return f"adapter {name!r} has a dropout that the op has not: {dropout}"
-    scaling, bias = layer.scaling[name], own_B.get("bias")
+    scaling, bias = layer.scaling[name], _tensor(module_B, "bias")
     if isinstance(scaling, Tensor) and scaling.dim():
         return f"adapter {name!r} has a scaling of shape {list(scaling.shape)}"
     return Update(lora_A, lora_B, scaling, dropout_p, bias if bias is None else bias * scaling)
