@@ -11,6 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fused_lora.peft import fuse
 
+K, N = 32, 24  # of `Root`
+
 
 def gpt2(dtype=torch.float32) -> GPT2LMHeadModel:
     """A tiny model of Conv1D layers, all with biases."""
@@ -59,3 +61,46 @@ def assert_like_peft(got: dict, peer: dict, exact: dict | None = None, dtype=tor
             limit = 2 * (peer[name].double() - want).abs().max().item() + 2 * eps * largest
         error = (t.double() - want).abs().max().item()
         assert error <= limit, f"{name}: {error:.2e} over {limit:.2e}"
+
+
+class Root(nn.Module):
+    """A model of one linear layer, `proj`."""
+
+    def __init__(self, proj=None, bias=True):
+        super().__init__()
+        self.proj = nn.Linear(K, N, bias) if proj is None else proj
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def peft_layer(root=None, **lora):
+    """The root with an adapter that looks trained."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(**dict(r=4, lora_alpha=6, target_modules=["proj"]) | lora)
+        model = get_peft_model(Root() if root is None else root, config)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=g) * 0.2)
+    return model
+
+
+def layer_of(model):
+    return model.base_model.model.proj
+
+
+def outcome(model, dtype=torch.float32):
+    """y, dx and every gradient of a call, or the error's type and words."""
+    x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+    model.zero_grad()
+    try:
+        y = model(x)
+    except RuntimeError as error:
+        return str(error)
+    if y.requires_grad:
+        y.float().square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach()} | ({} if x.grad is None else {"dx": x.grad}) | grads

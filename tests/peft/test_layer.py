@@ -1,63 +1,15 @@
 """One fused layer beside PEFT's: what is read at each call, and what sends it through PEFT's own forward."""
 
 import copy
-import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.helpers import disable_input_dtype_casting
-from peft_twins import assert_like_peft
+from peft_twins import K, N, assert_like_peft, layer_of, outcome, peft_layer
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 from fused_lora.peft import explain, fuse
-
-K, N = 32, 24
-
-
-class Root(nn.Module):
-    """A model of one linear layer, `proj`."""
-
-    def __init__(self, proj=None, bias=True):
-        super().__init__()
-        self.proj = nn.Linear(K, N, bias) if proj is None else proj
-
-    def forward(self, x):
-        return self.proj(x)
-
-
-def peft_layer(root=None, **lora):
-    """The root with an adapter that looks trained."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = LoraConfig(**dict(r=4, lora_alpha=6, target_modules=["proj"]) | lora)
-        model = get_peft_model(Root() if root is None else root, config)
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=g) * 0.2)
-    return model
-
-
-def layer_of(model):
-    return model.base_model.model.proj
-
-
-def outcome(model, dtype=torch.float32):
-    """y, dx and every gradient of a call, or the error's type and words."""
-    x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
-    model.zero_grad()
-    try:
-        y = model(x)
-    except RuntimeError as error:
-        return str(error)
-    if y.requires_grad:
-        y.float().square().sum().backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"y": y.detach()} | ({} if x.grad is None else {"dx": x.grad}) | grads
 
 
 def parts(layer):
@@ -225,88 +177,3 @@ def test_a_hook_on_all_modules_sees_each(calls):
     finally:
         handle.remove()
     assert layer_of(twin).lora_B["default"] in seen and not calls
-
-
-def test_an_x_of_another_dtype_is_peft_s_matter(calls):
-    stock = peft_layer()
-    twin = copy.deepcopy(stock)
-    fuse(twin)
-    assert outcome(twin, torch.bfloat16) == outcome(stock, torch.bfloat16) != {}
-    with torch.autocast("cpu", torch.bfloat16):
-        twin(torch.randn(3, K, dtype=torch.float16))
-    assert [call["op"] for call in calls] == ["lora_linear"]
-
-
-def test_without_peft_s_casting(calls):
-    twin = peft_layer()
-    fuse(twin)
-    with disable_input_dtype_casting(twin):
-        twin(torch.randn(3, K))
-    assert not calls
-
-
-def test_dropout_is_inside_while_its_module_trains(calls):
-    twin = peft_layer(lora_dropout=0.4).train()
-    fuse(twin, strict=True)
-    x = torch.ones(4000, K)
-    with torch.no_grad():
-        trained = twin(x).mean(0)
-        layer_of(twin).lora_dropout.eval()
-        evaluated = twin(x)[0]
-        layer_of(twin).lora_dropout["default"].p = 1.0
-        twin.train()
-        nothing = twin(x)[0]
-        layer = layer_of(twin)
-        torch.testing.assert_close(nothing, layer.base_layer(x)[0])
-        # the mean of 4000 draws: the deviation of one is sqrt(p / (1 - p)) |B A|, and 6 of the mean's are allowed
-        BA = layer.get_delta_weight("default").square().sum(1).sqrt()
-    assert [call["dropout_p"] for call in calls] == [0.4, 0.0]
-    assert ((trained - evaluated).abs() <= 6 * (0.4 / 0.6) ** 0.5 * BA / 4000**0.5).all()
-    assert not torch.equal(trained, evaluated)
-
-
-def test_fsdp1_s_attributes_come_before_the_parameters(calls):
-    """In a forward of FSDP1 the gathered tensors are attributes; the parameters hold this process's part."""
-    stock = peft_layer()
-    twin = copy.deepcopy(stock)
-    fuse(twin)
-    for model in (stock, twin):
-        layer = layer_of(model)
-        for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
-            module.__dict__["weight"] = module.weight.detach() * 2
-    x = torch.randn(3, K)
-    torch.testing.assert_close(twin(x), stock(x))
-    assert [call["op"] for call in calls] == ["lora_linear"]
-
-
-def test_gradients_of_a_trained_base_bias(calls):
-    stock = peft_layer(bias="lora_only")
-    twin = copy.deepcopy(stock)
-    fuse(twin)
-    got = outcome(twin)
-    assert_like_peft(got, outcome(stock))
-    assert len(got) == 5 and [call["op"] for call in calls] == ["lora_linear"]
-
-
-@pytest.mark.parametrize("shape", [(K,), (0, K), (2, 0, K), (1, 2, 3, K)])
-def test_leading_dimensions(shape):
-    stock = peft_layer()
-    twin = copy.deepcopy(stock)
-    fuse(twin)
-    x = torch.randn(shape)
-    torch.testing.assert_close(twin(x), stock(x))
-
-
-def test_compiled_without_graph_breaks():
-    """One graph, which follows a change of what it was made from."""
-    stock = peft_layer()
-    twin = copy.deepcopy(stock)
-    fuse(twin)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer_of(twin), backend="eager", fullgraph=True)
-    x = torch.randn(3, K)
-    torch.testing.assert_close(compiled(x), layer_of(stock)(x))
-    for model in (stock, twin):
-        layer_of(model).set_scale("default", 3.0)
-        layer_of(model).lora_B["default"].register_forward_hook(double)
-    torch.testing.assert_close(compiled(x), layer_of(stock)(x))
