@@ -35,9 +35,8 @@ def test_what_a_page_shows_runs(page, folder):
     model = llama()
     linear = torch.nn.Linear(64, 32)
     x, weight = torch.randn(3, 64), linear.weight.detach()
-    document.namespace.update(
-        torch=torch, F=torch.nn.functional, fused_lora=fused_lora, base=llama(), plain=llama(), model=model, linear=linear
-    )
+    document.namespace.update(torch=torch, F=torch.nn.functional, fused_lora=fused_lora)
+    document.namespace.update(base=llama(), plain=llama(), model=model, linear=linear)
     document.namespace.update(x=x, weight=weight, lora_A=torch.randn(4, 64), lora_B=torch.randn(32, 4), scaling=2.0)
     document.namespace.update(inputs=dict(input_ids=torch.arange(8)[None]))
     examples = list(document.examples())
