@@ -26,7 +26,8 @@ BUILD = "import sys; sys.modules['torch'] = None; from setuptools import build_m
 ODD = "a b$c:d"  # a folder whose name ninja and the shell would each read otherwise
 # A compiler in name only: it notes its arguments, one call a line, and leaves empty files.
 STUB = """#!/bin/sh
-for argument; do printf '%s\\t' "$argument"; done >> '{log}'; echo >> '{log}'
+call=$(for argument; do printf '%s\\t' "$argument"; done)
+printf '%s\\n' "$call" >> '{log}'  # in one write: ninja runs several
 while [ $# -gt 0 ]; do case "$1" in -o) out=$2;; -MF) depfile=$2;; esac; shift; done
 : > "$out"; [ -z "$depfile" ] || : > "$depfile"
 """
@@ -167,7 +168,8 @@ def test_metadata(distribution):
     classifiers = distribution.metadata.get_all("Classifier")
     assert {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13, 14)} <= set(classifiers)
     assert "Typing :: Typed" in classifiers
-    assert {"cli", "peft", "finetune", "bench", "test", "dev"} == set(distribution.metadata.get_all("Provides-Extra"))
+    extras = {"cli", "peft", "finetune", "bench", "bitsandbytes", "torchao", "test", "dev"}
+    assert extras == set(distribution.metadata.get_all("Provides-Extra"))
     (entry,) = distribution.entry_points
     assert entry.name == "fused-lora" and callable(entry.load())
     urls = dict(line.split(", ", 1) for line in distribution.metadata.get_all("Project-URL"))
