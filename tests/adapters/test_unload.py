@@ -154,6 +154,45 @@ def test_a_layer_that_cannot_be_merged_leaves_a_model_that_computes_the_same():
     torch.testing.assert_close(logits(model), want, atol=1e-5, rtol=1e-5)
 
 
+def test_a_layer_that_has_no_merge_is_named_before_others_are_merged(refuses):
+    model = apply_lora(nn.Sequential(nn.Conv1d(4, 4, 3, groups=2), nn.Linear(6, 5)), target_modules=["0", "1"])
+    with refuses(model, "0: convolution must have one group and pad with zeros for a merge; got groups=2"):
+        merge_and_unload(model)
+    apply_lora(model, target_modules=["1"], adapter_name="b")
+    with refuses(model, "0: convolution must have one group") as got:
+        merge_and_unload(model, "default")
+    assert got and model[1].active_adapter == "b"
+
+
+class Experts(nn.Module):
+    """Two parameters that it reads itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(2, 6, 4)), nn.Parameter(torch.randn(2, 4, 6))
+
+    def forward(self, x):
+        return (x @ self.up.mT @ self.down.mT).sum(0)
+
+
+@pytest.mark.parametrize("bad", ["0", "0.base_layer"])
+def test_experts_of_which_one_parameter_cannot_be_merged_compute_the_same(bad):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Experts(), nn.Linear(4, 4)), torch.randn(3, 4)
+    randomise(apply_lora(model, target_modules=["1"], target_parameters=["0.up", "0.down"]))
+    want, layer = model(x), model.get_submodule(bad)
+    kept = layer.lora_B["default"].detach().clone()
+    with torch.no_grad():
+        layer.lora_B["default"].fill_(torch.inf)
+    with pytest.raises(ValueError, match=rf"^{bad}: the weight merged with adapter 'default' must be finite"):
+        merge_and_unload(model)
+    with torch.no_grad():
+        layer.lora_B["default"].copy_(kept)
+    torch.testing.assert_close(model(x), want)
+    torch.testing.assert_close(merge_and_unload(model)(x), want)
+    assert type(model[0]) is Experts
+
+
 def test_what_cannot_be_taken_off(refuses):
     model = randomise(apply_lora(llama()))
     model.model.layers[0].mlp.up_proj._hf_hook = object()

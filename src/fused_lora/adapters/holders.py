@@ -1,12 +1,14 @@
 """The layers and wrappers of a model that hold adapters, and an adapter's tensors by their keys in PEFT's file."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from fused_lora.adapters.peft_format import adapter_keys, saved_key
-from fused_lora.adapters.plan import walk
+from fused_lora.adapters.places import walk
 from fused_lora.adapters.wrappers import plain_key
+from fused_lora.nn.by_name import ActiveAdapter, as_list, one_or_list
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.modules_to_save import ModuleToSave
 
@@ -67,13 +69,14 @@ def module_names(model: nn.Module) -> list[str]:
 
 def active_adapters(model: nn.Module) -> list[str]:
     """The names of the adapters that act somewhere in a model, sorted."""
-    return sorted({name for holder in named_holders(model).values() for name in active_of(holder)})
+    return sorted({name for holder in named_holders(model).values() for name in as_list(holder.active_adapter)})
 
 
-def active_of(holder: Holder) -> list[str]:
-    """The names of the adapters that act in a layer or wrapper."""
-    active = holder.active_adapter
-    return [active] if isinstance(active, str) else list(active or ())
+def held(adapter_name: ActiveAdapter, holder: Holder) -> Any:
+    """The adapter's name if the layer or wrapper holds it; of a list those that it holds, a list where they are
+    several."""
+    own = holder.lora_A if isinstance(holder, LoRALayer) else holder.modules_to_save
+    return one_or_list([name for name in as_list(adapter_name) if name in own])
 
 
 def tensors_of(

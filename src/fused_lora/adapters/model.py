@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from torch import nn
 
 from fused_lora.adapters.conventions import for_model
-from fused_lora.adapters.holders import adapter_names, all_holders
+from fused_lora.adapters.holders import adapter_names, all_holders, held, named_holders
 from fused_lora.adapters.peft_config import from_peft, is_peft_config
 from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.starts import check_start, start
@@ -16,7 +15,7 @@ from fused_lora.adapters.weight_readers import call_all_layers
 from fused_lora.adapters.wrappers import check_no_peft, check_open, is_replicated, is_sharded, reshard, unwrapped
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, lora_layer
-from fused_lora.nn.by_name import ActiveAdapter, one_or_list
+from fused_lora.nn.by_name import ActiveAdapter, as_list
 from fused_lora.nn.experts import LoRAParameter, pattern_name
 from fused_lora.nn.modules_to_save import ModuleToSave
 
@@ -119,35 +118,27 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
     check_may_train(model, _checked_names(root, adapter_name))
     layers, wrappers = all_holders(root)
     for name, layer in layers.items():
-        if layer.merged and layer.active_adapter != _held(adapter_name, layer):
+        if layer.merged and layer.active_adapter != held(adapter_name, layer):
             raise ValueError(
                 f"{name}: adapter {layer.active_adapter!r} is merged, unmerge before switching; got {adapter_name!r}"
             )
     reshard(root)
     for layer in layers.values():
-        layer.set_adapter(_held(adapter_name, layer))
+        layer.set_adapter(held(adapter_name, layer))
     for wrapper in wrappers.values():
-        wrapper.set_adapter(_held(adapter_name, wrapper))
+        wrapper.set_adapter(held(adapter_name, wrapper))
 
 
 def _checked_names(root: nn.Module, adapter_name: ActiveAdapter) -> list[str]:
     """The names of adapters that are to act together. Raises: ValueError if they cannot."""
-    names, known = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name or ()), adapter_names(root)
+    names, known = as_list(adapter_name), adapter_names(root)
     for name in names:
         if name not in known:
             raise unknown_name("adapter_name", name, known)
     for place, wrapper in all_holders(root)[1].items():
-        if isinstance(held := _held(names, wrapper), list):
-            raise ValueError(f"adapter_name must name one adapter that trains a copy of {place}; got {held}")
+        if isinstance(several := held(names, wrapper), list):
+            raise ValueError(f"adapter_name must name one adapter that trains a copy of {place}; got {several}")
     return names
-
-
-def _held(adapter_name: ActiveAdapter, holder: LoRALayer | ModuleToSave) -> Any:
-    """The adapter's name if the layer or wrapper holds it; of a list those that it holds, a list where they are
-    several."""
-    names = [adapter_name] if isinstance(adapter_name, str) else adapter_name or ()
-    own = holder.lora_A if isinstance(holder, LoRALayer) else holder.modules_to_save
-    return one_or_list([name for name in names if name in own])
 
 
 @contextmanager
@@ -170,8 +161,7 @@ def merged(model: nn.Module, adapter_name: str | list[str] | None = None) -> Ite
             "copy; got a sharded one"
         )
     layers, wrappers = all_holders(root)
-    holders: list[LoRALayer | ModuleToSave] = [*layers.values(), *wrappers.values()]
-    before = [holder.active_adapter for holder in holders]
+    before = {name: holder.active_adapter for name, holder in named_holders(root).items()}
     choose_to_merge(root, adapter_name)
     try:
         for wrapper in wrappers.values():
@@ -191,23 +181,30 @@ def merged(model: nn.Module, adapter_name: str | list[str] | None = None) -> Ite
                 layer.unmerge()
         for wrapper in wrappers.values():
             wrapper.merged = False
-        for holder, active in zip(holders, before, strict=True):
-            holder.active_adapter = active
+        for name, holder in named_holders(root).items():
+            holder.active_adapter = before[name]
 
 
 def choose_to_merge(root: nn.Module, adapter_name: ActiveAdapter) -> None:
     """Have the adapter act that is to be merged, the active one if the name is None, without touching requires_grad, so
-    an optimizer sees no change. Raises: ValueError as `merged`; nothing changes then."""
-    layers, wrappers = all_holders(root)
-    holders: list[LoRALayer | ModuleToSave] = [*layers.values(), *wrappers.values()]
+    an optimizer sees no change. Raises: ValueError as `merged`, but for values that are not finite; nothing changes
+    then."""
+    layers, holders = all_holders(root)[0], named_holders(root)
     _checked_names(root, adapter_name)
-    if adapter_name is None and all(holder.active_adapter is None for holder in holders):
+    if adapter_name is None and all(holder.active_adapter is None for holder in holders.values()):
         raise ValueError(f"adapter_name must be one of {adapter_names(root)} while no adapter is active; got None")
+    chosen = {name: holder.active_adapter for name, holder in holders.items()}
+    if adapter_name is not None:
+        chosen = {name: held(adapter_name, holder) for name, holder in holders.items()}
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} must not be merged yet; got adapter {layer.active_adapter!r} merged")
-    for holder in holders if adapter_name is not None else []:
-        holder.active_adapter = _held(adapter_name, holder)
+        try:
+            layer.check_mergeable(as_list(chosen[name]))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for name, holder in holders.items():
+        holder.active_adapter = chosen[name]
 
 
 def get_nb_trainable_parameters(model: nn.Module) -> tuple[int, int]:

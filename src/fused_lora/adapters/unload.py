@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from fused_lora.adapters.holders import active_of, adapter_names, all_holders, holders_of, named_holders
+from fused_lora.adapters.holders import adapter_names, all_holders, held, holders_of, named_holders
 from fused_lora.adapters.model import check_not_merged, choose_to_merge
 from fused_lora.adapters.places import walk
 from fused_lora.adapters.wrappers import is_sharded, unwrapped
 from fused_lora.config import unknown_name
+from fused_lora.nn.by_name import ActiveAdapter
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.modules_to_save import ModuleToSave
 
@@ -30,26 +31,21 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         switch_on(model, before)
 
 
-def switch_off(model: nn.Module) -> dict[str, list[str]]:
+def switch_off(model: nn.Module) -> dict[str, ActiveAdapter]:
     """Have no adapter act. Returns: what acted, by layer and wrapper."""
     root = unwrapped(model)
     check_not_merged(root, "adapters are switched off")
     holders = named_holders(root)
-    before = {name: active_of(holder) for name, holder in holders.items()}
+    before = {name: holder.active_adapter for name, holder in holders.items()}
     for holder in holders.values():
         holder.active_adapter = None
     return before
 
 
-def switch_on(model: nn.Module, before: dict[str, list[str]]) -> None:
+def switch_on(model: nn.Module, before: dict[str, ActiveAdapter]) -> None:
     """Have act again what `switch_off` said, where it is still there."""
     for name, holder in named_holders(unwrapped(model)).items():
-        names = holder.lora_A if isinstance(holder, LoRALayer) else holder.modules_to_save
-        acted = [adapter for adapter in before.get(name, ()) if adapter in names]
-        if isinstance(holder, LoRALayer) and len(acted) > 1:
-            holder.active_adapter = acted
-        else:
-            holder.active_adapter = next(iter(acted), None)
+        holder.active_adapter = held(before.get(name), holder)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -104,8 +100,8 @@ def merge_and_unload(model: nn.Module, adapter_name: str | list[str] | None = No
         model: a model with adapters, none of them merged, not sharded and not offloaded.
         adapter_name: the adapter to merge, or a list of some; None takes the active ones.
     Returns: model.
-    Raises: ValueError as `merged`. If a merged weight is not finite, the layers before it are merged already and the
-        others still have their adapters: the model computes what it did.
+    Raises: ValueError as `merged`; nothing changes then. Only if a merged weight is not finite, some layers are merged
+        already, and the others still have their adapters, of which this one acts.
     """
     root = unwrapped(model)
     _check_removable(root)
@@ -113,8 +109,7 @@ def merge_and_unload(model: nn.Module, adapter_name: str | list[str] | None = No
     places = _places(root)
     layers, wrappers = all_holders(root)
     while layers:  # which keeps no layer, and so no weight, longer than needed
-        name = next(iter(layers))
-        layer = layers.pop(name)
+        name, layer = layers.popitem()  # the last first: of a module's parameters the inner before the outer
         if layer.active_adapter is not None:
             try:
                 layer.merge()

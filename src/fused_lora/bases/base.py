@@ -44,6 +44,9 @@ class Base:
         """Another W [N, K], fp32, quantised as this one is. Raises: ValueError if the library cannot."""
         raise NotImplementedError
 
+    def check_mergeable(self) -> None:
+        """Raises ValueError if the library cannot quantise another W as this one is."""
+
     def aside(self) -> nn.Parameter:
         """The weight and all that belongs to it, for `put`."""
         return self.linear.weight

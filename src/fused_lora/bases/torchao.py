@@ -24,10 +24,14 @@ class Quantised(Base):
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.linear.weight.dequantize().to(dtype)
 
-    def quantised(self, dense: Tensor) -> nn.Parameter:
+    def check_mergeable(self) -> None:
         weight = self.linear.weight
         if not isinstance(weight, Float8Tensor | Int8Tensor):
             raise ValueError(f"the weight must be torchao's int8 or float8 to be merged; got {type(weight).__name__}")
+
+    def quantised(self, dense: Tensor) -> nn.Parameter:
+        self.check_mergeable()
+        weight = self.linear.weight
         dense = dense.to(weight.dtype)
         granularity = PerTensor() if weight.scale.numel() == 1 else PerRow()
         if isinstance(weight, Int8Tensor):

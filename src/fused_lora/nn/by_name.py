@@ -17,6 +17,11 @@ def one_or_list(names: list[str]) -> ActiveAdapter:
     return names if len(names) > 1 else next(iter(names), None)
 
 
+def as_list(active: ActiveAdapter) -> list[str]:
+    """The names in a value of active_adapter."""
+    return [active] if isinstance(active, str) else list(active or ())
+
+
 class AdaptersByName(nn.Module):
     """A module with A, B and settings of LoRA adapters by name, of which none, one or several act."""
 
@@ -77,15 +82,14 @@ class AdaptersByName(nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         """The names of the adapters that act, in the order in which they were set."""
-        active = self.active_adapter
-        return [active] if isinstance(active, str) else list(active or ())
+        return as_list(self.active_adapter)
 
     def set_adapter(self, adapter_name: ActiveAdapter) -> None:
         """Make one adapter, or those of a list, active and the only trainable ones; None is the base layer alone.
 
         Raises: ValueError if an adapter is unknown, or others are merged into the weight.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name or ())
+        names = as_list(adapter_name)
         for name in names:
             self._check_known(name)
         if self.merged and names != self.active_adapters:

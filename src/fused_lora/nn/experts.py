@@ -71,14 +71,12 @@ class LoRAParameter(LoRALayer):
 
     def __init__(self, base_layer: nn.Module, parameter_name: str):
         super().__init__()
-        self.base_layer, self.parameter_name, self._path = base_layer, parameter_name, parameter_name
-        inner = base_layer
-        while isinstance(inner, LoRAParameter):
-            inner, self._path = inner.base_layer, f"base_layer.{self._path}"
-        self.num_experts, self.out_features, self.in_features = parameter_shape(inner, parameter_name)
-        inner.requires_grad_(False)
+        self.base_layer, self.parameter_name = base_layer, parameter_name
+        module = self.module
+        self.num_experts, self.out_features, self.in_features = parameter_shape(module, parameter_name)
+        module.requires_grad_(False)
         self._start_empty()
-        self.training = inner.training
+        self.training = module.training
 
     @property
     def module(self) -> Any:
@@ -104,7 +102,14 @@ class LoRAParameter(LoRALayer):
     def forward(self, *args, **kwargs):
         if self.active_adapter is None or self.merged:
             return self.base_layer(*args, **kwargs)
-        return functional_call(self.base_layer, {self._path: self._adapted()}, args, kwargs)
+        return functional_call(self.base_layer, {self._path(): self._adapted()}, args, kwargs)
+
+    def _path(self) -> str:
+        """The parameter's name in the base layer."""
+        path, inner = self.parameter_name, self.base_layer
+        while isinstance(inner, LoRAParameter):
+            path, inner = f"base_layer.{path}", inner.base_layer
+        return path
 
     def _adapted(self) -> Tensor:
         """The parameter with the active adapters in it, in its own dtype."""
@@ -133,28 +138,23 @@ class LoRAParameter(LoRALayer):
         _check_no_dropout(config)
         super()._set_config(adapter_name, config)
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """As `LoRALayer.merge`, of the parameter in its module, in its own dtype."""
-        names = self.active_adapters
-        if not names or self.merged:
-            raise ValueError(f"merge() needs an active adapter that is not merged yet; got {self.active_adapter!r}")
-        check_values(self.parameter_name, self.weight)
-        for name in names:
+    def check_mergeable(self, adapter_names: list[str]) -> None:
+        for name in adapter_names:
+            check_values(self.parameter_name, self.weight)
             check_values("lora_A", self.lora_A[name])
             check_values("lora_B", self.lora_B[name])
+
+    @torch.no_grad()
+    def _merged_and_pristine(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The sum is computed in the parameter's own dtype, as PEFT does it."""
         merged = self._adapted()
         if not torch.isfinite(merged).all():
-            raise ValueError(f"the weight merged with adapter {', '.join(map(repr, names))} must be finite; got others")
-        object.__setattr__(self, "_pristine", self.weight)
-        setattr(self.module, self.parameter_name, nn.Parameter(merged, requires_grad=False))
+            names = ", ".join(map(repr, self.active_adapters))
+            raise ValueError(f"the weight merged with adapter {names} must be finite; got others")
+        return nn.Parameter(merged, requires_grad=False), self.module.get_parameter(self.parameter_name)
 
-    def unmerge(self) -> None:
-        """Put the parameter back that `merge` set aside. Raises: ValueError if nothing is merged."""
-        if self._pristine is None:
-            raise ValueError("unmerge() needs a merged adapter; got none")
-        setattr(self.module, self.parameter_name, self._pristine)
-        self._pristine = None
+    def _put(self, weight: nn.Parameter) -> None:
+        setattr(self.module, self.parameter_name, weight)
 
     def extra_repr(self) -> str:
         return f"parameter_name={self.parameter_name!r}, {self._adapters_repr()}"

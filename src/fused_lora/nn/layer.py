@@ -135,9 +135,10 @@ class LoRALayer(AdaptersByName):
         """Add a fresh adapter whose arguments are checked."""
         first = not self.lora_A
         device, dtype = adapter_place(self.base())
-        for tensors, shape in zip((self.lora_A, self.lora_B), self.adapter_shapes(config.r), strict=True):
-            empty = torch.empty(shape, device=device, dtype=adapter_dtype or dtype)
-            tensors[adapter_name] = nn.Parameter(empty, requires_grad=False)
+        shapes = self.adapter_shapes(config.r)
+        empty = [torch.empty(shape, device=device, dtype=adapter_dtype or dtype) for shape in shapes]
+        for tensors, values in zip((self.lora_A, self.lora_B), empty, strict=True):
+            tensors[adapter_name] = nn.Parameter(values, requires_grad=False)
         self._set_config(adapter_name, config)
         self.reset_lora_parameters(adapter_name)
         self.init_lora_weights[adapter_name] = True
@@ -156,29 +157,39 @@ class LoRALayer(AdaptersByName):
             (quantised by a library that `bases` does not know or cannot quantise with, sharded, offloaded, on the meta
             device), or the merged weight is not finite; nothing changes then.
         """
-        names, base = self.active_adapters, self.base()
-        if not names or self.merged:
+        if not self.active_adapters or self.merged:
             raise ValueError(
                 f"merge() needs an active adapter that is not merged yet; got {self.active_adapter!r}, "
                 f"{'merged' if self.merged else 'none active'}"
             )
-        quantised = bases.of(base)
-        if quantised is None:
-            check_values("weight", base.weight)
-        for name in names:
-            check_values("lora_A", self.lora_A[name])
-            check_values("lora_B", self.lora_B[name])
-        updates = [(*self._factors(name), float(self.scaling[name])) for name in names]
-        if quantised is None:
-            merged, pristine = (
-                nn.Parameter(merged_weight(base.weight, updates, names), requires_grad=False),
-                base.weight,
-            )
-        else:
-            merged, pristine = quantised.merged(summed(updates)), quantised.aside()
+        self.check_mergeable(self.active_adapters)
+        merged, pristine = self._merged_and_pristine()
         # Past Module.__setattr__, which would register a second parameter.
         object.__setattr__(self, "_pristine", pristine)
         self._put(merged)
+
+    def check_mergeable(self, adapter_names: list[str]) -> None:
+        """Raises ValueError if `merge` would refuse these adapters, whatever values the tensors have."""
+        if not adapter_names:
+            return
+        quantised = bases.of(self.base())
+        if quantised is None:
+            check_values("weight", self.base().weight)
+        else:
+            quantised.check_mergeable()
+        for name in adapter_names:
+            check_values("lora_A", self.lora_A[name])
+            check_values("lora_B", self.lora_B[name])
+            self._factors(name)
+
+    def _merged_and_pristine(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The base weight with the active adapters in it, and as it is."""
+        names, base = self.active_adapters, self.base()
+        updates = [(*self._factors(name), float(self.scaling[name])) for name in names]
+        quantised = bases.of(base)
+        if quantised is not None:
+            return quantised.merged(summed(updates)), quantised.aside()
+        return nn.Parameter(merged_weight(base.weight, updates, names), requires_grad=False), base.weight
 
     def unmerge(self) -> None:
         """Put the base weight back, the very Parameter that `merge` set aside. Raises: ValueError if nothing is
