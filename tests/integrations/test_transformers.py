@@ -177,6 +177,14 @@ def test_the_methods_of_transformers_for_adapters(directory, tmp_path):
         model.save_pretrained(tmp_path / "none")
     model.enable_adapters()
     assert torch.equal(logits(model), first)
+    model.disable_adapters()
+    model.set_adapter("second")  # which enables it
+    model.enable_adapters()
+    assert torch.equal(logits(model), second)
+    model.disable_adapters()
+    assert torch.equal(logits(model), plain)
+    model.enable_adapters()
+    assert torch.equal(logits(model), second)
     model.load_adapter(tmp_path, "third")
     model.delete_adapter(["default"])
     assert model.active_adapters() == ["third"] and torch.equal(logits(model), first)
@@ -289,6 +297,27 @@ def test_fused_peft_models_resume_and_bring_the_best_back(directory, tmp_path):
     assert whole.evaluate()["eval_loss"] == pytest.approx(max(losses), abs=1e-6)
     got, _ = trained(fused(directory), tmp_path, resume=str(tmp_path / "checkpoint-2"), **every)
     assert got[-2:] == want[-2:]
+
+
+def test_several_active_adapters_are_saved_and_resume(directory, tmp_path):
+    """A folder each, as PEFT writes them."""
+
+    def two():
+        model = start(apply_lora(ours(directory), r=2, target_modules=["q_proj"], adapter_name="second"))
+        set_adapter(model, ["default", "second"])
+        return model
+
+    every = dict(save_strategy="steps", save_steps=2)
+    want, whole = trained(two(), tmp_path, **every)
+    checkpoint = tmp_path / "checkpoint-2"
+    assert written(checkpoint / "default") == written(checkpoint / "second") == FILES
+    got, _ = trained(two(), tmp_path, resume=str(checkpoint), **every)
+    assert got[-2:] == want[-2:]
+    whole.save_model(tmp_path / "final")
+    model = peft.PeftModel.from_pretrained(base_of(directory), tmp_path / "final" / "default")
+    model.load_adapter(tmp_path / "final" / "second", "second")
+    model.base_model.set_adapter(["default", "second"])
+    close(logits(model), logits(whole.model))
 
 
 def test_the_best_model_comes_back(directory, tmp_path, caplog):

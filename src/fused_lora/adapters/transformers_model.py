@@ -19,9 +19,11 @@ from fused_lora.adapters import model as functions
 from fused_lora.adapters.holders import active_adapters, adapter_names, all_holders, file_keys, live_keys, named_holders
 from fused_lora.adapters.load_save import adapter_tensors, base_tensors, config_file, load_adapter
 from fused_lora.adapters.peft_config import CONFIG_NAME
+from fused_lora.adapters.peft_format import write_files
 from fused_lora.adapters.unload import delete_adapter, disable_adapter, merge_and_unload, switch_off, switch_on, unload
 from fused_lora.adapters.wrappers import plain_key, whole_tensor
 from fused_lora.files import write_whole
+from fused_lora.nn.by_name import as_list
 
 _TRAINER_FOLDER, _TRAINER_FILE = re.compile(r"checkpoint-\d+"), "model.safetensors"
 
@@ -87,17 +89,18 @@ class AdaptedModel(nn.Module):
         load_adapter(self, peft_model_id, adapter_name or "default", **where)
 
     def delete_adapter(self, adapter_names: str | list[str]) -> None:
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+        for name in as_list(adapter_names):
             delete_adapter(self, name)
 
     def disable_adapters(self) -> None:
-        """As the context manager `disable_adapter`, until `enable_adapters`."""
-        if "_enabled_adapters" not in vars(self):
+        """As the context manager `disable_adapter`, until `enable_adapters` or until an adapter is set."""
+        if active_adapters(self):
             self._enabled_adapters = switch_off(self)
 
     def enable_adapters(self) -> None:
-        if "_enabled_adapters" in vars(self):
-            switch_on(self, vars(self).pop("_enabled_adapters"))
+        before = vars(self).pop("_enabled_adapters", {})
+        if not active_adapters(self):
+            switch_on(self, before)
 
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: dict[str, Tensor] | None = None
@@ -110,7 +113,8 @@ class AdaptedModel(nn.Module):
         return dict(zip(keys, own, strict=True))
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As transformers' own: the folder of the active adapter, or, inside `merged`, of the plain model.
+        """As transformers' own: the folder of the active adapter, or, inside `merged`, of the plain model. Of several
+        active adapters each gets a folder of its name in it, as PEFT does it.
 
         A base model that came from no folder or hub, so that the adapter cannot name it, is saved beside the adapter.
         In a folder that has the name of a Trainer's checkpoint, all adapters are written under the model's own keys
@@ -123,12 +127,13 @@ class AdaptedModel(nn.Module):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def _save_adapter(self, save_directory, is_main_process=True, state_dict=None, **kwargs) -> None:
-        folder, name = Path(save_directory), self._adapter_to_save()
-        own = dict(self._live_tensors(name, state_dict))
+        folder, active = Path(save_directory), active_adapters(self)
+        names = active if len(active) > 1 else [self._adapter_to_save()]
+        own = {name: dict(self._live_tensors(name, state_dict)) for name in names}
         for_trainer: dict[str, Tensor] = {}
         if _TRAINER_FOLDER.fullmatch(folder.name):
-            for other in adapter_names(self):
-                for_trainer |= own if other == name else self._live_tensors(other, state_dict)
+            for name in adapter_names(self):
+                for_trainer |= own[name] if name in own else self._live_tensors(name, state_dict)
         if not vars(self).get("name_or_path"):
             base = base_tensors(self, state_dict)
             with _as_plain(self):
@@ -137,7 +142,11 @@ class AdaptedModel(nn.Module):
         elif for_trainer and is_main_process:
             tensors = {key: tensor.contiguous() for key, tensor in for_trainer.items()}
             write_whole({folder / _TRAINER_FILE: to_bytes(tensors, metadata={"format": "pt"})})
-        super().save_pretrained(save_directory, is_main_process, own, **kwargs)  # type: ignore[misc]
+        if len(names) == 1:
+            super().save_pretrained(save_directory, is_main_process, own[names[0]], **kwargs)  # type: ignore[misc]
+        for name in names if len(names) > 1 and is_main_process else []:
+            tensors = dict(zip(file_keys(self, name), own[name].values(), strict=True))
+            write_files(folder / name, tensors, config_file(self, name))
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As nn.Module's. Beside adapters alone, which Trainer reads of a checkpoint, the base is not missing."""
