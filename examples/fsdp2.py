@@ -33,5 +33,5 @@ for step in range(3):
         print(f"step {step}: loss {loss.item():.3f}")
 
 with tempfile.TemporaryDirectory() as folder:
-    fused_lora.save_adapter(model, folder)  # every process calls it; one writes whole tensors
+    fused_lora.save_adapter(model, folder)  # every process calls it, each writes the whole adapter
 dist.destroy_process_group()

@@ -44,6 +44,7 @@ def release(root: nn.Module) -> None:
     """Give models without adapters their own class back."""
     for module in root.modules():
         if isinstance(module, AdaptedModel) and not adapter_names(module):
+            vars(module).pop("_enabled_adapters", None)
             module.__class__ = module.plain_class
 
 
