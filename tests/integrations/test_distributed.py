@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from two_processes import TARGETS, Decoder, adapted, batch, loss_of, outcomes, run_checks, steps, trained, whole
 
-from fused_lora import LoRALinear, apply_lora, load_adapter, save_adapter, set_adapter
+from fused_lora import LoRALinear, apply_lora, disable_adapter, load_adapter, save_adapter, set_adapter
 from fused_lora.testing import assert_close
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -162,6 +162,33 @@ def checkpoints_come_back(directory: Path) -> None:
     assert len(first) == 48 and all(torch.equal(t, second[name]) for name, t in first.items())
 
 
+def several_adapters_sharded(directory: Path) -> None:
+    """Two that act together train as in one process, another choice is made on the shards, and one is saved whole."""
+
+    def two() -> nn.Module:
+        model = adapted()
+        apply_lora(model, 2, target_modules=["q", "up"], init_lora_weights=False, adapter_name="other")
+        for i, parameter in enumerate(trained(model).values()):
+            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(i))
+        set_adapter(model, ["default", "other"])
+        return model
+
+    one, exact = (steps(two().to(dtype), partial(both_losses, dtype)) for dtype in (torch.float32, torch.float64))
+    model, want = sharded(two()), two()
+    with disable_adapter(model), disable_adapter(want):
+        torch.testing.assert_close(model(batch(0)[0]), want(batch(0)[0]))
+    for name in ("other", None):
+        set_adapter(model, name)
+        set_adapter(want, name)
+        torch.testing.assert_close(model(batch(0)[0]), want(batch(0)[0]))
+    save_adapter(model, directory / f"other{dist.get_rank()}", "other")
+    again = load_adapter(Decoder(), directory / f"other{dist.get_rank()}")
+    set_adapter(want, "other")
+    torch.testing.assert_close(again(batch(0)[0]), want(batch(0)[0]))
+    set_adapter(model, ["default", "other"])
+    assert_close(steps(model, my_loss), one, exact)
+
+
 def adapters_sharded_by_themselves_are_refused(directory: Path) -> None:
     model = adapted()
     for layer in model.modules():
@@ -230,6 +257,7 @@ CHECKS = [
     sharded_and_compiled,
     sharded_in_mixed_precision,
     checkpoints_come_back,
+    several_adapters_sharded,
     adapters_sharded_by_themselves_are_refused,
     models_of_peft,
 ]
