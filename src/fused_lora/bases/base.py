@@ -68,10 +68,6 @@ class Base:
             )
         return self.quantised(dense)
 
-    def merge(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-        """Fold an adapter into the layer's weight: W + scaling * B A. Raises: as `merged`; nothing has changed then."""
-        self.put(self.merged(scaling * (lora_B.float() @ lora_A.float())))
-
 
 def of(linear: nn.Module) -> Base | None:
     """The base that stands for a linear layer's weight: bitsandbytes' 4 and 8 bits, torchao's quantised tensors; None

@@ -6,10 +6,20 @@ from torch import nn
 
 from fused_lora.nn.conv import CONVOLUTIONS, LoRAConv
 from fused_lora.nn.embedding import LoRAEmbedding
+from fused_lora.nn.experts import LoRAParameter
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.linear import LoRALinear
 
-__all__ = ["LoRAConv", "LoRAEmbedding", "LoRALayer", "LoRALinear", "check_base", "layer_class", "lora_layer"]
+__all__ = [
+    "LoRAConv",
+    "LoRAEmbedding",
+    "LoRALayer",
+    "LoRALinear",
+    "LoRAParameter",
+    "check_base",
+    "layer_class",
+    "lora_layer",
+]
 
 
 def layer_class(module: nn.Module) -> type[LoRALayer]:
