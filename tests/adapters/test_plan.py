@@ -122,6 +122,18 @@ def test_apply_refuses_and_changes_nothing(arguments, message, refuses):
         apply_lora(model, **arguments)
 
 
+def test_a_module_that_one_adapter_trains_in_full_is_no_other_s_target(tmp_path, refuses):
+    save_adapter(apply_lora(llama(), target_modules=["q_proj", "lm_head"]), tmp_path)
+    model = apply_lora(llama(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    for call in (
+        lambda: apply_lora(model, target_modules=["q_proj", "lm_head"], adapter_name="other"),
+        lambda: load_adapter(model, tmp_path, "other"),
+    ):
+        with refuses(model, r"target lm_head: module must not be trained in full.*; got one that \['default'\] train"):
+            call()
+    apply_lora(model, adapter_name="other")  # "all-linear" leaves the head out
+
+
 def test_changes_while_merged_are_refused(tmp_path, refuses):
     model = randomise(apply_lora(llama(), target_modules=["q_proj"]))
     save_adapter(model, tmp_path)

@@ -9,6 +9,7 @@ from fused_lora.nn.embedding import LoRAEmbedding
 from fused_lora.nn.experts import LoRAParameter
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.linear import LoRALinear
+from fused_lora.nn.modules_to_save import ModuleToSave
 
 __all__ = [
     "LoRAConv",
@@ -33,6 +34,11 @@ def layer_class(module: nn.Module) -> type[LoRALayer]:
 
 def check_base(module: nn.Module) -> None:
     """Raises ValueError unless a module can get adapters."""
+    if isinstance(module, ModuleToSave):
+        raise ValueError(
+            "module must not be trained in full, as modules_to_save, by another adapter; got one that "
+            f"{sorted(module.modules_to_save)} train"
+        )
     layer_class(module).check_base(module)
 
 
