@@ -84,6 +84,19 @@ def test_refusals(model, arguments, message, refuses):
         apply_lora(model, **{"r": 2, "target_modules": ["0"] if "r" in arguments else ["1"], **arguments})
 
 
+@pytest.mark.parametrize("adapted", [[], ["embed_tokens"]])
+def test_weights_that_two_layers_share_are_left_alone(adapted, refuses):
+    model = llama(tie=True)
+    if adapted:
+        apply_lora(model, target_modules=adapted)
+    for init in ("pissa", "olora"):
+        with refuses(
+            model, f"init_lora_weights='{init}' changes the weight, which must be .* alone; got lm_head, tied"
+        ):
+            apply_lora(model, target_modules=["lm_head"], init_lora_weights=init, adapter_name="other")
+    apply_lora(model, target_modules=["lm_head"], init_lora_weights="orthogonal", adapter_name="other")
+
+
 def test_without_peft(monkeypatch, refuses):
     for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
         monkeypatch.setitem(sys.modules, name, None)

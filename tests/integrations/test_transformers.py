@@ -314,6 +314,9 @@ def test_several_active_adapters_are_saved_and_resume(directory, tmp_path):
     got, _ = trained(two(), tmp_path, resume=str(checkpoint), **every)
     assert got[-2:] == want[-2:]
     whole.save_model(tmp_path / "final")
+    with pytest.raises(ValueError, match=r"one adapter must be active to be pushed, .*; got \['default', 'second'\]"):
+        whole.model.save_pretrained(tmp_path / "pushed", push_to_hub=True)
+    assert not (tmp_path / "pushed").exists()
     model = peft.PeftModel.from_pretrained(base_of(directory), tmp_path / "final" / "default")
     model.load_adapter(tmp_path / "final" / "second", "second")
     model.base_model.set_adapter(["default", "second"])

@@ -1,6 +1,7 @@
 """How fresh adapters start where it is not with a random A and a zero B: PEFT's `init_lora_weights`."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -30,12 +31,19 @@ def check_start(plan: Plan, config: LoraConfig) -> None:
         ) from None
     for name, target in plan.parameters.items():
         raise ValueError(f"init_lora_weights={init!r} needs linear layers; got {pattern_name(name, target)}")
+    modules = {id(place.module): place.module for place in plan.places}.values()
+    bases = [module.base() if isinstance(module, LoRALayer) else module for module in modules]
+    owners = Counter(id(parameter) for base in bases for parameter in base.parameters(recurse=False))
     for name, module in plan.linears.items():
         weight, r = getattr(module, "weight", None), config.layer(name).r
         plain = type(module) is LoRALinear or (not isinstance(module, LoRALayer) and absorbable(module))
         if not plain or is_conv1d(module) or not isinstance(weight, nn.Parameter) or weight.is_meta:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             raise ValueError(f"init_lora_weights={init!r} needs plain linear layers with values; got {name}, a {kind}")
+        if init != "orthogonal" and owners[id(weight)] > 1:
+            raise ValueError(
+                f"init_lora_weights={init!r} changes the weight, which must be of one layer alone; got {name}, tied"
+            )
         if init == "orthogonal" and r % 2:
             raise ValueError(f"r must be even with init_lora_weights='orthogonal'; got {r} in {name}")
         if init != "orthogonal" and (weight.dtype is torch.float64 or r > min(weight.shape)):

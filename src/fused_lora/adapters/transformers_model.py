@@ -130,6 +130,8 @@ class AdaptedModel(nn.Module):
     def _save_adapter(self, save_directory, is_main_process=True, state_dict=None, **kwargs) -> None:
         folder, active = Path(save_directory), active_adapters(self)
         names = active if len(active) > 1 else [self._adapter_to_save()]
+        if len(names) > 1 and kwargs.get("push_to_hub"):
+            raise ValueError(f"one adapter must be active to be pushed, set_adapter says which; got {names}")
         own = {name: dict(self._live_tensors(name, state_dict)) for name in names}
         for_trainer: dict[str, Tensor] = {}
         if _TRAINER_FOLDER.fullmatch(folder.name):

@@ -72,7 +72,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 def unload(model: nn.Module) -> nn.Module:
     """Take all adapters off, in place: every layer is the plain one that it was, over the same Parameters, so tied
-    weights stay tied. They stay frozen.
+    weights stay tied. They stay frozen. What "pissa" and "olora" took out of the weights goes with their adapter.
 
     Returns: model.
     Raises: ValueError for a model without adapters, a merged, sharded or offloaded one; nothing changes then.

@@ -1,5 +1,5 @@
-"""One training step of a language model, forward and backward: frozen, PEFT, the addmm Function and ours, in one
-interleaved run over the same weights, with the memory a step needs.
+"""One training step of a language model, forward and backward: frozen, PEFT, PEFT with `fuse`, the addmm
+Function and ours, in one interleaved run over the same weights, with the memory a step needs.
 
 A workload is a model and its batches: SmolLM2-135M here, a model of Llama-3.1-8B's shape in bench/bench_llama.py.
 """
