@@ -190,8 +190,10 @@ def test_the_methods_of_transformers_for_adapters(directory, tmp_path):
     assert model.active_adapters() == ["third"] and torch.equal(logits(model), first)
     model.set_adapter("second")
     assert torch.equal(logits(model), second)
+    attributes = vars(base_of(directory)).keys()
+    model.disable_adapters()
     model.delete_adapter(["second", "third"])
-    assert type(model) is LlamaForCausalLM and torch.equal(logits(model), plain)
+    assert type(model) is LlamaForCausalLM and torch.equal(logits(model), plain) and vars(model).keys() == attributes
 
 
 def test_generate_uses_the_adapter_and_the_cache(directory):
