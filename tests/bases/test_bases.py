@@ -230,6 +230,15 @@ def test_autocast(kind):
     assert torch.equal(y, same.to(y.dtype))
 
 
+def test_autocast_rules_over_the_dtype_of_a_4_bit_layer():
+    """As in the library's own product; models in fp32 have such layers, and nobody means to multiply in fp32 there."""
+    linear, x, (A, B) = quantised("nf4", torch.float32), inputs(M, dtype=torch.float32), factors()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = bases.lora_around(linear, x, A, B, SCALING)
+    linear.compute_dtype = torch.bfloat16
+    assert y.dtype is torch.float32 and torch.equal(y, bases.lora_around(linear, x, A, B, SCALING))
+
+
 @pytest.mark.parametrize("kind", ["nf4", "bnb int8", "int8"])
 def test_a_hooked_layer_is_called(kind, updates):
     linear, x, (A, B), calls = quantised(kind), inputs(M), factors(), []

@@ -142,6 +142,17 @@ def test_autocast_behaves_as_linear_does(adapter):
     assert (x.grad.dtype, A.grad.dtype, B.grad.dtype) == (torch.float32, adapter, adapter)
 
 
+@pytest.mark.parametrize("backend", SERVING)
+def test_a_backward_under_autocast_computes_in_the_forwards_dtype(backend):
+    p = random_problem(20, 24, 32, 8)
+    ts = leaves(p, torch.randn(20, 24))
+    out = lora_update(*ts, p.scaling, backend=backend)
+    want = torch.autograd.grad(out, ts, p.dy, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(out, ts, p.dy)
+    assert all(map(torch.equal, got, want))
+
+
 def test_scaling_as_a_tensor_trains():
     p = random_problem(16, 24, 32, 8)
     s, y = torch.tensor(1.5, requires_grad=True), torch.randn(16, 24)

@@ -1,6 +1,5 @@
 """lora_around(): a LoRA layer on a linear layer of any kind, by its dense view or by its own product."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch.compiler import is_dynamo_compiling
 from fused_lora.bases.base import Base, of
 from fused_lora.ops import reference
 from fused_lora.ops.autograd import matrix, needs_plain_operators
-from fused_lora.ops.internals import any_autocast_enabled, has_no_memory, reshaped
+from fused_lora.ops.internals import has_no_memory, reshaped, without_autocast
 from fused_lora.ops.linear import draw_seed, fault, lora_linear, tensor_scaling
 from fused_lora.ops.reference import PLAIN, Gradients, backward_again
 from fused_lora.ops.update import lora_update
@@ -53,8 +52,7 @@ def lora_around(
     cast = x if base is None else x.to(base.compute_dtype(x))
     if base is None or lora_A.dtype not in (cast.dtype, torch.float32) or not _dense_serves(base, x):
         return added(linear(x), cast, lora_A, lora_B, scaling, dropout_p)
-    # Autocast has acted on x, and must not on what the kernels call.
-    with torch.autocast(x.device.type, enabled=False) if any_autocast_enabled() else nullcontext():
+    with without_autocast(x):
         y = _over_dense(base, cast, lora_A, lora_B, scaling, dropout_p)
     return y.to(x.dtype) if base.returns_input_dtype else y
 

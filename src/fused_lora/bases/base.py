@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_lora.ops.internals import autocasts
+
 
 class Base:
     """The quantised weight W [N, K] of a linear layer, which stays the layer's own.
@@ -24,10 +26,7 @@ class Base:
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype that a call with x computes in."""
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-            return torch.get_autocast_dtype(kind)
-        return x.dtype
+        return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
     def product_serves(self, rows: int) -> bool:
         """Whether the library's own product is the faster one where no gradient of x is needed."""

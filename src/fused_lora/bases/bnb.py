@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases.base import Base
+from fused_lora.ops.internals import autocasts
 
 
 def of(linear: nn.Module) -> Base | None:
@@ -29,7 +30,8 @@ class FourBits(Base):
     returns_input_dtype = True
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
-        return x.dtype if self.linear.compute_dtype is None else self.linear.compute_dtype
+        own = self.linear.compute_dtype
+        return own if own is not None and not autocasts(x) else super().compute_dtype(x)
 
     def product_serves(self, rows: int) -> bool:
         return super().product_serves(rows) or self._packed()

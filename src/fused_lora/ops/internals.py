@@ -11,6 +11,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +39,19 @@ def _maybe() -> bool:
 
 # Whether any device type is under autocast; if not, no device needs to be asked.
 any_autocast_enabled = _private("_C._is_any_autocast_enabled") or _maybe
+
+
+def without_autocast(t: Tensor) -> AbstractContextManager:
+    """A context in which products keep their operands' dtype, on t's device: autocast has acted on what an op was given
+    and must not act again half-way, least of all in a backward that runs under it."""
+    return torch.autocast(t.device.type, enabled=False) if any_autocast_enabled() and autocasts(t) else nullcontext()
+
+
+def autocasts(t: Tensor) -> bool:
+    """Whether autocast is on for t's device type and casts its dtype; some types (meta) have none, fp64 stays."""
+    kind = t.device.type
+    return t.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
 
 # Whether a dispatch mode (fake tensors, tracing, selective checkpointing, counters) sees every operator that is called.
 dispatch_modes_active = _private("_C._len_torch_dispatch_stack") or _maybe

@@ -8,8 +8,8 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from fused_lora.ops.autograd import matrix, needs_plain_operators
-from fused_lora.ops.internals import any_autocast_enabled, has_no_memory, reshaped
-from fused_lora.ops.linear import DTYPES, adapter_dtype_fault, autocasts, draw_seed, settings_fault, tensor_scaling
+from fused_lora.ops.internals import any_autocast_enabled, autocasts, has_no_memory, reshaped
+from fused_lora.ops.linear import DTYPES, adapter_dtype_fault, draw_seed, settings_fault, tensor_scaling
 from fused_lora.ops.reference import Gradients, update_backward, update_backward_again, update_composition
 
 
@@ -48,7 +48,7 @@ def lora_update(
     Raises: ValueError naming the argument, what was expected and what was given.
     Source: Hu et al., arXiv 2106.09685; names as in Hugging Face PEFT.
     """
-    if any_autocast_enabled() and autocasts(x) and x.dtype != torch.float64:
+    if any_autocast_enabled() and autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         if lora_A.dtype != torch.float32 or lora_B.dtype != torch.float32:
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fused_lora.ops.internals import any_autocast_enabled, any_module_hook
+from fused_lora.ops.internals import any_autocast_enabled, any_module_hook, autocasts
 
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
@@ -71,7 +71,7 @@ def linear_fits(x: Tensor, base: Base, update: Update) -> bool:
     """Whether `lora_linear` computes with these dtypes what PEFT does; `misfit` is the rule without x."""
     if x.dtype is base.weight.dtype:
         return update_fits(x, update)
-    return _autocast(x) and _castable(x, *base, *update[:2])
+    return any_autocast_enabled() and autocasts(x) and _castable(*base, *update[:2])
 
 
 def update_fits(x: Tensor, update: Update) -> bool:
@@ -79,7 +79,7 @@ def update_fits(x: Tensor, update: Update) -> bool:
     adapter = update.lora_A.dtype
     if adapter is x.dtype or (adapter is torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
         return x.dtype in _DTYPES
-    return _autocast(x) and _castable(x, *update[:2])
+    return any_autocast_enabled() and autocasts(x) and _castable(*update[:2])
 
 
 def misfit(base: Base, update: Update) -> str | None:
@@ -90,10 +90,6 @@ def misfit(base: Base, update: Update) -> str | None:
     if adapter not in (dtype, torch.float32):
         return f"its adapters are {_name(adapter)} over a base weight in {_name(dtype)} (fused under autocast)"
     return None
-
-
-def _autocast(x: Tensor) -> bool:
-    return any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
 
 
 def _castable(*tensors: Tensor | None) -> bool:
