@@ -49,10 +49,10 @@ def test_merges_as_peft_does_and_goes_back(kind):
     base = bases.of(linear)
     linear(x)  # moves LLM.int8's scales into the layer's state
     before, aside = base.dense(torch.float32), base.aside()
-    base.merge(*factors(), SCALING)
+    update = SCALING * factors()[1] @ factors()[0]
+    base.put(base.merged(update))
     after, theirs = base.dense(torch.float32), bases.of(merged_by_peft(kind)).dense(torch.float32)
     torch.testing.assert_close(after, theirs, rtol=0.01, atol=0)
-    update = SCALING * factors()[1] @ factors()[0]
     step = (before + update).abs().max() * (0.3 if "4" in kind else 0.05)
     assert (after - before - update).abs().max() <= step < update.abs().max()
     torch.testing.assert_close(linear(x), x @ after.bfloat16().t() + linear.bias, rtol=0.02, atol=0.02)
@@ -69,8 +69,8 @@ def test_a_refusal_changes_nothing(kind):
     broken[3, 2] = float("inf")
     before = base.dense(torch.float32)
     with pytest.raises(ValueError, match=rf"the merged weight must be finite; got {K} elements that are not"):
-        base.merge(A, broken, SCALING)
+        base.merged(broken @ A)
     if kind == "int4":
         with pytest.raises(ValueError, match="must be torchao's int8 or float8 to be merged; got IntxUnpacked"):
-            base.merge(A, B, SCALING)
+            base.merged(B @ A)
     assert linear.weight is weight and torch.equal(base.dense(torch.float32), before)

@@ -19,6 +19,7 @@ class Base:
     # `lora_linear`, where no gradient of x is needed. The figures of each kind: bf16, fp32 adapters of rank 16, two
     # cores of a Xeon with AMX, W 1536 x 576 and 2048 x 2048, 2026-11-26.
     few_rows = 0
+    kind: type[nn.Module] = nn.Linear  # whose forward the dense view stands for; a subclass with its own is called
     returns_input_dtype = False  # whether a call returns x's dtype whatever it computes in
 
     def __init__(self, linear: nn.Module):
@@ -63,10 +64,6 @@ class Base:
                 f"the merged weight must be finite; got {int((~torch.isfinite(dense)).sum())} elements that are not"
             )
         return self.quantised(dense)
-
-    def merge(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-        """Fold an adapter into the layer's weight: W + scaling * B A. Raises: as `merged`; nothing has changed then."""
-        self.put(self.merged(scaling * (lora_B.float() @ lora_A.float())))
 
 
 def of(linear: nn.Module) -> Base | None:

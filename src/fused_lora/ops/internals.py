@@ -65,6 +65,19 @@ is_tracing = _private("_C._is_tracing") or torch.jit.is_tracing
 # Whether hooks are set on all modules at once (torch.nn.modules.module.register_module_forward_hook and its kin).
 any_module_hook = _private("nn.modules.module._has_any_global_hook") or (lambda: False)
 
+
+def bare(module: torch.nn.Module) -> bool:
+    """Whether calling the module runs its class's forward and nothing else: it has no hooks and no forward of its own,
+    as accelerate gives modules."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 _TensorGuards = _private("_C._dynamo.guards.TensorGuards")
 
 

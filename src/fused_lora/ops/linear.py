@@ -185,7 +185,10 @@ def tensor_scaling(lora_A: Tensor, lora_B: Tensor, scaling) -> tuple[Tensor, Ten
     """A scaling that is no Python float: a tensor moves into A, both factors in fp32, so nothing is read on the host
     and it may train."""
     if not isinstance(scaling, Tensor):
-        return lora_A, lora_B, float(scaling)
+        try:
+            return lora_A, lora_B, float(scaling)
+        except (TypeError, ValueError):
+            raise ValueError(f"scaling must be a number or a 0-d tensor; got {scaling!r}") from None
     if scaling.dim() != 0:
         raise ValueError(f"scaling must be a number or a 0-d tensor; got a tensor of shape {list(scaling.shape)}")
     if not (isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor)):

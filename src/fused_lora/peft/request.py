@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fused_lora.ops.internals import any_autocast_enabled, any_module_hook, autocasts
+from fused_lora.ops.internals import any_autocast_enabled, any_module_hook, autocasts, bare
 
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
@@ -57,7 +57,7 @@ def readable_base(layer: Any) -> Base | str:
     base = layer._modules["base_layer"]
     if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
         return f"its base layer is a {_class(base)}"
-    if not _bare(base):
+    if not bare(base):
         return "its base layer has hooks or a forward of its own"
     weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
     if weight is None or type(weight) not in _PLAIN_TENSORS:
@@ -96,18 +96,6 @@ def _castable(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.dtype in _DTYPES and t.dtype is not torch.float64) for t in tensors)
 
 
-def _bare(module: Any) -> bool:
-    """Whether calling the module runs its class's forward and nothing else: no hooks, no forward of its own, as
-    accelerate gives it."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def _tensor(module: Any, name: str) -> Tensor | None:
     """A parameter of the module, or what FSDP1 puts before it during a forward: an attribute."""
     attribute = module.__dict__.get(name)
@@ -125,7 +113,7 @@ def _adapter(layer: Any, name: str) -> Update | str:
     if type(module_A) is not nn.Linear or type(module_B) is not nn.Linear:
         other = module_B if type(module_A) is nn.Linear else module_A
         return f"adapter {name!r} has a {_class(other)} in the place of an nn.Linear"
-    if not (_bare(module_A) and _bare(module_B) and _bare(dropout)):
+    if not (bare(module_A) and bare(module_B) and bare(dropout)):
         return f"adapter {name!r} has hooks or a forward of its own"
     lora_A, lora_B = _tensor(module_A, "weight"), _tensor(module_B, "weight")
     if lora_A is None or lora_B is None or {type(lora_A), type(lora_B)} - _PLAIN_TENSORS:
