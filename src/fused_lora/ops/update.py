@@ -1,5 +1,6 @@
 """lora_update(): the low-rank half of the op alone, over a y that somebody else's product has made."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,6 +70,17 @@ def lora_update(
     into = y if y.dtype == x.dtype else torch.zeros_like(y, dtype=x.dtype)
     updated, _ = _UpdateFunction.apply(into, x, lora_A, lora_B, draw_seed(x, dropout_p), (scaling, dropout_p, backend))
     return updated if into is y else (y + updated).to(y.dtype)
+
+
+def joined(lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scalings: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Several updates of the same x as one of scaling 1: A below one another, [sum of R, K], and scaled B side by side,
+    [N, sum of R]; in fp32 at least, so that scaled B isn't rounded."""
+
+    def exact(t: Tensor) -> Tensor:
+        return t.to(torch.promote_types(t.dtype, torch.float32))
+
+    scaled_Bs = [exact(lora_B) * scaling for lora_B, scaling in zip(lora_Bs, scalings, strict=True)]
+    return torch.cat([exact(lora_A) for lora_A in lora_As]), torch.cat(scaled_Bs, dim=1)
 
 
 class _UpdateFunction(torch.autograd.Function):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fused_lora.ops.internals import any_autocast_enabled, any_module_hook, autocasts, bare
+from fused_lora.ops.update import joined
 
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
@@ -138,16 +139,14 @@ def _adapter(layer: Any, name: str) -> Update | str:
 
 
 def _joined(updates: list[Update]) -> Update | str:
-    """Several active adapters as one of their ranks' sum: A below one another, scaled B side by side."""
+    """Several active adapters as one of their ranks' sum."""
     if any(update.dropout_p for update in updates):
         return "several adapters are active, each with a dropout mask of its own"
     if len({update.lora_A.dtype for update in updates}) > 1:
         return "several adapters of different dtypes are active"
-    exact = torch.promote_types(updates[0].lora_A.dtype, torch.float32)  # scaled B isn't rounded
-    lora_A = torch.cat([update.lora_A.to(exact) for update in updates])
-    lora_B = torch.cat([update.lora_B.to(exact) * update.scaling for update in updates], 1)
+    lora_As, lora_Bs, scalings, *_ = zip(*updates)
     biases = [update.bias for update in updates if update.bias is not None]
-    return Update(lora_A, lora_B, 1.0, 0.0, sum(biases[1:], biases[0]) if biases else None)
+    return Update(*joined(lora_As, lora_Bs, scalings), 1.0, 0.0, sum(biases[1:], biases[0]) if biases else None)
 
 
 def _kind(t: Any) -> str:
