@@ -9,7 +9,7 @@ from torch.compiler import is_dynamo_compiling
 from fused_lora.bases.base import Base, of
 from fused_lora.ops import reference
 from fused_lora.ops.autograd import matrix, needs_plain_operators
-from fused_lora.ops.internals import any_module_hook, bare, has_no_memory, reshaped, without_autocast
+from fused_lora.ops.internals import has_no_memory, reshaped, without_autocast
 from fused_lora.ops.linear import draw_seed, fault, lora_linear, tensor_scaling
 from fused_lora.ops.reference import PLAIN, Gradients, backward_again
 from fused_lora.ops.update import lora_update
@@ -64,9 +64,7 @@ def added(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float |
 
 def _dense_serves(base: Base, x: Tensor) -> bool:
     """Whether the dense view serves a call."""
-    linear = base.linear
-    seen_by_others = any_module_hook() or not bare(linear) or type(linear).forward is not base.kind.forward
-    if is_dynamo_compiling() or seen_by_others:
+    if is_dynamo_compiling() or not base.untouched():
         return False
     return (torch.is_grad_enabled() and x.requires_grad) or not base.product_serves(x.numel() // max(x.shape[-1], 1))
 

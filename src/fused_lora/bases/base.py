@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.ops.internals import autocasts
+from fused_lora.ops.internals import any_module_hook, autocasts, bare
 
 
 class Base:
@@ -28,6 +28,11 @@ class Base:
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype that a call with x computes in."""
         return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+    def untouched(self) -> bool:
+        """Whether a call of the layer is its library's forward and nothing else: no hooks, no forward of its own or of
+        a subclass."""
+        return not any_module_hook() and bare(self.linear) and type(self.linear).forward is self.kind.forward
 
     def product_serves(self, rows: int) -> bool:
         """Whether the library's own product is the faster one where no gradient of x is needed."""

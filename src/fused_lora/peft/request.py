@@ -56,10 +56,10 @@ def active_update(layer: Any) -> Update | str:
 def readable_base(layer: Any) -> Base | str:
     """The tensors of the base layer, or why its own forward must run."""
     base = layer._modules["base_layer"]
-    if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
-        return f"its base layer is a {_class(base)}"
     if not bare(base):
         return "its base layer has hooks or a forward of its own"
+    if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
+        return f"its base layer is a {_class(base)}"
     weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
     if weight is None or type(weight) not in _PLAIN_TENSORS:
         return f"its base weight is {_kind(weight)}"
