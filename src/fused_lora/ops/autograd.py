@@ -171,7 +171,12 @@ class _EagerFunction(torch.autograd.Function):
         return dx, grads.lora_A, grads.lora_B, None
 
 
-eager_apply = function_apply(_EagerFunction)
+eager_apply, _linear_apply = function_apply(_EagerFunction), function_apply(LoRALinearFunction)
+
+
+def linear_apply(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """LoRALinearFunction's y and h."""
+    return LoRALinearFunction.apply(*inputs) if is_dynamo_compiling() else _linear_apply(*inputs)
 
 
 def nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:

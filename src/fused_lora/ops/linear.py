@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from fused_lora.backends import NAMES, Serving, bucket, forget, pick
-from fused_lora.ops.autograd import LoRALinearFunction, eager_apply, matrix, needs_plain_operators, nobody_listens
+from fused_lora.ops.autograd import eager_apply, linear_apply, matrix, needs_plain_operators, nobody_listens
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import alike, any_autocast_enabled, autocasts
 from fused_lora.ops.reference import PLAIN, Variant, composition
@@ -101,7 +101,7 @@ def lora_linear(
         variant, scaling = variant._replace(gate=gate), 1.0
     rows = [t if t is None else matrix(t) for t in variant[:3]]
     settings = draw_seed(x, dropout_p), (scaling, dropout_p, backend)
-    y, h = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, *rows, *variant[3:], *settings)
+    y, h = linear_apply(x, weight, lora_A, lora_B, bias, *rows, *variant[3:], *settings)
     return (y, h.view(*x.shape[:-1], lora_A.shape[0])) if return_h else y
 
 

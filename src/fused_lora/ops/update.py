@@ -9,7 +9,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from fused_lora.ops.autograd import matrix, needs_plain_operators
-from fused_lora.ops.internals import any_autocast_enabled, autocasts, has_no_memory, reshaped
+from fused_lora.ops.internals import any_autocast_enabled, autocasts, function_apply, has_no_memory, reshaped
 from fused_lora.ops.linear import DTYPES, adapter_dtype_fault, draw_seed, settings_fault, tensor_scaling
 from fused_lora.ops.reference import Gradients, update_backward, update_backward_again, update_composition
 
@@ -68,7 +68,8 @@ def lora_update(
         mask = F.dropout(torch.ones_like(x), dropout_p) if dropout_p > 0.0 else None
         return update_composition(y, x, lora_A, lora_B, scaling, mask).to(y.dtype)
     into = y if y.dtype == x.dtype else torch.zeros_like(y, dtype=x.dtype)
-    updated, _ = _UpdateFunction.apply(into, x, lora_A, lora_B, draw_seed(x, dropout_p), (scaling, dropout_p, backend))
+    apply = _UpdateFunction.apply if is_dynamo_compiling() else _eager_apply
+    updated, _ = apply(into, x, lora_A, lora_B, draw_seed(x, dropout_p), (scaling, dropout_p, backend))
     return updated if into is y else (y + updated).to(y.dtype)
 
 
@@ -110,6 +111,9 @@ class _UpdateFunction(torch.autograd.Function):
         if dx is not None and len(ctx.lead) != 1:
             dx = dx.view(*ctx.lead, dx.shape[1])
         return dy if need_y else None, dx, dA, dB, None, None
+
+
+_eager_apply = function_apply(_UpdateFunction)
 
 
 def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
