@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("bitsandbytes")
@@ -13,7 +14,7 @@ pytest.importorskip("torchao")
 
 from quantised_layers import KINDS, K, N, dense_layer, quantised
 
-from fused_lora import bases
+from fused_lora import bases, lora_update
 from fused_lora.bases import around
 from fused_lora.testing import assert_close
 
@@ -230,6 +231,15 @@ def test_autocast(kind):
     assert torch.equal(y, same.to(y.dtype))
 
 
+def test_autocast_rules_over_the_dtype_of_a_4_bit_layer():
+    """As in the library's own product; models in fp32 have such layers, and nobody means to multiply in fp32 there."""
+    linear, x, (A, B) = quantised("nf4", torch.float32), inputs(M, dtype=torch.float32), factors()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = bases.lora_around(linear, x, A, B, SCALING)
+    linear.compute_dtype = torch.bfloat16
+    assert y.dtype is torch.float32 and torch.equal(y, bases.lora_around(linear, x, A, B, SCALING))
+
+
 @pytest.mark.parametrize("kind", ["nf4", "bnb int8", "int8"])
 def test_a_hooked_layer_is_called(kind, updates):
     linear, x, (A, B), calls = quantised(kind), inputs(M), factors(), []
@@ -239,6 +249,27 @@ def test_a_hooked_layer_is_called(kind, updates):
     handle.remove()
     assert calls == [1] and updates == [M]
     assert (y - want).abs().max() <= 0.02 * want.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bnb int8", "int8"])
+def test_a_subclass_with_a_forward_of_its_own_is_called(kind):
+    linear, x, (A, B) = quantised(kind), inputs(M), factors()
+
+    class Doubled(type(linear)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    linear.__class__ = Doubled
+    y = bases.lora_around(linear, x, A, B, SCALING)
+    assert torch.equal(y, lora_update(linear(x), x, A, B, SCALING))
+
+
+def test_hooks_on_all_modules_see_the_layer():
+    linear, x, (A, B), seen = quantised("nf4"), inputs(M), factors(), []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    bases.lora_around(linear, x, A, B, SCALING)
+    handle.remove()
+    assert seen == [linear]
 
 
 def test_plain_and_unknown_layers_are_called(updates):

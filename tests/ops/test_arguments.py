@@ -34,6 +34,7 @@ BAD = [
     (dict(h_in=(4, 7)), r"h_in must have shape \[4, 8\]"),
     (dict(out_scale=(23,)), r"out_scale must have shape \[24\] and dtype float32; got \[23\]"),
     (dict(x_lora=(3, 32)), r"x_lora must have x's shape \[4, 32\]"),
+    (dict(scaling=None), r"scaling must be a number or a 0-d tensor; got None"),
     (dict(scaling=torch.ones(2)), r"scaling must be a number or a 0-d tensor; got a tensor of shape \[2\]"),
 ]
 

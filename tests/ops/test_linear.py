@@ -122,6 +122,20 @@ def test_autocast_behaves_as_linear_does(base, adapter, autocast):
     assert_close({"y": y.detach()}, same, exact)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cpu:around", "reference"])
+@pytest.mark.parametrize("base_trains", [False, True])
+def test_a_backward_under_autocast_computes_in_the_forwards_dtype(backend, base_trains):
+    p = random_problem(20, 24, 32, 8)
+    x, A, B, bias = leaves(p)
+    frozen_or_not = [t.requires_grad_(base_trains) for t in (bias, p.weight)]
+    wanted = [x, A, B, *(frozen_or_not if base_trains else ())]
+    y = call(p, x, A, B, bias, backend=backend)
+    want = torch.autograd.grad(y, wanted, p.dy, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y, wanted, p.dy)
+    assert all(map(torch.equal, got, want))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_draws_the_same_mask_again(reentrant):
     p = random_problem(16, 24, 32, 8)

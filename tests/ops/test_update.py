@@ -1,6 +1,7 @@
 """lora_update(), the low-rank half of the op over a given y: exact, near enough, pruned, compiled, and as strict as
 lora_linear()."""
 
+import inspect
 import itertools
 
 import pytest
@@ -140,6 +141,29 @@ def test_autocast_behaves_as_linear_does(adapter):
     assert torch.equal(out, same)
     out.sum().backward()
     assert (x.grad.dtype, A.grad.dtype, B.grad.dtype) == (torch.float32, adapter, adapter)
+
+
+@pytest.mark.parametrize("backend", SERVING)
+def test_a_backward_under_autocast_computes_in_the_forwards_dtype(backend):
+    p = random_problem(20, 24, 32, 8)
+    ts = leaves(p, torch.randn(20, 24))
+    out = lora_update(*ts, p.scaling, backend=backend)
+    want = torch.autograd.grad(out, ts, p.dy, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(out, ts, p.dy)
+    assert all(map(torch.equal, got, want))
+
+
+def test_no_call_reads_a_signature(monkeypatch):
+    """Function.apply binds its arguments by inspect.signature, for more time than the rest of a small call."""
+    p, read = random_problem(16, 24, 32, 8), []
+    signature = inspect.signature
+    monkeypatch.setattr(inspect, "signature", lambda *args, **kwargs: read.append(args) or signature(*args, **kwargs))
+    y, x, A, B = leaves(p, torch.randn(16, 24))
+    lora_update(y, x, A, B, 0.5).sum().backward()
+    lora_linear(x, p.weight, A, B, 0.5).sum().backward()
+    lora_linear(x, p.weight.requires_grad_(), A, B, 0.5).sum().backward()
+    assert not read
 
 
 def test_scaling_as_a_tensor_trains():

@@ -108,6 +108,9 @@ def test_patched_fuses_quantised_layers_and_the_table_names_them(kind):
     (row,) = explain(model)
     assert row.way == "fused" and "dequantised" in row.reason
     layer = model.base_model.model.proj
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    (row,) = explain(model)
+    assert row.way == "update" and "its base layer has hooks or a forward of its own" in row.reason
     ours = type(layer)
     unfuse(model)
     assert ours.__mro__[2] is type(layer) and ours.__name__ == type(layer).__name__

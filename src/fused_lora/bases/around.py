@@ -1,6 +1,5 @@
 """lora_around(): a LoRA layer on a linear layer of any kind, by its dense view or by its own product."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,12 +9,10 @@ from torch.compiler import is_dynamo_compiling
 from fused_lora.bases.base import Base, of
 from fused_lora.ops import reference
 from fused_lora.ops.autograd import matrix, needs_plain_operators
-from fused_lora.ops.internals import any_autocast_enabled, has_no_memory, reshaped
+from fused_lora.ops.internals import has_no_memory, reshaped, without_autocast
 from fused_lora.ops.linear import draw_seed, fault, lora_linear, tensor_scaling
 from fused_lora.ops.reference import PLAIN, Gradients, backward_again
 from fused_lora.ops.update import lora_update
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
 
 
 def lora_around(
@@ -36,8 +33,8 @@ def lora_around(
 
     in the dtype of linear(x). A quantised weight that `of` knows is dequantised for `lora_linear`'s kernels, and again
     in the backward: it is never kept dense. The layer is called, and the update added to what it returns, where its own
-    product is the faster one (few rows without a gradient for x), where it carries hooks or a forward of its own, under
-    torch.compile, and where its weight is of another kind.
+    product is the faster one (few rows without a gradient for x), where it carries hooks or a forward of its own (or of
+    a subclass), under torch.compile, and where its weight is of another kind.
 
     Args:
         linear: K inputs, N outputs, frozen but for its bias.
@@ -53,8 +50,7 @@ def lora_around(
     cast = x if base is None else x.to(base.compute_dtype(x))
     if base is None or lora_A.dtype not in (cast.dtype, torch.float32) or not _dense_serves(base, x):
         return added(linear(x), cast, lora_A, lora_B, scaling, dropout_p)
-    # Autocast has acted on x, and must not on what the kernels call.
-    with torch.autocast(x.device.type, enabled=False) if any_autocast_enabled() else nullcontext():
+    with without_autocast(x):
         y = _over_dense(base, cast, lora_A, lora_B, scaling, dropout_p)
     return y.to(x.dtype) if base.returns_input_dtype else y
 
@@ -68,8 +64,7 @@ def added(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float |
 
 def _dense_serves(base: Base, x: Tensor) -> bool:
     """Whether the dense view serves a call."""
-    linear = base.linear
-    if is_dynamo_compiling() or "forward" in vars(linear) or any(getattr(linear, name, None) for name in _HOOKS):
+    if is_dynamo_compiling() or not base.untouched():
         return False
     return (torch.is_grad_enabled() and x.requires_grad) or not base.product_serves(x.numel() // max(x.shape[-1], 1))
 

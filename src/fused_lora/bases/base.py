@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_lora.ops.internals import any_module_hook, autocasts, bare
+
 
 class Base:
     """The quantised weight W [N, K] of a linear layer, which stays the layer's own.
@@ -17,6 +19,7 @@ class Base:
     # `lora_linear`, where no gradient of x is needed. The figures of each kind: bf16, fp32 adapters of rank 16, two
     # cores of a Xeon with AMX, W 1536 x 576 and 2048 x 2048, 2026-11-26.
     few_rows = 0
+    kind: type[nn.Module] = nn.Linear  # whose forward the dense view stands for; a subclass with its own is called
     returns_input_dtype = False  # whether a call returns x's dtype whatever it computes in
 
     def __init__(self, linear: nn.Module):
@@ -24,10 +27,12 @@ class Base:
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype that a call with x computes in."""
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-            return torch.get_autocast_dtype(kind)
-        return x.dtype
+        return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+    def untouched(self) -> bool:
+        """Whether a call of the layer is its library's forward and nothing else: no hooks, no forward of its own or of
+        a subclass."""
+        return not any_module_hook() and bare(self.linear) and type(self.linear).forward is self.kind.forward
 
     def product_serves(self, rows: int) -> bool:
         """Whether the library's own product is the faster one where no gradient of x is needed."""

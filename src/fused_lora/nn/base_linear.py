@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fused_lora.ops.internals import bare
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
 _SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))  # GPTQ's layers have the second pair
 
 
@@ -60,10 +61,9 @@ def absorbable(linear: nn.Module) -> bool:
     """Whether a module that `check_linear` lets pass is nothing but its weight and bias, so that a layer can take over
     the two Parameters: nn.Linear's or Conv1D's own forward, plain memory and nothing attached that would be lost."""
     conv1d = is_conv1d(linear) and type(linear) is sys.modules["transformers.pytorch_utils"].Conv1D
-    attached = [name for name in _HOOKS if getattr(linear, name, None)]
-    attached += [name for name, _ in linear.named_parameters() if name not in ("weight", "bias")]
+    attached = [name for name, _ in linear.named_parameters() if name not in ("weight", "bias")]
     attached += [name for name, _ in (*linear.named_buffers(), *linear.named_children())]
-    if attached or not (conv1d or _runs(linear, nn.Linear)) or "forward" in vars(linear):
+    if attached or not (conv1d or _runs(linear, nn.Linear)) or not bare(linear):
         return False
     return type(linear.weight) is nn.Parameter and type(linear.bias) in (nn.Parameter, type(None))
 
@@ -80,7 +80,7 @@ def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def runs_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of the module runs this class's forward and no hooks."""
-    return _runs(module, kind) and not any(getattr(module, name, None) for name in _HOOKS)
+    return _runs(module, kind) and bare(module)
 
 
 def check_weight(weight: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -2,11 +2,11 @@
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from fused_lora.config import LayerConfig, unknown_name
 from fused_lora.nn.adapter_tensors import AdapterDropout, AdapterTensors, set_trainable
+from fused_lora.ops.update import joined
 
 ActiveAdapter = str | list[str] | None
 Summand = tuple[Tensor, Tensor, float | Tensor, float]  # A, B, scaling, dropout_p
@@ -125,12 +125,12 @@ class AdaptersByName(nn.Module):
         return summands
 
     def _summands(self) -> list[Summand]:
-        """`_acting`; several without dropout as one adapter, with A above A, B beside B and the scaling in B."""
+        """`_acting`; several without dropout as one adapter."""
         summands = self._acting()
         if len(summands) < 2 or any(dropout_p > 0.0 for *_, dropout_p in summands):
             return summands
-        above, beside = ([lora_A for lora_A, *_ in summands], [lora_B * scaling for _, lora_B, scaling, _ in summands])
-        return [(torch.cat(above), torch.cat(beside, dim=1), 1.0, 0.0)]
+        lora_As, lora_Bs, scalings, _ = zip(*summands)
+        return [(*joined(lora_As, lora_Bs, scalings), 1.0, 0.0)]
 
     def _adapters_repr(self) -> str:
         adapters = ", ".join(

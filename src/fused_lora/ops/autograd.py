@@ -16,6 +16,7 @@ from fused_lora.ops.internals import (
     is_tracing,
     reshaped,
     transforms_active,
+    without_autocast,
 )
 from fused_lora.ops.reference import PLAIN, Gradients, Variant, backward_again
 
@@ -158,7 +159,8 @@ class _EagerFunction(torch.autograd.Function):
                 found = iter(torch.ops.fused_lora.backward(*given, *PLAIN, list(needs), named))
                 grads = Gradients(*(next(found) if need else None for need in needs))
             else:
-                grads = back_end.backward(*given, needs, PLAIN, plan)
+                with without_autocast(dy):
+                    grads = back_end.backward(*given, needs, PLAIN, plan)
         except RuntimeError:  # a batched dy has no address; asked only now, since each look costs
             if not has_no_memory(dy):
                 raise
@@ -169,7 +171,12 @@ class _EagerFunction(torch.autograd.Function):
         return dx, grads.lora_A, grads.lora_B, None
 
 
-eager_apply = function_apply(_EagerFunction)
+eager_apply, _linear_apply = function_apply(_EagerFunction), function_apply(LoRALinearFunction)
+
+
+def linear_apply(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """LoRALinearFunction's y and h."""
+    return LoRALinearFunction.apply(*inputs) if is_dynamo_compiling() else _linear_apply(*inputs)
 
 
 def nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:

@@ -11,6 +11,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,19 @@ def _maybe() -> bool:
 # Whether any device type is under autocast; if not, no device needs to be asked.
 any_autocast_enabled = _private("_C._is_any_autocast_enabled") or _maybe
 
+
+def without_autocast(t: Tensor) -> AbstractContextManager:
+    """A context in which products keep their operands' dtype, on t's device: autocast has acted on what an op was given
+    and must not act again half-way, least of all in a backward that runs under it."""
+    return torch.autocast(t.device.type, enabled=False) if any_autocast_enabled() and autocasts(t) else nullcontext()
+
+
+def autocasts(t: Tensor) -> bool:
+    """Whether autocast is on for t's device type and casts its dtype; some types (meta) have none, fp64 stays."""
+    kind = t.device.type
+    return t.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 # Whether a dispatch mode (fake tensors, tracing, selective checkpointing, counters) sees every operator that is called.
 dispatch_modes_active = _private("_C._len_torch_dispatch_stack") or _maybe
 
@@ -50,6 +64,19 @@ is_tracing = _private("_C._is_tracing") or torch.jit.is_tracing
 
 # Whether hooks are set on all modules at once (torch.nn.modules.module.register_module_forward_hook and its kin).
 any_module_hook = _private("nn.modules.module._has_any_global_hook") or (lambda: False)
+
+
+def bare(module: torch.nn.Module) -> bool:
+    """Whether calling the module runs its class's forward and nothing else: it has no hooks and no forward of its own,
+    as accelerate gives modules."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
 
 _TensorGuards = _private("_C._dynamo.guards.TensorGuards")
 
@@ -111,8 +138,8 @@ def reshaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def function_apply(function: type[torch.autograd.Function]):
-    """function.apply without its binding of arguments through inspect.signature, which costs 6 us a call and which only
-    torch.func needs."""
+    """function.apply without its binding of arguments through inspect.signature, which costs 6 to 30 us a call and
+    which only torch.func needs; torch.compile takes none but function.apply itself."""
     base = super(torch.autograd.Function, function) if _ALLOWED else None
     return getattr(base, "apply", function.apply)
 

@@ -11,9 +11,9 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from fused_lora.backends import NAMES, Serving, bucket, forget, pick
-from fused_lora.ops.autograd import LoRALinearFunction, eager_apply, matrix, needs_plain_operators, nobody_listens
+from fused_lora.ops.autograd import eager_apply, linear_apply, matrix, needs_plain_operators, nobody_listens
 from fused_lora.ops.dropout import dropout_threshold
-from fused_lora.ops.internals import alike, any_autocast_enabled
+from fused_lora.ops.internals import alike, any_autocast_enabled, autocasts
 from fused_lora.ops.reference import PLAIN, Variant, composition
 from fused_lora.ops.schema import aligned, request_of
 from fused_lora.ops.sharded import on_shards
@@ -101,7 +101,7 @@ def lora_linear(
         variant, scaling = variant._replace(gate=gate), 1.0
     rows = [t if t is None else matrix(t) for t in variant[:3]]
     settings = draw_seed(x, dropout_p), (scaling, dropout_p, backend)
-    y, h = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, *rows, *variant[3:], *settings)
+    y, h = linear_apply(x, weight, lora_A, lora_B, bias, *rows, *variant[3:], *settings)
     return (y, h.view(*x.shape[:-1], lora_A.shape[0])) if return_h else y
 
 
@@ -185,7 +185,10 @@ def tensor_scaling(lora_A: Tensor, lora_B: Tensor, scaling) -> tuple[Tensor, Ten
     """A scaling that is no Python float: a tensor moves into A, both factors in fp32, so nothing is read on the host
     and it may train."""
     if not isinstance(scaling, Tensor):
-        return lora_A, lora_B, float(scaling)
+        try:
+            return lora_A, lora_B, float(scaling)
+        except (TypeError, ValueError):
+            raise ValueError(f"scaling must be a number or a 0-d tensor; got {scaling!r}") from None
     if scaling.dim() != 0:
         raise ValueError(f"scaling must be a number or a 0-d tensor; got a tensor of shape {list(scaling.shape)}")
     if not (isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor)):
@@ -195,17 +198,9 @@ def tensor_scaling(lora_A: Tensor, lora_B: Tensor, scaling) -> tuple[Tensor, Ten
     return lora_A * scaling, lora_B, 1.0
 
 
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for x's device type; some types (meta) have none."""
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
 def _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in):
     """What torch.nn.Linear's autocast does; fp32 adapters stay, the kernels take them over a half-precision x."""
     dtype = torch.get_autocast_dtype(x.device.type)
-    if x.dtype == torch.float64:
-        return x, weight, lora_A, lora_B, bias, x_lora, h_in
     x, weight, bias, x_lora, h_in = (t if t is None else t.to(dtype) for t in (x, weight, bias, x_lora, h_in))
     if lora_A.dtype != torch.float32 or lora_B.dtype != torch.float32:
         lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)

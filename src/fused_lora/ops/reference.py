@@ -198,13 +198,11 @@ def backward_again(dy, dh, x, weight, lora_A, lora_B, scaling, dropout_p, seed, 
     mask = None if seed is None else dropout_mask(seed, M, K, dropout_p, weight.dtype)
     x = weight.new_zeros(M, K) if x is None else x  # no needed gradient reads it
     given = (x, weight, lora_A, lora_B, weight.new_zeros(weight.shape[0]), *variant[:4])
-    with torch.enable_grad():
 
-        def outputs(*leaves: Any):
-            x, weight, lora_A, lora_B, bias, *optional = leaves
-            return composition(x, weight, lora_A, lora_B, bias, scaling, mask, Variant(*optional))
+    def outputs(x, weight, lora_A, lora_B, bias, *optional):
+        return composition(x, weight, lora_A, lora_B, bias, scaling, mask, Variant(*optional))
 
-        return Gradients(*gradients_again(outputs, given, needs, (dy, dh)))
+    return Gradients(*gradients_again(outputs, given, needs, (dy, dh)))
 
 
 def update(y, x, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:

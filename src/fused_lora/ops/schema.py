@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.backends import UPDATE, Request, bucket, pick
-from fused_lora.ops.internals import after_import
+from fused_lora.ops.internals import after_import, without_autocast
 from fused_lora.ops.reference import Gradients, Variant
 
 _VARIANT = "Tensor? x_lora, Tensor? h_in, Tensor? gate, Tensor? out_scale, Tensor? grad_row_scale"
@@ -68,9 +68,10 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, *op
     *optional, needs, backend = optional_needs_backend
     variant, needs = Variant(*optional), Gradients(*needs)
     back_end, plan = pick(backend, request_of(dy, weight, lora_A, variant))
-    grads = back_end.backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan)
-    if needs.weight and grads.weight is None:  # a product of its own, which no kernel of ours could better
-        grads = grads._replace(weight=dy.t() @ x)
+    with without_autocast(dy):
+        grads = back_end.backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan)
+        if needs.weight and grads.weight is None:  # a product of its own, which no kernel of ours could better
+            grads = grads._replace(weight=dy.t() @ x)
     return [grad for grad in grads if grad is not None]
 
 
@@ -88,7 +89,8 @@ def update(y, x, lora_A, lora_B, scaling, dropout_p, seed, backend):
 def update_backward(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, needs, backend):
     back_end, _ = pick(backend, update_request(dy, lora_A, dy.shape[1]))
     wanted = Gradients(x=needs[0], lora_A=needs[1], lora_B=needs[2])
-    grads = back_end.update_backward(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, wanted)
+    with without_autocast(dy):
+        grads = back_end.update_backward(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, wanted)
     return [grad for grad in (grads.x, grads.lora_A, grads.lora_B) if grad is not None]
 
 

@@ -63,12 +63,12 @@ def on_shards(
 
 
 def _rules(mesh: Any, tensors: dict[str, Any]) -> list[_Rule] | None:
-    """The rule of each mesh dimension, None if one has none."""
+    """The rule of each mesh dimension, None if one has none or the meshes differ."""
     x, weight = tensors["x"], tensors["weight"]
+    if any(t.device_mesh != mesh for t in tensors.values()):
+        return None
     rules = []
     for dim, pieces in enumerate(mesh.shape):
-        if any(t.device_mesh != mesh for t in tensors.values()):
-            return None
         N_K_even = [size % pieces == 0 for size in weight.shape]
         rule = _rule({name: t.placements[dim] for name, t in tensors.items()}, x.dim() - 1, N_K_even)
         if rule is None:

@@ -1,5 +1,6 @@
 """lora_update(): the low-rank half of the op alone, over a y that somebody else's product has made."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from fused_lora.ops.autograd import matrix, needs_plain_operators
-from fused_lora.ops.internals import any_autocast_enabled, has_no_memory, reshaped
-from fused_lora.ops.linear import DTYPES, adapter_dtype_fault, autocasts, draw_seed, settings_fault, tensor_scaling
+from fused_lora.ops.internals import any_autocast_enabled, autocasts, function_apply, has_no_memory, reshaped
+from fused_lora.ops.linear import DTYPES, adapter_dtype_fault, draw_seed, settings_fault, tensor_scaling
 from fused_lora.ops.reference import Gradients, update_backward, update_backward_again, update_composition
 
 
@@ -48,7 +49,7 @@ def lora_update(
     Raises: ValueError naming the argument, what was expected and what was given.
     Source: Hu et al., arXiv 2106.09685; names as in Hugging Face PEFT.
     """
-    if any_autocast_enabled() and autocasts(x) and x.dtype != torch.float64:
+    if any_autocast_enabled() and autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         if lora_A.dtype != torch.float32 or lora_B.dtype != torch.float32:
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
@@ -67,8 +68,20 @@ def lora_update(
         mask = F.dropout(torch.ones_like(x), dropout_p) if dropout_p > 0.0 else None
         return update_composition(y, x, lora_A, lora_B, scaling, mask).to(y.dtype)
     into = y if y.dtype == x.dtype else torch.zeros_like(y, dtype=x.dtype)
-    updated, _ = _UpdateFunction.apply(into, x, lora_A, lora_B, draw_seed(x, dropout_p), (scaling, dropout_p, backend))
+    apply = _UpdateFunction.apply if is_dynamo_compiling() else _eager_apply
+    updated, _ = apply(into, x, lora_A, lora_B, draw_seed(x, dropout_p), (scaling, dropout_p, backend))
     return updated if into is y else (y + updated).to(y.dtype)
+
+
+def joined(lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scalings: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Several updates of the same x as one of scaling 1: A below one another, [sum of R, K], and scaled B side by side,
+    [N, sum of R]; in fp32 at least, so that scaled B isn't rounded."""
+
+    def exact(t: Tensor) -> Tensor:
+        return t.to(torch.promote_types(t.dtype, torch.float32))
+
+    scaled_Bs = [exact(lora_B) * scaling for lora_B, scaling in zip(lora_Bs, scalings, strict=True)]
+    return torch.cat([exact(lora_A) for lora_A in lora_As]), torch.cat(scaled_Bs, dim=1)
 
 
 class _UpdateFunction(torch.autograd.Function):
@@ -98,6 +111,9 @@ class _UpdateFunction(torch.autograd.Function):
         if dx is not None and len(ctx.lead) != 1:
             dx = dx.view(*ctx.lead, dx.shape[1])
         return dy if need_y else None, dx, dA, dB, None, None
+
+
+_eager_apply = function_apply(_UpdateFunction)
 
 
 def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:

@@ -6,8 +6,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from fused_lora import backends
-from fused_lora.bases import quantised
+from fused_lora import backends, bases
 from fused_lora.peft.classes import fused_class, swap, swap_back
 from fused_lora.peft.request import active_update, misfit, readable_base
 from fused_lora.peft.ways import Row, Ways
@@ -79,6 +78,7 @@ def _row(name: str, layer: Any, fused: bool) -> Row:
 
 def _around(name: str, base_layer: nn.Module, why: str) -> Row:
     """A layer whose base weight is no plain matrix."""
-    if quantised(base_layer):
+    base = bases.of(base_layer)
+    if base is not None and base.untouched():
         return Row(name, "fused", f"{why}: dequantised for each call, or its own product where that is faster")
     return Row(name, "update", f"{why}: it computes its own product, and one call adds the update")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fused_lora.ops.internals import any_autocast_enabled, any_module_hook
+from fused_lora.ops.internals import any_autocast_enabled, any_module_hook, autocasts, bare
+from fused_lora.ops.update import joined
 
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
@@ -55,10 +56,10 @@ def active_update(layer: Any) -> Update | str:
 def readable_base(layer: Any) -> Base | str:
     """The tensors of the base layer, or why its own forward must run."""
     base = layer._modules["base_layer"]
+    if not bare(base):
+        return "its base layer has hooks or a forward of its own"
     if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
         return f"its base layer is a {_class(base)}"
-    if not _bare(base):
-        return "its base layer has hooks or a forward of its own"
     weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
     if weight is None or type(weight) not in _PLAIN_TENSORS:
         return f"its base weight is {_kind(weight)}"
@@ -71,7 +72,7 @@ def linear_fits(x: Tensor, base: Base, update: Update) -> bool:
     """Whether `lora_linear` computes with these dtypes what PEFT does; `misfit` is the rule without x."""
     if x.dtype is base.weight.dtype:
         return update_fits(x, update)
-    return _autocast(x) and _castable(x, *base, *update[:2])
+    return any_autocast_enabled() and autocasts(x) and _castable(*base, *update[:2])
 
 
 def update_fits(x: Tensor, update: Update) -> bool:
@@ -79,7 +80,7 @@ def update_fits(x: Tensor, update: Update) -> bool:
     adapter = update.lora_A.dtype
     if adapter is x.dtype or (adapter is torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
         return x.dtype in _DTYPES
-    return _autocast(x) and _castable(x, *update[:2])
+    return any_autocast_enabled() and autocasts(x) and _castable(*update[:2])
 
 
 def misfit(base: Base, update: Update) -> str | None:
@@ -92,24 +93,8 @@ def misfit(base: Base, update: Update) -> str | None:
     return None
 
 
-def _autocast(x: Tensor) -> bool:
-    return any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
-
-
 def _castable(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.dtype in _DTYPES and t.dtype is not torch.float64) for t in tensors)
-
-
-def _bare(module: Any) -> bool:
-    """Whether calling the module runs its class's forward and nothing else: no hooks, no forward of its own, as
-    accelerate gives it."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def _tensor(module: Any, name: str) -> Tensor | None:
@@ -129,7 +114,7 @@ def _adapter(layer: Any, name: str) -> Update | str:
     if type(module_A) is not nn.Linear or type(module_B) is not nn.Linear:
         other = module_B if type(module_A) is nn.Linear else module_A
         return f"adapter {name!r} has a {_class(other)} in the place of an nn.Linear"
-    if not (_bare(module_A) and _bare(module_B) and _bare(dropout)):
+    if not (bare(module_A) and bare(module_B) and bare(dropout)):
         return f"adapter {name!r} has hooks or a forward of its own"
     lora_A, lora_B = _tensor(module_A, "weight"), _tensor(module_B, "weight")
     if lora_A is None or lora_B is None or {type(lora_A), type(lora_B)} - _PLAIN_TENSORS:
@@ -154,16 +139,14 @@ def _adapter(layer: Any, name: str) -> Update | str:
 
 
 def _joined(updates: list[Update]) -> Update | str:
-    """Several active adapters as one of their ranks' sum: A below one another, scaled B side by side."""
+    """Several active adapters as one of their ranks' sum."""
     if any(update.dropout_p for update in updates):
         return "several adapters are active, each with a dropout mask of its own"
     if len({update.lora_A.dtype for update in updates}) > 1:
         return "several adapters of different dtypes are active"
-    exact = torch.promote_types(updates[0].lora_A.dtype, torch.float32)  # scaled B isn't rounded
-    lora_A = torch.cat([update.lora_A.to(exact) for update in updates])
-    lora_B = torch.cat([update.lora_B.to(exact) * update.scaling for update in updates], 1)
+    lora_As, lora_Bs, scalings, *_ = zip(*updates)
     biases = [update.bias for update in updates if update.bias is not None]
-    return Update(lora_A, lora_B, 1.0, 0.0, sum(biases[1:], biases[0]) if biases else None)
+    return Update(*joined(lora_As, lora_Bs, scalings), 1.0, 0.0, sum(biases[1:], biases[0]) if biases else None)
 
 
 def _kind(t: Any) -> str:
