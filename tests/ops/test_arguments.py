@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from fused_lora import backends, lora_linear
+from fused_lora import backends, lora_linear, lora_update
 from fused_lora.ops import linear
 from fused_lora.testing import random_problem
 
@@ -37,6 +37,17 @@ BAD = [
     (dict(scaling=None), r"scaling must be a number or a 0-d tensor; got None"),
     (dict(scaling=torch.ones(2)), r"scaling must be a number or a 0-d tensor; got a tensor of shape \[2\]"),
 ]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_x_that_is_no_tensor_is_named(autocast):
+    weight, A, B = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
+    for call in (lambda x: lora_linear(x, weight, A, B, 1.0), lambda x: lora_update(torch.zeros(3, 6), x, A, B, 1.0)):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            pytest.raises(ValueError, match="x must be a torch.Tensor; got tuple"),
+        ):
+            call((torch.randn(3, 4),))
 
 
 @pytest.mark.parametrize("change, message", BAD, ids=[m[:40] for _, m in BAD])

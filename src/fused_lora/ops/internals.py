@@ -47,8 +47,11 @@ def without_autocast(t: Tensor) -> AbstractContextManager:
     return torch.autocast(t.device.type, enabled=False) if any_autocast_enabled() and autocasts(t) else nullcontext()
 
 
-def autocasts(t: Tensor) -> bool:
-    """Whether autocast is on for t's device type and casts its dtype; some types (meta) have none, fp64 stays."""
+def autocasts(t: Any) -> bool:
+    """Whether autocast is on for t's device type and casts its dtype; some types (meta) have none, fp64 stays, and what
+    is no tensor is refused by who asks."""
+    if not isinstance(t, Tensor):
+        return False
     kind = t.device.type
     return t.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
