@@ -10,6 +10,7 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 import fused_lora.ops.schema  # noqa: F401  registers torch.ops.fused_lora
 from fused_lora.ops import reference
 from fused_lora.ops.internals import (
+    any_autocast_enabled,
     dispatch_modes_active,
     function_apply,
     has_no_memory,
@@ -158,9 +159,11 @@ class _EagerFunction(torch.autograd.Function):
                 named = f"{name}:{plan}" if plan else name
                 found = iter(torch.ops.fused_lora.backward(*given, *PLAIN, list(needs), named))
                 grads = Gradients(*(next(found) if need else None for need in needs))
-            else:
+            elif any_autocast_enabled():
                 with without_autocast(dy):
                     grads = back_end.backward(*given, needs, PLAIN, plan)
+            else:
+                grads = back_end.backward(*given, needs, PLAIN, plan)
         except RuntimeError:  # a batched dy has no address; asked only now, since each look costs
             if not has_no_memory(dy):
                 raise
