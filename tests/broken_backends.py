@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from fused_lora.ops import linear, reference
+from fused_lora.ops import checks, reference
 
 _turn, _NAMES = [0], []
 
@@ -89,4 +89,4 @@ _register("talks", forward=_talks)
 
 def announce():
     """Let `lora_linear` take their names, for a process of its own."""
-    linear.NAMES = (*linear.NAMES, *_NAMES)
+    checks.NAMES = (*checks.NAMES, *_NAMES)

@@ -35,6 +35,16 @@ def randomise(model: nn.Module, seed=1) -> nn.Module:
     return model
 
 
+def same_start(model):
+    """The same A everywhere."""
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
+    return model
+
+
 def adapted(directory, adapter, dtype=torch.float32, **lora):
     """The model with an adapter that is far from nothing, saved in `adapter`; returns its logits."""
     model, _ = load_model(directory, dtype, "cpu")

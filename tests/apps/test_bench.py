@@ -210,6 +210,15 @@ def test_the_interval_of_a_ratio_comes_from_pairs():
     assert hits >= 85 and together < alone / 4
 
 
+def test_a_ratio_of_rounds_that_never_count_together_is_not_taken_for_certain():
+    """Each candidate was undisturbed in other rounds than the other one: no pair tells how they compare."""
+    seconds = [(2.0,), (3.0,)] * 5
+    other, base = (timing.Series(list(seconds), [place % 2 == start for place in range(10)]) for start in (0, 1))
+    other.rounds[0], base.rounds[1] = (2.4,), (2.5,)
+    assert timing.ratio(other, base) == (2.0 / 3.0, 2.0 / 3.0, 2.4 / 2.5)
+    assert timing.ratio(base, base) == (1.0, 1.0, 1.0)
+
+
 def test_distance_to_the_floor():
     assert CASE.floor == 1 + 1.5 * 4 * (1 / 32 + 1 / 40)
     frozen, fused = runner.run_case(CASE, "cpu", ["frozen", "fused"], 0.01)

@@ -25,3 +25,4 @@ def test_an_example_runs_as_its_head_says(path):
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [float(line.rpartition("loss ")[2]) for line in done.stdout.splitlines() if line.startswith("step ")]
     assert losses == sorted(losses, reverse=True)  # what trains gets better
+    assert ("loss.backward()" in path.read_text()) == (len(losses) > 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from tiny_llama import randomise
+from tiny_llama import randomise, same_start
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, Trainer, TrainingArguments
 
@@ -224,25 +224,15 @@ def trained(model, folder, resume=None, **arguments):
 
 
 def ours(directory, **lora):
-    return start(apply_lora(base_of(directory), **{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **lora}))
+    return same_start(apply_lora(base_of(directory), **{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **lora}))
 
 
 def peer(directory, **lora):
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **lora})
-    return start(peft.get_peft_model(base_of(directory), config))
+    return same_start(peft.get_peft_model(base_of(directory), config))
 
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
-
-
-def start(model):
-    """The same A everywhere."""
-    generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_A" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
-    return model
 
 
 RUNS = {
@@ -305,7 +295,7 @@ def test_several_active_adapters_are_saved_and_resume(directory, tmp_path):
     """A folder each, as PEFT writes them."""
 
     def two():
-        model = start(apply_lora(ours(directory), r=2, target_modules=["q_proj"], adapter_name="second"))
+        model = same_start(apply_lora(ours(directory), r=2, target_modules=["q_proj"], adapter_name="second"))
         set_adapter(model, ["default", "second"])
         return model
 
@@ -337,7 +327,7 @@ def test_the_best_model_comes_back(directory, tmp_path, caplog):
 
 def test_trainer_s_checkpoint_of_a_base_from_nowhere_resumes(tmp_path):
     every = dict(save_strategy="steps", save_steps=2)
-    want, _ = trained(start(apply_lora(llama(), r=4)), tmp_path, **every)
+    want, _ = trained(same_start(apply_lora(llama(), r=4)), tmp_path, **every)
     torch.manual_seed(9)
     other = LlamaForCausalLM(llama().config)
     torch.nn.init.normal_(other.lm_head.weight)  # another base than that of the checkpoint

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from tiny_llama import randomise
+from tiny_llama import randomise, same_start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fused_lora import LoRALinear, apply_lora, load_adapter, reference_model, save_adapter, set_adapter
@@ -32,16 +32,6 @@ def base(directory):
     return AutoModelForCausalLM.from_pretrained(directory)
 
 
-def start(model):
-    """The same A everywhere."""
-    generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_A" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
-    return model
-
-
 def losses(kind, config, model, directory, data, folder, **more):
     arguments = dict(per_device_train_batch_size=2, max_steps=3, learning_rate=0.01, logging_steps=1, seed=1)
     arguments |= dict(use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", max_length=32)
@@ -63,9 +53,9 @@ def losses(kind, config, model, directory, data, folder, **more):
 def test_sft_losses_are_peft_s(checkpointing, tiny_model, tmp_path):
     data = [{"text": text} for text in TEXTS]
     run = (tiny_model, data, tmp_path)
-    ours = start(apply_lora(base(tiny_model), **LORA))
+    ours = same_start(apply_lora(base(tiny_model), **LORA))
     got, trainer = losses(SFTTrainer, SFTConfig, ours, *run, gradient_checkpointing=checkpointing)
-    theirs = start(peft.get_peft_model(base(tiny_model), peft.LoraConfig(**LORA)))
+    theirs = same_start(peft.get_peft_model(base(tiny_model), peft.LoraConfig(**LORA)))
     want, _ = losses(SFTTrainer, SFTConfig, theirs, *run, gradient_checkpointing=checkpointing)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
     assert all(torch.count_nonzero(p) for name, p in trainer.model.named_parameters() if "lora_B" in name)
@@ -137,7 +127,7 @@ def test_dpo_from_a_trained_adapter_compares_with_that_adapter(tiny_model, adapt
 
 def test_dpo_without_a_reference_compares_with_the_base_model(tiny_model, adapter, tmp_path):
     run = (tiny_model, pairs(), tmp_path)
-    fresh, _ = losses(DPOTrainer, DPOConfig, start(apply_lora(base(tiny_model), **LORA)), *run, max_steps=1)
+    fresh, _ = losses(DPOTrainer, DPOConfig, same_start(apply_lora(base(tiny_model), **LORA)), *run, max_steps=1)
     assert fresh[0] == pytest.approx(math.log(2), abs=1e-5)
     _, trainer = losses(DPOTrainer, DPOConfig, load_adapter(base(tiny_model), adapter), *run, max_steps=1)
     for (name, got), want in zip(trainer.ref_model.named_parameters(), base(tiny_model).parameters(), strict=True):

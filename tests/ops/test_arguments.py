@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from bad_arguments import with_change
 
 from fused_lora import backends, lora_linear, lora_update
 from fused_lora.ops import linear
@@ -52,12 +53,7 @@ def test_an_x_that_is_no_tensor_is_named(autocast):
 
 @pytest.mark.parametrize("change, message", BAD, ids=[m[:40] for _, m in BAD])
 def test_bad_input_is_named(change, message):
-    change = dict(change)
-    dtypes = {k[6:]: change.pop(k) for k in list(change) if k.startswith("dtype_")}
-    devices = {k[7:]: change.pop(k) for k in list(change) if k.startswith("device_")}
-    shapes = GOOD | {k: v for k, v in change.items() if isinstance(v, tuple)}
-    other = {k: v for k, v in change.items() if not isinstance(v, tuple)}
-    t = {k: torch.zeros(v, dtype=dtypes.get(k, torch.float32), device=devices.get(k, "cpu")) for k, v in shapes.items()}
+    t, other = with_change(GOOD, change)
     scaling = other.pop("scaling", 1.0)
     with pytest.raises(ValueError, match=message):
         lora_linear(t.pop("x"), t.pop("weight"), t.pop("lora_A"), t.pop("lora_B"), scaling, **t, **other)

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from bad_arguments import with_change
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
@@ -266,12 +267,7 @@ BAD = [
 
 @pytest.mark.parametrize("change, message", BAD, ids=[m[:40] for _, m in BAD])
 def test_bad_input_is_named(change, message):
-    change = dict(change)
-    dtypes = {k[6:]: change.pop(k) for k in list(change) if k.startswith("dtype_")}
-    devices = {k[7:]: change.pop(k) for k in list(change) if k.startswith("device_")}
-    shapes = GOOD | {k: v for k, v in change.items() if isinstance(v, tuple)}
-    other = {k: v for k, v in change.items() if not isinstance(v, tuple)}
-    t = {k: torch.zeros(v, dtype=dtypes.get(k, torch.float32), device=devices.get(k, "cpu")) for k, v in shapes.items()}
+    t, other = with_change(GOOD, change)
     with pytest.raises(ValueError, match=message):
         lora_update(*t.values(), other.pop("scaling", 1.0), **other)
 

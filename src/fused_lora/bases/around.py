@@ -9,8 +9,9 @@ from torch.compiler import is_dynamo_compiling
 from fused_lora.bases.base import Base, of
 from fused_lora.ops import reference
 from fused_lora.ops.autograd import matrix, needs_plain_operators
+from fused_lora.ops.checks import fault
 from fused_lora.ops.internals import has_no_memory, reshaped, without_autocast
-from fused_lora.ops.linear import draw_seed, fault, lora_linear, tensor_scaling
+from fused_lora.ops.linear import draw_seed, lora_linear, tensor_scaling
 from fused_lora.ops.reference import PLAIN, Gradients, backward_again
 from fused_lora.ops.update import lora_update
 

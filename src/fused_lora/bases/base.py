@@ -1,11 +1,12 @@
 """Base, what all quantised weights have in common, and who stands for a given layer's."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_lora.ops.internals import any_module_hook, autocasts, bare
+from fused_lora.ops.internals import any_module_hook, autocasts, bare, runs
 
 
 class Base:
@@ -32,7 +33,7 @@ class Base:
     def untouched(self) -> bool:
         """Whether a call of the layer is its library's forward and nothing else: no hooks, no forward of its own or of
         a subclass."""
-        return not any_module_hook() and bare(self.linear) and type(self.linear).forward is self.kind.forward
+        return not any_module_hook() and runs(self.linear, self.kind) and bare(self.linear)
 
     def product_serves(self, rows: int) -> bool:
         """Whether the library's own product is the faster one where no gradient of x is needed."""
@@ -74,11 +75,17 @@ class Base:
         return self.quantised(dense)
 
 
+@lru_cache(64)
+def _libraries(kind: type) -> frozenset[str]:
+    """The libraries that a class and its bases come from; asked in every call of a layer."""
+    return frozenset(each.__module__.partition(".")[0] for each in kind.__mro__)
+
+
 def of(linear: nn.Module) -> Base | None:
     """The base that stands for a linear layer's weight: bitsandbytes' 4 and 8 bits, torchao's quantised tensors; None
     for a plain weight and for kinds that none of our files knows."""
-    home = {kind.__module__.partition(".")[0] for kind in type(linear).__mro__}
-    if "bitsandbytes" in home:
+    kind: type = type(linear)
+    if "bitsandbytes" in _libraries(kind):
         from fused_lora.bases import bnb
 
         return bnb.of(linear)

@@ -78,12 +78,15 @@ class Series:
 
 def ratio(of: Series, base: Series, part: Callable[[tuple[float, ...]], float] = sum) -> tuple[float, float, float]:
     """The ratio of the medians and its 95 % interval, by bootstrap over the rounds that count for both: what slows a
-    round down slows both, so that pairs tell more than each alone."""
+    round down slows both, so that pairs tell more than each alone. With fewer than six such rounds the interval reaches
+    from the fastest over the slowest to the slowest over the fastest."""
+    if of is base:
+        return 1.0, 1.0, 1.0
     value = statistics.median(of.seconds(part)) / statistics.median(base.seconds(part))
     both = [(part(a), part(b)) for a, b, *ok in zip(of.rounds, base.rounds, of.counts, base.counts) if all(ok)]
     if len(both) < 6:
-        each = [a / b for a, b in both] or [value]
-        return value, min(value, *each), max(value, *each)
+        ours, theirs = of.seconds(part), base.seconds(part)
+        return value, min(ours) / max(theirs), max(ours) / min(theirs)
     pairs, generator = torch.tensor(both, dtype=torch.float64), torch.Generator().manual_seed(0)
     drawn = pairs[torch.randint(len(both), (1000, len(both)), generator=generator)]
     medians = drawn.quantile(0.5, dim=1)

@@ -49,7 +49,7 @@ def _print_ways(model: str | None, adapter: Path, dtype: str) -> None:
     from fused_lora.peft import fuse
 
     ways = fuse(_with_adapter(load_model(chosen, DTYPES[dtype], "cpu")[0], adapter))
-    out.print(f"{len(ways.of('fused'))} of {len(ways)} adapted layers are fused", style="bold")
+    out.print(ways.summary(), style="bold")
     _print_table([("layers", "name", "way", "why"), *(tuple(map(printable, line)) for line in ways.lines())])
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fused_lora.ops.internals import bare
+from fused_lora.ops.internals import bare, runs
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))  # GPTQ's layers have the second pair
@@ -51,7 +51,7 @@ def check_linear(linear: Any) -> None:
             "linear must be called by the module around it, torch.nn.MultiheadAttention reads the weight of its "
             f"projection and would pass by the adapter; got {_name(linear)}"
         )
-    if _runs(linear, nn.Linear) or (is_conv1d(linear) and "forward" not in vars(linear)):
+    if runs(linear, nn.Linear) or (is_conv1d(linear) and "forward" not in vars(linear)):
         weight = linear.weight
         if type(weight) is nn.Parameter or weight.is_nested:
             check_weight(weight, (K, N) if is_conv1d(linear) else (N, K))
@@ -63,24 +63,9 @@ def absorbable(linear: nn.Module) -> bool:
     conv1d = is_conv1d(linear) and type(linear) is sys.modules["transformers.pytorch_utils"].Conv1D
     attached = [name for name, _ in linear.named_parameters() if name not in ("weight", "bias")]
     attached += [name for name, _ in (*linear.named_buffers(), *linear.named_children())]
-    if attached or not (conv1d or _runs(linear, nn.Linear)) or not bare(linear):
+    if attached or not (conv1d or runs(linear, nn.Linear)) or not bare(linear):
         return False
     return type(linear.weight) is nn.Parameter and type(linear.bias) in (nn.Parameter, type(None))
-
-
-def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module runs this class's forward, untouched."""
-    return (
-        isinstance(module, kind)
-        and type(module).forward is kind.forward
-        and type(module).__call__ is nn.Module.__call__
-        and "forward" not in vars(module)
-    )
-
-
-def runs_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module runs this class's forward and no hooks."""
-    return _runs(module, kind) and bare(module)
 
 
 def check_weight(weight: torch.Tensor, shape: tuple[int, ...]) -> None:

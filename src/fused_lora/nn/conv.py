@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
-from fused_lora.nn.base_linear import runs_untouched
 from fused_lora.nn.layer import LoRALayer
+from fused_lora.ops.internals import bare, runs
 from fused_lora.ops.linear import lora_linear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -21,7 +21,8 @@ def _is_pointwise(conv: Any) -> bool:
         and set(conv.kernel_size) == set(conv.stride) == {1}
         and conv.groups == 1
         and (isinstance(conv.padding, str) or set(conv.padding) == {0})
-        and runs_untouched(conv, CONVOLUTIONS[len(conv.kernel_size) - 1])
+        and runs(conv, CONVOLUTIONS[len(conv.kernel_size) - 1])
+        and bare(conv)
         and type(conv.weight) is nn.Parameter
     )
 

@@ -81,6 +81,17 @@ def bare(module: torch.nn.Module) -> bool:
     )
 
 
+def runs(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
+    """Whether a call of the module runs this class's forward, hooks aside: neither a subclass nor the module has
+    another."""
+    return (
+        isinstance(module, kind)
+        and type(module).forward is kind.forward
+        and type(module).__call__ is torch.nn.Module.__call__
+        and "forward" not in module.__dict__
+    )
+
+
 _TensorGuards = _private("_C._dynamo.guards.TensorGuards")
 
 

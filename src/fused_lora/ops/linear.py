@@ -1,6 +1,5 @@
-"""lora_linear(): every check of the op, once, before anything is computed."""
+"""lora_linear(): the op; every check once, before anything is computed."""
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -10,15 +9,14 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
-from fused_lora.backends import NAMES, Serving, bucket, forget, pick
+from fused_lora.backends import Serving, bucket, forget, pick
 from fused_lora.ops.autograd import eager_apply, linear_apply, matrix, needs_plain_operators, nobody_listens
+from fused_lora.ops.checks import check_variant, fault
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import alike, any_autocast_enabled, autocasts
 from fused_lora.ops.reference import PLAIN, Variant, composition
 from fused_lora.ops.schema import aligned, request_of
 from fused_lora.ops.sharded import on_shards
-
-DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 
 
 def lora_linear(
@@ -92,7 +90,7 @@ def lora_linear(
         raise error
     variant = Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
     if not plain:
-        _check_variant(x, weight, lora_A, variant)
+        check_variant(x, weight, lora_A, variant)
     dropout_p = dropout_p if training else 0.0
     if needs_plain_operators(x, weight, lora_A, lora_B):
         return _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, variant, return_h)
@@ -205,90 +203,3 @@ def _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in):
     if lora_A.dtype != torch.float32 or lora_B.dtype != torch.float32:
         lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     return x, weight, lora_A, lora_B, bias, x_lora, h_in
-
-
-def _shape(t: Tensor) -> list[int]:
-    return list(t.shape)
-
-
-def fault(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ValueError | None:
-    """The first thing that is wrong with the arguments, None if nothing is."""
-    for name, t in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if not isinstance(t, Tensor):
-            return ValueError(f"{name} must be a torch.Tensor; got {type(t).__name__}")
-    if not isinstance(bias, Tensor | None):
-        return ValueError(f"bias must be a torch.Tensor or None; got {type(bias).__name__}")
-    if weight.dim() != 2 or weight.numel() == 0:
-        return ValueError(f"weight must have shape [N, K] with N, K >= 1; got {_shape(weight)}")
-    N, K = weight.shape
-    if x.dim() == 0 or x.shape[-1] != K:
-        return ValueError(f"x must have shape [..., {K}] to match weight {_shape(weight)}; got {_shape(x)}")
-    if lora_A.dim() != 2 or lora_A.shape[0] < 1 or lora_A.shape[1] != K:
-        return ValueError(f"lora_A must have shape [R, {K}] with R >= 1 to match x[..., {K}]; got {_shape(lora_A)}")
-    R = lora_A.shape[0]
-    if lora_B.shape != (N, R):
-        return ValueError(
-            f"lora_B must have shape [{N}, {R}] to match weight {_shape(weight)} and lora_A {_shape(lora_A)}; got "
-            f"{_shape(lora_B)}"
-        )
-    for name, t in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
-        if t is not None and t.layout not in (torch.strided, torch.jagged):
-            return ValueError(f"{name} must be a dense tensor; got layout {t.layout}")
-    if x.dtype not in DTYPES:
-        return ValueError(f"x must be bfloat16, float16, float32 or float64; got {x.dtype}")
-    if weight.dtype != x.dtype:
-        return ValueError(f"weight must have x's dtype {x.dtype}; got {weight.dtype}")
-    wrong = adapter_dtype_fault(x, lora_A, lora_B)
-    if wrong is not None:
-        return wrong
-    if bias is not None and bias.shape != (N,):
-        return ValueError(f"bias must have shape [{N}] to match weight {_shape(weight)}; got {_shape(bias)}")
-    if bias is not None and bias.dtype != x.dtype:
-        return ValueError(f"bias must have x's dtype {x.dtype}; got {bias.dtype}")
-    for name, t in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
-        if t is not None and t.device != x.device:
-            return ValueError(f"{name} must be on x's device {x.device}; got {t.device}")
-    return settings_fault(dropout_p, backend)
-
-
-def adapter_dtype_fault(x, lora_A, lora_B) -> ValueError | None:
-    """What is wrong with the adapter's dtypes, None if nothing is."""
-    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if t.dtype not in (x.dtype, torch.float32):
-            return ValueError(f"{name} must have x's dtype {x.dtype} or float32; got {t.dtype}")
-    if lora_A.dtype != lora_B.dtype:
-        return ValueError(f"lora_B must have lora_A's dtype {lora_A.dtype}; got {lora_B.dtype}")
-    return None
-
-
-def settings_fault(dropout_p, backend) -> ValueError | None:
-    """What is wrong with the arguments that are no tensors, None if nothing is."""
-    if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p < 1.0:
-        return ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
-    name, _, plan = str(backend).partition(":")
-    if name not in NAMES or (plan and name == "auto"):
-        near = [each for each in difflib.get_close_matches(name, NAMES, 1) if each != name]
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        return ValueError(f"backend must be one of {', '.join(NAMES)}; got {backend!r}{hint}")
-    return None
-
-
-def _check_variant(x: Tensor, weight: Tensor, lora_A: Tensor, variant: Variant) -> None:
-    """Raises ValueError for a wrong shape, dtype or device of an optional tensor."""
-    x_lora, h_in, gate, out_scale, grad_row_scale = variant
-    N, R = weight.shape[0], lora_A.shape[0]
-    lead = tuple(x.shape[:-1])
-    if x_lora is not None and (x_lora.shape != x.shape or x_lora.dtype != x.dtype):
-        raise ValueError(
-            f"x_lora must have x's shape {_shape(x)} and dtype {x.dtype}; got {_shape(x_lora)} and {x_lora.dtype}"
-        )
-    if h_in is not None and (tuple(h_in.shape) != (*lead, R) or h_in.dtype != x.dtype):
-        raise ValueError(f"h_in must have shape {[*lead, R]} and dtype {x.dtype}; got {_shape(h_in)} and {h_in.dtype}")
-    if gate is not None and (tuple(gate.shape[:-1]) != lead or gate.shape[-1] < 1 or R % gate.shape[-1]):
-        raise ValueError(f"gate must have shape {[*lead, 'k']} with k dividing R = {R}; got {_shape(gate)}")
-    for name, t in (("out_scale", out_scale), ("grad_row_scale", grad_row_scale)):
-        if t is not None and (tuple(t.shape) != (N,) or t.dtype not in (torch.float32, torch.float64)):
-            raise ValueError(f"{name} must have shape [{N}] and dtype float32; got {_shape(t)} and {t.dtype}")
-    for name, t in variant._asdict().items():
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}; got {t.device}")

@@ -9,8 +9,9 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from fused_lora.ops.autograd import matrix, needs_plain_operators
+from fused_lora.ops.checks import update_fault
 from fused_lora.ops.internals import any_autocast_enabled, autocasts, function_apply, has_no_memory, reshaped
-from fused_lora.ops.linear import DTYPES, adapter_dtype_fault, draw_seed, settings_fault, tensor_scaling
+from fused_lora.ops.linear import draw_seed, tensor_scaling
 from fused_lora.ops.reference import Gradients, update_backward, update_backward_again, update_composition
 
 
@@ -129,30 +130,3 @@ def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
         return [grads.x, grads.lora_A, grads.lora_B]
     found = iter(torch.ops.fused_lora.update_backward(*given, needs, backend))
     return [next(found) if need else None for need in needs]
-
-
-def update_fault(y, x, lora_A, lora_B, dropout_p, backend) -> ValueError | None:
-    """The first thing that is wrong with the arguments, None if nothing is."""
-    tensors = (("y", y), ("x", x), ("lora_A", lora_A), ("lora_B", lora_B))
-    for name, t in tensors:
-        if not isinstance(t, Tensor):
-            return ValueError(f"{name} must be a torch.Tensor; got {type(t).__name__}")
-        if t.layout not in (torch.strided, torch.jagged):
-            return ValueError(f"{name} must be a dense tensor; got layout {t.layout}")
-    A, B, X, Y = list(lora_A.shape), list(lora_B.shape), list(x.shape), list(y.shape)
-    if len(A) != 2 or min(A) < 1:
-        return ValueError(f"lora_A must have shape [R, K] with R, K >= 1; got {A}")
-    if len(X) == 0 or X[-1] != A[1]:
-        return ValueError(f"x must have shape [..., {A[1]}] to match lora_A {A}; got {X}")
-    if len(B) != 2 or B[0] < 1 or B[1] != A[0]:
-        return ValueError(f"lora_B must have shape [N, {A[0]}] with N >= 1 to match lora_A {A}; got {B}")
-    if [*X[:-1], B[0]] != Y:
-        return ValueError(f"y must have shape {[*X[:-1], B[0]]} to match x {X} and lora_B {B}; got {Y}")
-    if x.dtype not in DTYPES:
-        return ValueError(f"x must be bfloat16, float16, float32 or float64; got {x.dtype}")
-    if not y.dtype.is_floating_point:
-        return ValueError(f"y must have a floating dtype; got {y.dtype}")
-    for name, t in (tensors[0], *tensors[2:]):
-        if t.device != x.device:
-            return ValueError(f"{name} must be on x's device {x.device}; got {t.device}")
-    return adapter_dtype_fault(x, lora_A, lora_B) or settings_fault(dropout_p, backend)

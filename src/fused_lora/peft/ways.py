@@ -31,6 +31,10 @@ class Ways:
         """The rows of one way."""
         return tuple(row for row in self.rows if row.way == way)
 
+    def summary(self) -> str:
+        """How many of the layers are fused."""
+        return f"{len(self.of('fused'))} of {len(self)} adapted layers are fused"
+
     def lines(self) -> list[tuple[str, str, str, str]]:
         """(number of layers, their common name with * for its numbers, way, reason), in the order of first sight."""
         count: dict[tuple[str, str, str], list[str]] = {}
@@ -51,4 +55,4 @@ class Ways:
             f"{count:>{widths[0]}}  {name:{widths[1]}}  {way:{widths[2]}}  {reason}"
             for count, name, way, reason in lines
         ]
-        return "\n".join([f"{len(self.of('fused'))} of {len(self)} adapted layers are fused", *rows])
+        return "\n".join([self.summary(), *rows])

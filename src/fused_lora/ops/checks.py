@@ -1,0 +1,148 @@
+"""What is wrong with the arguments of `lora_linear` and `lora_update`: shapes, dtypes, devices, names; metadata only.
+
+Each check returns the error, or None: who calls it raises, before anything is computed.
+"""
+
+import difflib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lora.backends import NAMES
+from fused_lora.ops.reference import Variant
+
+_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
+
+
+def _shape(t: Tensor) -> list[int]:
+    return list(t.shape)
+
+
+def fault(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> ValueError | None:
+    """The first thing that is wrong with the arguments of `lora_linear`, None if nothing is."""
+    named = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    wrong = _no_tensor(named)
+    if wrong is not None:
+        return wrong
+    if not isinstance(bias, Tensor | None):
+        return ValueError(f"bias must be a torch.Tensor or None; got {type(bias).__name__}")
+    if weight.dim() != 2 or weight.numel() == 0:
+        return ValueError(f"weight must have shape [N, K] with N, K >= 1; got {_shape(weight)}")
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        return ValueError(f"x must have shape [..., {K}] to match weight {_shape(weight)}; got {_shape(x)}")
+    if lora_A.dim() != 2 or lora_A.shape[0] < 1 or lora_A.shape[1] != K:
+        return ValueError(f"lora_A must have shape [R, {K}] with R >= 1 to match x[..., {K}]; got {_shape(lora_A)}")
+    R = lora_A.shape[0]
+    if lora_B.shape != (N, R):
+        return ValueError(
+            f"lora_B must have shape [{N}, {R}] to match weight {_shape(weight)} and lora_A {_shape(lora_A)}; got "
+            f"{_shape(lora_B)}"
+        )
+    if bias is not None:
+        named["bias"] = bias
+    wrong = _not_dense(named) or _no_dtype_of_ours(x)
+    if wrong is not None:
+        return wrong
+    if weight.dtype != x.dtype:
+        return ValueError(f"weight must have x's dtype {x.dtype}; got {weight.dtype}")
+    wrong = _wrong_adapter_dtype(x, lora_A, lora_B)
+    if wrong is not None:
+        return wrong
+    if bias is not None and bias.shape != (N,):
+        return ValueError(f"bias must have shape [{N}] to match weight {_shape(weight)}; got {_shape(bias)}")
+    if bias is not None and bias.dtype != x.dtype:
+        return ValueError(f"bias must have x's dtype {x.dtype}; got {bias.dtype}")
+    return _elsewhere(named, x) or _wrong_settings(dropout_p, backend)
+
+
+def update_fault(y, x, lora_A, lora_B, dropout_p, backend) -> ValueError | None:
+    """The first thing that is wrong with the arguments of `lora_update`, None if nothing is."""
+    named = {"y": y, "x": x, "lora_A": lora_A, "lora_B": lora_B}
+    wrong = _no_tensor(named) or _not_dense(named)
+    if wrong is not None:
+        return wrong
+    Y, X, A, B = map(_shape, named.values())
+    if len(A) != 2 or min(A) < 1:
+        return ValueError(f"lora_A must have shape [R, K] with R, K >= 1; got {A}")
+    if len(X) == 0 or X[-1] != A[1]:
+        return ValueError(f"x must have shape [..., {A[1]}] to match lora_A {A}; got {X}")
+    if len(B) != 2 or B[0] < 1 or B[1] != A[0]:
+        return ValueError(f"lora_B must have shape [N, {A[0]}] with N >= 1 to match lora_A {A}; got {B}")
+    if [*X[:-1], B[0]] != Y:
+        return ValueError(f"y must have shape {[*X[:-1], B[0]]} to match x {X} and lora_B {B}; got {Y}")
+    wrong = _no_dtype_of_ours(x)
+    if wrong is not None:
+        return wrong
+    if not y.dtype.is_floating_point:
+        return ValueError(f"y must have a floating dtype; got {y.dtype}")
+    return _elsewhere(named, x) or _wrong_adapter_dtype(x, lora_A, lora_B) or _wrong_settings(dropout_p, backend)
+
+
+def _no_tensor(named: dict[str, Any]) -> ValueError | None:
+    for name, t in named.items():
+        if not isinstance(t, Tensor):
+            return ValueError(f"{name} must be a torch.Tensor; got {type(t).__name__}")
+    return None
+
+
+def _not_dense(named: dict[str, Tensor]) -> ValueError | None:
+    for name, t in named.items():
+        if t.layout not in (torch.strided, torch.jagged):
+            return ValueError(f"{name} must be a dense tensor; got layout {t.layout}")
+    return None
+
+
+def _elsewhere(named: dict[str, Tensor], x: Tensor) -> ValueError | None:
+    for name, t in named.items():
+        if t.device != x.device:
+            return ValueError(f"{name} must be on x's device {x.device}; got {t.device}")
+    return None
+
+
+def _no_dtype_of_ours(x: Tensor) -> ValueError | None:
+    if x.dtype not in _DTYPES:
+        return ValueError(f"x must be bfloat16, float16, float32 or float64; got {x.dtype}")
+    return None
+
+
+def _wrong_adapter_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> ValueError | None:
+    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if t.dtype not in (x.dtype, torch.float32):
+            return ValueError(f"{name} must have x's dtype {x.dtype} or float32; got {t.dtype}")
+    if lora_A.dtype != lora_B.dtype:
+        return ValueError(f"lora_B must have lora_A's dtype {lora_A.dtype}; got {lora_B.dtype}")
+    return None
+
+
+def _wrong_settings(dropout_p, backend) -> ValueError | None:
+    if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p < 1.0:
+        return ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
+    name, _, plan = str(backend).partition(":")
+    if name not in NAMES or (plan and name == "auto"):
+        near = [each for each in difflib.get_close_matches(name, NAMES, 1) if each != name]
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return ValueError(f"backend must be one of {', '.join(NAMES)}; got {backend!r}{hint}")
+    return None
+
+
+def check_variant(x: Tensor, weight: Tensor, lora_A: Tensor, variant: Variant) -> None:
+    """Raises ValueError for a wrong shape, dtype or device of an optional tensor."""
+    x_lora, h_in, gate, out_scale, grad_row_scale = variant
+    N, R = weight.shape[0], lora_A.shape[0]
+    lead = tuple(x.shape[:-1])
+    if x_lora is not None and (x_lora.shape != x.shape or x_lora.dtype != x.dtype):
+        raise ValueError(
+            f"x_lora must have x's shape {_shape(x)} and dtype {x.dtype}; got {_shape(x_lora)} and {x_lora.dtype}"
+        )
+    if h_in is not None and (tuple(h_in.shape) != (*lead, R) or h_in.dtype != x.dtype):
+        raise ValueError(f"h_in must have shape {[*lead, R]} and dtype {x.dtype}; got {_shape(h_in)} and {h_in.dtype}")
+    if gate is not None and (tuple(gate.shape[:-1]) != lead or gate.shape[-1] < 1 or R % gate.shape[-1]):
+        raise ValueError(f"gate must have shape {[*lead, 'k']} with k dividing R = {R}; got {_shape(gate)}")
+    for name, t in (("out_scale", out_scale), ("grad_row_scale", grad_row_scale)):
+        if t is not None and (tuple(t.shape) != (N,) or t.dtype not in (torch.float32, torch.float64)):
+            raise ValueError(f"{name} must have shape [{N}] and dtype float32; got {_shape(t)} and {t.dtype}")
+    wrong = _elsewhere({name: t for name, t in variant._asdict().items() if t is not None}, x)
+    if wrong is not None:
+        raise wrong
