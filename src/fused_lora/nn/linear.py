@@ -13,6 +13,7 @@ from fused_lora.nn.layer import LoRALayer
 from fused_lora.ops.internals import layer_tensors
 from fused_lora.ops.linear import lora_linear
 from fused_lora.ops.update import lora_update
+from fused_lora.variants import LayerVariant
 
 
 class LoRALinear(LoRALayer):
@@ -132,6 +133,9 @@ class LoRALinear(LoRALayer):
         name = self.active_adapter
         if name is None or self._pristine is not None:
             return self._plain(x)
+        variant = self._variant()
+        if variant is not None:
+            return self._varied(x, variant)
         if type(name) is not str:
             return self._several(x)
         weight, bias, lora_A, lora_B = layer_tensors(self, name)
@@ -143,6 +147,16 @@ class LoRALinear(LoRALayer):
     def _plain(self, x: Tensor) -> Tensor:
         """The base layer alone."""
         return F.linear(x, self.weight, self.bias)
+
+    def _varied(self, x: Tensor, variant: LayerVariant) -> Tensor:
+        """The layer with a variant's update."""
+        lora_A, lora_B, scaling, dropout_p, optional, take_h = variant.update(self, x)
+        given: Any = (x, self._matrix(), lora_A, lora_B, scaling)
+        if take_h is None:
+            return lora_linear(*given, bias=self.bias, dropout_p=dropout_p, **optional)
+        y, h = lora_linear(*given, bias=self.bias, dropout_p=dropout_p, return_h=True, **optional)
+        take_h(h)
+        return y
 
     def _several(self, x: Tensor) -> Tensor:
         """The base layer and the updates of the active adapters."""

@@ -1,0 +1,29 @@
+"""LoRA variants: each turns a layer's parameters into the op's optional tensors, and none has a forward of its own.
+
+A variant of one adapter stands in `LoRALinear.variants` by the adapter's name; one that links layers or several
+adapters stands in `LoRALinear.link`, and acts instead of whatever adapter is active.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Update(NamedTuple):
+    """What a layer hands to `lora_linear` beside x, weight and bias."""
+
+    lora_A: Tensor  # [R, K]
+    lora_B: Tensor  # [N, R]
+    scaling: float | Tensor
+    dropout_p: float  # 0 outside training
+    optional: dict[str, Tensor]  # the op's optional tensors by name
+    take_h: Callable[[Tensor], None] | None = None  # is given h = x_lora At [..., R] where the variant has use for it
+
+
+class LayerVariant(Protocol):
+    """What a layer asks a variant for, in every forward."""
+
+    def update(self, layer: Any, x: Tensor) -> Update:
+        """The low-rank half of the layer's call on x [..., K]."""
+        ...
