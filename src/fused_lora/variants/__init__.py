@@ -17,7 +17,7 @@ class Update(NamedTuple):
     lora_B: Tensor  # [N, R]
     scaling: float | Tensor
     dropout_p: float  # 0 outside training
-    optional: dict[str, Tensor]  # the op's optional tensors by name
+    optional: dict[str, Any]  # the op's optional tensors by name
     take_h: Callable[[Tensor], None] | None = None  # is given h = x_lora At [..., R] where the variant has use for it
 
 
