@@ -152,10 +152,10 @@ class LoRALinear(LoRALayer):
         """The layer with a variant's update."""
         lora_A, lora_B, scaling, dropout_p, optional, take_h = variant.update(self, x)
         given: Any = (x, self._matrix(), lora_A, lora_B, scaling)
-        if take_h is None:
-            return lora_linear(*given, bias=self.bias, dropout_p=dropout_p, **optional)
-        y, h = lora_linear(*given, bias=self.bias, dropout_p=dropout_p, return_h=True, **optional)
-        take_h(h)
+        y: Any = lora_linear(*given, bias=self.bias, dropout_p=dropout_p, return_h=take_h is not None, **optional)
+        if take_h is not None:
+            y, h = y
+            take_h(h)
         return y
 
     def _several(self, x: Tensor) -> Tensor:
