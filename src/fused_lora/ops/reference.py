@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.ops.dropout import dropout_mask
+from fused_lora.ops.grouped_reference import grouped_update as grouped_update  # as a back end has them
+from fused_lora.ops.grouped_reference import grouped_update_backward as grouped_update_backward
 
 
 class Variant(NamedTuple):
