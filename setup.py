@@ -1,7 +1,8 @@
 """Builds fused_lora._C with ninja: C++ sources always, CUDA sources when nvcc is found.
 
 Environment: FUSED_LORA_CUDA=auto|0|1 (1 without nvcc is an error), FUSED_LORA_CUDA_ARCHS="90a;100a", CUDA_HOME,
-    FUSED_LORA_PTXAS (an assembler in place of the toolkit's), CXX, MAX_JOBS.
+    FUSED_LORA_PTXAS (an assembler in place of the toolkit's), FUSED_LORA_SPIN_LIMIT (turns after which a wait in a CUDA
+    kernel says where it stands and ends the kernel: to look for hangs), CXX, MAX_JOBS.
 Torch is not needed here: the extension knows no torch type.
 """
 
@@ -153,7 +154,9 @@ def build_ninja(folder: Path, library: Path, headers: Path, cuda: Path | None) -
         flags += f" -DFUSED_LORA_CUDA {' '.join(map(quote, defines))} -I{quote(str(cuda / 'include'))}"
         libraries = f"-L{quote(str(cudart_folder(cuda)))} -lcudart_static -lrt {LIBRARIES}"
         targets = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
-        nvcc = f"{quote(str(program))} -ccbin {cxx} {NVCCFLAGS} -Icsrc {targets}"
+        limit = os.environ.get("FUSED_LORA_SPIN_LIMIT")
+        limited = f" -DFUSED_LORA_SPIN_LIMIT={int(limit)}" if limit else ""
+        nvcc = f"{quote(str(program))} -ccbin {cxx} {NVCCFLAGS}{limited} -Icsrc {targets}"
         rules += [("nvcc", f"{nvcc} -MMD -MF {{out}}.d -c {{in}} -o {{out}}", True)]
     rules += [("cxx", f"{cxx} {flags} -MMD -MF {{out}}.d -c {{in}} -o {{out}}", True)]
     rules += [("link", f"{cxx} -shared -Wl,--gc-sections -s {{in}} -o {{out}} {libraries}", False)]
