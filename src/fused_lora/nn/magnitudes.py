@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fused_lora.bases import added, quantised
 from fused_lora.config import LayerConfig
+from fused_lora.nn.by_name import Summand
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.variants.dora import DoRA
 
@@ -23,6 +24,23 @@ def check_called(base: nn.Module, config: LayerConfig) -> None:
         raise ValueError(f"use_dora needs a weight that can be read or dequantised; got a {kind}")
     if config.dora_exact and not plain:
         raise ValueError(f"dora_exact needs a weight that is not quantised, or is kept dense; got a {kind}")
+
+
+def scaled(y: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
+    """g [N] times y [..., N] but for the bias in it; y bit for bit where g is 1."""
+    return (y * g if bias is None else y * g + (1.0 - g) * bias).to(y.dtype)
+
+
+def scaled_dropping(y: Tensor, x: Tensor, product: Callable[[Tensor], Tensor], summand: Summand, g: Tensor) -> Tensor:
+    """y + (g - 1) * (W x_d) + g * s B A x_d with the dropped x_d, DoRA's update of y [..., N] where it drops from x.
+
+    Args:
+        product: x Wt of an x.
+    """
+    lora_A, lora_B, scaling, dropout_p = summand
+    dropped = F.dropout(x, dropout_p)
+    y = (y + (g - 1.0) * product(dropped)).to(y.dtype)
+    return added(y, dropped, lora_A.to(g.dtype), lora_B * g[:, None], scaling, 0.0)
 
 
 class WithMagnitudes(LoRALayer):
@@ -41,7 +59,6 @@ class WithMagnitudes(LoRALayer):
         Args:
             product: x Wt of another x.
         """
-        dtype, bias = y.dtype, 0.0 if self.bias is None else self.bias
         for name, (lora_A, lora_B, scaling, dropout_p) in zip(self.active_adapters, self._acting()):
             variant = self.variants.get(name)
             if not isinstance(variant, DoRA):
@@ -49,11 +66,9 @@ class WithMagnitudes(LoRALayer):
                 continue
             g = variant.scale(self, lora_A, lora_B)
             if dropout_p > 0.0:
-                dropped = F.dropout(x, dropout_p)
-                y = (y + (g - 1.0) * product(dropped)).to(dtype)
-                y = added(y, dropped, lora_A.to(g.dtype), lora_B * g[:, None], scaling, 0.0)
+                y = scaled_dropping(y, x, product, (lora_A, lora_B, scaling, dropout_p), g)
             else:
-                y = (added(y, x, lora_A, lora_B, scaling, 0.0) * g + (1.0 - g) * bias).to(dtype)
+                y = scaled(added(y, x, lora_A, lora_B, scaling, 0.0), g, self.bias)
         return y
 
     def reset_lora_parameters(self, adapter_name: str) -> None:
