@@ -153,7 +153,7 @@ def test_what_is_not_needed_is_not_there(schedule, poison):
         x, given_h = p.x if need_A else None, h if need_B else None
         needs = Gradients(x=need_x, lora_A=need_A, lora_B=need_B, bias=False)
         got = cuda.backward(
-            p.dy, None, x, p.weight, p.lora_A, p.lora_B, given_h, p.scaling, 0.0, None, needs, PLAIN, ""
+            p.dy, None, x, p.weight, p.lora_A, p.lora_B, given_h, None, None, p.scaling, 0.0, None, needs, PLAIN, ""
         )
         assert_exact({"dx": got.x, "dA": got.lora_A, "dB": got.lora_B}, exact)
 
