@@ -91,6 +91,10 @@ class LoRALayer(AdaptersByName):
         """The shapes of A and B of rank r in this layer."""
         return self.shapes_over(self, r)
 
+    def file_tensors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A and B as PEFT's file has them, of `adapter_shapes`: the very tensors, unless they lie otherwise here."""
+        return self.lora_A[adapter_name].detach(), self.lora_B[adapter_name].detach()
+
     def base(self) -> Any:
         """The module that has the base weight: the base layer where it is kept, else this one."""
         return self.base_layer if "base_layer" in self._modules else self
