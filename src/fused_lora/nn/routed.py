@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fused_lora.ops.experts import grouped_linear
 from fused_lora.ops.grouped import grouped_lora_update
-from fused_lora.ops.internals import any_module_hook, bare, transforms_active
+from fused_lora.ops.internals import any_module_hook, bare, transforms_active, without_autocast
 
 _IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm")  # of the same sums in one order or another
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
@@ -81,10 +81,8 @@ def routed(
         y = grouped_linear(x, weight, offsets, module.is_transposed)
         if module.has_bias:
             y = y + getattr(module, f"{name}_bias")[experts]
-        for lora_A, lora_B, scaling in updates.get(name, ()):
-            if isinstance(scaling, Tensor):
-                scaling = scaling.detach().expand(weight.shape[0])
-            y = grouped_lora_update(y, x, lora_A, lora_B, scaling, offsets)
+        for update in updates.get(name, ()):
+            y = _added(y, x, update, offsets)
         return y
 
     low = projected(hidden_states.index_select(0, order // top_k), up)
@@ -94,6 +92,18 @@ def routed(
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(1)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return y.index_select(0, back).view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
+
+
+def _added(y: Tensor, x: Tensor, update: ExpertUpdate, offsets: Tensor) -> Tensor:
+    """y with an update, in the dtype of the experts' weights as PEFT computes it and transformers their products, under
+    autocast, too."""
+    lora_A, lora_B, scaling = update
+    if lora_A.dtype not in (x.dtype, torch.float32):
+        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    if isinstance(scaling, Tensor):
+        scaling = scaling.detach().expand(offsets.shape[0] - 1)
+    with without_autocast(x):
+        return grouped_lora_update(y, x, lora_A, lora_B, scaling, offsets)
 
 
 def _projections(experts: Any) -> tuple[str, str]:
