@@ -7,6 +7,7 @@ from fused_lora.adapters import (
     apply_lora,
     delete_adapter,
     disable_adapter,
+    expert_rank_pattern,
     get_nb_trainable_parameters,
     load_adapter,
     merge_and_unload,
@@ -15,6 +16,7 @@ from fused_lora.adapters import (
     reference_model,
     save_adapter,
     set_adapter,
+    share_outer,
     unload,
 )
 from fused_lora.config import LoraConfig
@@ -32,6 +34,7 @@ __all__ = [
     "apply_lora",
     "delete_adapter",
     "disable_adapter",
+    "expert_rank_pattern",
     "get_nb_trainable_parameters",
     "grouped_lora_update",
     "load_adapter",
@@ -43,6 +46,7 @@ __all__ = [
     "reference_model",
     "save_adapter",
     "set_adapter",
+    "share_outer",
     "tune",
     "unload",
 ]
