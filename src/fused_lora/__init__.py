@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LoRALinear",
     "LoraConfig",
+    "MergeSchedule",
     "add_weighted_adapter",
     "apply_lora",
     "delete_adapter",
@@ -51,14 +52,16 @@ __all__ = [
     "unload",
 ]
 
+_LAZY = {"MergeSchedule": "fused_lora.schedules", "tune": "fused_lora.tuning"}  # imported for those who use them
+
 if TYPE_CHECKING:
+    from fused_lora.schedules import MergeSchedule
     from fused_lora.tuning import tune
 else:
 
     def __getattr__(name):
-        """`tune`, whose imports are for those who call it."""
-        if name != "tune":
+        if name not in _LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from fused_lora.tuning import tune
+        from importlib import import_module
 
-        return tune
+        return getattr(import_module(_LAZY[name]), name)
