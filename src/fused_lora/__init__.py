@@ -25,6 +25,7 @@ from fused_lora.ops.update import lora_update
 __version__ = "0.1.0"
 
 __all__ = [
+    "LoRAFlow",
     "LoRALinear",
     "LoraConfig",
     "add_weighted_adapter",
@@ -32,6 +33,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "get_nb_trainable_parameters",
+    "link_reslora",
     "load_adapter",
     "lora_linear",
     "lora_update",
@@ -46,13 +48,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fused_lora.adapters.flow import LoRAFlow
+    from fused_lora.adapters.reslora import link_reslora
     from fused_lora.tuning import tune
 else:
+    # Whose imports are for those who use them.
+    _LATER = {"LoRAFlow": "adapters.flow", "link_reslora": "adapters.reslora", "tune": "tuning"}
 
     def __getattr__(name):
-        """`tune`, whose imports are for those who call it."""
-        if name != "tune":
+        """A public name of a module that is imported on first use."""
+        if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from fused_lora.tuning import tune
+        import importlib
 
-        return tune
+        return getattr(importlib.import_module(f"fused_lora.{_LATER[name]}"), name)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fused_lora.config import LayerConfig, unknown_name
 from fused_lora.nn.adapter_tensors import AdapterDropout, AdapterTensors, set_trainable
 from fused_lora.ops.update import joined
-from fused_lora.variants import LayerVariant
+from fused_lora.variants import LayerLink, LayerVariant
 
 ActiveAdapter = str | list[str] | None
 Summand = tuple[Tensor, Tensor, float | Tensor, float]  # A, B, scaling, dropout_p
@@ -38,7 +38,7 @@ class AdaptersByName(nn.Module):
         self.init_lora_weights: dict[str, bool | str] = {}  # PEFT's word for how each started
         self.active_adapter: ActiveAdapter = None  # a list of two or more
         self.variants: dict[str, LayerVariant] = {}  # of adapters that are no plain LoRA
-        self.link: LayerVariant | None = None  # what acts instead of the active adapter
+        self.link: LayerLink | None = None  # what acts instead of the active adapter
         self.shows_plain = False  # inside `merged(model)`: state_dict() is the plain layer's, merged or not
         self._pristine: nn.Parameter | None = None  # the base weight while a merged one stands in its place
 

@@ -181,15 +181,22 @@ class LoRALayer(AdaptersByName):
             check_values("lora_A", self.lora_A[name])
             check_values("lora_B", self.lora_B[name])
             self._factors(name)
+        self._updates(adapter_names)
 
     def _merged_and_pristine(self) -> tuple[nn.Parameter, nn.Parameter]:
         """The base weight with the active adapters in it, and as it is."""
         names, base = self.active_adapters, self.base()
-        updates = [(*self._factors(name), float(self.scaling[name])) for name in names]
+        updates = self._updates(names)
         quantised = bases.of(base)
         if quantised is not None:
             return quantised.merged(summed(updates)), quantised.aside()
         return nn.Parameter(merged_weight(base.weight, updates, names), requires_grad=False), base.weight
+
+    def _updates(self, adapter_names: list[str]) -> list[tuple[Tensor, Tensor, float]]:
+        """What is to be added to the base weight: left, right and scaling. Raises: ValueError if the link has none."""
+        if self.link is not None:
+            return self.link.merged_updates(self)
+        return [(*self._factors(name), float(self.scaling[name])) for name in adapter_names]
 
     def unmerge(self) -> None:
         """Put the base weight back, the very Parameter that `merge` set aside. Raises: ValueError if nothing is

@@ -195,7 +195,10 @@ class _LoRAConv1D(LoRALinear):
             return self._over_parameters(Conv1D(self.out_features, self.in_features))
 
     def forward(self, x: Tensor):
-        return self._plain(x) if self.active_adapter is None or self.merged else self._several(x)
+        if self.active_adapter is None or self.merged:
+            return self._plain(x)
+        variant = self._variant()
+        return self._several(x) if variant is None else self._varied(x, variant)
 
     def _plain(self, x: Tensor) -> Tensor:
         return F.linear(x, self._matrix(), self.bias)

@@ -27,3 +27,12 @@ class LayerVariant(Protocol):
     def update(self, layer: Any, x: Tensor) -> Update:
         """The low-rank half of the layer's call on x [..., K]."""
         ...
+
+
+class LayerLink(LayerVariant, Protocol):
+    """What a layer asks the variant that links it with others for, beside that."""
+
+    def merged_updates(self, layer: Any) -> list[tuple[Tensor, Tensor, float]]:
+        """Left, right and scaling of the products that merging adds to the base weight, see `LoRALayer._factors`.
+        Raises: ValueError if there are none."""
+        ...
