@@ -19,6 +19,7 @@ from fused_lora.adapters import (
 )
 from fused_lora.config import LoraConfig
 from fused_lora.nn import LoRALinear
+from fused_lora.ops.grouped import grouped_lora_update
 from fused_lora.ops.linear import lora_linear
 from fused_lora.ops.update import lora_update
 
@@ -33,6 +34,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "get_nb_trainable_parameters",
+    "grouped_lora_update",
     "link_reslora",
     "load_adapter",
     "lora_linear",

@@ -8,7 +8,8 @@ from torch import nn
 
 from fused_lora import backends, bases
 from fused_lora.peft.classes import fused_class, swap, swap_back
-from fused_lora.peft.request import active_update, misfit, readable_base
+from fused_lora.peft.dora import dora_base
+from fused_lora.peft.request import Update, active_update, misfit, readable_base
 from fused_lora.peft.ways import Row, Ways
 
 
@@ -66,6 +67,8 @@ def _row(name: str, layer: Any, fused: bool) -> Row:
         return Row(name, "peft", "the layer has a forward of its own")
     update, base = active_update(layer), readable_base(layer)
     refused = update if isinstance(update, str) else None if isinstance(base, str) else misfit(base, update)
+    if isinstance(base, str) and isinstance(update, Update) and update.dora is not None and dora_base(layer) is None:
+        refused = f"{base}, and its adapter is DoRA"
     if refused is not None:
         return Row(name, "peft", refused)
     if not fused:

@@ -9,7 +9,7 @@ Source: Wang et al., arXiv 2402.11455; the bias's start w0 - 1/k after github.co
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from fused_lora.ops.update import joined
 from fused_lora.variants import Update
-from fused_lora.variants.passing import Passing, check_acting, version
+from fused_lora.variants.once import OncePerStep
+from fused_lora.variants.passing import Passing, check_acting
 
 Blocks = tuple[tuple[int, int], ...]  # which adapter, and its rank, one after the other
 
@@ -82,15 +83,6 @@ class BlockWeights(Passing[Weights]):
         return Weights(self._gate(x))
 
 
-class _Made(NamedTuple):
-    """One A and one B, and what they were made of."""
-
-    of: tuple[Tensor, ...]
-    state: list[tuple[int, int]]
-    lora_A: Tensor
-    lora_B: Tensor
-
-
 class Flow:
     """The link of one layer: its adapters as one, weighted by its block's gate, or by numbers.
 
@@ -106,7 +98,7 @@ class Flow:
         self._blocks: Blocks = tuple((j, layer.r[name]) for j, name in held)
         self._acting = layer.active_adapter
         self._weights = weights
-        self._made: _Made | None = None
+        self._joined = OncePerStep()
 
     def __str__(self) -> str:
         return f"LoRA-Flow over adapters {self._names}"
@@ -139,19 +131,12 @@ class Flow:
         return [(*layer._factors(name), float(layer.scaling[name]) * w) for name, w in zip(self._names, weights)]
 
     def _factors(self, layer: Any) -> tuple[Tensor, Tensor]:
-        """The adapters' A and scaled B as one each, made again only where one of them has changed."""
-        given = [tensors[name] for tensors in (layer.lora_A, layer.lora_B) for name in self._names]
-        if given[0].is_meta:  # offloaded
-            given = [tensors(name) for tensors in (layer.lora_A, layer.lora_B) for name in self._names]
-        scalings = [layer.scaling[name] for name in self._names]
+        """The adapters' A and scaled B as one each, made again only where one of them may have changed."""
+        lora_As, lora_Bs = zip(*(layer.factors(name) for name in self._names))
+        scalings = tuple(layer.scaling[name] for name in self._names)
         if not isinstance(self._weights, BlockWeights):
-            scalings = [s * self._weights[j] for s, (j, _) in zip(scalings, self._blocks)]
-        lora_As, lora_Bs = given[: len(scalings)], given[len(scalings) :]
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+            scalings = tuple(s * self._weights[j] for s, (j, _) in zip(scalings, self._blocks))
+        given = *lora_As, *lora_Bs
+        if torch.is_grad_enabled() and any(t.requires_grad for t in given):
             return joined(lora_As, lora_Bs, scalings)
-        state: Any = [(t.data_ptr(), version(t)) for t in given] + scalings
-        made = self._made
-        if made is None or state != made.state or any(a is not b for a, b in zip(given, made.of)):
-            with torch.inference_mode(False), torch.no_grad():  # what is kept must serve training, too
-                made = self._made = _Made(tuple(given), state, *joined(lora_As, lora_Bs, scalings))
-        return made.lora_A, made.lora_B
+        return self._joined(lambda: joined(lora_As, lora_Bs, scalings), *given, also=scalings)
