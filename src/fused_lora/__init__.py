@@ -7,6 +7,7 @@ from fused_lora.adapters import (
     apply_lora,
     delete_adapter,
     disable_adapter,
+    expert_rank_pattern,
     get_nb_trainable_parameters,
     load_adapter,
     merge_and_unload,
@@ -15,10 +16,12 @@ from fused_lora.adapters import (
     reference_model,
     save_adapter,
     set_adapter,
+    share_outer,
     unload,
 )
 from fused_lora.config import LoraConfig
 from fused_lora.nn import LoRALinear
+from fused_lora.ops.grouped import grouped_lora_update
 from fused_lora.ops.linear import lora_linear
 from fused_lora.ops.update import lora_update
 
@@ -32,7 +35,9 @@ __all__ = [
     "apply_lora",
     "delete_adapter",
     "disable_adapter",
+    "expert_rank_pattern",
     "get_nb_trainable_parameters",
+    "grouped_lora_update",
     "load_adapter",
     "lora_linear",
     "lora_update",
@@ -42,6 +47,7 @@ __all__ = [
     "reference_model",
     "save_adapter",
     "set_adapter",
+    "share_outer",
     "tune",
     "unload",
 ]
