@@ -62,9 +62,9 @@ def test_strict_names_the_layers_and_changes_nothing():
     with pytest.raises(ValueError, match="(?s)no layer that stays PEFT's; got.*embed_tokens"):
         fuse(model, strict=True)
     assert kinds(model) == {PeftLinear}
-    dora = peft_model(target_modules=["q_proj"], use_dora=True)
-    with pytest.raises(ValueError, match="no plain LoRA .Dora."):
-        fuse(dora, strict=True)
+    alora = peft_model(target_modules=["q_proj"], alora_invocation_tokens=[1], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="no plain LoRA .ALora"):
+        fuse(alora, strict=True)
 
 
 def test_models_without_lora_layers():

@@ -74,7 +74,22 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, 
 
 
 def backward(
-    dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan, launches=backward_plan
+    dy,
+    dh,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    h,
+    y,
+    bias,
+    scaling,
+    dropout_p,
+    seed,
+    needs,
+    variant,
+    plan,
+    launches=backward_plan,
 ):
     """The gradients that `needs` asks for, but for the weight's; see `reference.backward`.
 

@@ -116,6 +116,18 @@ def alike(x: Tensor, *tensors: Tensor) -> Callable[..., bool] | None:
         return None
 
 
+def marks(*tensors: Tensor) -> tuple | None:
+    """What differs once one of these tensors is another one, lies elsewhere or was written in place as autograd counts
+    it; None where PyTorch does not count, as in inference mode. Who compares marks must hold the tensors, whose ids
+    others would get."""
+    if not _ALLOWED:
+        return None
+    try:
+        return tuple([(id(t), t._version, t.data_ptr()) for t in tensors])
+    except RuntimeError:  # an inference tensor, or one without memory of its own
+        return None
+
+
 _is_legacy_batched = _private("_C._functorch.is_legacy_batchedtensor")
 
 
