@@ -2,7 +2,7 @@
 
 A back end is a module with
     forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan) -> (y, h)
-    backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan) -> Gradients
+    backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant, plan) -> Gradients
     refusal(request) -> why it cannot serve the request, to be read after "backend 'name' supports", or None
     plans(request) -> the names of the ways in which it can compute the request, the safe one first; ("",) for one way
     summary(request, plan) -> what it runs, in a phrase
