@@ -55,7 +55,7 @@ class Pair:
                     f"{self.name}: lora_{which} must be a whole tensor, both factors are needed for a step (keep the "
                     f"adapters out of sharding); got a {type(t).__name__} of shape {list(t.shape)}"
                 )
-        ranks = self.A.shape[0] / self.blocks, self.B[0].numel() / (self.blocks if self.interleaved else 1)
+        ranks = self.A.shape[0] / self.blocks, self.B.shape[1:].numel() / (self.blocks if self.interleaved else 1)
         rows = 1 if self.interleaved else self.blocks
         if ranks[0] != ranks[1] or not ranks[0].is_integer() or self.B.shape[0] % rows:
             raise ValueError(
