@@ -63,7 +63,7 @@ def test_product(benchmark, shape, backend, dropout_p, product):
         step = lambda: serving.forward(p.x, *common, None, *rest, PLAIN, plan)  # noqa: E731
     else:
         gradients = Gradients(x=needs[0], lora_A=needs[1], lora_B=needs[2])
-        step = lambda: serving.backward(p.dy, None, p.x, *common, got["h"], *rest, gradients, PLAIN, plan)  # noqa: E731
+        step = lambda: serving.backward(p.dy, None, p.x, *common, got["h"], None, None, *rest, gradients, PLAIN, plan)  # noqa: E731
     _timed(benchmark, "{} M={} N={} K={}".format(product, *shape), step)
 
 

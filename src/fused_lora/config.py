@@ -53,8 +53,21 @@ class LayerConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
+    dora_exact: bool = False
+    allora_eta: float | None = None
 
     def __post_init__(self):
+        self._check_plain()
+        for name in ("use_dora", "dora_exact"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be a bool; got {getattr(self, name)!r}")
+        if self.dora_exact and not self.use_dora:
+            raise ValueError("dora_exact must be False without use_dora; got True")
+        if self.allora_eta is not None:
+            self._check_allora(self.allora_eta)
+
+    def _check_plain(self) -> None:
         r, alpha, dropout = self.r, self.lora_alpha, self.lora_dropout
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise ValueError(f"r must be an int >= 1; got {r!r}")
@@ -67,6 +80,22 @@ class LayerConfig:
             raise ValueError(f"lora_dropout must be a number in [0, 1); got {dropout!r}")
         if not isinstance(self.use_rslora, bool):
             raise ValueError(f"use_rslora must be a bool; got {self.use_rslora!r}")
+
+    def _check_allora(self, eta) -> None:
+        """ALLoRA is defined for a scaling of 1 and without dropout; the usual lora_alpha, 8, stands for r."""
+        if not isinstance(eta, int | float) or isinstance(eta, bool) or not 0 < eta <= sys.float_info.max:
+            raise ValueError(f"allora_eta must be a finite number > 0 or None; got {eta!r}")
+        if self.lora_alpha == LayerConfig.lora_alpha:
+            object.__setattr__(self, "lora_alpha", self.r)
+        for name, value, want in (
+            ("lora_alpha", self.lora_alpha, self.r),
+            ("lora_dropout", self.lora_dropout, 0),
+            ("use_rslora", self.use_rslora, False),
+            ("use_dora", self.use_dora, False),
+        ):
+            if value != want:
+                what = f"r, {want}, for a scaling of 1" if name == "lora_alpha" else repr(want)
+                raise ValueError(f"{name} must be {what} with allora_eta={eta!r}; got {value!r}")
 
     @property
     def scaling(self) -> float:
@@ -115,9 +144,12 @@ class LoraConfig:
     layers_pattern: str | list[str] | None = None
     task_type: str | None = None
     init_lora_weights: bool | str = True
+    use_dora: bool = False
+    dora_exact: bool = False
+    allora_eta: float | None = None
 
     def __post_init__(self):
-        LayerConfig(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora)
+        object.__setattr__(self, "lora_alpha", self._layer(self.r, self.lora_alpha).lora_alpha)
         self._check_names()
         self._check_patterns()
         self._check_layers()
@@ -197,9 +229,15 @@ class LoraConfig:
         r, lora_alpha, name = self.r, self.lora_alpha, self.pattern_name(name)
         for index in self.ranks.fitting(name)[:1]:
             r = self.rank_pattern[self.ranks.keys[index]]
+        if self.allora_eta is not None:
+            lora_alpha = r
         for index in self.alphas.fitting(name)[:1]:
             lora_alpha = self.alpha_pattern[self.alphas.keys[index]]
-        return LayerConfig(r, lora_alpha, self.lora_dropout, self.use_rslora)
+        return self._layer(r, lora_alpha)
+
+    def _layer(self, r: int, lora_alpha: float) -> LayerConfig:
+        same = ("lora_dropout", "use_rslora", "use_dora", "dora_exact", "allora_eta")
+        return LayerConfig(r, lora_alpha, **{name: getattr(self, name) for name in same})
 
     @property
     def all_linear(self) -> bool:

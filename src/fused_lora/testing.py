@@ -99,7 +99,8 @@ def run(p: Problem, *, backend: str, dropout_p=0.0, seed=None, needs=(True,) * 4
     mask = Gradients(need_x, False, need_A, need_B, need_bias, False, False, False, False)
     grads = iter(
         torch.ops.fused_lora.backward(
-            p.dy, None, p.x, p.weight, p.lora_A, p.lora_B, h, p.scaling, dropout_p, seed, *PLAIN, list(mask), backend
+            *(p.dy, None, p.x, p.weight, p.lora_A, p.lora_B, h, None, None),
+            *(p.scaling, dropout_p, seed, *PLAIN, list(mask), backend),
         )
     )
     out = {"y": y, "h": h}

@@ -150,7 +150,7 @@ def test_positions_as_before():
 @pytest.mark.parametrize(
     "config, arguments, message",
     [
-        (PeftConfig(target_modules=["q"], use_dora=True), {}, r"config: use_dora is not supported and must be off"),
+        (PeftConfig(target_modules=["q"], alora_invocation_tokens=[1]), {}, r"alora_invocation_tokens is not"),
         (PeftConfig(target_modules=["q"], init_lora_weights="eva"), {}, r"config: init_lora_weights must be a bool or"),
         (PeftConfig(), {}, r"config: target_modules must be a list or a regular expression; got None"),
         (PeftConfig(target_modules=["q"], bias="all"), {}, r"config: bias is not supported and must be off; got 'all'"),

@@ -86,7 +86,10 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
             lambda d: edit_config(d, rank_pattern={"q_proj": 2}),
             r"must have shape \[2, 64\]; got \[4, 64\]|exists with r=4",
         ),
-        (lambda d: edit_config(d, use_dora=True), r"use_dora is not supported and must be off; got True"),
+        (
+            lambda d: edit_config(d, use_dora=True),
+            r"got 8, 4 missing: .*lora_magnitude_vector|exists with use_dora=False",
+        ),
         (lambda d: edit_config(d, lora_bias=True), r"lora_bias is not supported"),
         (lambda d: edit_config(d, bias="all"), r"bias is not supported and must be off; got 'all'"),
         (lambda d: edit_config(d, layers_to_transform=[0]), r"got 8, 4 unexpected|exists on other layers"),

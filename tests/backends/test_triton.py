@@ -37,7 +37,9 @@ def run_planned(p, forward, backward, *, dropout_p=0.0, seed=None, needs=NEEDS):
     given = (p.x, p.weight, p.lora_A, p.lora_B)
     y, h = backend.forward(*given, p.bias, p.scaling, dropout_p, seed, PLAIN, "", launches=forward)
     wanted = Gradients(needs[0], False, needs[1], needs[2], needs[3] and p.bias is not None)
-    made = backend.backward(p.dy, None, *given, h, p.scaling, dropout_p, seed, wanted, PLAIN, "", launches=backward)
+    made = backend.backward(
+        p.dy, None, *given, h, None, None, p.scaling, dropout_p, seed, wanted, PLAIN, "", launches=backward
+    )
     return {"y": y, "h": h, "dx": made.x, "dA": made.lora_A, "dB": made.lora_B, "dbias": made.bias}
 
 

@@ -31,7 +31,7 @@ def test_opcheck_variants():
     p = random_problem(6, 10, 12, 4)
     variant = (torch.randn(6, 12), torch.randn(6, 4), torch.randn(6, 2), torch.rand(10), torch.rand(10))
     torch.library.opcheck(FORWARD, forward_args(p, variant=variant))
-    tensors = (p.dy, torch.randn(6, 4), p.x, p.weight, p.lora_A, p.lora_B, torch.randn(6, 4))
+    tensors = (p.dy, torch.randn(6, 4), p.x, p.weight, p.lora_A, p.lora_B, torch.randn(6, 4), p.x[:, :10], p.bias)
     torch.library.opcheck(BACKWARD, (*tensors, 1.5, 0.0, None, *variant, [True] * 9, "auto"))
 
 
@@ -39,7 +39,7 @@ def test_opcheck_variants():
 def test_opcheck_backward(needs):
     p = random_problem(6, 10, 12, 3)
     mask = [bool(n) for n in needs] + [False] * 4
-    tensors = (p.dy, None, p.x, p.weight, p.lora_A, p.lora_B, torch.randn(6, 3))
+    tensors = (p.dy, None, p.x, p.weight, p.lora_A, p.lora_B, torch.randn(6, 3), None, None)
     torch.library.opcheck(BACKWARD, (*tensors, 1.5, 0.5, SEED, *(None,) * 5, mask, "auto"))
 
 

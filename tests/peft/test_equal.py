@@ -18,7 +18,8 @@ CONFIGS = {  # name: (base, LoraConfig, the ways that its layers go)
     "lora_bias without a base bias": (llama, dict(lora_bias=True), {"fused"}),
     "pissa": (llama, dict(init_lora_weights="pissa"), {"fused"}),
     "olora": (llama, dict(init_lora_weights="olora"), {"fused"}),
-    "dora": (llama, dict(use_dora=True), {"peft"}),
+    "dora": (llama, dict(use_dora=True), {"fused"}),
+    "conv1d, dora, all biases": (gpt2, dict(use_dora=True, bias="all"), {"fused"}),
     "embedding": (llama, dict(target_modules=["embed_tokens", "q_proj"]), {"fused", "peft"}),
     "target_parameters": (
         llama,

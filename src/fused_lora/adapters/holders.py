@@ -82,11 +82,10 @@ def held(adapter_name: ActiveAdapter, holder: Holder) -> Any:
 def tensors_of(
     layers: Mapping[str, LoRALayer], saved: Mapping[str, ModuleToSave], adapter_name: str
 ) -> dict[str, Tensor]:
-    """The adapter's own tensors, not copies, by their keys in the file."""
+    """The adapter's own tensors, not copies but of factors that experts share, by their keys in the file."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        key_A, key_B = adapter_keys(name, layer)
-        tensors[key_A], tensors[key_B] = layer.lora_A[adapter_name].detach(), layer.lora_B[adapter_name].detach()
+        tensors.update(zip(adapter_keys(name, layer), layer.file_tensors(adapter_name)))
     for name, wrapper in saved.items():
         for key, tensor in wrapper.modules_to_save[adapter_name].state_dict().items():
             tensors[saved_key(name, plain_key(key))] = tensor
@@ -96,7 +95,7 @@ def tensors_of(
 def live_keys(model: nn.Module, adapter_name: str) -> list[str]:
     """The keys of an adapter's tensors in the model's own state dict, in the order of `tensors_of`."""
     layers, saved = holders_of(model, adapter_name)
-    own = [tensors[adapter_name] for layer in layers.values() for tensors in (layer.lora_A, layer.lora_B)]
+    own: list[Tensor] = [tensor for layer in layers.values() for tensor in layer.own_tensors(adapter_name)]
     for wrapper in saved.values():
         own += wrapper.modules_to_save[adapter_name].state_dict(keep_vars=True).values()
     names = {id(tensor): plain_key(key) for key, tensor in (*model.named_parameters(), *model.named_buffers())}

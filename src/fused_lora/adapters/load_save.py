@@ -128,7 +128,8 @@ def load_adapter(
         layers, saved = holders_of(root, adapter_name)
         for name, layer in layers.items():
             given = config.layer(pattern_name(name, layer))
-            layer.set_hyperparameters(adapter_name, given.lora_alpha, given.lora_dropout, given.use_rslora)
+            same = given.lora_alpha, given.lora_dropout, given.use_rslora, given.dora_exact, given.allora_eta
+            layer.set_hyperparameters(adapter_name, *same)
         with torch.no_grad():
             for key, tensor in tensors_of(layers, saved, adapter_name).items():
                 fill(tensor, values[key])
@@ -165,6 +166,15 @@ def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adap
                 f"adapter {adapter_name!r} exists with init_lora_weights={init!r}; got {new_init!r}, load into a fresh "
                 "model"
             )
+        if isinstance(layer, LoRAParameter) and layer.shares(adapter_name):
+            raise ValueError(
+                f"adapter {adapter_name!r} exists with factors that the experts of {name} share, the file has one for "
+                "each; load under a new name"
+            )
+        if (dora := adapter_name in layer.lora_magnitude_vector) != config.use_dora:
+            raise ValueError(
+                f"adapter {adapter_name!r} exists with use_dora={dora}; got {config.use_dora}, load under a new name"
+            )
         r, new_r = layer.r[adapter_name], config.layer(pattern_name(name, layer)).r
         if r != new_r:
             raise ValueError(
@@ -188,7 +198,7 @@ def _check_values_here(plan: Plan) -> None:
 def _is_elsewhere(module: nn.Module) -> bool:
     """Whether an adapter's tensors over a module, those that it has or fresh ones, are on the meta device."""
     layer = module if isinstance(module, LoRALayer) else None
-    held = [*layer.lora_A.values(), *layer.lora_B.values()] if layer is not None else []
+    held = [t for name in layer.lora_A for t in layer.own_tensors(name)] if layer is not None else []
     device, _ = adapter_place(module if layer is None else layer.base())
     return device.type == "meta" or any(t.is_meta for t in held)
 
@@ -205,10 +215,12 @@ def _expected(plan: Plan, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in plan.linears.items():
         kind = layer_class(module)
-        key_A, key_B = peft_format.adapter_keys(name, kind)
+        key_A, key_B, key_m = peft_format.adapter_keys(name, kind)
         shapes[key_A], shapes[key_B] = kind.shapes_over(module, config.layer(name).r)
+        if config.use_dora:
+            shapes[key_m] = shapes[key_B][:1]
     for name, target in plan.parameters.items():
-        key_A, key_B = peft_format.adapter_keys(name, LoRAParameter)
+        key_A, key_B, _ = peft_format.adapter_keys(name, LoRAParameter)
         shapes[key_A], shapes[key_B] = target.adapter_shapes(config.layer(pattern_name(name, target)).r)
     for name, saved in plan.saved.items():
         original = saved.original_module if isinstance(saved, ModuleToSave) else saved

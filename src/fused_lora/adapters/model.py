@@ -38,6 +38,9 @@ def apply_lora(
     layers_pattern: str | list[str] | None = None,
     task_type: str | None = None,
     init_lora_weights: bool | str = True,
+    use_dora: bool = False,
+    dora_exact: bool = False,
+    allora_eta: float | None = None,
     config: LoraConfig | None = None,
 ) -> nn.Module:
     """Put a fresh LoRA adapter on a model's linear layers, in place, and freeze everything else.
@@ -50,7 +53,8 @@ def apply_lora(
         model: any module, in wrappers or not; DistributedDataParallel and FSDP come after adapters.
         r, lora_alpha, lora_dropout, use_rslora: as in `LoRALinear`.
         target_modules, rank_pattern, alpha_pattern, modules_to_save, exclude_modules, target_parameters,
-            layers_to_transform, layers_pattern, task_type, init_lora_weights: as in `LoraConfig`.
+            layers_to_transform, layers_pattern, task_type, init_lora_weights, use_dora, dora_exact, allora_eta: as in
+            `LoraConfig`.
         adapter_name: its name, without dots.
         config: a LoraConfig, or PEFT's own, instead of all that but adapter_name; it may stand in the place of r, too.
     Returns: model.
@@ -72,6 +76,7 @@ def apply_lora(
         "task_type": task_type,
         "init_lora_weights": init_lora_weights,
     }
+    given |= dict(use_dora=use_dora, dora_exact=dora_exact, allora_eta=allora_eta)
     if config is None and (isinstance(r, LoraConfig) or is_peft_config(r)):
         lora_config = _config(given, r, unwrapped(model))
     else:
@@ -222,10 +227,8 @@ def get_nb_trainable_parameters(model: nn.Module) -> tuple[int, int]:
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print PEFT's line: trainable parameters, all parameters and the percentage, tied parameters counted once."""
     trainable, total = get_nb_trainable_parameters(model)
-    print(
-        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: "
-        f"{100 * trainable / max(total, 1):.4f}"
-    )
+    percent = f"{100 * trainable / max(total, 1):.4f}"
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent}")
 
 
 def check_may_train(model: nn.Module, names: list[str]) -> None:

@@ -36,6 +36,8 @@ _WITHOUT_EFFECT = {
     "layers_pattern",
     "megatron_core",
 }
+_SAID_ONCE = ("lora_dropout", "use_rslora", "use_dora", "dora_exact", "allora_eta")  # for all layers of an adapter
+_OURS = {"dora_exact": False, "allora_eta": None}  # which PEFT's LoraConfig has not, and what they are without us
 _NONE_IF_EMPTY = ("modules_to_save", "exclude_modules", "target_parameters")
 _OFF: tuple = (None, False, "none", [], {})
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # which a file's values make one
@@ -151,13 +153,13 @@ def config_of(
         moved: last parts of names that PEFT takes for experts in this model; linear layers of these names are written
             as the parameters that their weights are.
         task_type: PEFT's, if the model has a head of that kind among `saved`.
-    Raises: ValueError if the layers differ in what PEFT can say only once (lora_dropout, use_rslora), or a scaling was
-        set by hand.
+    Raises: ValueError if the layers differ in what PEFT can say only once (lora_dropout, use_rslora and the like), or a
+        scaling was set by hand.
     """
     first = next(iter(layers.values()))
     for name, layer in layers.items():
-        for field in ("lora_dropout", "use_rslora"):
-            want, got = getattr(first, field)[adapter_name], getattr(layer, field)[adapter_name]
+        for field in _SAID_ONCE:
+            want, got = getattr(first.config(adapter_name), field), getattr(layer.config(adapter_name), field)
             if want != got:
                 raise ValueError(
                     f"{field} must be the same in all layers, PEFT's format holds one; got {want} and, in {name}, {got}"
@@ -177,8 +179,7 @@ def config_of(
     config = LoraConfig(
         r=_commonest(ranks),
         lora_alpha=_commonest(alphas),
-        lora_dropout=first.lora_dropout[adapter_name],
-        use_rslora=first.use_rslora[adapter_name],
+        **{field: getattr(first.config(adapter_name), field) for field in _SAID_ONCE},
         rank_pattern=_exceptions(ranks),
         alpha_pattern=_exceptions(alphas),
         modules_to_save=saved,
@@ -223,8 +224,8 @@ def _shortest_parameters(names: set[str], reachable: set[str]) -> list[str]:
 
 
 def config_bytes(config: LoraConfig, model: nn.Module) -> bytes:
-    """adapter_config.json for this model: the fields that PEFT, vLLM, SGLang and TensorRT-LLM read of a plain LoRA
-    adapter. PEFT fills in its defaults for the others."""
+    """adapter_config.json for this model: the fields that PEFT, vLLM, SGLang and TensorRT-LLM read of a LoRA adapter,
+    and those of ours that are set, which PEFT leaves out with a warning. PEFT fills in its defaults for the others."""
     kind = plain_class(model)
     content = {
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
@@ -234,8 +235,10 @@ def config_bytes(config: LoraConfig, model: nn.Module) -> bytes:
         "inference_mode": True,
         "peft_type": "LORA",
         "revision": None,
-        "use_dora": False,
     }
     content |= {field: getattr(config, field) for field in _SUPPORTED}
     content |= {field: getattr(config, field) or None for field in _NONE_IF_EMPTY}
+    for field, usual in _OURS.items():
+        if content[field] == usual:
+            del content[field]
     return json.dumps(content, indent=2, sort_keys=True).encode()

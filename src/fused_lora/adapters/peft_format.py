@@ -18,10 +18,10 @@ WEIGHTS_NAME, PICKLE_NAME = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 
 
-def adapter_keys(name: str, layer: LoRALayer | type[LoRALayer]) -> tuple[str, str]:
-    """The keys of A and B of the layer of this name and kind."""
+def adapter_keys(name: str, layer: LoRALayer | type[LoRALayer]) -> tuple[str, str, str]:
+    """The keys of A and B and, if it is DoRA, m of the layer of this name and kind."""
     key_A, key_B = layer.file_keys
-    return f"{_PREFIX}{name}.{key_A}", f"{_PREFIX}{name}.{key_B}"
+    return f"{_PREFIX}{name}.{key_A}", f"{_PREFIX}{name}.{key_B}", f"{_PREFIX}{name}.lora_magnitude_vector"
 
 
 def saved_key(name: str, key: str) -> str:
@@ -33,6 +33,7 @@ def _plain(key: str) -> str:
     """A file's key as PEFT writes it today: others write the adapter's name, the names of wrappers, or no prefix."""
     key = plain_key(key.removeprefix("module.").removeprefix(_PREFIX))
     key = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", key)
+    key = re.sub(r"\.lora_magnitude_vector\..*$", ".lora_magnitude_vector", key)
     return _PREFIX + re.sub(r"(^|\.)modules_to_save\.[^.]+\.", r"\1", key)
 
 

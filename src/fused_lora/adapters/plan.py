@@ -12,7 +12,7 @@ from fused_lora.adapters.weight_readers import reader_of
 from fused_lora.adapters.wrappers import unwrapped
 from fused_lora.config import LoraConfig, unknown_name
 from fused_lora.name_patterns import endings
-from fused_lora.nn import LoRALayer, check_base
+from fused_lora.nn import LoRALayer, check_base, layer_class
 from fused_lora.nn.experts import LoRAParameter, pattern_name
 from fused_lora.nn.modules_to_save import ModuleToSave
 
@@ -46,6 +46,7 @@ def make_plan(model: nn.Module, config: LoraConfig, strict: bool) -> Plan:
     parameters = find_parameters(config, places, first) if config.target_parameters else {}
     linears = _find_linears(unwrapped(model), config, places, first)
     linears = _without_unread(unwrapped(model), linears, config, places)
+    _check_variant(linears, parameters, config)
     if not linears and not parameters:
         raise _found_nothing(config, places)
     _check_saved(saved, [*linears, *parameters])
@@ -80,6 +81,21 @@ def _find_linears(
                     raise ValueError(f"target_modules: target {name}: {error}") from None
             found[first[id(module)]] = module
     return found
+
+
+def _check_variant(linears: dict[str, nn.Module], parameters: dict, config: LoraConfig) -> None:
+    """Raises ValueError naming a target that can have plain LoRA only, if that is not what is wanted."""
+    for name, module in linears.items():
+        base = module.base() if isinstance(module, LoRALayer) else module
+        try:
+            layer_class(module).kind_for(base).check_variant(base, config.layer(name))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for name, target in parameters.items():
+        try:
+            LoRAParameter.check_variant(target.module, config.layer(pattern_name(name, target)))
+        except ValueError as error:
+            raise ValueError(f"{pattern_name(name, target)}: {error}") from None
 
 
 def _found_nothing(config: LoraConfig, places: list[Place]) -> ValueError:

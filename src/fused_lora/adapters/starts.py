@@ -74,6 +74,8 @@ def start(root: nn.Module, adapter_name: str, init: bool | str) -> None:
                     nn.init.normal_(lora_A, std=1 / layer.r[adapter_name])
                 else:
                     nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+            if isinstance(layer, LoRALinear):
+                layer.reset_magnitude(adapter_name)
 
 
 def _by_peft(layer: Any, adapter_name: str, init: bool | str) -> None:

@@ -114,6 +114,12 @@ def _combined(
             f"adapters must sit in modules that have no experts and no groups to be combined as {kind!r}; got {name}, "
             f"{layer.extra_repr()}"
         )
+    for adapter, _ in held:
+        if adapter in layer.lora_magnitude_vector:
+            raise ValueError(
+                f"adapters must be plain LoRA to be combined, the sum of DoRA adapters is none; got {adapter!r}, DoRA "
+                f"in {name}"
+            )
     if any(t.is_meta for lora_A, lora_B, _ in given for t in (lora_A, lora_B)):
         raise ValueError(f"adapters must have values to be combined; got {name} on the meta device")
     shape_A, shape_B = layer.adapter_shapes(rank)

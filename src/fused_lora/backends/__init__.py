@@ -2,7 +2,7 @@
 
 A back end is a module with
     forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan) -> (y, h)
-    backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan) -> Gradients
+    backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant, plan) -> Gradients
     refusal(request) -> why it cannot serve the request, to be read after "backend 'name' supports", or None
     plans(request) -> the names of the ways in which it can compute the request, the safe one first; ("",) for one way
     summary(request, plan) -> what it runs, in a phrase
@@ -10,6 +10,10 @@ for x as [M, K] and the optional tensors 2-D, as `ops.reference` defines them. A
 one plan. One that serves requests whose `optional` is UPDATE, the low-rank half over somebody else's y, also has
     update(y, x, lora_A, lora_B, scaling, dropout_p, seed) -> (y, h)
     update_backward(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, needs) -> Gradients
+and one that serves those whose `optional` is GROUPED, the same with factors of its own for each segment of the rows,
+    grouped_update(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, seed) -> (y, h)
+    grouped_update_backward(dy, x, lora_A, lora_B, h, scaling, offsets, rows, dropout_p, seed, needs) -> gradients
+as `ops.grouped_reference` defines them.
 """
 
 import functools
@@ -23,6 +27,7 @@ import torch
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 UPDATE = ("y",)  # Request.optional of `lora_update`
+GROUPED = ("offsets",)  # Request.optional of `grouped_lora_update`
 
 # Who stands in line for a device type under backend="auto", and who does only if `fused-lora tune` has measured it
 # here: the compiled CUDA kernels run on request, until measured.
@@ -41,7 +46,7 @@ class Request(NamedTuple):
     K: int
     R: int
     aligned: bool  # the weight's rows lie in one piece each, on a GPU from addresses that are multiples of 16 bytes
-    optional: tuple[str, ...]  # names of the optional tensors that are given; or UPDATE
+    optional: tuple[str, ...]  # names of the optional tensors that are given; or UPDATE, or GROUPED
 
 
 class Serving(NamedTuple):
@@ -58,8 +63,9 @@ def bucket(rows: int) -> int:
 
 def only_plain(request: Request) -> str | None:
     """The refusal of a back end that computes plain LoRA only."""
-    if request.optional == UPDATE:
-        return "the update together with its base product only; got lora_update"
+    if request.optional in (UPDATE, GROUPED):
+        op = "lora_update" if request.optional == UPDATE else "grouped_lora_update"
+        return f"the update together with its base product only; got {op}"
     return f"plain LoRA only; got {', '.join(request.optional)}" if request.optional else None
 
 

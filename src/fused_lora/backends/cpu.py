@@ -98,7 +98,7 @@ def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
     return h
 
 
-def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan):
+def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant, plan):
     """The gradients that `needs` asks for, but for the weight's; see `reference.backward`."""
     dx = None
     if needs.x and plan == "inside":

@@ -155,7 +155,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, 
     return y, h if h.shape[1] == R else h[:, :R].contiguous()
 
 
-def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan):
+def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant, plan):
     """The gradients that `needs` asks for, but for the weight's; see `reference.backward`."""
     (M, N), (R, K), dtype, device = dy.shape, lora_A.shape, dy.dtype, dy.device
     need_x, need_A, need_B, need_bias = needs.x, needs.lora_A, needs.lora_B, needs.bias

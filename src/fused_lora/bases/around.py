@@ -116,9 +116,9 @@ def _gradients(ctx: Any, dy: Tensor, needs: Gradients) -> Gradients:
     if torch.is_grad_enabled():  # create_graph=True
         return backward_again(dy, None, x, base.dense(dy.dtype), lora_A, lora_B, *settings, needs)
     if has_no_memory(dy):  # plain operators, which PyTorch can batch
-        return reference.backward(dy, None, x, base.dense(dy.dtype), lora_A, lora_B, h, *settings, needs)
+        return reference.backward(dy, None, x, base.dense(dy.dtype), lora_A, lora_B, h, None, None, *settings, needs)
     if needs.x:
-        given = dy, None, x, base.dense(dy.dtype), lora_A, lora_B, h, *settings, *PLAIN
+        given = dy, None, x, base.dense(dy.dtype), lora_A, lora_B, h, None, None, *settings, *PLAIN
         found = iter(torch.ops.fused_lora.backward(*given, list(needs), "auto"))
     else:
         wanted = [False, needs.lora_A, needs.lora_B]

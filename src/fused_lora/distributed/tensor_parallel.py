@@ -58,6 +58,8 @@ def _apply(
     if "base_layer" in module._modules:
         kind = type(module.base_layer).__name__
         raise ValueError(f"a layer must have its weight itself to be split; got one around a {kind}")
+    if module.variants:
+        raise ValueError(f"a layer must have plain LoRA to be split; got {module.extra_repr()}")
     if module.merged:
         raise ValueError(f"a layer must be unmerged to be split; got adapter {module.active_adapter!r} merged")
     if isinstance(module.weight, DTensor):

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from fused_lora.config import LayerConfig, unknown_name
 from fused_lora.nn.adapter_tensors import AdapterDropout, AdapterTensors, set_trainable
 from fused_lora.ops.update import joined
-from fused_lora.variants import LayerVariant
+from fused_lora.variants import AdapterVariant, LayerLink, LayerVariant
+from fused_lora.variants.allora import ALLoRA
+from fused_lora.variants.dora import DoRA
 
 ActiveAdapter = str | list[str] | None
 Summand = tuple[Tensor, Tensor, float | Tensor, float]  # A, B, scaling, dropout_p
@@ -29,16 +31,19 @@ class AdaptersByName(nn.Module):
     def _start_empty(self) -> None:
         """No adapters yet."""
         self.lora_A, self.lora_B = AdapterTensors(), AdapterTensors()
+        self.lora_magnitude_vector = AdapterTensors()  # [N], of DoRA adapters
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float | Tensor] = {}
         self.lora_dropout: dict[str, float] = {}
         self.lora_dropout_switch = AdapterDropout(self.lora_dropout)
         self.use_rslora: dict[str, bool] = {}
+        self.dora_exact: dict[str, bool] = {}
+        self.allora_eta: dict[str, float | None] = {}
         self.init_lora_weights: dict[str, bool | str] = {}  # PEFT's word for how each started
         self.active_adapter: ActiveAdapter = None  # a list of two or more
-        self.variants: dict[str, LayerVariant] = {}  # of adapters that are no plain LoRA
-        self.link: LayerVariant | None = None  # what acts instead of the active adapter
+        self.variants: dict[str, AdapterVariant] = {}  # of adapters that are no plain LoRA
+        self.link: LayerLink | None = None  # what acts instead of the active adapter
         self.shows_plain = False  # inside `merged(model)`: state_dict() is the plain layer's, merged or not
         self._pristine: nn.Parameter | None = None  # the base weight while a merged one stands in its place
 
@@ -57,19 +62,58 @@ class AdaptersByName(nn.Module):
         if name is None or name not in self.lora_A:
             raise unknown_name("adapter_name", name, self.lora_A)
 
-    def set_hyperparameters(self, adapter_name: str, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
-        """Set an adapter's lora_alpha, lora_dropout and use_rslora, and with them its scaling; its rank is that of its
-        tensors.
+    def set_hyperparameters(
+        self,
+        adapter_name: str,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        dora_exact: bool = False,
+        allora_eta: float | None = None,
+    ) -> None:
+        """Set what an adapter is but for its rank and whether it is DoRA, which its tensors say.
 
         Raises: ValueError for an unknown adapter or a value out of range.
         """
         self._check_known(adapter_name)
-        self._set_config(adapter_name, LayerConfig(self.r[adapter_name], lora_alpha, lora_dropout, use_rslora))
+        use_dora = adapter_name in self.lora_magnitude_vector
+        given = lora_alpha, lora_dropout, use_rslora, use_dora, dora_exact, allora_eta
+        self._set_config(adapter_name, LayerConfig(self.r[adapter_name], *given))
 
     def _set_config(self, adapter_name: str, config: LayerConfig) -> None:
         self.r[adapter_name], self.lora_alpha[adapter_name] = config.r, config.lora_alpha
         self.lora_dropout[adapter_name] = float(config.lora_dropout)
         self.use_rslora[adapter_name], self.scaling[adapter_name] = config.use_rslora, config.scaling
+        self.dora_exact[adapter_name], self.allora_eta[adapter_name] = config.dora_exact, config.allora_eta
+        self.variants.pop(adapter_name, None)
+        if config.use_dora:
+            self.variants[adapter_name] = DoRA(adapter_name, config.dora_exact)
+        elif config.allora_eta is not None:
+            self.variants[adapter_name] = ALLoRA(adapter_name, config.allora_eta)
+
+    def config(self, adapter_name: str) -> LayerConfig:
+        """What an adapter is in this layer."""
+        name = adapter_name
+        plain = self.r[name], self.lora_alpha[name], self.lora_dropout[name], self.use_rslora[name]
+        use_dora = name in self.lora_magnitude_vector
+        return LayerConfig(*plain, use_dora, self.dora_exact[name], self.allora_eta[name])
+
+    def own_tensors(self, adapter_name: str) -> list[nn.Parameter]:
+        """An adapter's A, B and, of DoRA, m."""
+        held = (self.lora_A, self.lora_B, self.lora_magnitude_vector)
+        return [tensors[adapter_name] for tensors in held if adapter_name in tensors]
+
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """An adapter's A and B for a forward, brought here where they are offloaded."""
+        lora_A = self.lora_A[adapter_name]
+        if lora_A.is_meta:  # offloaded, or a model without values
+            return self.lora_A(adapter_name), self.lora_B(adapter_name)
+        return lora_A, self.lora_B[adapter_name]
+
+    def magnitude(self, adapter_name: str) -> Tensor:
+        """A DoRA adapter's m [N] for a forward, brought here where it is offloaded."""
+        m = self.lora_magnitude_vector[adapter_name]
+        return self.lora_magnitude_vector(adapter_name) if m.is_meta else m
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, it is so no more. Raises: ValueError if it is unknown or merged."""
@@ -77,13 +121,17 @@ class AdaptersByName(nn.Module):
         active = self.active_adapters
         if adapter_name in active:
             self.set_adapter([name for name in active if name != adapter_name])
-        del self.lora_A[adapter_name], self.lora_B[adapter_name]
+        for tensors in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
+            if adapter_name in tensors:
+                del tensors[adapter_name]
         for values in (
             self.r,
             self.lora_alpha,
             self.scaling,
             self.lora_dropout,
             self.use_rslora,
+            self.dora_exact,
+            self.allora_eta,
             self.init_lora_weights,
         ):
             del values[adapter_name]
@@ -107,8 +155,8 @@ class AdaptersByName(nn.Module):
                 f"adapter {self.active_adapter!r} is merged, unmerge() before switching; got {adapter_name!r}"
             )
         for name in self.lora_A:
-            set_trainable(self.lora_A[name], name in names)
-            set_trainable(self.lora_B[name], name in names)
+            for tensor in self.own_tensors(name):
+                set_trainable(tensor, name in names)
         self.active_adapter = one_or_list(names)
 
     def _check_resettable(self, adapter_name: str) -> None:
@@ -127,11 +175,8 @@ class AdaptersByName(nn.Module):
         """A, B, scaling and dropout of the active adapters."""
         summands: list[Summand] = []
         for name in self.active_adapters:
-            lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-            if lora_A.is_meta:  # offloaded, or a model without values
-                lora_A, lora_B = self.lora_A(name), self.lora_B(name)
             dropout_p = self.lora_dropout[name] if self.training else 0.0
-            summands.append((lora_A, lora_B, self.scaling[name], dropout_p))
+            summands.append((*self.factors(name), self.scaling[name], dropout_p))
         return summands
 
     def _summands(self) -> list[Summand]:
@@ -143,9 +188,12 @@ class AdaptersByName(nn.Module):
         return [(*joined(lora_As, lora_Bs, scalings), 1.0, 0.0)]
 
     def _adapters_repr(self) -> str:
-        adapters = ", ".join(
-            f"{name}(r={self.r[name]}, lora_alpha={self.lora_alpha[name]}, lora_dropout={self.lora_dropout[name]}"
-            f"{', use_rslora=True' if self.use_rslora[name] else ''})"
-            for name in self.lora_A
-        )
+        adapters = ", ".join(f"{name}({self._adapter_repr(name)})" for name in self.lora_A)
         return f"adapters=[{adapters}], active_adapter={self.active_adapter!r}, merged={self.merged}"
+
+    def _adapter_repr(self, name: str) -> str:
+        said = f"r={self.r[name]}, lora_alpha={self.lora_alpha[name]}, lora_dropout={self.lora_dropout[name]}"
+        said += ", use_rslora=True" if self.use_rslora[name] else ""
+        said += ", use_dora=True" if name in self.lora_magnitude_vector else ""
+        said += ", dora_exact=True" if self.dora_exact[name] else ""
+        return said if self.allora_eta[name] is None else f"{said}, allora_eta={self.allora_eta[name]}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fused_lora import bases
 from fused_lora.config import LayerConfig, check_adapter_name
 from fused_lora.nn.by_name import AdaptersByName
-from fused_lora.nn.merged_weight import check_values, merged_weight, summed
+from fused_lora.nn.merged_weight import MergedUpdate, check_values, merged_weight, summed
 
 
 class LoRALayer(AdaptersByName):
@@ -31,6 +31,7 @@ class LoRALayer(AdaptersByName):
         use_rslora: bool = False,
         adapter_name: str = "default",
         adapter_dtype: torch.dtype | None = None,
+        **variant: Any,
     ) -> Any:
         """A layer with a first adapter for an existing layer, which it freezes: nothing is copied and tied weights stay
         tied.
@@ -43,14 +44,16 @@ class LoRALayer(AdaptersByName):
             use_rslora: scale by lora_alpha / sqrt(r) instead.
             adapter_name: the adapter's name.
             adapter_dtype: of A and B; None takes float32, over a float64 base float64.
+            variant: use_dora, dora_exact, allora_eta, as in `LoRALinear`; other layers have plain LoRA only.
         Returns: the layer, in the training mode of `base`.
         Raises: ValueError naming the argument, what was expected and what was given.
         """
         cls.check_base(base)
         check_adapter_name(adapter_name)
-        config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora)
+        config, kind = LayerConfig(r, lora_alpha, lora_dropout, use_rslora, **variant), cls.kind_for(base)
+        kind.check_variant(base, config)
         cls.shapes_over(base, r)
-        layer = cls._kind_for(base).__new__(cls._kind_for(base))
+        layer = kind.__new__(kind)
         nn.Module.__init__(layer)
         layer._adopt(base)
         layer._add(adapter_name, config, adapter_dtype)
@@ -62,7 +65,14 @@ class LoRALayer(AdaptersByName):
         raise NotImplementedError
 
     @classmethod
-    def _kind_for(cls, base: nn.Module) -> type["LoRALayer"]:
+    def check_variant(cls, base: Any, config: LayerConfig) -> None:
+        """Raises ValueError unless an adapter over this base can be what the configuration says."""
+        for name in ("use_dora", "allora_eta"):
+            if (value := getattr(config, name)) not in (False, None):
+                raise ValueError(f"{name} needs a linear layer; got {value!r} for a {type(base).__name__}")
+
+    @classmethod
+    def kind_for(cls, base: nn.Module) -> type["LoRALayer"]:
         """The subclass for a base."""
         return cls
 
@@ -91,6 +101,10 @@ class LoRALayer(AdaptersByName):
         """The shapes of A and B of rank r in this layer."""
         return self.shapes_over(self, r)
 
+    def file_tensors(self, adapter_name: str) -> list[Tensor]:
+        """`own_tensors` as PEFT's file has them: not copies, unless they lie otherwise here."""
+        return [tensor.detach() for tensor in self.own_tensors(adapter_name)]
+
     def base(self) -> Any:
         """The module that has the base weight: the base layer where it is kept, else this one."""
         return self.base_layer if "base_layer" in self._modules else self
@@ -115,19 +129,21 @@ class LoRALayer(AdaptersByName):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        **variant: Any,
     ) -> None:
         """Add a fresh adapter; the first one becomes active, a later one waits frozen for `set_adapter`.
 
-        Args: as in the class.
+        Args: as in `over`.
         Raises: ValueError if the name is taken or an argument is out of range.
         """
         check_adapter_name(adapter_name)
-        config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora)
+        config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora, **variant)
         if adapter_name in self.lora_A:
             raise ValueError(
                 f"adapter_name must be new to the layer, which has {sorted(self.lora_A)}; got {adapter_name!r}"
             )
         self._check_addable()
+        self.check_variant(self.base(), config)
         self.adapter_shapes(r)
         self._add(adapter_name, config, adapter_dtype)
 
@@ -139,6 +155,9 @@ class LoRALayer(AdaptersByName):
         empty = [torch.empty(shape, device=device, dtype=adapter_dtype or dtype) for shape in shapes]
         for tensors, values in zip((self.lora_A, self.lora_B), empty, strict=True):
             tensors[adapter_name] = nn.Parameter(values, requires_grad=False)
+        if config.use_dora:
+            m = torch.empty(shapes[1][0], device=device, dtype=dtype)
+            self.lora_magnitude_vector[adapter_name] = nn.Parameter(m, requires_grad=False)
         self._set_config(adapter_name, config)
         self.reset_lora_parameters(adapter_name)
         self.init_lora_weights[adapter_name] = True
@@ -178,18 +197,24 @@ class LoRALayer(AdaptersByName):
         else:
             quantised.check_mergeable()
         for name in adapter_names:
-            check_values("lora_A", self.lora_A[name])
-            check_values("lora_B", self.lora_B[name])
+            for what, tensor in zip(("lora_A", "lora_B", "lora_magnitude_vector"), self.own_tensors(name)):
+                check_values(what, tensor)
             self._factors(name)
 
     def _merged_and_pristine(self) -> tuple[nn.Parameter, nn.Parameter]:
         """The base weight with the active adapters in it, and as it is."""
         names, base = self.active_adapters, self.base()
-        updates = [(*self._factors(name), float(self.scaling[name])) for name in names]
+        updates = [
+            MergedUpdate(*self._factors(name), float(self.scaling[name]), self._merged_rows(name)) for name in names
+        ]
         quantised = bases.of(base)
         if quantised is not None:
-            return quantised.merged(summed(updates)), quantised.aside()
+            return quantised.merged(summed(quantised, updates)), quantised.aside()
         return nn.Parameter(merged_weight(base.weight, updates, names), requires_grad=False), base.weight
+
+    def _merged_rows(self, adapter_name: str) -> Tensor | None:
+        """What an adapter multiplies the rows of the merged weight by, so that it broadcasts, if anything."""
+        return None
 
     def unmerge(self) -> None:
         """Put the base weight back, the very Parameter that `merge` set aside. Raises: ValueError if nothing is
@@ -211,6 +236,8 @@ class LoRALayer(AdaptersByName):
     def _apply(self, fn, recurse=True):
         """Module.to(), .half() and the like reach the weight kept aside too."""
         super()._apply(fn, recurse)
+        for variant in self.variants.values():
+            variant.forget()
         if self.merged:
             aside: Any = nn.Module()
             aside.weight = self._pristine
@@ -223,7 +250,7 @@ class LoRALayer(AdaptersByName):
         if self.merged or self.shows_plain:
             inner = f"{prefix}base_layer."
             for key in list(state):
-                if key.startswith((f"{prefix}lora_A.", f"{prefix}lora_B.")):
+                if key.startswith(tuple(f"{prefix}lora_{what}." for what in ("A", "B", "magnitude_vector"))):
                     del state[key]
                 elif key.startswith(inner):
                     state[prefix + key.removeprefix(inner)] = state.pop(key)

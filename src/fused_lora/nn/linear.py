@@ -6,17 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_lora.bases import added, lora_around, quantised
+from fused_lora.bases import added, lora_around, of, quantised
 from fused_lora.config import LayerConfig, check_adapter_name
 from fused_lora.nn.base_linear import absorbable, check_linear, check_weight, is_conv1d, linear_sizes
 from fused_lora.nn.layer import LoRALayer
+from fused_lora.nn.magnitudes import WithMagnitudes, check_called
 from fused_lora.ops.internals import layer_tensors
 from fused_lora.ops.linear import lora_linear
 from fused_lora.ops.update import lora_update
-from fused_lora.variants import LayerVariant
+from fused_lora.variants import LayerVariant, Update
 
 
-class LoRALinear(LoRALayer):
+class LoRALinear(WithMagnitudes):
     """A frozen linear layer with LoRA adapters by name.
 
     Equivalent to, with the active adapter's A, B and scaling::
@@ -39,8 +40,14 @@ class LoRALinear(LoRALayer):
         adapter_name: the first adapter's name.
         device, dtype: of the base weight [N, K].
         adapter_dtype: of A [R, K] and B [N, R]; None takes float32, over a float64 base float64.
+        use_dora: DoRA: the rows of weight + scaling * B A have the lengths m [N], fp32, which train and start as they
+            are; `lora_magnitude_vector` by adapter.
+        dora_exact: let the gradient run through the rows' norms, too, which PEFT takes for constants.
+        allora_eta: ALLoRA with this eta: lora_alpha is r, no dropout, and in the gradients of A and B row n of dL/d(BA)
+            counts 1 / sqrt(|(BA)_n| + 1 / eta^2) times.
     Raises: ValueError naming the argument, what was expected and what was given.
-    Source: Hu et al., arXiv 2106.09685; initialisation as in loralib and Hugging Face PEFT; rsLoRA: arXiv 2312.03732.
+    Source: Hu et al., arXiv 2106.09685; initialisation as in loralib and Hugging Face PEFT; rsLoRA: arXiv 2312.03732;
+        DoRA: arXiv 2402.09353; ALLoRA: arXiv 2410.09692.
     """
 
     weight: Tensor
@@ -59,12 +66,15 @@ class LoRALinear(LoRALayer):
         device=None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
+        dora_exact: bool = False,
+        allora_eta: float | None = None,
     ):
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1; got {value!r}")
         check_adapter_name(adapter_name)
-        config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora)
+        config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora, use_dora, dora_exact, allora_eta)
         super().__init__()
         self._adopt(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
         self._add(adapter_name, config, adapter_dtype)
@@ -79,6 +89,7 @@ class LoRALinear(LoRALayer):
         use_rslora: bool = False,
         adapter_name: str = "default",
         adapter_dtype: torch.dtype | None = None,
+        **variant: Any,
     ) -> "LoRALinear":
         """A LoRALinear for an existing layer, which it freezes: nothing is copied and tied weights stay tied.
 
@@ -86,11 +97,11 @@ class LoRALinear(LoRALayer):
         subclass with a forward of its own, one with hooks or with a quantised or sharded weight) is kept as
         `base_layer` and called.
 
-        Args: linear; the rest as in the class.
+        Args: linear; the rest, also use_dora, dora_exact and allora_eta, as in the class.
         Returns: the layer, in the training mode of `linear`.
         Raises: ValueError naming the argument, what was expected and what was given.
         """
-        return cls.over(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_name, adapter_dtype)
+        return cls.over(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_name, adapter_dtype, **variant)
 
     @staticmethod
     def check_base(base: Any) -> None:
@@ -98,7 +109,7 @@ class LoRALinear(LoRALayer):
         check_linear(base)
 
     @classmethod
-    def _kind_for(cls, base: nn.Module) -> type[LoRALayer]:
+    def kind_for(cls, base: nn.Module) -> type[LoRALayer]:
         return LoRALinearAround if not absorbable(base) else _LoRAConv1D if is_conv1d(base) else cls
 
     def _adopt(self, linear: Any) -> None:
@@ -150,23 +161,35 @@ class LoRALinear(LoRALayer):
 
     def _varied(self, x: Tensor, variant: LayerVariant) -> Tensor:
         """The layer with a variant's update."""
-        lora_A, lora_B, scaling, dropout_p, optional, take_h = variant.update(self, x)
-        given: Any = (x, self._matrix(), lora_A, lora_B, scaling)
-        y: Any = lora_linear(*given, bias=self.bias, dropout_p=dropout_p, return_h=take_h is not None, **optional)
-        if take_h is not None:
-            y, h = y
-            take_h(h)
+        update = variant.update(self, x)
+        y = self._updated(x, self.bias, update)
+        return y if update.more is None else y + self._updated(x, None, update.more)
+
+    def _updated(self, x: Tensor, bias: Tensor | None, update: Update) -> Tensor:
+        """The op on what a variant hands over."""
+        given: Any = (x if update.x is None else update.x, self.matrix(), *update[:3])
+        options: Any = {"bias": bias, "dropout_p": update.dropout_p, **update.optional}
+        if update.take_h is None:
+            return lora_linear(*given, **options)  # type: ignore[return-value]
+        y, h = lora_linear(*given, return_h=True, **options)
+        update.take_h(h)
         return y
 
     def _several(self, x: Tensor) -> Tensor:
         """The base layer and the updates of the active adapters."""
+        if self._dora_acts():
+            return self._in_turn(x, self._plain(x), lambda x: F.linear(x, self.matrix()))
         (lora_A, lora_B, scaling, dropout_p), *others = self._summands()
-        y: Any = lora_linear(x, self._matrix(), lora_A, lora_B, scaling, bias=self.bias, dropout_p=dropout_p)
+        y: Any = lora_linear(x, self.matrix(), lora_A, lora_B, scaling, bias=self.bias, dropout_p=dropout_p)
         for lora_A, lora_B, scaling, dropout_p in others:
             y = lora_update(y, x, lora_A, lora_B, scaling, dropout_p=dropout_p)
         return y
 
-    def _matrix(self) -> Tensor:
+    @classmethod
+    def check_variant(cls, base: Any, config: LayerConfig) -> None:
+        """Any adapter can be any."""
+
+    def matrix(self) -> Tensor:
         """The weight as [N, K]."""
         return self.weight
 
@@ -195,12 +218,15 @@ class _LoRAConv1D(LoRALinear):
             return self._over_parameters(Conv1D(self.out_features, self.in_features))
 
     def forward(self, x: Tensor):
-        return self._plain(x) if self.active_adapter is None or self.merged else self._several(x)
+        if self.active_adapter is None or self.merged:
+            return self._plain(x)
+        variant = self._variant()
+        return self._several(x) if variant is None else self._varied(x, variant)
 
     def _plain(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._matrix(), self.bias)
+        return F.linear(x, self.matrix(), self.bias)
 
-    def _matrix(self) -> Tensor:
+    def matrix(self) -> Tensor:
         return self.weight.t()
 
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -230,10 +256,17 @@ class LoRALinearAround(LoRALinear):
     def plain(self) -> nn.Module:
         return self.base_layer
 
+    @classmethod
+    def check_variant(cls, base: Any, config: LayerConfig) -> None:
+        """Raises ValueError for what needs the weight as a plain matrix, where the base's is none."""
+        check_called(base, config)
+
     def forward(self, x: Tensor, *args, **kwargs):
         """What the base returns for its arguments, with the updates of x [..., K] added to it."""
         if self.active_adapter is None or self.merged:
             return self.base_layer(x, *args, **kwargs)
+        if self._dora_acts():
+            return self._in_turn(x, self.base_layer(x, *args, **kwargs), self._product)
         (lora_A, lora_B, scaling, dropout_p), *others = self._summands()
         if self._is_quantised and not args and not kwargs:
             y = lora_around(self.base_layer, x, lora_A, lora_B, scaling, dropout_p=dropout_p)
@@ -242,6 +275,20 @@ class LoRALinearAround(LoRALinear):
         for lora_A, lora_B, scaling, dropout_p in others:
             y = added(y, x, lora_A, lora_B, scaling, dropout_p)
         return y
+
+    def _product(self, x: Tensor) -> Tensor:
+        """The base's result for x, less its bias."""
+        y, bias = self.base_layer(x), self.base_layer.bias
+        return y if bias is None else y - bias
+
+    def matrix(self) -> Tensor:
+        base = of(self.base_layer)
+        if base is not None:
+            return base.dense(torch.float32)
+        weight: Any = self.base_layer.weight
+        if weight.is_meta and not self.lora_A[next(iter(self.lora_A))].is_meta:
+            raise ValueError("DoRA needs the base weight beside its norms, where the layer is offloaded it is not")
+        return weight.t() if self.fan_in_fan_out else weight
 
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         lora_A, lora_B = self.lora_A[adapter_name], self.lora_B[adapter_name]

@@ -59,7 +59,8 @@ def matrix(t: Tensor) -> Tensor:
 class LoRALinearFunction(torch.autograd.Function):
     """y [..., N], h [M, R] = the op on `Inputs` with x [..., K] and 2-D optional tensors, by torch.ops.fused_lora.
 
-    Saves x and h, each only if a needed gradient uses it, never a mask or a copy of x. Flattening happens in here,
+    Saves x and h, each only if a needed gradient uses it, never a mask or a copy of x; and y for out_scale's gradient,
+    so that it must not be changed in place then (autograd's backward raises if it was). Flattening happens in here,
     where it makes no autograd nodes.
     """
 
@@ -81,23 +82,24 @@ class LoRALinearFunction(torch.autograd.Function):
         given, need = Inputs(*inputs), Inputs(*ctx.needs_input_grad)
         keep_x = need.weight or need.out_scale or (need.lora_A and given.x_lora is None)
         keep_h = output[1] if need.lora_B or need.gate or need.out_scale else None
+        keep_y = (output[0], given.bias) if need.out_scale else (None, None)
         factors = given.weight, given.lora_A, given.lora_B
-        ctx.save_for_backward(given.x if keep_x else None, *factors, keep_h, given.seed, *given.variant())
+        ctx.save_for_backward(given.x if keep_x else None, *factors, keep_h, *keep_y, given.seed, *given.variant())
         ctx.settings, ctx.lead = given.settings, given.x.shape[:-1]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dy, dh):
-        x, weight, lora_A, lora_B, h, seed, *variant = ctx.saved_tensors
+        x, weight, lora_A, lora_B, h, y, bias, seed, *variant = ctx.saved_tensors
         scaling, dropout_p, backend = ctx.settings
         if dy is None:  # nothing of y was used
             if dh is None:
                 return tuple(Inputs())
             dy = dh.new_zeros((dh.shape[0], weight.shape[0]))
-        dy, x = matrix(dy), x if x is None else matrix(x)
+        dy, x, y = matrix(dy), x if x is None else matrix(x), y if y is None else matrix(y)
         needs = Inputs(*ctx.needs_input_grad).differentiable()
         factors = x, weight, lora_A, lora_B
-        given = (*factors, h, scaling, dropout_p, seed)
+        given = (*factors, h, y, bias, scaling, dropout_p, seed)
         if torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
             grads = backward_again(dy, dh, *factors, scaling, dropout_p, seed, needs, Variant(*variant))
         elif has_no_memory(dy) or (dh is not None and has_no_memory(dh)):  # plain operators, which PyTorch can batch
@@ -152,7 +154,7 @@ class _EagerFunction(torch.autograd.Function):
             grads = backward_again(dy, None, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
             dx = grads.x if lead is None or grads.x is None else grads.x.view(*lead, grads.x.shape[1])
             return dx, grads.lora_A, grads.lora_B, None
-        given = (dy, None, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed)
+        given = (dy, None, x, weight, lora_A, lora_B, h, None, None, scaling, dropout_p, seed)
         try:
             if dispatch_modes_active():  # who came up after the forward sees its backward, too
                 name = back_end.__name__.rpartition(".")[2]

@@ -1,9 +1,10 @@
-"""What is wrong with the arguments of `lora_linear` and `lora_update`: shapes, dtypes, devices, names; metadata only.
+"""What is wrong with the arguments of the ops: shapes, dtypes, devices, names; metadata only.
 
 Each check returns the error, or None: who calls it raises, before anything is computed.
 """
 
 import difflib
+import itertools
 from typing import Any
 
 import torch
@@ -78,6 +79,89 @@ def update_fault(y, x, lora_A, lora_B, dropout_p, backend) -> ValueError | None:
     if not y.dtype.is_floating_point:
         return ValueError(f"y must have a floating dtype; got {y.dtype}")
     return _elsewhere(named, x) or _wrong_adapter_dtype(x, lora_A, lora_B) or _wrong_settings(dropout_p, backend)
+
+
+def grouped_fault(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, backend) -> ValueError | None:
+    """The first thing that is wrong with the arguments of `grouped_lora_update`, the factors as lists, None if nothing
+    is."""
+    named = {"y": y, "x": x, "offsets": offsets} | ({} if rows is None else {"rows": rows})
+    wrong = _no_tensor(named) or _not_dense(named)
+    if wrong is not None:
+        return wrong
+    for name, t in (("offsets", offsets), ("rows", rows)):
+        if t is not None and (t.dtype not in (torch.int64, torch.int32) or t.dim() != 1):
+            expected = "[G + 1]" if name == "offsets" else "[M']"
+            return ValueError(f"{name} must be int64 or int32 of shape {expected}; got {t.dtype} {_shape(t)}")
+    G = offsets.shape[0] - 1
+    if G < 1:
+        return ValueError(f"offsets must have shape [G + 1] with G >= 1; got {_shape(offsets)}")
+    wrong = _wrong_factors(lora_A, lora_B, G) or _wrong_settings(dropout_p, backend)
+    if wrong is not None:
+        return wrong
+    K, N, X, Y = lora_A[0].shape[-1], lora_B[0].shape[-2], _shape(x), _shape(y)
+    if len(X) == 0 or X[-1] != K:
+        return ValueError(f"x must have shape [..., {K}] to match lora_A; got {X}")
+    if [*X[:-1], N] != Y:
+        return ValueError(f"y must have shape {[*X[:-1], N]} to match x {X} and lora_B; got {Y}")
+    wrong = _no_dtype_of_ours(x)
+    if wrong is not None:
+        return wrong
+    if not y.dtype.is_floating_point:
+        return ValueError(f"y must have a floating dtype; got {y.dtype}")
+    if isinstance(scaling, Tensor):
+        named["scaling"] = scaling
+    for A, B in itertools.zip_longest(lora_A, lora_B):
+        A, B = lora_A[0] if A is None else A, lora_B[0] if B is None else B
+        wrong = _elsewhere(named | {"lora_A": A, "lora_B": B}, x) or _wrong_adapter_dtype(x, A, B)
+        if wrong is not None:
+            return wrong
+    return None
+
+
+def _wrong_factors(lora_A, lora_B, G: int) -> ValueError | None:
+    """What is wrong with the shapes of the factors of G groups: lists of as many matrices, or of one stack."""
+    for name, factors, shape in (("lora_A", lora_A, "R, K"), ("lora_B", lora_B, "N, R")):
+        for t in factors:
+            if not isinstance(t, Tensor):
+                return ValueError(f"{name} must hold tensors; got a {type(t).__name__}")
+        stacked = len(factors) == 1 and factors[0].dim() == 3
+        if stacked and factors[0].shape[0] in (1, G) and factors[0].numel():
+            continue
+        if stacked or len(factors) != G or not all(t.dim() == 2 and t.numel() for t in factors):
+            got = _shape(factors[0]) if stacked else [_shape(t) for t in factors[:4]]
+            more = f", {len(factors)} in all" if len(factors) > 4 else ""
+            return ValueError(
+                f"{name} must be {G} tensors [{shape}] to match offsets [{G + 1}], or one of shape [{G}, {shape}] or "
+                f"[1, {shape}]; got {got}{more}"
+            )
+    (_, K), (N, _) = lora_A[0].shape[-2:], lora_B[0].shape[-2:]
+    for g in range(max(len(lora_A), len(lora_B))):
+        A, B = lora_A[min(g, len(lora_A) - 1)], lora_B[min(g, len(lora_B) - 1)]
+        if A.shape[-1] != K:
+            return ValueError(f"lora_A must have the same K in all groups; got {K} and, of group {g}, {A.shape[-1]}")
+        if B.shape[-2] != N:
+            return ValueError(f"lora_B must have the same N in all groups; got {N} and, of group {g}, {B.shape[-2]}")
+        if A.shape[-2] != B.shape[-1]:
+            return ValueError(
+                f"lora_B must have lora_A's rank in each group; got ranks {B.shape[-1]} and {A.shape[-2]} of group {g}"
+            )
+    return None
+
+
+def segments_fault(offsets: Tensor, rows: Tensor | None, M: int) -> ValueError | None:
+    """What is wrong with the values of the segments of M rows, which lie on the CPU; None if nothing is."""
+    bounds = offsets.tolist()
+    last, what = (M, "the rows of x") if rows is None else (rows.shape[0], "rows")
+    if bounds[0] != 0 or bounds[-1] != last or any(a > b for a, b in itertools.pairwise(bounds)):
+        shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
+        return ValueError(f"offsets must ascend from 0 to {last} to cover {what}; got {shown}")
+    if rows is not None and last:
+        low, high = (int(end) for end in rows.aminmax())
+        if low < 0 or high >= M:
+            return ValueError(f"rows must be in [0, {M}), the rows of x; got {low if low < 0 else high}")
+        if last > M or int(torch.bincount(rows, minlength=M).max()) > 1:
+            return ValueError(f"rows must name each row once at most; got {last} with repetitions")
+    return None
 
 
 def _no_tensor(named: dict[str, Any]) -> ValueError | None:

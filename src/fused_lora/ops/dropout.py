@@ -16,7 +16,9 @@ def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return product >> 32 & _M32, product & _M32
 
 
-def dropout_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype = torch.float32) -> Tensor:
+def dropout_mask(
+    seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype = torch.float32, rows: Tensor | None = None
+) -> Tensor:
     """The LoRA dropout mask [M, K]: 0 where an element is dropped, 1 / (1 - p) where it is kept.
 
     Philox4x32-10 with key = seed and counter = (column // 8, row, 0, 0) gives eight 16-bit draws for a row's eight
@@ -28,11 +30,12 @@ def dropout_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype = to
         M, K: rows and columns.
         p: probability of dropping, in [0, 1).
         dtype: dtype of the result.
+        rows: int [M], the numbers of the rows that are wanted; None is the first M.
     Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
     """
     threshold = dropout_threshold(p)
     groups = torch.arange((K + 7) // 8, device=seed.device)
-    rows = torch.arange(M, device=seed.device)
+    rows = torch.arange(M, device=seed.device) if rows is None else rows.long()
     w0, w1 = (t.contiguous() for t in torch.broadcast_tensors(groups[None, :], rows[:, None]))
     w2, w3 = torch.zeros_like(w0), torch.zeros_like(w0)
     k0, k1 = seed & _M32, seed >> 32 & _M32

@@ -6,7 +6,7 @@ This module imports nothing of ours, so that back ends and layers may use it, to
 """
 
 import importlib.abc
-import importlib.machinery
+import importlib.util
 import operator
 import os
 import sys
@@ -113,6 +113,18 @@ def alike(x: Tensor, *tensors: Tensor) -> Callable[..., bool] | None:
     try:
         return _TensorGuards(x, *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     except (TypeError, RuntimeError):  # it wants other arguments
+        return None
+
+
+def marks(*tensors: Tensor) -> tuple | None:
+    """What differs once one of these tensors is another one, lies elsewhere or was written in place as autograd counts
+    it; None where PyTorch does not count, as in inference mode. Who compares marks must hold the tensors, whose ids
+    others would get."""
+    if not _ALLOWED:
+        return None
+    try:
+        return tuple([(id(t), t._version, t.data_ptr()) for t in tensors])
+    except RuntimeError:  # an inference tensor, or one without memory of its own
         return None
 
 
@@ -229,7 +241,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         if name != self.module:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        spec = importlib.util.find_spec(name)  # by the other finders, of which some may be of this kind
         if spec is None or spec.loader is None:
             return spec
         loader: Any = spec.loader

@@ -65,7 +65,8 @@ def lora_linear(
         x_lora: x's shape, input of the low-rank path instead of x (ResLoRA).
         h_in: [..., R], added to x_lora At (ResLoRA).
         gate: [..., k] with k dividing R, a factor for each block of R / k ranks (LoRA-Flow, per-adapter scale).
-        out_scale: [N] fp32 (DoRA).
+        out_scale: [N] fp32 (DoRA). Its gradient is computed from y, which must not be changed in place where it trains:
+            the backward raises then.
         grad_row_scale: [N] fp32, scales the rows of dy for dA and dB only (ALLoRA).
         return_h: return (y, h) with h = x_lora At [..., R].
     Returns: y [..., N] in x's dtype, or (y, h).

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.ops.dropout import dropout_mask
+from fused_lora.ops.grouped_reference import grouped_update as grouped_update  # as a back end has them
+from fused_lora.ops.grouped_reference import grouped_update_backward as grouped_update_backward
 
 
 class Variant(NamedTuple):
@@ -87,21 +89,22 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant=P
     h = (_lora_input(x, variant, mask) @ lora_A.to(x.dtype).t()).mul_(scaling)
     scaled = variant.out_scale is not None
     y = torch.addmm(F.linear(x, weight, None if scaled else bias), _low(h, scaling, variant), lora_B.to(x.dtype).t())
-    if scaled:
-        y = (y * variant.out_scale).to(x.dtype)
-        y = y if bias is None else y + bias
+    if scaled:  # in the wider dtype, and rounded once
+        y = y * variant.out_scale
+        y = (y if bias is None else y + bias).to(x.dtype)
     return y, h
 
 
 def backward(
-    dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant=PLAIN, plan=""
+    dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant=PLAIN, plan=""
 ) -> Gradients:
     """Every gradient that `needs`, a `Gradients` of bools, asks for.
 
     Args:
         dy: gradient of y, [M, N].
         dh: gradient of the returned h, [M, R], or None.
-        x, h: inputs and outputs of `forward`; None where no needed gradient uses them.
+        x, h: input and output of `forward`; None where no needed gradient uses them.
+        y, bias: output and input of `forward`, for the gradient of out_scale only; else None.
         The others as in `forward`.
     """
     dtype, A, B = dy.dtype, lora_A.to(dy.dtype), lora_B.to(dy.dtype)
@@ -130,21 +133,47 @@ def backward(
         grads["lora_B"] = (dzc.t() @ _low(h, scaling, variant)).to(lora_B.dtype)
     if needs.bias:
         grads["bias"] = dy.sum(0)
-    return Gradients(**grads, **_variant_gradients(dy, dz, x, weight, B, h, scaling, needs, variant))
-
-
-def _variant_gradients(dy, dz, x, weight, B, h, scaling, needs, variant) -> dict[str, Tensor]:
-    """The gradients of h_in, gate and out_scale."""
-    grads = {}
     if needs.h_in:
         grads["h_in"] = (scaling * _gated(dz @ B, variant)).to(variant.h_in.dtype)
     if needs.gate:
         per_rank = (dz @ B) * _ungated(h, scaling, variant)
         grads["gate"] = per_rank.unflatten(1, (variant.gate.shape[1], -1)).sum(-1).to(variant.gate.dtype)
     if needs.out_scale:
-        z = torch.addmm(F.linear(x, weight), _low(h, scaling, variant), B.t())
-        grads["out_scale"] = (dy * z).sum(0, dtype=variant.out_scale.dtype)
-    return grads
+        wide = torch.promote_types(dtype, torch.float32)
+        scaled = y.to(wide) if bias is None else y.to(wide) - bias
+        sums, squares = (dy * scaled).sum(0), scaled.square().sum(0)
+        grads["out_scale"] = out_scale_gradient(sums, squares, dy, x, weight, B, h, bias, scaling, variant)
+    return Gradients(**grads)
+
+
+def out_scale_gradient(sums, squares, dy, x, weight, lora_B, h, bias, scaling, variant) -> Tensor:
+    """The gradient of out_scale, sum_M dy * z, from y = out_scale * z + bias, which is there, instead of from z: a base
+    product, a third of a training step, is not computed again.
+
+    But for the columns of which y tells too little: those whose bias is larger than the rest, in its root mean square,
+    so that most of y's digits are the bias's, and those where the rest is below the smallest normal number of its
+    dtype, or zero, for out_scale is. Their z is computed again. Which ones they are is read on the host; not while a
+    CUDA graph is captured, where all are computed.
+
+    Args:
+        sums, squares: sum_M dy * (y - bias) and sum_M (y - bias)^2, [N] in fp32.
+        dy, x, weight, lora_B, h, bias, scaling, variant: as in `backward`, for the columns whose z is computed.
+    Returns: [N] in out_scale's dtype.
+    """
+    smallest = 2 * torch.finfo(dy.dtype).tiny
+    least = torch.full_like(squares, smallest) if bias is None else bias.to(squares.dtype).abs().clamp(min=smallest)
+    lost = squares <= least.square() * dy.shape[0]
+    if dy.is_cuda and torch.cuda.is_current_stream_capturing():
+        lost = torch.arange(dy.shape[1], device=dy.device)
+    else:
+        lost = lost.nonzero().flatten()
+    grad = (sums / variant.out_scale).to(variant.out_scale.dtype)
+    if lost.numel() == 0:
+        return grad
+    B = lora_B[lost].to(dy.dtype)
+    z = torch.addmm(F.linear(x, weight[lost]), _low(h, scaling, variant), B.t())
+    again = (dy.index_select(1, lost) * z.to(sums.dtype)).sum(0)
+    return grad.index_copy(0, lost, again.to(grad.dtype))
 
 
 def composition(x, weight, lora_A, lora_B, bias, scaling, mask, variant=PLAIN) -> tuple[Tensor, Tensor]:
@@ -192,7 +221,7 @@ def backward_again(dy, dh, x, weight, lora_A, lora_B, scaling, dropout_p, seed, 
     """
     if variant.grad_row_scale is not None:
         raise ValueError("grad_row_scale must be None where gradients are differentiated; got a tensor")
-    if x is None and (needs.lora_B or needs.gate):
+    if x is None and (needs.lora_B or needs.gate or needs.out_scale):
         raise RuntimeError("differentiating twice needs x, which is kept only where lora_A trains; lora_A is frozen")
     M, K = dy.shape[0], lora_A.shape[1]
     mask = None if seed is None else dropout_mask(seed, M, K, dropout_p, weight.dtype)
@@ -216,7 +245,8 @@ def update_backward(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, needs) -
     """The gradients of `update` that `needs` asks for: dx is the low-rank path's alone, and y's is dy."""
     low = needs._replace(x=False, x_lora=needs.x)
     variant = Variant(x_lora=dy if x is None else x)  # x is None where no needed gradient reads it
-    grads = backward(dy, None, None, None, lora_A, lora_B, h, scaling, dropout_p, seed, low, variant)
+    given = lora_A, lora_B, h, None, None, scaling, dropout_p, seed
+    grads = backward(dy, None, None, None, *given, low, variant)
     return grads._replace(x=grads.x_lora, x_lora=None)
 
 

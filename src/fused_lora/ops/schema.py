@@ -26,7 +26,8 @@ _lib.define(
 )
 _lib.define(
     "backward(Tensor dy, Tensor? dh, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? h, "
-    f"float scaling, float dropout_p, Tensor? seed, {_VARIANT}, bool[] needs, str backend) -> Tensor[]",
+    f"Tensor? y, Tensor? bias, float scaling, float dropout_p, Tensor? seed, {_VARIANT}, bool[] needs, "
+    "str backend) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _lib.define(
@@ -64,12 +65,13 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *optional
     return back_end.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan)
 
 
-def backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, *optional_needs_backend):
+def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, *optional_needs_backend):
     *optional, needs, backend = optional_needs_backend
     variant, needs = Variant(*optional), Gradients(*needs)
     back_end, plan = pick(backend, request_of(dy, weight, lora_A, variant))
     with without_autocast(dy):
-        grads = back_end.backward(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant, plan)
+        given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
+        grads = back_end.backward(*given, needs, variant, plan)
         if needs.weight and grads.weight is None:  # a product of its own, which no kernel of ours could better
             grads = grads._replace(weight=dy.t() @ x)
     return [grad for grad in grads if grad is not None]
@@ -106,7 +108,7 @@ def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *op
 
 
 @torch.library.register_fake("fused_lora::backward")
-def _backward_fake(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, *optional_needs_backend):
+def _backward_fake(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, *optional_needs_backend):
     *optional, needs, _ = optional_needs_backend
     variant, M, K = Variant(*optional), dy.shape[0], lora_A.shape[1]
 
@@ -145,14 +147,14 @@ def _forward_flops(x, weight, lora_A, *_, **__) -> int:
 
 
 def _backward_flops(
-    dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, *optional_needs_backend, **_
+    dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, *optional_needs_backend, **_
 ) -> int:
     """Of the products that the needed gradients ask for."""
     needs, (M, N), (R, K) = Gradients(*optional_needs_backend[-2]), dy, lora_A
     into_x, into_h = needs.x or needs.x_lora, needs.x or needs.x_lora or needs.lora_A or needs.h_in or needs.gate
     thin = [(into_h, N), (into_x, K), (needs.lora_A, K), (needs.lora_B, N)]
-    base = [needs.x, needs.weight, needs.out_scale]
-    return 2 * M * N * K * sum(map(bool, base)) + sum(2 * M * R * width for need, width in thin if need)
+    base = int(needs.x) + int(needs.weight)
+    return 2 * M * N * K * base + sum(2 * M * R * width for need, width in thin if need)
 
 
 def _update_flops(y, x, lora_A, *_, **__) -> int:

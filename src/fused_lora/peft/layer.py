@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fused_lora.bases import lora_around
 from fused_lora.ops.linear import lora_linear
+from fused_lora.peft.dora import dora_forward
 from fused_lora.peft.request import active_update, linear_fits, readable_base, update_fits
 
 
@@ -20,9 +21,13 @@ class FusedForward:
         """y [..., N] of x [..., K]."""
         update = "it is called with more than x" if args or kwargs else active_update(self)
         if not isinstance(update, str):
-            lora_A, lora_B, scaling, dropout_p, lora_bias = update
+            lora_A, lora_B, scaling, dropout_p, lora_bias, dora = update
             base = readable_base(self)
-            if isinstance(base, str):
+            if dora is not None:
+                y = dora_forward(self, x, base, update)
+                if y is not None:
+                    return y
+            elif isinstance(base, str):
                 if update_fits(x, update):
                     linear = self._modules["base_layer"]  # type: ignore[attr-defined]
                     y = lora_around(linear, x, lora_A, lora_B, scaling, dropout_p=dropout_p)

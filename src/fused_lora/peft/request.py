@@ -7,6 +7,8 @@ of it is read in less time than one of the four module calls that PEFT's forward
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -32,6 +34,7 @@ class Update(NamedTuple):
     scaling: float | Tensor
     dropout_p: float
     bias: Tensor | None  # [N], lora_bias with its scaling
+    dora: nn.Module | None = None  # PEFT's DoraLinearLayer, which holds m [N]
 
 
 def active_update(layer: Any) -> Update | str:
@@ -66,6 +69,11 @@ def readable_base(layer: Any) -> Base | str:
     if bias is not None and type(bias) not in _PLAIN_TENSORS:
         return f"its base bias is {_kind(bias)}"
     return Base(weight.t() if layer.fan_in_fan_out else weight, bias)
+
+
+def norm_source(layer: Any) -> Tensor | None:
+    """The tensor in which the base layer holds its weight, in whatever form."""
+    return _tensor(layer._modules["base_layer"], "weight")
 
 
 def linear_fits(x: Tensor, base: Base, update: Update) -> bool:
@@ -108,8 +116,13 @@ def _adapter(layer: Any, name: str) -> Update | str:
     modules = layer._modules
     module_A, module_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
-    if name in layer.lora_variant:
-        kind = type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
+    variant, dora = layer.lora_variant.get(name), None
+    if type(variant) is DoraLinearVariant:
+        dora = modules["lora_magnitude_vector"]._modules[name]
+        if type(dora) is not DoraLinearLayer or not bare(dora) or type(_tensor(dora, "weight")) not in _PLAIN_TENSORS:
+            return f"adapter {name!r} holds its magnitudes in a {_class(dora)} with {_kind(_tensor(dora, 'weight'))}"
+    elif variant is not None:
+        kind = type(variant).__name__.removesuffix("LinearVariant")
         return f"adapter {name!r} is no plain LoRA ({kind})"
     if type(module_A) is not nn.Linear or type(module_B) is not nn.Linear:
         other = module_B if type(module_A) is nn.Linear else module_A
@@ -129,17 +142,20 @@ def _adapter(layer: Any, name: str) -> Update | str:
     if type(dropout) is nn.Identity:
         dropout_p = 0.0
     elif type(dropout) is nn.Dropout and not dropout.inplace and dropout.p < 1.0:
-        dropout_p = dropout.p if dropout.training else 0.0
+        drops = dropout.training and (dora is None or layer.training)  # PEFT's DoRA asks the layer, too
+        dropout_p = dropout.p if drops else 0.0
     else:
         return f"adapter {name!r} has a dropout that the op has not: {dropout}"
     scaling, bias = layer.scaling[name], _tensor(module_B, "bias")
     if isinstance(scaling, Tensor) and scaling.dim():
         return f"adapter {name!r} has a scaling of shape {list(scaling.shape)}"
-    return Update(lora_A, lora_B, scaling, dropout_p, bias if bias is None else bias * scaling)
+    return Update(lora_A, lora_B, scaling, dropout_p, bias if bias is None else bias * scaling, dora)
 
 
 def _joined(updates: list[Update]) -> Update | str:
     """Several active adapters as one of their ranks' sum."""
+    if any(update.dora is not None for update in updates):
+        return "several adapters are active, of which one is DoRA"
     if any(update.dropout_p for update in updates):
         return "several adapters are active, each with a dropout mask of its own"
     if len({update.lora_A.dtype for update in updates}) > 1:

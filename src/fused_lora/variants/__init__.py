@@ -19,6 +19,8 @@ class Update(NamedTuple):
     dropout_p: float  # 0 outside training
     optional: dict[str, Any]  # the op's optional tensors by name
     take_h: Callable[[Tensor], None] | None = None  # is given h = x_lora At [..., R] where the variant has use for it
+    x: Tensor | None = None  # [..., K], in the place of the layer's input
+    more: "Update | None" = None  # of which the result, without a bias, is added
 
 
 class LayerVariant(Protocol):
@@ -26,4 +28,21 @@ class LayerVariant(Protocol):
 
     def update(self, layer: Any, x: Tensor) -> Update:
         """The low-rank half of the layer's call on x [..., K]."""
+        ...
+
+
+class LayerLink(LayerVariant, Protocol):
+    """What a layer asks the variant that links it with others for, beside that."""
+
+    def merged_updates(self, layer: Any) -> list[tuple[Tensor, Tensor, float]]:
+        """Left, right and scaling of the products that merging adds to the base weight, see `LoRALayer._factors`.
+        Raises: ValueError if there are none."""
+        ...
+
+
+class AdapterVariant(LayerVariant, Protocol):
+    """What makes one adapter of a layer no plain LoRA."""
+
+    def forget(self) -> None:
+        """Drop what was computed from the parameters, which may be others now."""
         ...

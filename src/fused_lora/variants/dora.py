@@ -1,0 +1,167 @@
+"""DoRA: the rows of W + s B A brought to trained lengths.
+
+    y = m / n * (x Wt + s h Bt) + bias,    n = the norms of the rows of W + s B A, h = x At
+
+It is `out_scale = m / n` of the op. n comes from two skinny products, B A is never formed:
+n^2 = |W_i|^2 + sum_r (s B) * (2 W At + s B (A At)).
+Source: Liu et al., "DoRA", arXiv 2402.09353; rows (not columns) and the handling of dropout as in Hugging Face PEFT.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_lora.ops.internals import without_autocast
+from fused_lora.variants import Update
+from fused_lora.variants.once import OncePerStep
+
+
+class _Times(torch.autograd.Function):
+    """W Rt [N, R] in fp32 at least, of a frozen W [N, K] in any dtype and R [R, K]; no copy of W outlives a block of
+    rows."""
+
+    @staticmethod
+    def forward(weight: Tensor, right: Tensor) -> Tensor:
+        products = [block.to(right.dtype) @ right.t() for block in _blocks(weight, right.dtype)]
+        return products[0] if len(products) == 1 else torch.cat(products)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, d):
+        weight, right = ctx.saved_tensors
+        total, start = torch.zeros_like(right), 0
+        for block in _blocks(weight, right.dtype):
+            total += d[start : start + len(block)].t() @ block.to(right.dtype)
+            start += len(block)
+        return None, total
+
+
+def _blocks(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The rows of W: all at once in this dtype, else as many as fit the caches once they are in it."""
+    if weight.dtype is dtype:
+        return (weight,)
+    elements = 2**20 if weight.is_cpu else 2**24
+    return weight.split(max(1, elements // weight.shape[1]))
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """|W_i|^2 [N] of W [N, K], in fp32 at least."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=dtype).square()
+
+
+def row_norm(
+    weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The norms of the rows of W + s B A, differentiable in A, B and s.
+
+    Equivalent to ``torch.linalg.vector_norm(weight + scaling * lora_B @ lora_A, dim=1)``, but that rows which are all
+    zero have the norm 1 and are named: m / n + empty is 1 where an m of 0 stands for such a row.
+
+    Args:
+        weight: W [N, K], any floating dtype.
+        squares: of `row_squares`, whose dtype is that of the sums.
+        lora_A, lora_B, scaling: [R, K], [N, R], a number or a 0-d tensor.
+    Returns: n [N] and empty [N], 1 for such rows and else 0.
+    """
+    with without_autocast(weight):
+        A, B = lora_A.to(squares.dtype), lora_B.to(squares.dtype) * scaling
+        times = _Times.apply if torch.is_grad_enabled() else _Times.forward
+        inner = torch.addmm(times(weight, A), B, A @ A.t(), beta=2.0)
+        squared = squares + (B * inner).sum(1)
+        empty = squared <= 0.0
+        return squared.masked_fill(empty, 1.0).sqrt(), empty.to(squares.dtype)
+
+
+class RowNorm:
+    """`row_norm` of one adapter in one layer, computed once an optimizer step, |W_i|^2 once for a frozen W."""
+
+    def __init__(self) -> None:
+        self._squares, self._norm = OncePerStep(), OncePerStep()
+
+    def __call__(
+        self, source: Any, weight: Any, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, exact: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`row_norm`, without gradients unless it is exact.
+
+        Args:
+            source: the tensor that holds W, in whatever form.
+            weight: gives W [N, K].
+        """
+
+        def squares() -> Tensor:
+            return row_squares(weight())
+
+        def norm() -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                return row_norm(weight(), self._squares(squares, source), lora_A, lora_B, scaling)
+
+        if exact and torch.is_grad_enabled():
+            return row_norm(weight(), self._squares(squares, source), lora_A, lora_B, scaling)
+        if isinstance(scaling, Tensor):
+            return self._norm(norm, lora_A, lora_B, source, scaling)
+        return self._norm(norm, lora_A, lora_B, source, also=scaling)
+
+    def forget(self) -> None:
+        """Compute anew next time."""
+        self._squares.forget()
+        self._norm.forget()
+
+
+def out_scale(magnitude: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+    """m / n [N], 1 for rows of which both are zero; differentiable."""
+    n, empty = norm
+    return torch.addcdiv(empty, magnitude if magnitude.dtype is n.dtype else magnitude.to(n.dtype), n)
+
+
+def with_dropout(x: Tensor, update: Update, dropout_p: float) -> Update:
+    """The update of a layer whose x is dropped from for the low-rank path, where DoRA scales W x of the dropped x, too:
+
+    y = W x + (g - 1) * (W x_d) + g * s B A x_d + bias = (W x + s B A x_d + bias) + (g - 1) * (W x_d + s B A x_d)
+
+    Two base products, and two in the backward. At g = 1 it is the plain layer bit for bit.
+    """
+    dropped, g = F.dropout(x, dropout_p), update.optional["out_scale"]
+    more = update._replace(optional={"out_scale": g - 1.0}, x=dropped)
+    return update._replace(optional={"x_lora": dropped}, more=more)
+
+
+class DoRA:
+    """DoRA of one adapter in one layer.
+
+    Args:
+        adapter_name: the adapter's name.
+        exact: whether the gradient runs through the norms, too; else they are constants to the backward, as in PEFT and
+            section 4.3 of the paper.
+    """
+
+    def __init__(self, adapter_name: str, exact: bool):
+        self.adapter_name, self.exact = adapter_name, exact
+        self.norm = RowNorm()
+
+    def forget(self) -> None:
+        """Compute the norms anew next time."""
+        self.norm.forget()
+
+    def norms(self, layer: Any, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        """`row_norm` of the layer with its adapter."""
+        scaling = layer.scaling[self.adapter_name]
+        return self.norm(layer.base().weight, layer.matrix, lora_A, lora_B, scaling, self.exact)
+
+    def scale(self, layer: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """m / n [N] of the layer with its adapter."""
+        return out_scale(layer.magnitude(self.adapter_name), self.norms(layer, lora_A, lora_B))
+
+    def update(self, layer: Any, x: Tensor) -> Update:
+        """See LayerVariant."""
+        name = self.adapter_name
+        lora_A, lora_B = layer.factors(name)
+        given = {"out_scale": self.scale(layer, lora_A, lora_B)}
+        update = Update(lora_A, lora_B, layer.scaling[name], 0.0, given)
+        dropout_p = layer.lora_dropout[name] if layer.training else 0.0
+        return with_dropout(x, update, dropout_p) if dropout_p > 0.0 else update

@@ -1,0 +1,60 @@
+"""OncePerStep: what a variant computes from parameters alone, kept until an optimizer may have written them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from fused_lora.ops.internals import dispatch_modes_active, is_tracing, marks, transforms_active
+
+_steps = 0  # of all optimizers, since some write past autograd's count (bitsandbytes', those that use .data)
+_hooks: list[RemovableHandle] = []
+
+
+def _count(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+class OncePerStep:
+    """A value computed from tensors without gradients, computed again once one of them was written or replaced, or any
+    optimizer has stepped.
+
+    Micro-batches, recomputation under checkpointing and evaluation share one. It is computed in every call where that
+    cannot be told: under torch.compile, tracing, torch.func and dispatch modes (selective checkpointing among them), in
+    inference mode on tensors made there, and in processes that belong to a group, where FSDP and ZeRO fill parameters
+    past autograd's count. Who writes `parameter.data[...]` outside an optimizer calls `forget`. Copies and pickles
+    start empty.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, ...] | None = None  # marks, the tensors, the value
+        if not _hooks:
+            _hooks.append(register_optimizer_step_post_hook(_count))
+
+    def __call__(self, compute: Callable[[], Any], *tensors: Tensor, also: Any = None) -> Any:
+        """compute(), or what it returned before for these tensors and an equal `also`."""
+        if is_dynamo_compiling() or dispatch_modes_active() or transforms_active() or is_tracing():
+            return compute()
+        found = marks(*tensors)
+        if found is None or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return compute()
+        key = found, _steps, also
+        kept = self._kept
+        if kept is not None and kept[0] == key:
+            return kept[2]
+        with torch.inference_mode(False):  # whose tensors no later backward could save
+            value = compute()
+        self._kept = key, tensors, value  # at once: threads of DataParallel share this object
+        return value
+
+    def forget(self) -> None:
+        """Compute anew next time."""
+        self._kept = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": None}
