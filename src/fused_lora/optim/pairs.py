@@ -82,6 +82,11 @@ class Adapter:
         blocks, interleaved = 1, hasattr(self.module, "parameter_name")
         if interleaved:
             blocks = int(self.module.num_experts)
+            if self.A.shape[0] != self.B.shape[1]:
+                raise ValueError(
+                    f"{self.name}: each expert must have factors of its own; got one that all {blocks} share, of "
+                    f"shapes {list(self.A.shape)} and {list(self.B.shape)}"
+                )
         elif self.A.dim() > 2:
             blocks = int(getattr(getattr(self.module, "base_layer", None), "groups", 1))
         pair = Pair(self.A, self.B, float(self.scaling), self.name, blocks, interleaved and blocks > 1)
