@@ -1,7 +1,8 @@
 """Builds fused_lora._C with ninja: C++ sources always, CUDA sources when nvcc is found.
 
-Environment: FUSED_LORA_CUDA=auto|0|1 (1 without nvcc is an error), FUSED_LORA_CUDA_ARCHS="90a;100a", CUDA_HOME, CXX,
-    MAX_JOBS.
+Environment: FUSED_LORA_CUDA=auto|0|1 (1 without nvcc is an error), FUSED_LORA_CUDA_ARCHS="90a;100a", CUDA_HOME,
+    FUSED_LORA_PTXAS (an assembler in place of the toolkit's), FUSED_LORA_SPIN_LIMIT (turns after which a wait in a CUDA
+    kernel says where it stands and ends the kernel: to look for hangs), CXX, MAX_JOBS.
 Torch is not needed here: the extension knows no torch type.
 """
 
@@ -30,6 +31,8 @@ CXXFLAGS = (
 )
 NVCCFLAGS = "-std=c++20 -O3 -DNDEBUG --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
 LIBRARIES = "-ldl -lpthread"
+# ptxas before this release may miscompile pipelined wgmma, of which the kernels for sm_90a consist.
+SOUND_PTXAS = (13, 3)
 # CUDA's name for a machine, where its toolkit keeps one folder a target.
 CUDA_TARGETS = {"x86_64": ["x86_64-linux"], "aarch64": ["sbsa-linux", "aarch64-linux"]}
 
@@ -69,6 +72,39 @@ def cuda_archs() -> list[str]:
     if not all(re.fullmatch(r"\d+[af]?", arch) for arch in archs):
         raise SystemExit(f"FUSED_LORA_CUDA_ARCHS must look like 90a or 90a;100a; got {';'.join(archs)!r}")
     return archs
+
+
+def ptxas_release(ptxas: Path) -> str:
+    """The release of an assembler, such as 13.0, said aloud, with a warning if it is one to beware of."""
+    try:
+        out = subprocess.run([ptxas, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        out = str(error)
+    found = re.search(r"release (\d+)\.(\d+)", out)
+    if not found:
+        raise SystemExit(f"{ptxas} must be an assembler that tells its release; it says {out.strip()!r}")
+    release, archs = f"{found[1]}.{found[2]}", cuda_archs()
+    print(f"fused-lora: CUDA kernels for {', '.join(archs)}, assembled by ptxas {release}")
+    if "90a" in archs and (int(found[1]), int(found[2])) < SOUND_PTXAS:
+        sound = ".".join(map(str, SOUND_PTXAS))
+        print(
+            f"fused-lora: warning: ptxas {release} may miscompile kernels for sm_90a, {sound} and newer don't; set "
+            "FUSED_LORA_PTXAS, see docs/install.md",
+            file=sys.stderr,
+        )
+    return release
+
+
+def nvcc_with_ptxas(cuda: Path, ptxas: Path, folder: Path) -> Path:
+    """The toolkit's nvcc under a path in `folder` where it finds another assembler first: nvcc has no option for that,
+    but reads its settings from where it was called."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    profile = (cuda / "bin/nvcc.profile").read_text().replace("$(_HERE_):", f"{folder}:$(TOP)/bin:")
+    (folder / "nvcc.profile").write_text(re.sub(r"(?m)^TOP\s*=.*", lambda _: f"TOP = {cuda}", profile))
+    (folder / "nvcc").symlink_to(cuda / "bin/nvcc")
+    (folder / "ptxas").symlink_to(ptxas.resolve())
+    return folder / "nvcc"
 
 
 def cudart_folder(cuda: Path) -> Path:
@@ -111,11 +147,16 @@ def build_ninja(folder: Path, library: Path, headers: Path, cuda: Path | None) -
     rules = []
     if cuda:
         archs = cuda_archs()
-        define = quote(f'-DFUSED_LORA_CUDA_ARCHS="{";".join(archs)}"')
-        flags += f" -DFUSED_LORA_CUDA {define} -I{quote(str(cuda / 'include'))}"
+        given = os.environ.get("FUSED_LORA_PTXAS")
+        release = ptxas_release(Path(given or cuda / "bin/ptxas"))
+        program = nvcc_with_ptxas(cuda, Path(given), (ROOT / folder / "nvcc").resolve()) if given else cuda / "bin/nvcc"
+        defines = (f'-DFUSED_LORA_CUDA_ARCHS="{";".join(archs)}"', f'-DFUSED_LORA_PTXAS="{release}"')
+        flags += f" -DFUSED_LORA_CUDA {' '.join(map(quote, defines))} -I{quote(str(cuda / 'include'))}"
         libraries = f"-L{quote(str(cudart_folder(cuda)))} -lcudart_static -lrt {LIBRARIES}"
         targets = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
-        nvcc = f"{quote(str(cuda / 'bin/nvcc'))} -ccbin {cxx} {NVCCFLAGS} -Icsrc {targets}"
+        limit = os.environ.get("FUSED_LORA_SPIN_LIMIT")
+        limited = f" -DFUSED_LORA_SPIN_LIMIT={int(limit)}" if limit else ""
+        nvcc = f"{quote(str(program))} -ccbin {cxx} {NVCCFLAGS}{limited} -Icsrc {targets}"
         rules += [("nvcc", f"{nvcc} -MMD -MF {{out}}.d -c {{in}} -o {{out}}", True)]
     rules += [("cxx", f"{cxx} {flags} -MMD -MF {{out}}.d -c {{in}} -o {{out}}", True)]
     rules += [("link", f"{cxx} -shared -Wl,--gc-sections -s {{in}} -o {{out}} {libraries}", False)]

@@ -1,64 +1,125 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one run of under nine minutes: build, tests, sanitizer, benches; a short table last, JSON in OUT.
+# Everything that needs a GPU: build, kernels one by one, tests, sanitizer, benches; a short table last, JSON in OUT.
 #
 #   OUT=results bash bench/gpu_check.sh              all of it
-#   PARTS="build tests" bash bench/gpu_check.sh      some of it: build tests sanitizer bench profile sweep readme full llama
+#   PARTS="build bringup" bash bench/gpu_check.sh    some of it: build bringup tests sanitizer racecheck bench profile sweep readme full llama
+#
+# Each call fits ten minutes: what is right first (the default), then the benches, a call each. FUSED_LORA_PTXAS names another assembler, with which the
+# whole is worth a second run; FUSED_LORA_SPIN_LIMIT=50000000 makes a wait that hangs say where (docs/install.md).
 #
 # For the image's own PyTorch, without a network: nothing is downloaded. A part that fails is reported in the table and the rest goes on.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu-check}
-PARTS=${PARTS:-build tests sanitizer bench}
+PARTS=${PARTS:-build bringup tests sanitizer}
 PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 FUSED_LORA_CUDA=1
 declare -a TABLE
 
-part() { # part NAME SECONDS COMMAND...: runs it under a limit, log in OUT/NAME.log
+part() { # part NAME SECONDS COMMAND...: runs it under a limit in a session of its own, log in OUT/NAME.log; nothing of it is left when it ends
   local name=$1 limit=$2 start=$SECONDS rc=0
   shift 2
   echo "== $name"
-  timeout -k 10 "$limit" bash -c '"$@"' part "$@" 2>&1 |  # a shell of its own, since a command may be a function of this file
+  # a shell of its own, since a command may be a function of this file; it ends what is left of its session, which would hold the pipe open
+  setsid --wait bash -c 'timeout -k 10 "$@"; rc=$?; for p in $(pgrep -s $$); do [ "$p" = $$ ] || kill -KILL "$p" 2>/dev/null; done; exit $rc' \
+    part "$limit" bash -c '"$@"' part "$@" 2>&1 |
     tee "$OUT/$name.log" | tail -n 25 || rc=$?
   TABLE+=("$(printf '%-10s %-6s %4d s   %s' "$name" "$([ $rc = 0 ] && echo ok || echo "rc $rc")" $((SECONDS - start)) "$(tail -n 1 "$OUT/$name.log" | cut -c1-90)")")
 }
 
-run_tests() { # every test that a GPU changes; the compiled kernels first and alone, then eight processes at once: most of their time Triton compiles
-  local jobs=() file pytest="$PYTHON -m pytest -v --maxfail=5 -p no:cacheprovider -o faulthandler_timeout=60"
-  timeout -k 5 100 $pytest tests/test_gpu.py tests/backends/test_backends.py -k "cuda and not triton" || return # a test that hangs is the log's last line
-  for file in $(find tests -name "test_*.py" | sort); do
+bring_up() { # the kernels without torch, smallest first: bench/bringup/bringup.cpp
+  local cuda folder objects
+  cuda=$(cd "$(dirname "$(readlink -f "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)")")/.." && pwd)
+  folder=$(find build -type d -path '*/cuda/csrc/cuda' | head -n 1) # the build part's objects
+  objects=$(find "$folder" -name '*.o' ! -name 'bindings*')
+  c++ -std=c++20 -O2 -Icsrc -I"$cuda/include" bench/bringup/*.cpp $objects -o "$OUT/bringup" \
+    -L"$(dirname "$(find -L "$cuda" -name libcudart_static.a | head -n 1)")" -lcudart_static -lrt -ldl -lpthread && "$OUT/bringup"
+}
+
+tests_here() { # the test files that a GPU changes and whose packages are there, with a word on each that is left out
+  "$PYTHON" - <<'PY'
+import ast, importlib.util, pathlib, sys
+ELSEWHERE = {"test_packaging.py", "test_house.py", "test_cuda_build.py", "test_cuda_emulated.py", "test_bringup.py", "test_triton_compile.py"}
+helpers = {path.stem: path for path in pathlib.Path("tests").rglob("*.py")}
+
+def missing(path, seen):
+    lacking = set()
+    for node in ast.parse(path.read_text()).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in (name.partition(".")[0] for name in names):
+            if name in helpers and name not in seen:
+                lacking |= missing(helpers[name], seen | {name})
+            elif name not in helpers and importlib.util.find_spec(name) is None:
+                lacking.add(name)
+    return lacking
+
+for path in sorted(pathlib.Path("tests").rglob("test_*.py")):
+    lacking = missing(path, {path.stem})
+    if path.name in ELSEWHERE:
+        continue
+    if lacking:
+        print(f"left out: {path} (needs {', '.join(sorted(lacking))})", file=sys.stderr)
+    else:
+        print(path)
+PY
+}
+
+run_tests() { # the compiled kernels first and alone, a process for each test function, since an illegal access spoils all that comes after it
+  local jobs=() file pytest="$PYTHON -m pytest -q --maxfail=3 -p no:cacheprovider"
+  "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && pytest="$pytest --timeout=60"
+  for file in tests/test_gpu.py tests/backends/test_backends.py; do
+    while read -r test; do jobs+=("$test -k 'cuda and not triton'"); done < <($pytest --collect-only "$file" -k "cuda and not triton" | sed -n 's/\(::[^[]*\).*/\1/p' | sort -u)
+  done
+  many 4 "$pytest" "${jobs[@]}" || return
+  jobs=()
+  for file in $(tests_here); do # then eight at once: most of their time Triton compiles
     case $file in
-      */test_packaging.py | */test_house.py | */test_cuda_build.py | */test_cuda_emulated.py | */test_triton_compile.py) ;; # the same without a GPU
       */test_gpu.py) jobs+=("$file -k triton") ;;
       */test_backends.py) for which in "exact and triton" "fp64 and triton" "triton and not exact and not fp64" "not triton and not cuda"; do jobs+=("$file -k '$which'"); done ;;
       *) jobs+=("$file") ;;
     esac
   done
-  printf '%s\n' "${jobs[@]}" | xargs -P 8 -d '\n' -I{} bash -c '
-    log=$(mktemp) && if eval "timeout -k 5 150 '"$pytest"' {}" >"$log" 2>&1; then tail -n 1 "$log"; else tail -n 60 "$log"; echo "FAILED: {}"; exit 1; fi' &&
-    echo "all passed"
+  many 8 "$pytest" "${jobs[@]}" && echo "all passed"
 }
 
-sanitize() { # sanitize TOOL: the exact tests of both GPU back ends; racecheck may report mbarriers that it does not follow (s.mask, s.tile)
-  compute-sanitizer --tool "$1" --error-exitcode 9 --kernel-regex-exclude kns=at:: "$PYTHON" -m pytest -v -p no:cacheprovider \
-    tests/backends/test_backends.py -k "exact_integers and (cuda or triton)"
+many() { # many COUNT PYTEST JOB...: the jobs, COUNT at a time; each says how it ended, and the log's end if it failed
+  local count=$1 pytest=$2
+  shift 2
+  printf '%s\n' "$@" | xargs -P "$count" -d '\n' -I{} bash -c '
+    log=$(mktemp); eval "timeout -k 5 150 '"$pytest"' {}" >"$log" 2>&1; rc=$?
+    if [ $rc = 0 ] || [ $rc = 5 ]; then echo "$(tail -n 1 "$log")  {}"; else tail -n 60 "$log"; echo "FAILED (rc $rc): {}"; exit 1; fi'
 }
 
-export -f run_tests sanitize
-export PYTHON
+sanitize() { # sanitize TOOL: the exact tests of the compiled kernels; racecheck may report mbarriers that it does not follow (s.mask, s.tile)
+  compute-sanitizer --tool "$1" --error-exitcode 9 --kernel-name-exclude kns=_ZN2at "$PYTHON" -m pytest -q -p no:cacheprovider \
+    tests/backends/test_backends.py -k "exact_integers and cuda"
+}
+
+export -f bring_up tests_here run_tests many sanitize
+export PYTHON OUT
+
+watch_clocks() { # clocks, power and what throttles, a line a second beside the figures
+  command -v nvidia-smi >/dev/null || return
+  nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active --format=csv,noheader -l 1 >"$OUT/clocks.csv" 2>&1 &
+  trap "kill $! 2>/dev/null" EXIT
+}
+watch_clocks
 
 for name in $PARTS; do
   case $name in
-    build) part build 100 "$PYTHON" -m pip install -q --no-build-isolation --no-deps . ;;
-    tests) part tests 250 run_tests ;;
-    sanitizer) part memcheck 60 sanitize memcheck && part racecheck 60 sanitize racecheck ;;
-    bench) part bench 70 "$PYTHON" -m fused_lora bench --device cuda --preset quick --budget 2 --output "$OUT" ;;
+    build) part build 200 "$PYTHON" -m pip install -v --no-build-isolation --no-deps . ;;
+    bringup) part bringup 280 bring_up ;;
+    tests) part tests 300 run_tests ;;
+    sanitizer) part memcheck 160 sanitize memcheck && part synccheck 160 sanitize synccheck ;;
+    racecheck) part racecheck 300 sanitize racecheck ;;
+    bench) part bench 120 "$PYTHON" -m fused_lora bench --device cuda --preset quick --candidates frozen,addmm,triton,cuda --budget 2 --output "$OUT" ;;
     readme) part readme 540 "$PYTHON" -m fused_lora bench --device cuda --preset readme --budget 2 --output "$OUT" --plot "$OUT" --resume ;;
     profile) part profile 120 "$PYTHON" bench/profile_kernels.py "$OUT/profile.json" ;;
     sweep) part sweep 300 "$PYTHON" bench/sweep_triton.py "$OUT/sweep.json" ;;
     full) part full 540 "$PYTHON" -m fused_lora bench --device cuda --preset full --budget 1 --output "$OUT" --resume ;;  # again until all rows are there
     llama) part llama 400 "$PYTHON" bench/bench_llama.py "$OUT/llama.json" ;;
-    *) echo "PARTS must be among build tests sanitizer bench profile sweep readme full llama; got $name" >&2 && exit 2 ;;
+    *) echo "PARTS must be among build bringup tests sanitizer racecheck bench profile sweep readme full llama; got $name" >&2 && exit 2 ;;
   esac
 done
 

@@ -65,9 +65,11 @@ py::dict build_info() {
 #ifdef FUSED_LORA_CUDA
   info["cuda"] = true;
   info["cuda_archs"] = FUSED_LORA_CUDA_ARCHS;
+  info["ptxas"] = FUSED_LORA_PTXAS;
 #else
   info["cuda"] = false;
   info["cuda_archs"] = "";
+  info["ptxas"] = "";
 #endif
   return info;
 }
@@ -92,7 +94,7 @@ PYBIND11_MODULE(_C, m) {
       m, "cpu_backward", "Writes dA, dB and dbias, and writes or updates dx; CpuBackwardParams of csrc/lora.h.");
   m.def("cpu_features", &cpu_features,
         "Which of avx2, avx512, bf16_dot, amx the CPU kernels use; FUSED_LORA_MAX_CPU_ISA caps them.");
-  m.def("build_info", &build_info, "What this build holds: compiler, cuda, cuda_archs.");
+  m.def("build_info", &build_info, "What this build holds: compiler, cuda, cuda_archs, and the release of the ptxas that assembled them.");
   bind_heuristics(m);
 #ifdef FUSED_LORA_CUDA
   bind_cuda(m);

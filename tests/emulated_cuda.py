@@ -25,6 +25,7 @@ def compile_file(source: Path, file: Path, optimise: str = "-O2") -> Path:
         "-w",
         "-DFUSED_LORA_CUDA",
         '-DFUSED_LORA_CUDA_ARCHS="emulated"',
+        '-DFUSED_LORA_PTXAS="none"',
         "-D__launch_bounds__(...)=",
     ]
     done = subprocess.run(
@@ -55,3 +56,13 @@ def link(folder: Path) -> Path:
         check=True,
     )
     return library
+
+
+def build_bringup(source: Path, folder: Path) -> Path:
+    """bench/bringup's program over the objects of `source`, a csrc folder that is built."""
+    files = [Path(shutil.copy(file, folder)) for file in sorted((ROOT / "bench" / "bringup").iterdir())]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        own = list(pool.map(lambda file: compile_file(source, file), [f for f in files if f.suffix == ".cpp"]))
+    objects = [o for o in (source / "cuda").rglob("*.o") if not o.name.startswith("bindings")]
+    subprocess.run(["c++", *map(str, own + objects), "-o", str(folder / "bringup"), "-lpthread"], check=True)
+    return folder / "bringup"

@@ -70,3 +70,23 @@ def test_the_gpu_driver_is_read_where_there_is_one(monkeypatch, tmp_path):
     text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.133.20  Sun Mar 30\nGCC version:  gcc 12.3.0\n"
     (tmp_path / "version").write_text(text)
     assert hardware.gpu_driver() == "570.133.20"
+
+
+@pytest.mark.parametrize(
+    "says, clocks",
+    [
+        (
+            "1980, 2619, 412.31, 51, 0x0000000000000004",
+            dict(sm_mhz=1980.0, memory_mhz=2619.0, watts=412.31, celsius=51.0, throttle=4),
+        ),
+        ("No devices were found", {}),
+    ],
+)
+def test_the_clocks_of_a_gpu(monkeypatch, tmp_path, says, clocks):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho '{says}'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert hardware.gpu_clocks(0) == clocks
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert hardware.gpu_clocks(0) == {}

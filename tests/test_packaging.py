@@ -48,6 +48,14 @@ def compiler(path: Path) -> Path:
     return path
 
 
+def assembler(path: Path, release: str = "13.3") -> Path:
+    """Writes a stub ptxas of a release."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    path.chmod(0o755)
+    return path
+
+
 def calls(stub: Path) -> list[list[str]]:
     log = stub.with_suffix(".log")
     return [line.split("\t")[:-1] for line in log.read_text().splitlines()] if log.exists() else []
@@ -200,6 +208,9 @@ def test_cuda_switch_names_what_is_missing(source, tmp_path):
     assert refusal(FUSED_LORA_CUDA="yes") == "FUSED_LORA_CUDA must be auto, 0 or 1; got 'yes'"
     compiler(tmp_path / "cuda/bin/nvcc")
     line = refusal(CUDA_HOME=str(tmp_path / "cuda"))
+    assert line.startswith(f"{tmp_path / 'cuda/bin/ptxas'} must be an assembler that tells its release; it says ")
+    assembler(tmp_path / "cuda/bin/ptxas")
+    line = refusal(CUDA_HOME=str(tmp_path / "cuda"))
     assert line.startswith(
         f"the CUDA toolkit at {tmp_path / 'cuda'} must hold libcudart_static.a; looked in lib64, lib,"
     )
@@ -235,6 +246,7 @@ def test_cuda_build_in_a_folder_with_odd_characters(sdist, tmp_path):
     folder = tmp_path / ODD
     folder.mkdir()
     cxx, nvcc = compiler(tmp_path / "cxx"), compiler(folder / "cuda/bin/nvcc")
+    assembler(folder / "cuda/bin/ptxas")
     libraries = folder / "cuda/targets/{}-linux/lib".format(platform.machine().replace("aarch64", "sbsa"))
     libraries.mkdir(parents=True)
     (libraries / "libcudart_static.a").touch()
@@ -252,6 +264,31 @@ def test_cuda_build_in_a_folder_with_odd_characters(sdist, tmp_path):
     (link,) = [c for c in calls(cxx) if "-shared" in c]
     objects = [argument for argument in link if argument.endswith(".o")]
     assert f"-L{libraries}" in link and len(objects) == len(files("csrc", ".cpp", ".cu"))
+
+
+def test_an_assembler_that_miscompiles_is_warned_of(setup_module, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("FUSED_LORA_CUDA_ARCHS", raising=False)
+    assert setup_module.ptxas_release(assembler(tmp_path / "new", "13.3")) == "13.3"
+    assert capsys.readouterr().err == ""
+    assert setup_module.ptxas_release(assembler(tmp_path / "old", "13.0")) == "13.0"
+    said = capsys.readouterr()
+    assert "assembled by ptxas 13.0" in said.out and "warning: ptxas 13.0 may miscompile" in said.err
+    monkeypatch.setenv("FUSED_LORA_CUDA_ARCHS", "100a")
+    setup_module.ptxas_release(tmp_path / "old")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc (the CUDA toolkit)")
+def test_another_assembler_in_place_of_the_toolkits(setup_module, tmp_path):
+    """nvcc calls the ptxas that it is given, and everything else of its own toolkit."""
+    log, own = tmp_path / "log", setup_module.cuda_home() / "bin/ptxas"
+    ptxas = tmp_path / "ptxas"
+    ptxas.write_text(f'#!/bin/sh\necho called >> "{log}"\nexec "{own}" "$@"\n')
+    ptxas.chmod(0o755)
+    (tmp_path / "k.cu").write_text("__global__ void k(float* p) { *p = 1; }")
+    nvcc = setup_module.nvcc_with_ptxas(setup_module.cuda_home(), ptxas, tmp_path / "other folder")
+    subprocess.run([nvcc, "-arch=sm_90a", "-c", tmp_path / "k.cu", "-o", tmp_path / "k.o"], check=True)
+    assert (tmp_path / "k.o").exists() and "called" in log.read_text()
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc (the CUDA toolkit)")

@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <type_traits>
 
 #include "descriptor.h"
@@ -138,6 +139,7 @@ PTX_FN void arrive_remote(uint64_t* bar, uint32_t cta) {
       : "memory");
 }
 // Until the phase of this parity is complete; a fresh barrier's phase 1 counts as complete.
+#ifndef FUSED_LORA_SPIN_LIMIT
 PTX_FN void wait(uint64_t* bar, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\nAGAIN_%=:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra "
@@ -153,6 +155,33 @@ PTX_FN void wait_cluster(uint64_t* bar, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+#else
+// A build to look for hangs: a wait of more turns than the limit says where it stands and for what, and ends the kernel.
+// The line tells role and barrier, the address the slot.
+PTX_FN void stuck(const char* file, int line, const void* at, uint32_t parity) {
+  printf("stuck at %s:%d: block %d, thread %d, parity %u of the barrier at byte %d of shared memory (a flag: global)\n",
+         file, line, static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x), parity,
+         __isShared(at) ? static_cast<int>(static_cast<const uint8_t*>(at) - dynamic_smem()) : -1);
+  __trap();
+}
+PTX_FN void wait_cluster(uint64_t* bar, uint32_t parity, const char* file = __builtin_FILE(),
+                         int line = __builtin_LINE()) {
+  for (int turn = 0;; ++turn) {
+    uint32_t done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared(bar)), "r"(parity)
+        : "memory");
+    if (done) return;
+    if (turn > FUSED_LORA_SPIN_LIMIT) stuck(file, line, bar, parity);
+  }
+}
+PTX_FN void wait(uint64_t* bar, uint32_t parity, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  wait_cluster(bar, parity, file, line);
+}
+#endif
 // *p in block `cta` of the cluster.
 PTX_FN float4 load_remote(const float4* p, uint32_t cta) {
   float4 v;
@@ -209,6 +238,17 @@ PTX_FN int load_acquire(const int* p) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+// Returns when *p is not 0.
+#ifndef FUSED_LORA_SPIN_LIMIT
+PTX_FN void wait_flag(const int* p) {
+  while (load_acquire(p) == 0) {}
+}
+#else
+PTX_FN void wait_flag(const int* p, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  for (int turn = 0; load_acquire(p) == 0; ++turn)
+    if (turn > FUSED_LORA_SPIN_LIMIT) stuck(file, line, p, 0);
+}
+#endif
 PTX_FN void store_release(int* p, int v) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }

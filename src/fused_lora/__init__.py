@@ -7,6 +7,7 @@ from fused_lora.adapters import (
     apply_lora,
     delete_adapter,
     disable_adapter,
+    expert_rank_pattern,
     get_nb_trainable_parameters,
     load_adapter,
     merge_and_unload,
@@ -15,6 +16,7 @@ from fused_lora.adapters import (
     reference_model,
     save_adapter,
     set_adapter,
+    share_outer,
     unload,
 )
 from fused_lora.config import LoraConfig
@@ -28,10 +30,12 @@ __version__ = "0.1.0"
 __all__ = [
     "LoRALinear",
     "LoraConfig",
+    "MergeSchedule",
     "add_weighted_adapter",
     "apply_lora",
     "delete_adapter",
     "disable_adapter",
+    "expert_rank_pattern",
     "get_nb_trainable_parameters",
     "grouped_lora_update",
     "load_adapter",
@@ -43,18 +47,21 @@ __all__ = [
     "reference_model",
     "save_adapter",
     "set_adapter",
+    "share_outer",
     "tune",
     "unload",
 ]
 
+_LAZY = {"MergeSchedule": "fused_lora.schedules", "tune": "fused_lora.tuning"}  # imported for those who use them
+
 if TYPE_CHECKING:
+    from fused_lora.schedules import MergeSchedule
     from fused_lora.tuning import tune
 else:
 
     def __getattr__(name):
-        """`tune`, whose imports are for those who call it."""
-        if name != "tune":
+        if name not in _LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from fused_lora.tuning import tune
+        from importlib import import_module
 
-        return tune
+        return getattr(import_module(_LAZY[name]), name)

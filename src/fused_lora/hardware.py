@@ -74,3 +74,17 @@ def gpu_driver() -> str:
     except OSError:
         return ""
     return found[0] if found else ""
+
+
+def gpu_clocks(index: int) -> dict:
+    """What an NVIDIA GPU runs at right now and what slows it: sm_mhz, memory_mhz, watts, celsius and throttle, a bit
+    mask that is 0 or idle (1) for an undisturbed card; empty where nvidia-smi doesn't say."""
+    query = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
+    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        line = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+        sm, memory, watts, celsius, reasons = line.strip().split(", ")
+        numbers = dict(sm_mhz=float(sm), memory_mhz=float(memory), watts=float(watts), celsius=float(celsius))
+        return numbers | dict(throttle=int(reasons, 16))
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return {}

@@ -12,10 +12,11 @@ import itertools
 import os
 import random
 import shutil
+import subprocess
 
 import pytest
 import torch
-from emulated_cuda import TOOLKIT, build, compile_file, link
+from emulated_cuda import TOOLKIT, build, build_bringup, compile_file, link
 
 from fused_lora import backends
 from fused_lora.backends import cuda
@@ -232,7 +233,7 @@ LARGE, SMALL = (600, 520, 328, 16), (65, 136, 1000, 16)
 # A kernel file, a wait of it, what stands there instead, and a shape whose result it spoils.
 WAITS = [
     # the loader's wait for h; the wait before the staging tile is written again
-    ("loader.cuh", "while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {", "while (false) {", LARGE),
+    ("loader.cuh", "ptx::wait_flag(args.control + kControlFlags + r / 64);", ";", LARGE),
     ("consumer.cuh", "if (thread == 0) ptx::tma_store_wait_read();", "", LARGE),
     # the gradients' wait for h
     ("gradients.cuh", "ptx::wait(&s.side_full, side_phase);\n        multiply_rows", "multiply_rows", LARGE),
@@ -244,18 +245,46 @@ WAITS = [
 ]
 
 
+def changed(library, folder, kernel, line, instead):
+    """A copy of the sources and objects in `folder` with another line in a kernel file."""
+    shutil.copytree(library.parent / "csrc", folder / "csrc")
+    file = folder / "csrc" / "cuda" / "lora_gemm" / kernel
+    assert line in file.read_text()
+    file.write_text(file.read_text().replace(line, instead))
+    unit = file.with_name("bf16.cu") if file.suffix == ".cuh" else file
+    compile_file(folder / "csrc", unit, "-O0")  # two or three launches run sooner than -O2 compiles them
+
+
 @pytest.mark.parametrize("kernel, line, instead, shape", WAITS)
 def test_a_missing_wait_shows(library, tmp_path, monkeypatch, poison, kernel, line, instead, shape):
     """The tests above can fail: the same sources without one wait."""
-    shutil.copytree(library.parent / "csrc", tmp_path / "csrc")
-    file = tmp_path / "csrc" / "cuda" / "lora_gemm" / kernel
-    assert line in file.read_text()
-    file.write_text(file.read_text().replace(line, instead))
-    changed = file.with_name("bf16.cu") if file.suffix == ".cuh" else file
-    compile_file(tmp_path / "csrc", changed, "-O0")  # two or three launches run sooner than -O2 compiles them
+    changed(library, tmp_path, kernel, line, instead)
     schedule = install(link(tmp_path), monkeypatch)
     with pytest.raises((AssertionError, RuntimeError), match="elements differ|deadlock|an mbarrier has more arrivals"):
         for seed in range(1, 11):
             schedule(resident_blocks=8, delay=400, freeze=3000, seed=seed)
             # other values each time: memory used again must not hold the right ones
             check(shape, torch.bfloat16, seed=seed)
+
+
+def climb(driver, *rungs):
+    """What bench/bringup says on these rungs, and its exit status."""
+    done = subprocess.run([driver, "--seconds", "120", *rungs], capture_output=True, text=True)
+    return done.stdout, done.returncode
+
+
+def test_bringup_says_which_kernel_is_wrong_and_where(library, tmp_path):
+    """bench/bringup, what a GPU runs first: the rungs that take seconds here, over right kernels and over a wrong
+    one."""
+    rungs = ("base", "small", "wgrad", "drivers")
+    said, status = climb(build_bringup(library.parent / "csrc", library.parent), *rungs)
+    assert status == 0 and said.count(", 0 wrong\n") == 4 and said.endswith("4 rungs, 0 not right\n"), said
+    # every row of the second chunk of 64 columns
+    line = "ptx::tma_store(out, s.out[group], at.row, at.col + chunk * 64);"
+    changed(library, tmp_path, "consumer.cuh", line, f"if (at.col + chunk * 64 != 64) {line}")
+    driver = build_bringup(tmp_path / "csrc", tmp_path)
+    said, status = climb(driver, "base", "small")
+    assert status == 1 and said.endswith("2 rungs, 1 not right\n"), said
+    assert "y, bf16, M=129 N=136 K=72 R=0, tiles 256 wide: 8256 of 17544 elements wrong\n" in said, said
+    assert said.count(" .#.\n") >= 3, "the map of the wrong places"
+    assert climb(driver, "bass")[1] == 2

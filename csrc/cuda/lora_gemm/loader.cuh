@@ -54,9 +54,8 @@ template <class C> struct Loader {
     const Ring<C::kStages>& ring = blocks.ring;
     if constexpr (C::kOneLaunch) {
       if (cta == 0) drawn = atomicAdd(args.control, 1);
-      for (int r = at.row; r < min(at.row + kBlockM, args.M); r += 64) {
-        while (ptx::load_acquire(args.control + kControlFlags + r / 64) == 0) {}
-      }
+      for (int r = at.row; r < min(at.row + kBlockM, args.M); r += 64)
+        ptx::wait_flag(args.control + kControlFlags + r / 64);
       ptx::fence_proxy();  // low was written by ordinary stores, TMA reads it
     }
     for (const int b : blocks) {

@@ -1,5 +1,6 @@
 """Adapters of whole models."""
 
+from fused_lora.adapters.experts import expert_rank_pattern, share_outer
 from fused_lora.adapters.load_save import load_adapter, save_adapter
 from fused_lora.adapters.model import (
     apply_lora,
@@ -17,6 +18,7 @@ __all__ = [
     "apply_lora",
     "delete_adapter",
     "disable_adapter",
+    "expert_rank_pattern",
     "get_nb_trainable_parameters",
     "load_adapter",
     "merge_and_unload",
@@ -25,5 +27,6 @@ __all__ = [
     "reference_model",
     "save_adapter",
     "set_adapter",
+    "share_outer",
     "unload",
 ]

@@ -82,11 +82,11 @@ def held(adapter_name: ActiveAdapter, holder: Holder) -> Any:
 def tensors_of(
     layers: Mapping[str, LoRALayer], saved: Mapping[str, ModuleToSave], adapter_name: str
 ) -> dict[str, Tensor]:
-    """The adapter's own tensors, not copies, by their keys in the file."""
+    """The adapter's own tensors, not copies but of factors that experts share, by their keys in the file."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        for key, tensor in zip(adapter_keys(name, layer), layer.own_tensors(adapter_name)):
-            tensors[key] = tensor.detach()
+        for key, tensor in zip(adapter_keys(name, layer), layer.file_tensors(adapter_name)):
+            tensors[key] = tensor
     for name, wrapper in saved.items():
         for key, tensor in wrapper.modules_to_save[adapter_name].state_dict().items():
             tensors[saved_key(name, plain_key(key))] = tensor

@@ -170,6 +170,11 @@ def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adap
             raise ValueError(
                 f"adapter {adapter_name!r} exists with use_dora={dora}; got {config.use_dora}, load under a new name"
             )
+        if isinstance(layer, LoRAParameter) and layer.shares(adapter_name):
+            raise ValueError(
+                f"adapter {adapter_name!r} exists with factors that the experts of {name} share, the file has one for "
+                "each; load under a new name"
+            )
         r, new_r = layer.r[adapter_name], config.layer(pattern_name(name, layer)).r
         if r != new_r:
             raise ValueError(

@@ -17,6 +17,7 @@ from fused_lora.bench.cases import preset as cases_of
 from fused_lora.bench.machine import environment
 from fused_lora.bench.steps import run_steps, smollm2_on
 from fused_lora.files import write_json
+from fused_lora.hardware import gpu_clocks
 from fused_lora.models import packaged_model
 
 
@@ -100,6 +101,9 @@ def _time_cases(document: dict, cases: list[Case], budget_s: float, output: Path
         slow = kind == "cpu" and case.dtype != torch.float32
         timed = [n for n in names if not (slow and n == "compile")]
         rows = runner.run_case(case, kind, timed, budget_s, least=3 if slow else 5)
+        if kind == "cuda":
+            clocks = gpu_clocks(torch.cuda.current_device())
+            rows = [row | clocks for row in rows]
         report.print_case(case, rows)
         document["rows"] += rows
         if output is not None:

@@ -149,5 +149,9 @@ def _compiled_part() -> str:
         return f"does not load ({error}): install again with a C++ compiler at hand"
     built = _C.build_info()
     names = ", ".join(f"sm_{name}" for name in built["cuda_archs"].replace(";", " ").replace(",", " ").split())
-    cuda = f"CUDA kernels for {names}" if built["cuda"] else "no CUDA kernels (built without nvcc)"
+    cuda = (
+        f"CUDA kernels for {names} (ptxas {built['ptxas']})"
+        if built["cuda"]
+        else "no CUDA kernels (built without nvcc)"
+    )
     return f"CPU kernels and {cuda}, by compiler {built['compiler']}"

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fused_lora.config import LayerConfig
+from fused_lora.nn.expert_layouts import Factor, shared, stacked, unstacked
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.merged_weight import check_values
+from fused_lora.nn.routed import ExpertUpdate, routed, unrouted
+from fused_lora.ops.internals import bare
 
 
 def parameter_shape(module: nn.Module, parameter_name: str) -> tuple[int, int, int]:
@@ -54,10 +57,11 @@ class LoRAParameter(LoRALayer):
 
         parameter[e] + scaling * lora_B[:, e::E] @ lora_A[e * R:(e + 1) * R]
 
-    in the parameter's place, a whole copy of it in every forward; transposed for a module whose `is_transposed` says
-    that it stores [in, out]. Several parameters of one module are adapted by a LoRAParameter in another, in the order
-    in which the module registers them, so that the tensors have the keys of PEFT's file. Unknown attributes are the
-    module's. There is no dropout.
+    in the parameter's place; transposed for a module whose `is_transposed` says that it stores [in, out]. The experts
+    of transformers' mixtures get the update on each expert's own tokens, unless `why_copied` says why not; for any
+    other module that sum, a whole copy of the parameter, is made in every forward. Several parameters of one module
+    are adapted by a LoRAParameter in another, in the order in which the module registers them, so that the tensors have
+    the keys of PEFT's file. Unknown attributes are the module's. There is no dropout.
 
     Args:
         base_layer: the module, or a LoRAParameter of another parameter of it.
@@ -100,9 +104,43 @@ class LoRAParameter(LoRALayer):
         return (rows, self.in_features), (self.out_features, rows)
 
     def forward(self, *args, **kwargs):
-        if self.active_adapter is None or self.merged:
+        updates = None if kwargs else self._updates()
+        if updates:
+            return routed(self.module, updates, *args)
+        if not self._acts():
             return self.base_layer(*args, **kwargs)
         return functional_call(self.base_layer, {self._path(): self._adapted()}, args, kwargs)
+
+    def _acts(self) -> bool:
+        return self.active_adapter is not None and not self.merged
+
+    def why_copied(self) -> str | None:
+        """Why a forward computes the adapted parameters whole instead of the update on each expert's tokens; None if it
+        doesn't."""
+        holders = self._holders()
+        if not all(bare(holder) for holder in holders[1:]):
+            return "a LoRAParameter in it has hooks"
+        return unrouted(self.module, [holder.parameter_name for holder in holders if holder._acts()])
+
+    def _holders(self) -> list["LoRAParameter"]:
+        """This one and those in it."""
+        inner = self.base_layer
+        return [self, *(inner._holders() if isinstance(inner, LoRAParameter) else ())]
+
+    def _updates(self) -> dict[str, list[ExpertUpdate]]:
+        """What the active adapters add to the experts' weights, if it can be computed on their tokens."""
+        holders = [holder for holder in self._holders() if holder._acts()]
+        if not holders or self.why_copied() is not None:
+            return {}
+        return {holder.parameter_name: holder._expert_updates() for holder in holders}
+
+    def _expert_updates(self) -> list[ExpertUpdate]:
+        """Of the active adapters."""
+        updates = []
+        for name in self.active_adapters:
+            lora_A, lora_B = self._stacked(name)
+            updates.append(ExpertUpdate(lora_A, lora_B, self.scaling[name]))
+        return updates
 
     def _path(self) -> str:
         """The parameter's name in the base layer."""
@@ -117,15 +155,46 @@ class LoRAParameter(LoRALayer):
         adapted = weight if weight.dim() == 3 else weight[None]
         for name in self.active_adapters:
             left, right = self._factors(name)
-            adapted = adapted + torch.bmm(left.to(weight.dtype), right.to(weight.dtype)) * self.scaling[name]
+            adapted = adapted + left.to(weight.dtype) @ right.to(weight.dtype) * self.scaling[name]
         return adapted.view(weight.shape)
+
+    def _stacked(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A [E, R, in] and B [E, out, R], with 1 for E where all experts share one."""
+        lora_A, lora_B = self.lora_A(adapter_name), self.lora_B(adapter_name)
+        return stacked(lora_A, lora_B, self.r[adapter_name])
 
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Batches of E matrices whose products the adapter adds, but for the scaling."""
-        lora_A, lora_B = self.lora_A(adapter_name), self.lora_B(adapter_name)
-        left = lora_B.view(self.out_features, -1, self.num_experts).permute(2, 0, 1)  # [E, out, R]
-        right = lora_A.view(self.num_experts, -1, self.in_features)  # [E, R, in]
-        return (right.mT, left.mT) if _is_transposed(self.module, self.weight) else (left, right)
+        lora_A, lora_B = self._stacked(adapter_name)
+        return (lora_A.mT, lora_B.mT) if _is_transposed(self.module, self.weight) else (lora_B, lora_A)
+
+    def check_shareable(self, adapter_name: str, factor: Factor) -> None:
+        """Raises ValueError if `share` would refuse."""
+        self._check_resettable(adapter_name)
+        shared(*self._stacked(adapter_name), factor)
+
+    def share(self, adapter_name: str, factor: Factor) -> None:
+        """Let all experts have one A, [R, in], or one B, [out, R], in an adapter, the first expert's.
+
+        Raises: ValueError if the adapter is unknown or merged, or the update would change: its factors differ between
+            experts, and it is not fresh.
+        """
+        self.check_shareable(adapter_name, factor)
+        lora_A, lora_B = shared(*self._stacked(adapter_name), factor)
+        held, one = (self.lora_A, lora_A) if factor == "lora_A" else (self.lora_B, lora_B)
+        trains = held[adapter_name].requires_grad
+        held[adapter_name] = nn.Parameter(one[0].detach().clone(), requires_grad=trains)
+
+    def shares(self, adapter_name: str) -> bool:
+        """Whether all experts have one A or one B in this adapter."""
+        given = self.lora_A[adapter_name].shape, self.lora_B[adapter_name].shape
+        return given != self.adapter_shapes(self.r[adapter_name])
+
+    def file_tensors(self, adapter_name: str) -> list[Tensor]:
+        lora_A, lora_B = super().file_tensors(adapter_name)
+        if not self.shares(adapter_name):
+            return [lora_A, lora_B]
+        return list(unstacked(*stacked(lora_A, lora_B, self.r[adapter_name])))
 
     def _add(self, adapter_name: str, config: LayerConfig, adapter_dtype: torch.dtype | None) -> None:
         _check_no_dropout(config)

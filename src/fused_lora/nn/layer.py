@@ -101,6 +101,10 @@ class LoRALayer(AdaptersByName):
         """The shapes of A and B of rank r in this layer."""
         return self.shapes_over(self, r)
 
+    def file_tensors(self, adapter_name: str) -> list[Tensor]:
+        """A, B and, of DoRA, m as PEFT's file has them: the very tensors, unless they lie otherwise here."""
+        return [tensor.detach() for tensor in self.own_tensors(adapter_name)]
+
     def base(self) -> Any:
         """The module that has the base weight: the base layer where it is kept, else this one."""
         return self.base_layer if "base_layer" in self._modules else self

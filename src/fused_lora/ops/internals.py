@@ -6,7 +6,7 @@ This module imports nothing of ours, so that back ends and layers may use it, to
 """
 
 import importlib.abc
-import importlib.machinery
+import importlib.util
 import operator
 import os
 import sys
@@ -241,7 +241,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         if name != self.module:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        spec = importlib.util.find_spec(name)  # by the other finders, of which some may be of this kind
         if spec is None or spec.loader is None:
             return spec
         loader: Any = spec.loader

@@ -6,12 +6,17 @@ from typing import Any
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
+from fused_lora.peft.experts import ParamWrapper, PeftParamWrapper
 from fused_lora.peft.layer import Linear, PeftTorchaoLoraLinear, TorchaoLoraLinear
 
 
 def _pairs() -> list[tuple[type, type]]:
     """(PEFT's class, the fused one). PEFT imports its bitsandbytes layers only where somebody has bitsandbytes."""
-    pairs: list[tuple[type, type]] = [(PeftLinear, Linear), (PeftTorchaoLoraLinear, TorchaoLoraLinear)]
+    pairs: list[tuple[type, type]] = [
+        (PeftLinear, Linear),
+        (PeftTorchaoLoraLinear, TorchaoLoraLinear),
+        (PeftParamWrapper, ParamWrapper),
+    ]
     if hasattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit"):
         from fused_lora.peft import bitsandbytes as ours
 

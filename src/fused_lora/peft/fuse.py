@@ -9,8 +9,11 @@ from torch import nn
 from fused_lora import backends, bases
 from fused_lora.peft.classes import fused_class, swap, swap_back
 from fused_lora.peft.dora import dora_base
+from fused_lora.peft.experts import PeftParamWrapper, expert_updates
 from fused_lora.peft.request import Update, active_update, misfit, readable_base
 from fused_lora.peft.ways import Row, Ways
+
+_NOT_YET = "fuse(model) has not been called since the layer was made"
 
 
 def fuse(model: nn.Module, strict: bool = False) -> Ways:
@@ -65,6 +68,8 @@ def _row(name: str, layer: Any, fused: bool) -> Row:
         return Row(name, "peft", f"a {kind} is served by PEFT alone")
     if "forward" in layer.__dict__:
         return Row(name, "peft", "the layer has a forward of its own")
+    if isinstance(layer, PeftParamWrapper):
+        return _experts(name, layer, fused)
     update, base = active_update(layer), readable_base(layer)
     refused = update if isinstance(update, str) else None if isinstance(base, str) else misfit(base, update)
     if isinstance(base, str) and isinstance(update, Update) and update.dora is not None and dora_base(layer) is None:
@@ -72,11 +77,22 @@ def _row(name: str, layer: Any, fused: bool) -> Row:
     if refused is not None:
         return Row(name, "peft", refused)
     if not fused:
-        return Row(name, "peft", "fuse(model) has not been called since the layer was made")
+        return Row(name, "peft", _NOT_YET)
     if isinstance(base, str):
         return _around(name, layer.base_layer, base)
     back_end, why = backends.explain(base.weight.device, base.weight.dtype)
     return Row(name, "fused", f"back end {back_end}: {why}")
+
+
+def _experts(name: str, layer: Any, fused: bool) -> Row:
+    """A wrapper of a parameter."""
+    refused = expert_updates(layer)
+    if isinstance(refused, str):
+        return Row(name, "peft", f"{layer.parameter_name}: {refused}")
+    if not fused:
+        return Row(name, "peft", _NOT_YET)
+    how = "its experts' own products of tokens sorted by expert, and one grouped call adds the update"
+    return Row(name, "update", f"{layer.parameter_name}: {how}")
 
 
 def _around(name: str, base_layer: nn.Module, why: str) -> Row:

@@ -278,10 +278,10 @@ inline void tma_store_wait() { tma_store_wait_read(); }
 inline void fence_proxy() {}
 inline void fence_proxy_shared() {}
 
-inline int load_acquire(const int* p) {
+inline void wait_flag(const int* p) {
   touch_memory();
   emulator::yield();
-  return *p;
+  while (*p == 0) emulator::yield();
 }
 inline void add(float* p, float v) {
   touch_memory();
