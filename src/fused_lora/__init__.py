@@ -28,8 +28,10 @@ from fused_lora.ops.update import lora_update
 __version__ = "0.1.0"
 
 __all__ = [
+    "LoRAFlow",
     "LoRALinear",
     "LoraConfig",
+    "MergeSchedule",
     "add_weighted_adapter",
     "apply_lora",
     "delete_adapter",
@@ -37,6 +39,7 @@ __all__ = [
     "expert_rank_pattern",
     "get_nb_trainable_parameters",
     "grouped_lora_update",
+    "link_reslora",
     "load_adapter",
     "lora_linear",
     "lora_update",
@@ -52,13 +55,22 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fused_lora.adapters.flow import LoRAFlow
+    from fused_lora.adapters.reslora import link_reslora
+    from fused_lora.schedules import MergeSchedule
     from fused_lora.tuning import tune
 else:
+    _LATER = {
+        "LoRAFlow": "adapters.flow",
+        "MergeSchedule": "schedules",
+        "link_reslora": "adapters.reslora",
+        "tune": "tuning",
+    }
 
     def __getattr__(name):
-        """`tune`, whose imports are for those who call it."""
-        if name != "tune":
+        """A public name of a module that is imported on first use."""
+        if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from fused_lora.tuning import tune
+        import importlib
 
-        return tune
+        return getattr(importlib.import_module(f"fused_lora.{_LATER[name]}"), name)

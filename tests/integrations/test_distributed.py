@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from two_processes import TARGETS, Decoder, adapted, batch, loss_of, outcomes, run_checks, steps, trained, whole
 
 from fused_lora import LoRALinear, apply_lora, disable_adapter, load_adapter, save_adapter, set_adapter
+from fused_lora.schedules import MergeSchedule
 from fused_lora.testing import assert_close
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -245,8 +246,30 @@ def models_of_peft(directory: Path) -> None:
     assert len(calls) == 2 * 2 * len(TARGETS)
 
 
+def replicated_and_merged_in_stages(directory: Path) -> None:
+    """A fresh adapter after a merge is the same in both processes, whatever their generators' seeds."""
+    model = DistributedDataParallel(adapted())
+    with pytest.raises(ValueError, match="ranks must be empty under DistributedDataParallel"):
+        MergeSchedule(model, knots=[1], ranks=[4, 2])
+    with pytest.raises(ValueError, match="model must not be sharded"):
+        MergeSchedule(sharded(adapted()), every=1)
+    schedule = MergeSchedule(model, every=1)
+    torch.manual_seed(dist.get_rank())
+    optimizer = torch.optim.SGD(trained(model).values(), lr=0.02)
+    for _ in range(3):
+        my_loss(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step(optimizer)
+    own = [t.clone() for t in model.state_dict().values()]
+    for t in own:
+        dist.broadcast(t, 0)
+    assert all(map(torch.equal, own, model.state_dict().values()))
+
+
 CHECKS = [
     replicated,
+    replicated_and_merged_in_stages,
     another_adapter_is_refused_once_replicated,
     replicated_with_layers_that_are_not_run,
     replicated_with_accumulation,

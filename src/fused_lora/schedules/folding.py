@@ -1,0 +1,79 @@
+"""One layer's update into its base weight, in place."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora import bases
+from fused_lora.nn.layer import LoRALayer
+
+Replaced = dict[nn.Parameter, nn.Parameter]  # the new Parameter of each old one
+
+
+def check_foldable(root: nn.Module, layers: Mapping[str, LoRALayer], adapter_name: str) -> None:
+    """Raises ValueError naming the first layer whose base weight must not be changed in place: quantised, tied, not
+    plain, or under an adapter that is no plain LoRA."""
+    owners = Counter(id(p) for module in root.modules() for p in module._parameters.values() if p is not None)
+    for name, layer in layers.items():
+        if bases.quantised(layer.base()):
+            raise ValueError(
+                f"the base weight of {name} must not be quantised: most of an update is smaller than the steps of a "
+                f"quantised weight and would be lost; got {type(layer.base().weight).__name__}"
+            )
+        if layer.link is not None or adapter_name in layer.variants:
+            kind = type(layer.link or layer.variants[adapter_name]).__name__
+            raise ValueError(f"the adapter of {name} must be plain LoRA to be folded into the weight; got {kind}")
+        try:
+            layer.check_mergeable([adapter_name])
+            layer._factors(adapter_name)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if owners[id(layer.weight)] > 1:
+            raise ValueError(
+                f"the base weight of {name} must be of this layer alone, a merge would change its twin; got a weight "
+                "that is tied to another module's: untie it, or leave the layer out of target_modules"
+            )
+
+
+def check_finite(layers: Mapping[str, LoRALayer], adapter_name: str) -> None:
+    """Raises ValueError naming the first layer whose A or B holds a number that is not finite."""
+    for name, layer in layers.items():
+        for what, tensors in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            if not torch.isfinite(tensors[adapter_name]).all():
+                raise ValueError(f"{what} of {name} must be finite to be merged; got elements that are not")
+
+
+def master_of(weight: Tensor) -> Tensor | None:
+    """An fp32 copy of a bf16 or fp16 weight, which keeps what the weight's own rounding loses; None for others."""
+    return weight.detach().float() if weight.dtype.itemsize < 4 else None
+
+
+@torch.no_grad()
+def fold(layer: LoRALayer, adapter_name: str, factor: float, master: Tensor | None) -> None:
+    """Add factor * B A to the base weight, in place.
+
+    Equivalent to ``weight.copy_((weight.float() + factor * B.float() @ A.float()).to(weight.dtype))``; with a master
+    the sum is taken and kept there, and the weight is its rounding.
+    """
+    weight: Tensor = layer.weight
+    compute = torch.promote_types(weight.dtype, torch.float32)
+    left, right = layer._factors(adapter_name)
+    update = (left.to(compute) @ right.to(compute)).mul_(factor).view(weight.shape)
+    weight.copy_(update.add_(weight) if master is None else master.add_(update))
+
+
+def set_rank(layer: LoRALayer, adapter_name: str, r: int) -> Replaced:
+    """Give an adapter fresh A and B of another rank; its lora_alpha stays. Returns: the new Parameter of each old
+    one."""
+    replaced: Replaced = {}
+    for tensors, shape in zip((layer.lora_A, layer.lora_B), layer.adapter_shapes(r), strict=True):
+        old = tensors[adapter_name]
+        tensors[adapter_name] = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+        replaced[old] = tensors[adapter_name]
+    layer.r[adapter_name] = r
+    hyper = layer.lora_alpha[adapter_name], layer.lora_dropout[adapter_name], layer.use_rslora[adapter_name]
+    layer.set_hyperparameters(adapter_name, *hyper)
+    layer.reset_lora_parameters(adapter_name)
+    return replaced
