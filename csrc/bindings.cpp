@@ -23,6 +23,8 @@ void check(Status status) {
 }
 void forward(const CpuForwardParams& p) { check(cpu_forward(p)); }
 void backward(const CpuBackwardParams& p) { check(cpu_backward(p)); }
+void grouped_forward(const CpuGroupedForwardParams& p) { check(cpu_grouped_forward(p)); }
+void grouped_backward(const CpuGroupedBackwardParams& p) { check(cpu_grouped_backward(p)); }
 
 using F = CpuForwardParams;
 constexpr Keyword<F> kForward[] = {
@@ -59,6 +61,37 @@ constexpr Keyword<D> kBackward[] = {
     {"threads", put<D, &D::threads>},
 };
 
+using GF = CpuGroupedForwardParams;
+constexpr Keyword<GF> kGroupedForward[] = {
+    {"x", put<GF, &GF::x, &GF::ldx>},
+    {"h", put<GF, &GF::h>},
+    {"y", put<GF, &GF::y>},
+    {"factors", put<GF, &GF::A, &GF::B, &GF::ranks>},
+    {"segments", put<GF, &GF::offsets, &GF::rows>},
+    {"scaling", put<GF, &GF::scaling>},
+    {"sizes", put<GF, &GF::G, &GF::N, &GF::K, &GF::R>},
+    {"dtypes", put<GF, &GF::dtype, &GF::adapter_dtype>},
+    {"dropout", put<GF, &GF::seed, &GF::thresholds>},
+    {"threads", put<GF, &GF::threads>},
+};
+
+using GB = CpuGroupedBackwardParams;
+constexpr Keyword<GB> kGroupedBackward[] = {
+    {"dy", put<GB, &GB::dy, &GB::lddy>},
+    {"x", put<GB, &GB::x, &GB::ldx>},
+    {"h", put<GB, &GB::h>},
+    {"dx", put<GB, &GB::dx>},
+    {"dA", put<GB, &GB::dA, &GB::shared_A>},
+    {"dB", put<GB, &GB::dB, &GB::shared_B>},
+    {"factors", put<GB, &GB::A, &GB::B, &GB::ranks>},
+    {"segments", put<GB, &GB::offsets, &GB::rows>},
+    {"scaling", put<GB, &GB::scaling>},
+    {"sizes", put<GB, &GB::G, &GB::N, &GB::K, &GB::R>},
+    {"dtypes", put<GB, &GB::dtype, &GB::adapter_dtype>},
+    {"dropout", put<GB, &GB::seed, &GB::thresholds>},
+    {"threads", put<GB, &GB::threads>},
+};
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -92,6 +125,10 @@ PYBIND11_MODULE(_C, m) {
   def_keywords<kForward, forward>(m, "cpu_forward", "Writes h and y, or updates y; CpuForwardParams of csrc/lora.h.");
   def_keywords<kBackward, backward>(
       m, "cpu_backward", "Writes dA, dB and dbias, and writes or updates dx; CpuBackwardParams of csrc/lora.h.");
+  def_keywords<kGroupedForward, grouped_forward>(
+      m, "cpu_grouped_forward", "Writes h and updates y by groups of rows; CpuGroupedForwardParams of csrc/lora.h.");
+  def_keywords<kGroupedBackward, grouped_backward>(
+      m, "cpu_grouped_backward", "Updates dx and writes every dA and dB; CpuGroupedBackwardParams of csrc/lora.h.");
   m.def("cpu_features", &cpu_features,
         "Which of avx2, avx512, bf16_dot, amx the CPU kernels use; FUSED_LORA_MAX_CPU_ISA caps them.");
   m.def("build_info", &build_info, "What this build holds: compiler, cuda, cuda_archs, and the release of the ptxas that assembled them.");

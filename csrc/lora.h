@@ -77,6 +77,46 @@ struct CpuBackwardParams {
 Status cpu_forward(const CpuForwardParams& p);
 Status cpu_backward(const CpuBackwardParams& p);
 
+// CPU, updates by an adapter of its own for each group of rows: position m of group g, offsets[g] <= m < offsets[g + 1],
+// is row rows[m] of x and y, or row m without `rows`.
+struct CpuGroups {
+  const void* const* A;       // [G] of [R_g, K], contiguous, adapter_dtype
+  const void* const* B;       // [G] of [N, R_g], contiguous, adapter_dtype
+  const int64_t* ranks;       // [G], R_g
+  const int64_t* offsets;     // [G + 1], ascending from 0 to M'
+  const int64_t* rows;        // [M'], each once; or null
+  const float* scaling;       // [G]
+  const int64_t* thresholds;  // [G], of Dropout; or null
+  const int64_t* seed;        // [1], of Dropout
+  int64_t G, N, K, R;         // R: the largest rank
+  Dtype dtype, adapter_dtype;
+  int threads;
+};
+
+// y[rows] += h B^T with h = s * drop(x[rows]) A^T.
+struct CpuGroupedForwardParams : CpuGroups {
+  const void* x;  // [M, K], row stride ldx, dtype
+  void* h;        // [M', R], contiguous, dtype; zero past a group's own rank
+  void* y;        // [M, N], contiguous, dtype; updated
+  int64_t ldx;
+};
+
+// dx[rows] += mask * (dh A) / (1 - p) with dh = s * dy[rows] B; dA and dB of each group, zero where it has no rows. A
+// null output is not computed.
+struct CpuGroupedBackwardParams : CpuGroups {
+  const void* dy;   // [M, N], row stride lddy, dtype
+  const void* x;    // [M, K], row stride ldx, dtype; read for dA only
+  const void* h;    // [M', R], contiguous, dtype; read for dB only
+  void* dx;         // [M, K], contiguous, dtype; updated
+  void* const* dA;  // [G] of [R_g, K], contiguous, adapter_dtype, or null; where groups share an A, the first alone
+  void* const* dB;  // [G] of [N, R_g], likewise
+  int64_t lddy, ldx;
+  bool shared_A, shared_B;  // dA[0], dB[0] is the sum over all groups, which have one rank
+};
+
+Status cpu_grouped_forward(const CpuGroupedForwardParams& p);
+Status cpu_grouped_backward(const CpuGroupedBackwardParams& p);
+
 // CUDA, the whole forward on one stream: y = x W^T + h B^T + bias and h. Pointers and row strides aligned to 16 bytes
 // unless said otherwise.
 struct CudaForwardParams {

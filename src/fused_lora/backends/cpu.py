@@ -3,14 +3,16 @@
 inside    our own product, in one pass with the update: fp32 by csrc/cpu/lora_gemm.cpp, bf16 by amx_gemm.cpp on AMX
 around    PyTorch's own GEMM writes y (dx), and the kernel adds the update into it
 
-`update`, whose base product somebody else has made, has the second plan only.
+`update` and `grouped_update`, whose base product somebody else has made, have the second plan only.
 """
 
 import torch
 from torch.nn import functional as F
 
 from fused_lora import _C
-from fused_lora.backends import FUSED_DTYPES, UPDATE, Request, only_plain
+from fused_lora.backends import FUSED_DTYPES, GROUPED, UPDATE, Request, only_plain
+from fused_lora.backends.cpu_grouped import grouped_update as grouped_update
+from fused_lora.backends.cpu_grouped import grouped_update_backward as grouped_update_backward
 from fused_lora.ops import internals
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import linear_with_bias
@@ -27,13 +29,13 @@ def refusal(request: Request) -> str | None:
         return f"CPU tensors; got {request.device}"
     if request.dtype not in FUSED_DTYPES:
         return f"bfloat16, float16 and float32; got {request.dtype}"
-    return None if request.optional == UPDATE else only_plain(request)
+    return None if request.optional in (UPDATE, GROUPED) else only_plain(request)
 
 
 def plans(request: Request) -> tuple[str, ...]:
     """See `backends`. Where there are instructions for it "inside" is as fast as PyTorch's product without the update,
     or faster (bench/NOTES.md)."""
-    if request.M < _LEAST_ROWS or request.dtype is torch.float16 or request.optional == UPDATE:
+    if request.M < _LEAST_ROWS or request.dtype is torch.float16 or request.optional in (UPDATE, GROUPED):
         return ("around",)
     if not request.aligned:  # a transposed weight, which PyTorch's product takes as it lies and ours would copy
         return ("around",)
