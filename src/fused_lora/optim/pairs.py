@@ -55,7 +55,7 @@ class Pair:
                     f"{self.name}: lora_{which} must be a whole tensor, both factors are needed for a step (keep the "
                     f"adapters out of sharding); got a {type(t).__name__} of shape {list(t.shape)}"
                 )
-        ranks = self.A.shape[0] / self.blocks, self.B[0].numel() / (self.blocks if self.interleaved else 1)
+        ranks = self.A.shape[0] / self.blocks, self.B.shape[1:].numel() / (self.blocks if self.interleaved else 1)
         rows = 1 if self.interleaved else self.blocks
         if ranks[0] != ranks[1] or not ranks[0].is_integer() or self.B.shape[0] % rows:
             raise ValueError(
@@ -82,6 +82,11 @@ class Adapter:
         blocks, interleaved = 1, hasattr(self.module, "parameter_name")
         if interleaved:
             blocks = int(self.module.num_experts)
+            if self.A.shape[0] != self.B.shape[1]:
+                raise ValueError(
+                    f"{self.name}: each expert must have factors of its own; got one that all {blocks} share, of "
+                    f"shapes {list(self.A.shape)} and {list(self.B.shape)}"
+                )
         elif self.A.dim() > 2:
             blocks = int(getattr(getattr(self.module, "base_layer", None), "groups", 1))
         pair = Pair(self.A, self.B, float(self.scaling), self.name, blocks, interleaved and blocks > 1)
