@@ -164,3 +164,10 @@ def test_hotswap(tmp_path, dtype):
                 hotswap_adapter(model, str(tmp_path), adapter_name="default")
         exact = step(fused_twin(stock).double())
         assert_like_peft(step(twin), step(stock), exact, dtype)
+
+
+def test_several_active_adapters_of_which_one_is_dora_are_peft_s():
+    model = peft_model(target_modules=["q_proj"])
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    twin = both_active(fused_twin(model))
+    assert {row.reason for row in explain(twin).of("peft")} == {"several adapters are active, of which one is DoRA"}

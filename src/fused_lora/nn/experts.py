@@ -191,10 +191,8 @@ class LoRAParameter(LoRALayer):
         return given != self.adapter_shapes(self.r[adapter_name])
 
     def file_tensors(self, adapter_name: str) -> list[Tensor]:
-        lora_A, lora_B = super().file_tensors(adapter_name)
-        if not self.shares(adapter_name):
-            return [lora_A, lora_B]
-        return list(unstacked(*stacked(lora_A, lora_B, self.r[adapter_name])))
+        lora_A, lora_B = tensors = super().file_tensors(adapter_name)
+        return list(unstacked(*stacked(lora_A, lora_B, self.r[adapter_name]))) if self.shares(adapter_name) else tensors
 
     def _add(self, adapter_name: str, config: LayerConfig, adapter_dtype: torch.dtype | None) -> None:
         _check_no_dropout(config)

@@ -102,7 +102,7 @@ class LoRALayer(AdaptersByName):
         return self.shapes_over(self, r)
 
     def file_tensors(self, adapter_name: str) -> list[Tensor]:
-        """A, B and, of DoRA, m as PEFT's file has them: the very tensors, unless they lie otherwise here."""
+        """`own_tensors` as PEFT's file has them: not copies, unless they lie otherwise here."""
         return [tensor.detach() for tensor in self.own_tensors(adapter_name)]
 
     def base(self) -> Any:
