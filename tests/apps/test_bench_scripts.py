@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import re
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
 import pytest
@@ -138,3 +138,14 @@ def test_a_llama_step_on_a_small_model(monkeypatch):
         assert by["frozen"]["ratio"] == by["frozen"]["memory_ratio"] == 1.0 < by["fused"]["memory_ratio"]
     assert checkpointed[0]["checkpointing"] and not plain[0]["checkpointing"]
     assert module.BATCHES[-1] == steps.Batch(4, 2048, checkpointing=True)
+
+
+def test_a_mixture_s_experts_on_a_small_layer():
+    """Every candidate of bench_experts.py computes PEFT's numbers in both dtypes."""
+    module = script("bench_experts")
+    given = Namespace(output=None, hidden=16, intermediate=24, experts=6, tokens=9, budget=0.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = module.rows_of(given, dtype)
+        assert [r["candidate"] for r in rows] == ["frozen", "peft", "peft+fuse", "copied", "fused"]
+        assert not any("fault" in r for r in rows), rows
+        assert rows[0]["ratio"] == rows[1]["times_peft"] == 1.0 and rows[4]["experts"] == 6
