@@ -31,6 +31,23 @@ def tiny(monkeypatch):
     monkeypatch.setattr(suite, "cases_of", lambda name, device: [CASE, Case(24, 32, 40, 4, 0.25, torch.float32)])
 
 
+def test_readme_has_the_variants_of_their_file(tmp_path):
+    env = dict(device="A CPU", kind="cpu", threads=2, features={}, torch="2", commit="abc", date="today")
+    step = dict(sequences=1, tokens=64, step_ms=200.0, ratio=1.2, step_mib=100.0)
+    rows = [
+        step | dict(candidate="fused", over_lora=1.0),
+        step | dict(candidate="dora", over_lora=1.25, times_peft=2.5),
+    ]
+    rows.append(dict(sequences=1, tokens=64, candidate="flow", fault="wrong", why="it is"))
+    layer = dict(dtype="float32", M=2048, K=8, N=8, adapters=32)
+    mixed = [layer | dict(candidate=n, both_ms=3.0, over_one=o) for n, o in (("one adapter", 1.0), ("fused", 1.07))]
+    document = dict(environment=env, train_step=rows, mixed=mixed)
+    text = script("readme").variants(document)
+    assert "**A CPU**, 2 threads; torch 2; commit abc; today. LoRA's variants" in text
+    assert "| 1 × 64 | dora | 200 | 1.20 | 1.25 | 2.50 | 100 |" in text and "| 1 × 64 | flow | wrong | – " in text
+    assert "| float32 | 32 | 3.0 | **1.07** |" in text
+
+
 def test_readme_tables_come_from_the_json(tiny, tmp_path):
     """A section a file, each with its own figures and plot; the rest of README stays."""
     readme_script, readme = script("readme"), tmp_path / "README.md"
