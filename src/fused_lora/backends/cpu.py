@@ -78,19 +78,17 @@ def _between(variant: Variant) -> tuple[list, dict]:
     kept: list[torch.Tensor] = []
     given: dict[str, int | tuple[int, int]] = {}
     if variant.h_in is not None:
-        h_in = variant.h_in.contiguous()
-        kept.append(h_in)
-        given["h_in"] = h_in.data_ptr()
+        kept.append(variant.h_in.contiguous())
+        given["h_in"] = kept[-1].data_ptr()
     if variant.gate is not None:
-        gate = variant.gate.to(torch.float32).contiguous()
-        kept.append(gate)
-        given["gate"] = gate.data_ptr(), gate.shape[1]
+        kept.append(_single(variant.gate))
+        given["gate"] = kept[-1].data_ptr(), variant.gate.shape[1]
     return kept, given
 
 
-def _vector(t: torch.Tensor) -> torch.Tensor:
-    """t in fp32, as it lies if it can."""
-    return t.to(torch.float32).contiguous()
+def _single(t: torch.Tensor) -> torch.Tensor:
+    """t in fp32 and contiguous: itself if it is."""
+    return t if t.dtype is torch.float32 and t.is_contiguous() else t.to(torch.float32).contiguous()
 
 
 def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
@@ -103,7 +101,7 @@ def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, varia
             kept.append(x_lora)
             given["x_lora"] = x_lora.data_ptr(), ldx_lora
         if variant.out_scale is not None:
-            kept.append(_vector(variant.out_scale))
+            kept.append(_single(variant.out_scale))
             given["out_scale"] = kept[-1].data_ptr()
         call = partial(call, **given)
     lora_A, lora_B, dtype = lora_A.contiguous(), lora_B.contiguous(), x.dtype
@@ -171,7 +169,7 @@ def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling,
         kept.append(dh.contiguous())
         given["dh"] = kept[-1].data_ptr()
     if variant.grad_row_scale is not None:
-        kept.append(_vector(variant.grad_row_scale))
+        kept.append(_single(variant.grad_row_scale))
         given["row_scale"] = kept[-1].data_ptr()
     dh_in = internals.empty_on_cpu((M, R), (R, 1), dy.dtype) if needs.h_in else None
     dgate = torch.empty(M, variant.gate.shape[1]) if needs.gate else None
@@ -188,13 +186,14 @@ def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling,
     if sums is not None:
         out_scale = out_scale_gradient(sums[0], sums[1], dy, x, weight, lora_B, h, bias, scaling, variant)
         grads = grads._replace(out_scale=out_scale)
-    dgate = None if dgate is None else dgate.to(variant.gate.dtype)
+    if dgate is not None and variant.gate.dtype is not torch.float32:
+        dgate = dgate.to(variant.gate.dtype)
     return grads._replace(x=dx, x_lora=dx_lora if needs.x_lora else None, h_in=dh_in, gate=dgate)
 
 
 def _scaling(out_scale, y, bias, needs, kept):
     """The sums [2, N] of `out_scale_gradient`, if it is needed, and what the kernels take of out_scale."""
-    kept.append(_vector(out_scale))
+    kept.append(_single(out_scale))
     keywords = {"out_scale": kept[-1].data_ptr()}
     if not needs.out_scale:
         return None, keywords
