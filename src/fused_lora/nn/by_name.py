@@ -145,11 +145,13 @@ class AdaptersByName(nn.Module):
     def set_adapter(self, adapter_name: ActiveAdapter) -> None:
         """Make one adapter, or those of a list, active and the only trainable ones; None is the base layer alone.
 
-        Raises: ValueError if an adapter is unknown, or others are merged into the weight.
+        Raises: ValueError if an adapter is unknown or ALLoRA among several, or others are merged into the weight.
         """
         names = as_list(adapter_name)
         for name in names:
             self._check_known(name)
+            if len(names) > 1 and self.allora_eta[name] is not None:
+                raise ValueError(f"ALLoRA adapter {name!r} must act alone; got {names}")
         if self.merged and names != self.active_adapters:
             raise ValueError(
                 f"adapter {self.active_adapter!r} is merged, unmerge() before switching; got {adapter_name!r}"
