@@ -124,5 +124,23 @@ def _step_cells(r: dict, over: str) -> tuple[str, ...]:
     )
 
 
+def print_mixed(rows: list[dict]) -> None:
+    r = rows[0]
+    say(f"{r['dtype']} M={r['M']} {r['K']}->{r['N']} R=16: a batch of {r['adapters']} adapters", "italic")
+    _table(("candidate", "ms", "x frozen", "x one adapter", "95 %"), rows, _mixed_cells)
+
+
+def _mixed_cells(r: dict) -> tuple[str, ...]:
+    if "fault" in r:
+        return r["candidate"], r["fault"]
+    return (
+        r["candidate"],
+        _digits(r["both_ms"], 4),
+        f"{r['ratio']:.2f}",
+        f"{r['over_one']:.2f}",
+        f"{r['over_one_low']:.2f}-{r['over_one_high']:.2f}",
+    )
+
+
 def print_written(path: Path) -> None:
     say(f"wrote {path}")

@@ -15,6 +15,7 @@ from fused_lora.bench.candidates import candidates_on
 from fused_lora.bench.cases import Case
 from fused_lora.bench.cases import preset as cases_of
 from fused_lora.bench.machine import environment
+from fused_lora.bench.mixed import mixed_cases, run_mixed
 from fused_lora.bench.steps import run_steps, smollm2_on, variants_on
 from fused_lora.files import write_json
 from fused_lora.hardware import gpu_clocks
@@ -62,7 +63,7 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     document: dict = dict(environment=environment(kind), preset=preset, candidates=names)
-    document |= dict(rows=[], host=[], train_step=[])
+    document |= dict(rows=[], host=[], train_step=[], mixed=[])
     output, plot = _targets(document, output, plot)
     if resume:
         if output is None:
@@ -83,6 +84,10 @@ def run(
             rows = list(itertools.chain(*run_steps(workload, budget_s=6 * budget_s)))
             report.print_steps(workload.title, rows)
             document["train_step"] += rows
+    if preset == "variants":
+        for rows in run_mixed(mixed_cases(), kind, budget_s):
+            report.print_mixed(rows)
+            document["mixed"] += rows
     if output is not None:
         write_json(output, document)
         report.print_written(output)

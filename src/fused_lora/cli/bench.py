@@ -11,7 +11,7 @@ def bench(
     preset: Annotated[
         str,
         typer.Option(
-            help="quick (about a minute on a CPU), readme (the published table), full, or variants (LoRA's, on SmolLM2)."
+            help="quick (about a minute on a CPU), readme (the published table), full, or variants (LoRA's on SmolLM2)."
         ),
     ] = "quick",
     device: Device = None,
