@@ -48,7 +48,7 @@ class GemmConfig(_Config):
 
 @dataclass(frozen=True)
 class ShrinkConfig(_Config):
-    """Of shrink and low_gradient."""
+    """Of shrink, low_gradient and grouped_shrink."""
 
     BLOCK_M: int
     BLOCK_K: int
@@ -59,7 +59,7 @@ class ShrinkConfig(_Config):
 
 @dataclass(frozen=True)
 class ExpandConfig(_Config):
-    """Of expand."""
+    """Of expand and grouped_expand."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -70,7 +70,7 @@ class ExpandConfig(_Config):
 
 @dataclass(frozen=True)
 class WgradConfig(_Config):
-    """Of wgrad and dy_pass; BLOCK_C cuts the columns of the wide matrix."""
+    """Of wgrad, grouped_wgrad and dy_pass; BLOCK_C cuts the columns of the wide matrix."""
 
     BLOCK_M: int
     BLOCK_C: int
@@ -296,3 +296,22 @@ def dy_pass_config(M: int, N: int, R: int, itemsize: int, device: Device) -> Wgr
     beside = BLOCK_C * BLOCK_R * itemsize + 2 * BLOCK_M * BLOCK_R * 4  # the B tile; h and dh tiles on their way
     stages = 1 + _stages(device.shared_bytes // 2 - beside, BLOCK_M * BLOCK_C * itemsize, 3)
     return WgradConfig(BLOCK_M, BLOCK_C, BLOCK_R, stages, 4, splits, rows_per_split)
+
+
+def grouped_shrink_config(P: int, G: int, K: int, R: int, itemsize: int, device: Device) -> ShrinkConfig:
+    """Tiles of grouped_shrink for low [P, R] in G groups; no more rows than a group has on average. No GPU has timed
+    the grouped kernels yet."""
+    c = shrink_config(P, K, R, itemsize, device)
+    return replace(c, BLOCK_M=16) if P < 32 * G else c
+
+
+def grouped_expand_config(P: int, G: int, N: int, R: int, itemsize: int) -> ExpandConfig:
+    """Tiles of grouped_expand for P rows in G groups; no more rows than a group has on average."""
+    return expand_config(max(P // G, 1), N, R, itemsize)
+
+
+def grouped_wgrad_config(P: int, C: int, R: int, itemsize: int, device: Device) -> WgradConfig:
+    """Tiles of grouped_wgrad, and the positions of a work item: as if all were one group, rounded to a power of two, of
+    which few kernels are made."""
+    c = wgrad_config(max(P, 1), C, R, itemsize, device)
+    return replace(c, rows_per_split=_power_of_two(c.rows_per_split, 128, 65536))

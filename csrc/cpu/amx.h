@@ -102,15 +102,17 @@ void wgrad_amx(const uint16_t* blocks, const uint16_t* lowT, float* slab, uint16
 // out[cols] += sum over the 32 * n rows of blocks[n][steps].
 void column_sums_amx(const uint16_t* blocks, float* out, int64_t n, int64_t steps);
 
-// amx_gemm.cpp: out = left right + scale * keep * (low thin) + bias, or out += scale * keep * (low thin) without right.
+// amx_gemm.cpp: out = out_scale * (left right + scale * keep * (low thin)) + bias, where without right `out` itself stands
+// for left right.
 struct AmxGemm {
-  const uint16_t* left;   // blocks[sides(M)][sides(K)]
-  const uint16_t* right;  // by_rows: [K, N], else its transpose [N, K]; row stride ld_right; or null
-  const uint16_t* low;    // [M rounded up to 32, Rp], bf16
-  const void* thin;       // by_rows: [R, N], else its transpose [N, R]; contiguous, thin_dtype
-  const uint16_t* bias;   // [N] or null
-  const uint32_t* keep;   // [M, sides(N)] bits, or null
-  uint16_t* out;          // [M, N], contiguous
+  const uint16_t* left;    // blocks[sides(M)][sides(K)]
+  const uint16_t* right;   // by_rows: [K, N], else its transpose [N, K]; row stride ld_right; or null
+  const uint16_t* low;     // [M rounded up to 32, Rp], bf16
+  const void* thin;        // by_rows: [R, N], else its transpose [N, R]; contiguous, thin_dtype
+  const uint16_t* bias;    // [N] or null
+  const float* out_scale;  // [N] or null
+  const uint32_t* keep;    // [M, sides(N)] bits, or null
+  uint16_t* out;           // [M, N], contiguous
   int64_t M, N, K, R, ld_right;
   Dtype thin_dtype;
   float scale;

@@ -132,6 +132,11 @@ class BlockBf16 {
     for (int64_t i = 0; i < rows; ++i) std::copy_n(static_cast<const uint16_t*>(h) + i * R_, R_, rounded_ + i * Rp_);
     gather_by_low(rows);
   }
+  void gather_by(const float* other, int64_t rows) {
+    store_row(other, rounded_, Dtype::bf16, rows * Rp_);
+    std::fill_n(rounded_ + rows * Rp_, (round_up(rows, kStrip) - rows) * Rp_, uint16_t{0});
+    gather_by_low(rows);
+  }
   void gather_by_low(int64_t rows) { pair_rows(rounded_, pairs_, round_up(rows, kStrip) / 2, Rp_); }
 
   // slab[Rp, n : n + cols (row stride width)] += right^T left.

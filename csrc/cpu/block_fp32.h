@@ -108,6 +108,8 @@ class BlockFp32 {
     right_ = h_;
   }
   void gather_by_low(int64_t) { right_ = low; }
+  // Or any other [rows, Rp], which must stay until they are done.
+  void gather_by(const float* other, int64_t) { right_ = other; }
 
   // slab[Rp, n : n + cols (row stride width)] += right^T left.
   void wgrad(Panel left, float* slab, int64_t width, int64_t n, int64_t rows, int64_t cols) {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fused_lora.bench import memory, report, steps
+from fused_lora.bench import memory, report, steps, ways
 from fused_lora.bench.steps import Batch, Candidate, Workload, model_for, run_steps
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
@@ -34,6 +34,23 @@ def test_a_step_of_every_candidate(quick, capsys):
     assert "fused" in printed and all(len(line) <= 80 and line == line.rstrip() for line in printed.splitlines())
 
 
+def test_a_step_of_every_variant(quick, capsys):
+    """Every way is right at its start, trains, and is compared with LoRA and with the PEFT that does the same."""
+    variants = steps.variants_on("cpu")
+    for workload, batch in zip(variants, (Batch(2, 8), Batch(8, 4))):
+        small = Workload("small", BASE, (batch,), kinds=workload.kinds)
+        (rows,) = run_steps(small, budget_s=0, least=1)
+        assert [r["candidate"] for r in rows] == list(workload.kinds)
+        for r in rows:
+            assert "fault" not in r, r
+            assert r["over_lora"] > 0 and abs(r["loss"] - rows[0]["loss"]) < 1e-3
+        assert all("times_peft" in r for r in rows if r["candidate"] in ways.PEERS)
+        report.print_steps("small", rows)
+    printed = capsys.readouterr().out
+    assert "x LoRA" in printed and all(len(line) <= 80 and line == line.rstrip() for line in printed.splitlines())
+    assert {kind for workload in variants for kind in workload.kinds} | {"peft+fuse", "addmm"} == set(ways.WAYS)
+
+
 def test_candidates_share_the_weights_of_the_base():
     base = BASE()
     kept = {id(p) for p in base.parameters()}
@@ -44,7 +61,9 @@ def test_candidates_share_the_weights_of_the_base():
         assert len(trained) == (0 if kind == "frozen" else 2 * 7 * 2)  # A and B on seven linears of two layers
     assert not any(p.requires_grad for p in base.parameters())
     assert isinstance(base.model.layers[0].self_attn.q_proj, nn.Linear)
-    with pytest.raises(ValueError, match="kind must be frozen, peft, peft.fuse, addmm or fused; got 'fast'"):
+    with pytest.raises(
+        ValueError, match="kind must be frozen, peft, peft.fuse, fused, addmm, .* or peft mixed; got .fast."
+    ):
         model_for(Candidate("fast"), base)
 
 

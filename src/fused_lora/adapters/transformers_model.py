@@ -24,6 +24,7 @@ from fused_lora.adapters.unload import delete_adapter, disable_adapter, merge_an
 from fused_lora.adapters.wrappers import plain_key, whole_tensor
 from fused_lora.files import write_whole
 from fused_lora.nn.by_name import as_list
+from fused_lora.nn.experts import LoRAParameter
 
 _TRAINER_FOLDER, _TRAINER_FILE = re.compile(r"checkpoint-\d+"), "model.safetensors"
 
@@ -166,7 +167,16 @@ class AdaptedModel(nn.Module):
         return names[0]
 
     def _live_tensors(self, adapter_name: str, state_dict: dict[str, Tensor] | None) -> list[tuple[str, Tensor]]:
-        """An adapter's whole tensors and their keys in the model's state dict, in the order of `file_keys`."""
+        """An adapter's whole tensors and their keys in the model's state dict, in the order of `file_keys`.
+
+        Raises: ValueError for an adapter whose experts share factors, which lies otherwise in the file than here.
+        """
+        for name, layer in all_holders(self)[0].items():
+            if isinstance(layer, LoRAParameter) and adapter_name in layer.lora_A and layer.shares(adapter_name):
+                raise ValueError(
+                    f"adapter {adapter_name!r} must be saved by save_adapter, which writes factors that experts share "
+                    f"for each expert; {name} has some"
+                )
         keys = live_keys(self, adapter_name)
         if state_dict is None:
             return list(zip(keys, adapter_tensors(self, adapter_name).values(), strict=True))

@@ -7,7 +7,7 @@
 
 With optional tensors shrink and lora_gemm take those of the forward into their epilogues, low_gradient is the
 backward's shrink and scale_gradient finishes out_scale's gradient; a gradient that x_lora has apart from x is expand's.
-`update` is shrink and expand, without a base product.
+`update` is shrink and expand, without a base product; triton_grouped.py has it for groups of rows.
 
 Which launches serve a call is a plan of triton_kernels/configs.py, where the forms that no GPU has timed are planned on
 request only. Each launch is a function beside its kernel. The twin of csrc/cuda/lora.cpp.
@@ -17,11 +17,12 @@ import torch
 import triton
 
 from fused_lora.backends import FUSED_DTYPES, Request
+from fused_lora.backends.triton_grouped import grouped_update, grouped_update_backward  # noqa: F401  of this back end, too
 from fused_lora.ops import reference
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.reference import PLAIN, Gradients, Variant
 from fused_lora.triton_kernels.configs import backward_plan, expand_config, forward_plan, shrink_config, wgrad_config
-from fused_lora.triton_kernels.device import current, facts
+from fused_lora.triton_kernels.device import current, facts, row_major
 from fused_lora.triton_kernels.dropout import NO_DROPOUT, Dropout
 from fused_lora.triton_kernels.dy_pass import dy_pass
 from fused_lora.triton_kernels.expand import expand
@@ -33,11 +34,6 @@ from fused_lora.triton_kernels.shrink import gated_shrink, shrink
 from fused_lora.triton_kernels.wgrad import wgrad
 
 
-def _row_major(t: torch.Tensor) -> torch.Tensor:
-    """t with neighbouring columns adjacent in memory and rows apart; any row stride is fine as it is."""
-    return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
-
-
 def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
     return t if t is None else t.contiguous()
 
@@ -45,7 +41,7 @@ def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
 def _laid_out(variant: Variant) -> Variant:
     """The optional tensors as the kernels read them."""
     x_lora, *others = variant
-    return Variant(None if x_lora is None else _row_major(x_lora), *map(_contiguous, others))
+    return Variant(None if x_lora is None else row_major(x_lora), *map(_contiguous, others))
 
 
 def _dropout(dropout_p: float, seed: torch.Tensor | None) -> Dropout:
@@ -79,7 +75,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, 
         launches: chooses the launches, from the arguments of `configs.forward_plan`; lora_gemm_shrink for plain LoRA
             only.
     """
-    x, weight, lora_A, lora_B = _row_major(x), _row_major(weight), _row_major(lora_A), _row_major(lora_B)
+    x, weight, lora_A, lora_B = row_major(x), row_major(weight), row_major(lora_A), row_major(lora_B)
     (M, K), (N, R) = x.shape, lora_B.shape
     if M == 0:
         return x.new_empty((0, N)), x.new_empty((0, R))
@@ -124,7 +120,7 @@ def backward(
         given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
         return _variant_backward(*given, needs, variant, launches)
     need_x, need_A, need_B, need_bias = needs.x, needs.lora_A, needs.lora_B, needs.bias
-    dy, weight, lora_A, lora_B = _row_major(dy), _row_major(weight), _row_major(lora_A), _row_major(lora_B)
+    dy, weight, lora_A, lora_B = row_major(dy), row_major(weight), row_major(lora_A), row_major(lora_B)
     (M, N), (R, K) = dy.shape, lora_A.shape
     if M == 0:
         return Gradients(
@@ -148,7 +144,7 @@ def backward(
         if p.lora_gemm is not None:
             dx = lora_gemm(dy, weight, dh, lora_A, None, p.lora_gemm, right_nk=False, dropout=dropout)
         if p.wgrad_A is not None:
-            dA = wgrad(dh, _row_major(x), lora_A.dtype, p.wgrad_A, dropout=dropout)
+            dA = wgrad(dh, row_major(x), lora_A.dtype, p.wgrad_A, dropout=dropout)
         return Gradients(x=dx, lora_A=dA, lora_B=dB, bias=dy.sum(0) if need_bias else None)
 
 
@@ -173,8 +169,8 @@ def _variant_backward(
     if dy.shape[0] == 0:
         given = dy, dh_out, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
         return reference.backward(*given, needs, variant)
-    dy, lora_A, lora_B, variant = _row_major(dy), _row_major(lora_A), _row_major(lora_B), _laid_out(variant)
-    x, weight, y = (t if t is None else _row_major(t) for t in (x, weight, y))
+    dy, lora_A, lora_B, variant = row_major(dy), row_major(lora_A), row_major(lora_B), _laid_out(variant)
+    x, weight, y = (t if t is None else row_major(t) for t in (x, weight, y))
     h, bias, dh_out, dropout = _contiguous(h), _contiguous(bias), _contiguous(dh_out), _dropout(dropout_p, seed)
     x_lora, h_in, gate, out_scale, row_scale = variant
     (M, N), (R, K), wanted = dy.shape, lora_A.shape, _wanted(needs, variant)
@@ -210,7 +206,7 @@ def _variant_backward(
 
 def update(y, x, lora_A, lora_B, scaling, dropout_p, seed):
     """y [M, N] with the update in a tensor of its own, and h [M, R]; see `reference.update`."""
-    y, x, lora_A, lora_B = _row_major(y), _row_major(x), _row_major(lora_A), _row_major(lora_B)
+    y, x, lora_A, lora_B = row_major(y), row_major(x), row_major(lora_A), row_major(lora_B)
     (M, K), (N, R), itemsize = x.shape, lora_B.shape, x.element_size()
     if M == 0:
         return y.new_empty((0, N)), x.new_empty((0, R))
@@ -224,7 +220,7 @@ def update_backward(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
     """The gradients that `needs` asks for; see `reference.update_backward`."""
     if dy.shape[0] == 0:
         return reference.update_backward(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
-    dy, lora_A, lora_B, dropout = _row_major(dy), _row_major(lora_A), _row_major(lora_B), _dropout(dropout_p, seed)
+    dy, lora_A, lora_B, dropout = row_major(dy), row_major(lora_A), row_major(lora_B), _dropout(dropout_p, seed)
     (M, N), (R, K), itemsize, device = dy.shape, lora_A.shape, dy.element_size(), facts(dy.device)
     dx = dA = dB = None
     with current(dy.device):
@@ -233,7 +229,7 @@ def update_backward(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
         if needs.x:
             dx = expand(dh, lora_A, None, expand_config(M, K, R, itemsize), thin_nr=False, dropout=dropout)
         if needs.lora_A:
-            dA = wgrad(dh, _row_major(x), lora_A.dtype, wgrad_config(M, K, R, itemsize, device), dropout=dropout)
+            dA = wgrad(dh, row_major(x), lora_A.dtype, wgrad_config(M, K, R, itemsize, device), dropout=dropout)
         if needs.lora_B:
             c = wgrad_config(M, N, R, itemsize, device)
             dB = wgrad(h.contiguous(), dy, lora_B.dtype, c, transposed=True)

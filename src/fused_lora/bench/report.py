@@ -103,10 +103,12 @@ def print_host(rows: list[dict]) -> None:
 
 def print_steps(title: str, rows: list[dict]) -> None:
     say(f"{title}: one training step, r=16 on all linears but the head", "italic")
-    _table(("batch", "candidate", "ms", "95 %", "x frozen", "PEFT / it", "MiB a step", "x frozen"), rows, _step_cells)
+    over = "x LoRA" if any(r["candidate"] in ("dora", "mixed") for r in rows) else "x frozen"
+    columns = ("batch", "candidate", "ms", "95 %", "x frozen", "PEFT / it", "MiB a step", over)
+    _table(columns, rows, functools.partial(_step_cells, over=over))
 
 
-def _step_cells(r: dict) -> tuple[str, ...]:
+def _step_cells(r: dict, over: str) -> tuple[str, ...]:
     batch = f"{r['sequences']} x {r['tokens']}{' ckpt' if r['checkpointing'] else ''}"
     if "fault" in r:
         return batch, r["candidate"], r["fault"]
@@ -118,7 +120,7 @@ def _step_cells(r: dict) -> tuple[str, ...]:
         f"{r['ratio']:.2f}",
         f"{r['times_peft']:.2f}" if "times_peft" in r else "-",
         f"{r['step_mib']:.0f}",
-        f"{r['memory_ratio']:.2f}",
+        f"{r['over_lora' if over == 'x LoRA' else 'memory_ratio']:.2f}",
     )
 
 

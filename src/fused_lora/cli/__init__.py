@@ -1,4 +1,4 @@
-"""The command line: fused-lora info | finetune | merge | bench | tune, a file each.
+"""The command line: fused-lora info | finetune | merge | analyze | bench | tune, a file each.
 
 Bad input is one red line on stderr: exit code 2 for the input, 1 for the machine, 128 + its number for a signal.
 """
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fused_lora import __version__
+from fused_lora.cli.analyze import analyze
 from fused_lora.cli.bench import bench
 from fused_lora.cli.finetune import finetune
 from fused_lora.cli.info import info
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="LoRA at the price of the frozen layer.",
 )
-for command in (info, finetune, merge, bench, tune):
+for command in (info, finetune, merge, analyze, bench, tune):
     app.command()(command)
 
 

@@ -88,7 +88,7 @@ def _experts(name: str, layer: Any, fused: bool) -> Row:
     """A wrapper of a parameter."""
     refused = expert_updates(layer)
     if isinstance(refused, str):
-        return Row(name, "peft", f"{layer.parameter_name}: {refused}")
+        return Row(name, "peft", f"a ParamWrapper of {layer.parameter_name}: {refused}")
     if not fused:
         return Row(name, "peft", _NOT_YET)
     how = "its experts' own products of tokens sorted by expert, and one grouped call adds the update"
