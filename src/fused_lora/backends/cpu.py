@@ -149,6 +149,13 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, 
     return _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
 
 
+def backward_onto(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
+    """`backward` of plain LoRA with dx [M, K], contiguous, added to what is there."""
+    if needs.x:
+        dx.addmm_(dy, weight)
+    return _backward(dx, dy, x, None, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
+
+
 def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant, plan):
     """The gradients with optional tensors."""
     M, (R, K), dz, dbias, sums, inside = dy.shape[0], lora_A.shape, dy, None, None, plan == "inside"
