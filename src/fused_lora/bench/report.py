@@ -142,5 +142,18 @@ def _mixed_cells(r: dict) -> tuple[str, ...]:
     )
 
 
+def print_latency(rows: list[dict]) -> None:
+    say("SmolLM2-135M: one forward without gradients, r=16 on all linears but the head", "italic")
+    _table(("batch", "candidate", "ms", "95 %", "x frozen"), rows, _latency_cells)
+
+
+def _latency_cells(r: dict) -> tuple[str, ...]:
+    batch = f"{r['sequences']} x {r['tokens']}"
+    if "fault" in r:
+        return batch, r["candidate"], r["fault"]
+    interval = f"{_digits(r['forward_low_ms'], 3)}-{_digits(r['forward_high_ms'], 3)}"
+    return batch, r["candidate"], _digits(r["forward_ms"], 4), interval, f"{r['ratio']:.2f}"
+
+
 def print_written(path: Path) -> None:
     say(f"wrote {path}")
