@@ -116,8 +116,8 @@ Status cpu_forward(const CpuForwardParams& p);
 Status cpu_backward(const CpuBackwardParams& p);
 Status cpu_scale(const CpuScaleParams& p);
 
-// CPU, updates by an adapter of its own for each group of rows: position m of group g, offsets[g] <= m < offsets[g + 1],
-// is row rows[m] of x and y, or row m without `rows`.
+// CPU, updates by an adapter of its own for each group of rows: position m of group g, from offsets[g] to
+// offsets[g + 1], is row rows[m] of x and y, or row m without `rows`.
 struct CpuGroups {
   const void* const* A;       // [G] of [R_g, K], contiguous, adapter_dtype
   const void* const* B;       // [G] of [N, R_g], contiguous, adapter_dtype
