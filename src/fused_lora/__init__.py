@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING
 
 from fused_lora.adapters import (
+    adapters_per_sample,
+    adapters_per_token,
     add_weighted_adapter,
     apply_lora,
     delete_adapter,
@@ -32,6 +34,8 @@ __all__ = [
     "LoRALinear",
     "LoraConfig",
     "MergeSchedule",
+    "adapters_per_sample",
+    "adapters_per_token",
     "add_weighted_adapter",
     "apply_lora",
     "delete_adapter",

@@ -1,6 +1,6 @@
 """The pairs of A and B in a model, found by module: in layers of ours and of PEFT."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,12 @@ def adapters_in(model: nn.Module) -> Iterator[Adapter]:
                 yield Adapter(name, module, A, B, scaling[adapter], embedding)
 
 
+def magnitudes(adapters: Iterable[Adapter]) -> set[int]:
+    """The ids of DoRA's magnitudes in the layers of these adapters, which PEFT keeps in modules, we as parameters."""
+    holders = [a.module.lora_magnitude_vector for a in adapters if "lora_magnitude_vector" in a.module._modules]
+    return {id(p) for holder in holders for p in holder.parameters()}
+
+
 def lora_pairs(model: nn.Module) -> list[Pair]:
     """The pairs of A and B that train, by module: in layers of ours and of PEFT, each once.
 
@@ -134,14 +140,13 @@ def lora_pairs(model: nn.Module) -> list[Pair]:
 
 
 def pair_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups of all that trains: the pairs, other matrices, and what has one dimension, which does not
+    """Parameter groups of all that trains: the pairs, other matrices, and vectors and DoRA's magnitudes, which do not
     decay."""
     pairs = lora_pairs(model)
     paired = {id(t) for pair in pairs for t in (pair.A, pair.B)}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
-    groups: list[dict[str, Any]] = [
-        {"params": pairs},
-        {"params": [p for p in others if p.dim() > 1]},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    vectors = magnitudes(adapters_in(model))
+    groups: list[dict[str, Any]] = [{"params": pairs}, {"params": []}, {"params": [], "weight_decay": 0.0}]
+    for p in model.parameters():
+        if p.requires_grad and id(p) not in paired:
+            groups[2 if p.dim() < 2 or id(p) in vectors else 1]["params"].append(p)
     return [group for group in groups if group["params"]]

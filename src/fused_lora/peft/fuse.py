@@ -51,8 +51,8 @@ def unfuse(model: nn.Module) -> None:
 def explain(model: nn.Module) -> Ways:
     """Which adapted layers of a PEFT model run fused and which through PEFT's own forward, and why, as they now are.
 
-    It says what a call with x alone gets, in the base weight's dtype or under autocast; with `adapter_names` or other
-    arguments PEFT's forward runs.
+    It says what a call with x alone gets, in the base weight's dtype or under autocast; with `adapter_names` one
+    update serves all adapters of the batch, with other arguments PEFT's forward runs.
     """
     return Ways(tuple(_row(name, layer, type(layer) is fused_class(layer)) for name, layer in _layers(model)))
 
