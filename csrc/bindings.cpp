@@ -71,14 +71,18 @@ constexpr Keyword<D> kBackward[] = {
     {"dx_lora", put<D, &D::dx_lora>, true},
     {"dh_in", put<D, &D::dh_in>, true},
     {"dgate", put<D, &D::dgate>, true},
+    {"out_scale", put<D, &D::out_scale>, true},
+    {"y", put<D, &D::y, &D::ldy>, true},
+    {"bias", put<D, &D::bias>, true},
+    {"sums", put<D, &D::sums, &D::squares>, true},
 };
 
 using S = CpuScaleParams;
 constexpr Keyword<S> kScale[] = {
-    {"dy", put<S, &S::dy, &S::lddy>},     {"y", put<S, &S::y, &S::ldy>},    {"bias", put<S, &S::bias>},
-    {"out_scale", put<S, &S::out_scale>}, {"dz", put<S, &S::dz>},           {"sums", put<S, &S::sums>},
-    {"squares", put<S, &S::squares>},     {"dbias", put<S, &S::dbias>},     {"sizes", put<S, &S::M, &S::N>},
-    {"dtype", put<S, &S::dtype>},         {"threads", put<S, &S::threads>},
+    {"dy", put<S, &S::dy, &S::lddy>},     {"y", put<S, &S::y, &S::ldy>},   {"bias", put<S, &S::bias>},
+    {"out_scale", put<S, &S::out_scale>}, {"dz", put<S, &S::dz>},          {"sums", put<S, &S::sums, &S::squares>},
+    {"dbias", put<S, &S::dbias>},         {"sizes", put<S, &S::M, &S::N>}, {"dtype", put<S, &S::dtype>},
+    {"threads", put<S, &S::threads>},
 };
 
 using GF = CpuGroupedForwardParams;

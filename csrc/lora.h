@@ -9,7 +9,7 @@
 // and on the CPU with the op's optional tensors, of which a null pointer stands for none:
 //   forward    h  = s * drop(x_lora) A^T
 //              y  = out_scale * (x W^T + low B^T) + bias               low = (h + s h_in) * gate
-//   backward   dz = out_scale * dy (cpu_scale), given as dy below
+//   backward   dz = out_scale * dy
 //              dh = s (gate * (dz B) + dh_ext)    dh_c the same of c * dz    dh_ext: gradient of the returned h
 //              dx = dz W   dx_lora = mask * (dh A) / (1 - p)           added up where x_lora is x
 //              dA = dh_c^T drop(x_lora)   dB = c * (dz^T low)
@@ -93,11 +93,18 @@ struct CpuBackwardParams {
   void* dx_lora;           // [M, K], contiguous, dtype; updated
   void* dh_in;             // [M, R], contiguous, dtype
   float* dgate;            // [M, gates], contiguous
-  int64_t gates;
+  // What the walk itself makes of out_scale, where the base product is its own: dz of dy, and the sums. Else null, and
+  // dy is dz already (cpu_scale).
+  const float* out_scale;  // [N]
+  const void* y;           // [M, N], row stride ldy, dtype; read for sums and squares only
+  const void* bias;        // [N], dtype; or null
+  float* sums;             // [N], sum_M dy * (y - bias)
+  float* squares;          // [N], sum_M (y - bias)^2; with sums only
+  int64_t gates, ldy;
 };
 
-// CPU, what comes before the backward where there is an out_scale: dz = out_scale * dy in one pass over dy, with the
-// sums that read the same rows. A null output is not computed.
+// CPU, what comes before the backward where there is an out_scale and the base product is somebody else's: dz =
+// out_scale * dy in one pass over dy, with the sums that read the same rows. A null output is not computed.
 struct CpuScaleParams {
   const void* dy;          // [M, N], row stride lddy, dtype
   const void* y;           // [M, N], row stride ldy, dtype; read for sums and squares only

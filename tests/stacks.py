@@ -39,5 +39,5 @@ def filled(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Of what trains, by name."""
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    """Of what has one, by name."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

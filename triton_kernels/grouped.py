@@ -23,7 +23,8 @@ class Groups(NamedTuple):
 
     offsets: Tensor | None  # int [G + 1]; None: all positions are one group
     rows: Tensor | None  # int [P], or None
-    ranks: Tensor | None  # int32 [G], or None where all are R
+    ranks: Tensor | None  # int32 [G], in multiples of unit, or None where all are R
+    unit: int  # 8 where it divides all ranks, so that the compiler sees that whole vectors are loaded; else 1
     G: int
     P: int
     R: int  # the largest rank
@@ -35,7 +36,7 @@ class Groups(NamedTuple):
     @property
     def constexprs(self) -> dict[str, int]:
         """What every kernel over groups takes."""
-        return {"R": self.R, "BLOCK_G": triton.next_power_of_2(self.G)}
+        return {"R": self.R, "UNIT": self.unit, "BLOCK_G": triton.next_power_of_2(self.G)}
 
 
 class Factors(NamedTuple):
@@ -86,12 +87,12 @@ def item_of(offsets, item, P, G, TILE: tl.constexpr, BLOCK_G: tl.constexpr):
 
 
 @triton.jit
-def rank_of(ranks, g, R: tl.constexpr):
+def rank_of(ranks, g, R: tl.constexpr, UNIT: tl.constexpr):
     """The rank of a group."""
     if ranks is None:
         rank = R
     else:
-        rank = tl.load(ranks + g)
+        rank = tl.load(ranks + g) * UNIT
     return rank
 
 
@@ -111,8 +112,7 @@ def factor_at(first, table, g, stride_g, ALIGNED: tl.constexpr):
     if table is None:
         at = first + g.to(tl.int64) * stride_g
     else:
-        address = tl.load(table + g)
+        at = tl.load(table + g).to(first.dtype)
         if ALIGNED:
-            address = tl.multiple_of(address, 16)
-        at = address.to(first.dtype)
+            at = tl.multiple_of(at, 16)
     return at

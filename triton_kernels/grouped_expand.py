@@ -21,14 +21,14 @@ from fused_lora.triton_kernels.launch import launch
 
 @triton.jit
 def grouped_expand_kernel(
-    low,  # [P, R], contiguous
+    low,  # [P, R], contiguous, zeros beyond a group's rank
     thin,  # element (r, n) of group g at g * stride_tg + r * stride_tr + n * stride_tn
     table,  # int64 [G], addresses instead of g * stride_tg, or None
     base,  # [M, N], row stride stride_bm, or None
     out,  # [M, N], contiguous
     offsets,  # int [G + 1]
     rows,  # int [P], or None
-    ranks,  # int32 [G], or None
+    ranks,  # int32 [G], in multiples of UNIT, or None
     seed_ptr,  # int64 [1], or None
     thresholds,  # int32 [G], or None
     keep_factors,  # fp32 [G], or None
@@ -41,6 +41,7 @@ def grouped_expand_kernel(
     stride_bm,
     ALIGNED: tl.constexpr,
     R: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -50,7 +51,7 @@ def grouped_expand_kernel(
     n = tl.program_id(1) * BLOCK_N
     g, _, end, first = item_of(offsets, tl.program_id(0), P, G, BLOCK_M, BLOCK_G)
     if first < end:
-        rank = rank_of(ranks, g, R)
+        rank = rank_of(ranks, g, R, UNIT)
         positions, offs_n = first + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
         mask_m, mask_n = positions < end, offs_n < N
         at = rows_at(rows, positions, mask_m)
@@ -64,7 +65,8 @@ def grouped_expand_kernel(
         for r in range(0, rank, BLOCK_R):
             offs_r = r + tl.arange(0, BLOCK_R)
             mask_r = offs_r < rank
-            low_tile = tl.load(low_rows + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+            low_mask = mask_m[:, None] & (offs_r < R)[None, :]  # beyond the rank are zeros
+            low_tile = tl.load(low_rows + offs_r[None, :], mask=low_mask, other=0.0)
             thin_ptrs = thin_cols + offs_r.to(tl.int64)[:, None] * stride_tr  # [BLOCK_R, BLOCK_N]
             thin_tile = tl.load(thin_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
             acc = tl.dot(low_tile, thin_tile.to(low_tile.dtype), acc, input_precision=PRECISION)
@@ -92,7 +94,7 @@ def grouped_expand(
     """out[rows] = base[rows] + keep * (low @ thin_g); returns out.
 
     Args:
-        low: [P, R], contiguous.
+        low: [P, R], contiguous, zeros beyond a group's rank.
         thin: of low's dtype or fp32.
         base: [M, N], row-major, out itself, or None for zeros.
         out: [M, N], contiguous.

@@ -28,7 +28,7 @@ def grouped_shrink_kernel(
     low,  # [P, R], contiguous
     offsets,  # int [G + 1]
     rows,  # int [P], or None
-    ranks,  # int32 [G], or None
+    ranks,  # int32 [G], in multiples of UNIT, or None
     factors,  # fp32 [G]
     seed_ptr,  # int64 [1], or None
     thresholds,  # int32 [G], or None
@@ -41,6 +41,7 @@ def grouped_shrink_kernel(
     stride_dk,  # None: the group's rank
     ALIGNED: tl.constexpr,
     R: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -50,7 +51,7 @@ def grouped_shrink_kernel(
     pid_r = tl.program_id(1)
     g, _, end, first = item_of(offsets, tl.program_id(0), P, G, BLOCK_M, BLOCK_G)
     if first < end:
-        rank = rank_of(ranks, g, R)
+        rank = rank_of(ranks, g, R, UNIT)
         positions, offs_r = first + tl.arange(0, BLOCK_M), pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
         mask_m, mask_r = positions < end, offs_r < rank
         at = rows_at(rows, positions, mask_m)

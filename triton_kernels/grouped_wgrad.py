@@ -44,7 +44,7 @@ def grouped_wgrad_kernel(
     starts,  # int64 [G], or None for g * R * C
     offsets,  # int [G + 1], or None
     rows,  # int [P], or None
-    ranks,  # int32 [G], or None
+    ranks,  # int32 [G], in multiples of UNIT, or None
     factors,  # fp32 [G], or None
     seed_ptr,  # int64 [1], or None
     thresholds,  # int32 [G], or None
@@ -53,6 +53,7 @@ def grouped_wgrad_kernel(
     C,
     stride_lm,
     R: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -63,7 +64,7 @@ def grouped_wgrad_kernel(
 ):
     item, pid_c, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g, start, end, first = item_of(offsets, item, P, G, ROWS, BLOCK_G)
-    rank = rank_of(ranks, g, R)
+    rank = rank_of(ranks, g, R, UNIT)
     if ((first < end) | (first == start)) & (pid_r * BLOCK_R < rank):
         offs_c, offs_r = pid_c * BLOCK_C + tl.arange(0, BLOCK_C), pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
         mask_c, mask_r = offs_c < C, offs_r < rank
@@ -78,7 +79,7 @@ def grouped_wgrad_kernel(
             left_ptrs = left + at[:, None] * stride_lm + offs_c[None, :]  # [BLOCK_M, BLOCK_C]
             low_ptrs = low + positions.to(tl.int64)[:, None] * R + offs_r[None, :]  # [BLOCK_M, BLOCK_R]
             left_tile = tl.load(left_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-            low_tile = tl.load(low_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+            low_tile = tl.load(low_ptrs, mask=mask_m[:, None] & (offs_r < R)[None, :], other=0.0)
             if seed_ptr is not None:
                 keep = keep_rows(seed, at.to(tl.int32), pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C)
                 left_tile = tl.where(keep, left_tile, tl.zeros_like(left_tile))
@@ -103,11 +104,12 @@ def sum_groups_kernel(
     out,  # of group g from element starts[g]: R_g * C elements
     starts,  # int64 [G], or None for g * R * C
     offsets,  # int [G + 1], or None
-    ranks,  # int32 [G], or None
+    ranks,  # int32 [G], in multiples of UNIT, or None
     P,
     G,
     C,
     R: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -125,7 +127,7 @@ def sum_groups_kernel(
         is_it = ((firsts // ROWS == j) & (lasts - firsts > ROWS)).to(tl.int32)
         g, found = tl.sum(is_it * offs_g, 0), tl.sum(is_it, 0) > 0
         start, end = tl.load(offsets + g).to(tl.int32), tl.load(offsets + g + 1).to(tl.int32)
-    size = rank_of(ranks, g, R) * C
+    size = rank_of(ranks, g, R, UNIT) * C
     if found & (tl.program_id(0) * BLOCK < size):
         offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         count = tl.cdiv(end - start, ROWS)

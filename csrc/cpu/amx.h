@@ -78,6 +78,9 @@ inline int64_t sides(int64_t n) { return (n + kSide - 1) / kSide; }
 // amx_pack.cpp
 // blocks[sides(rows)][sides(cols)] = src[rows, cols (row stride ld)].
 void to_blocks(const uint16_t* src, int64_t ld, uint16_t* blocks, int64_t rows, int64_t cols);
+// The same of src * scale[cols], rounded once.
+void to_scaled_blocks(const uint16_t* src, int64_t ld, const float* scale, uint16_t* blocks, int64_t rows,
+                      int64_t cols);
 // The same into `whole` and, with dropout of rows row0.., into `dropped`; bits[rows, sides(cols)]: what it keeps.
 // `whole` and `bits` may be null. Drawn here, while x is on its way from memory: apart it would take 4 % of a layer
 // more.

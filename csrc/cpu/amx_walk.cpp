@@ -10,6 +10,7 @@
 // dbias gather in one fp32 slab a thread and are summed in thread order, so results repeat bit for bit.
 #include "amx.h"
 #include "between.h"
+#include "scale.h"
 #include "walk.h"
 
 #ifdef FUSED_LORA_AMX
@@ -211,7 +212,8 @@ class Backward {
         bits(p.dropout.threshold > 0 && need_dh ? buffers.take<uint32_t>(walked * K_steps) : nullptr),
         dA{p.dA, p.adapter_dtype, p.K, p.R, true},
         dB{p.dB, p.adapter_dtype, p.N, p.R, false},
-        dbias(p.dbias, N_steps * kSide),
+        dbias(p.dbias && !p.out_scale, N_steps * kSide),
+        scale_sums(scale_params(p), buffers, threads),
         dx{.left = blocks,
            .right = static_cast<const uint16_t*>(p.W),
            .low = low,
@@ -245,7 +247,7 @@ class Backward {
   void run() {
     parallel(threads, [&](int t) {
       down.pack(t, threads), down_c.pack(t, threads);
-      dA.slabs.clear(t), dB.slabs.clear(t), dbias.clear(t);
+      dA.slabs.clear(t), dB.slabs.clear(t), dbias.clear(t), scale_sums.clear(t);
     });
     for (int64_t m0 = 0; m0 < p.M; m0 += walked) {
       dx.M = dx_lora.M = std::min(walked, p.M - m0);
@@ -259,7 +261,8 @@ class Backward {
       dA.store(p.dropout.scale(), nullptr, part(p.K, kSide, t, threads));
       dB.store(1.0f, p.row_scale, part(p.N, kSide, t, threads));
     });
-    if (p.dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
+    if (dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
+    scale_sums.store();
   }
 
  private:
@@ -296,13 +299,15 @@ class Backward {
       const auto* dy = static_cast<const uint16_t*>(p.dy) + (m0 + m + i) * p.lddy;
       const int64_t height = std::min(kSide, rows - i);
       uint16_t* to = left + i * N_steps * kSide;
-      to_blocks(dy, p.lddy, to, height, p.N);
+      if (p.out_scale) to_scaled_blocks(dy, p.lddy, p.out_scale, to, height, p.N);
+      else to_blocks(dy, p.lddy, to, height, p.N);
+      if (scale_sums) scale_sums.gather(t, m0 + m + i, 0, height, p.N);
       const float factor = between ? 1.0f : p.scaling;
       if (need_dh) shrink_amx(to, down.pairs, factor, low + (m + i) * Rp, Rp, height, N_steps, p.R);
       if (own.dh_c) shrink_amx(to, down_c.pairs, factor, own.dh_c + i * Rp, Rp, height, N_steps, p.R);
       if (between) act_between(own, m0 + m + i, i, low + (m + i) * Rp, height);
     }
-    if (p.dbias) column_sums_amx(left, dbias[t], sides(rows), N_steps);
+    if (dbias) column_sums_amx(left, dbias[t], sides(rows), N_steps);
     if (!p.dB) return;
     if (!between) load_h(static_cast<const uint16_t*>(p.h) + (m0 + m) * p.R, p.R, own.h, Rp, rows);
     transpose_low(own.h, Rp, own.lowT, round_up(rows, kSide));
@@ -350,6 +355,7 @@ class Backward {
   uint32_t* bits;          // [walked, sides(K)] of x that is kept, or null
   Gradient dA, dB;
   Slabs dbias;
+  ScaleSums scale_sums;
   AmxGemm dx, dx_lora;  // dx_lora: the update alone, where it does not go to dx
   AmxScratch scratch, scratch_lora;
   std::vector<Own> owns;

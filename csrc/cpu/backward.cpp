@@ -10,6 +10,7 @@
 #include "between.h"
 #include "block_bf16.h"
 #include "block_fp32.h"
+#include "scale.h"
 #include "walk.h"
 
 namespace fused_lora::cpu {
@@ -87,7 +88,8 @@ template <class Block> void low_rank(const CpuBackwardParams& p, Buffers& buffer
   fill(threads, down, thin);
   if (down_c.needs_fill()) down_c.fill();
   Gradient<Block> dA(p.dA, p.adapter_dtype, p.K, p.R, true), dB(p.dB, p.adapter_dtype, p.N, p.R, false);
-  Slabs dbias(p.dbias, round_up(p.N, Block::kColumns));
+  Slabs dbias(p.dbias && !p.out_scale, round_up(p.N, Block::kColumns));
+  ScaleSums scale_sums(scale_params(p), buffers, threads);
   std::vector<Block> blocks;
   std::vector<Beside> besides;
   for (int t = 0; t < threads; ++t) {
@@ -98,7 +100,7 @@ template <class Block> void low_rank(const CpuBackwardParams& p, Buffers& buffer
     dA.add(buffers), dB.add(buffers), dbias.add(buffers);
   }
 
-  const auto clear = [&](int t) { dA.clear(t), dB.clear(t), dbias.clear(t); };
+  const auto clear = [&](int t) { dA.clear(t), dB.clear(t), dbias.clear(t), scale_sums.clear(t); };
   const auto body = [&](int t, int64_t m, int64_t rows) {
     Block& block = blocks[static_cast<size_t>(t)];
     Beside& beside = besides[static_cast<size_t>(t)];
@@ -120,11 +122,17 @@ template <class Block> void low_rank(const CpuBackwardParams& p, Buffers& buffer
     }
     for (int64_t n = 0; n < p.N; n += kPanel) {
       const int64_t cols = std::min(kPanel, p.N - n);
-      const auto dy = block.panel(at(p.dy, m * p.lddy + n, p.dtype), p.lddy, nullptr, rows, cols);
+      const char* from = at(p.dy, m * p.lddy + n, p.dtype);
+      if (scale_sums) scale_sums.gather(t, m, n, rows, cols);
+      const auto dy = [&] {
+        if constexpr (Block::kScales)
+          if (p.out_scale) return block.scaled_panel(from, p.lddy, p.out_scale + n, rows, cols);
+        return block.panel(from, p.lddy, nullptr, rows, cols);
+      }();
       if (need_dh) block.shrink(dy, down, n, rows, cols);
       if (down_c) on_c([&] { block.shrink(dy, down_c, n, rows, cols); });
       if (dB) dB.gather(block, dy, t, n, rows, cols);
-      if (p.dbias) block.column_sums(dy, dbias[t] + n, rows, cols);
+      if (dbias) block.column_sums(dy, dbias[t] + n, rows, cols);
     }
     if (!need_dh) return;
     const float factor = between ? 1.0f : p.scaling;  // which is in it already
@@ -150,7 +158,8 @@ template <class Block> void low_rank(const CpuBackwardParams& p, Buffers& buffer
 
   const float factor = Block::kMaskScales ? 1.0f : p.dropout.scale();
   both(dA && dB ? threads : 1, [&] { dA.store(factor, nullptr); }, [&] { dB.store(1.0f, p.row_scale); });
-  if (p.dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
+  if (dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
+  scale_sums.store();
 }
 
 }  // namespace
@@ -174,6 +183,7 @@ Status cpu_backward(const CpuBackwardParams& p) {
   const int64_t Rp = round_up(p.R, BlockFp32::kRanks);
   float* dh = inside ? buffers.take(p.M * Rp) : nullptr;
   const LoraGemm dx{.left = static_cast<const float*>(p.dy),
+                    .left_scale = p.out_scale,
                     .right = static_cast<const float*>(p.W),
                     .low = dh,
                     .thin = static_cast<const float*>(p.A),

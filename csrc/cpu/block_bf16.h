@@ -19,6 +19,7 @@ class BlockBf16 {
   static constexpr int64_t kGathered = 2 * kLanes;  // columns of a gradient's slab likewise
   static constexpr bool kRanksFirst = true;         // a slab lies as [Rp, columns]
   static constexpr bool kMaskScales = false;        // a masked panel holds 0 or x itself
+  static constexpr bool kScales = false;            // the base product is never its own: dy is dz already
 
   // `down` [K or N, Rp] or `thin` [R, ld] in pairs of rows, [(rows + 1) / 2, ld], padded with zeros. The calling thread
   // takes the memory, any may fill it. src null: nobody will read it.

@@ -12,6 +12,7 @@ class BlockFp32 {
   static constexpr int64_t kGathered = kLanes;   // columns of a gradient's slab likewise
   static constexpr bool kRanksFirst = true;      // a slab lies as [Rp, columns]
   static constexpr bool kMaskScales = true;      // a masked panel holds dropout's factor
+  static constexpr bool kScales = true;          // has scaled_panel
 
   // `down` [K or N, Rp] or `thin` [R, ld], its rows the summed dimension: src itself where it lies so, else a copy
   // padded with zeros. The calling thread takes the memory, any may fill it. src null: nobody will read it.
@@ -70,6 +71,14 @@ class BlockFp32 {
     if (dtype_ == Dtype::f32 && !keep && rows % kStrip == 0 && cols % kLanes == 0)
       return {static_cast<const float*>(src), ld};
     load_panel(src, dtype_, ld, keep, panel_, rows, cols);
+    return {panel_, kPanel};
+  }
+
+  // src[rows, cols (row stride ld)] * scale[cols], of fp32.
+  Panel scaled_panel(const void* src, int64_t ld, const float* scale, int64_t rows, int64_t cols) {
+    load_panel(src, dtype_, ld, nullptr, panel_, rows, cols);
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t n = 0; n < cols; ++n) panel_[m * kPanel + n] *= scale[n];
     return {panel_, kPanel};
   }
 

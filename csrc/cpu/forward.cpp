@@ -76,6 +76,7 @@ Status cpu_forward(const CpuForwardParams& p) {
   low_rank<BlockFp32>(p, buffers, low);
   if (p.W) {
     const LoraGemm y{.left = static_cast<const float*>(p.x),
+                     .left_scale = nullptr,
                      .right = static_cast<const float*>(p.W),
                      .low = low ? low : static_cast<const float*>(p.h),
                      .thin = static_cast<const float*>(p.B),

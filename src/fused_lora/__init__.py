@@ -42,6 +42,7 @@ __all__ = [
     "disable_adapter",
     "expert_rank_pattern",
     "get_nb_trainable_parameters",
+    "group",
     "grouped_lora_update",
     "link_reslora",
     "load_adapter",
@@ -55,11 +56,13 @@ __all__ = [
     "set_adapter",
     "share_outer",
     "tune",
+    "ungroup",
     "unload",
 ]
 
 if TYPE_CHECKING:
     from fused_lora.adapters.flow import LoRAFlow
+    from fused_lora.adapters.group import group, ungroup
     from fused_lora.adapters.reslora import link_reslora
     from fused_lora.schedules import MergeSchedule
     from fused_lora.tuning import tune
@@ -67,8 +70,10 @@ else:
     _LATER = {
         "LoRAFlow": "adapters.flow",
         "MergeSchedule": "schedules",
+        "group": "adapters.group",
         "link_reslora": "adapters.reslora",
         "tune": "tuning",
+        "ungroup": "adapters.group",
     }
 
     def __getattr__(name):

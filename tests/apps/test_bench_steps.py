@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fused_lora.bench import memory, report, steps, ways
+from fused_lora.bench import memory, mixed, report, steps, ways
 from fused_lora.bench.steps import Batch, Candidate, Workload, model_for, run_steps
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
@@ -113,3 +113,24 @@ def test_a_workload_travels_to_the_process_that_measures():
     assert memory.in_fresh_process(steps.peak_on_cpu, BASE, Candidate("addmm"), Batch(1, 8), 1) >= 0
     with pytest.raises(OSError, match="process that measures peak memory failed: ValueError: kind must be"):
         memory.in_fresh_process(steps.peak_on_cpu, BASE, Candidate("fast"), Batch(1, 8), 1)
+
+
+def test_a_layer_with_an_adapter_for_each_sample(capsys):
+    cases = [mixed.MixedCase(count, 32, 16, 24, dtype) for count in (2, 8) for dtype in (torch.float32, torch.bfloat16)]
+    for case, rows in zip(cases, mixed.run_mixed(cases, "cpu", budget_s=0, least=1)):
+        assert [r["candidate"] for r in rows] == ["frozen", "one adapter", "fused", "peft", "bmm"]
+        for r in rows:
+            assert "fault" not in r, r
+            assert r["adapters"] == case.adapters and r["ratio"] > 0 and r["over_one"] > 0
+        report.print_mixed(rows)
+    assert "a batch of 8 adapters" in capsys.readouterr().out
+
+
+def test_a_wrong_mixture_is_dropped(monkeypatch):
+    def swapped(p):
+        forward, leaves = mixed.CANDIDATES["fused"](p)
+        return lambda x: forward(x).flip(0), leaves
+
+    monkeypatch.setitem(mixed.CANDIDATES, "bmm", swapped)
+    (rows,) = mixed.run_mixed([mixed.MixedCase(2, 32, 16, 24)], "cpu", budget_s=0, least=1)
+    assert rows[-1]["fault"] == "wrong" and "fault" not in rows[2]

@@ -65,6 +65,7 @@ CASES = [
     dict(counts=(0,), N=6, K=10, ranks=(3,)),
     dict(counts=(1, 0, 17), N=24, K=32, ranks=(8, 4, 1)),
     dict(counts=(0, 13, 100, 0, 2, 33), N=33, K=47, ranks=(16, 3, 12, 5, 40, 16)),
+    dict(counts=(20, 5), N=24, K=40, ranks=(24, 8)),
     dict(counts=(70, 32, 65), N=70, K=130, ranks=(8, 8, 8), indexed=False),
     dict(counts=(129,), N=16, K=24, ranks=(160,), indexed=False, offsets=torch.int64),
 ]
@@ -94,7 +95,7 @@ def test_a_stack_beside_matrices(on_triton, poison):
         check_exact(p | {name: [torch.stack(p[name])]})
 
 
-@pytest.mark.parametrize("case", CASES[1:4], ids=lambda case: "-".join(map(str, case["counts"])))
+@pytest.mark.parametrize("case", CASES[1:4:2], ids=lambda case: "-".join(map(str, case["counts"])))
 def test_the_bound(on_triton, poison, case):
     for dtype in on_triton.dtypes:
         p = problem(**case, dtype=dtype, adapter=torch.float32, exact=False, device=on_triton.device)

@@ -16,9 +16,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_lora.triton_kernels import scale_gradient
-from fused_lora.triton_kernels.configs import Device, backward_plan, dy_pass_config, expand_config, forward_plan
+from fused_lora.triton_kernels.configs import (
+    Device,
+    backward_plan,
+    dy_pass_config,
+    expand_config,
+    forward_plan,
+    grouped_expand_config,
+    grouped_shrink_config,
+    grouped_wgrad_config,
+)
 from fused_lora.triton_kernels.dy_pass import dy_pass_kernel
 from fused_lora.triton_kernels.expand import expand_kernel
+from fused_lora.triton_kernels.grouped_expand import grouped_expand_kernel
+from fused_lora.triton_kernels.grouped_shrink import grouped_shrink_kernel
+from fused_lora.triton_kernels.grouped_wgrad import SUM_TILE as SUM_GROUPS_TILE
+from fused_lora.triton_kernels.grouped_wgrad import grouped_wgrad_kernel, sum_groups_kernel
 from fused_lora.triton_kernels.lora_gemm import lora_gemm_kernel
 from fused_lora.triton_kernels.lora_gemm_shrink import lora_gemm_shrink_kernel
 from fused_lora.triton_kernels.low_gradient import low_gradient_kernel
@@ -26,7 +39,7 @@ from fused_lora.triton_kernels.shrink import shrink_kernel
 from fused_lora.triton_kernels.wgrad import SUM_TILE, sum_slabs_kernel, wgrad_kernel
 
 FLOATS = {"factor", "keep_factor", "more_factor", "in_factor", "smallest"}
-UNALIGNED = {"threshold", "count", "more_count"}  # ints that need not be multiples of 16
+UNALIGNED = {"threshold", "count", "more_count", "G"}  # ints that need not be multiples of 16
 M, N, K = 8192, 4096, 4096
 # The optional arguments of plain LoRA's kernels.
 UNGATED = dict(h_in=None, gate=None, gated=None, in_factor=None, GATES=1)
@@ -155,6 +168,34 @@ class Compiler:
         self.compile(what, scale_gradient.columns_kernel, types, **common, stride_br=1, **scale_gradient.COLUMNS_TILE)
         self.compile(what, scale_gradient.select_kernel, types, **scale_gradient.SUMS_TILE)
 
+    def grouped(self, R: int, thin: str, dropout: bool, G: int, mixed: bool) -> None:
+        """grouped_lora_update over matrices of different ranks by tables of addresses, or over stacks."""
+        what = f"R={R} {thin} dropout={dropout} G={G} mixed={mixed}"
+        types = dict.fromkeys(("low", "left", "base"), "*bf16") | dict.fromkeys(("factors", "keep_factors"), "*fp32")
+        types |= dict.fromkeys(("offsets", "ranks", "thresholds"), "*i32") | dict.fromkeys(("down", "thin"), "*" + thin)
+        types |= dict(table="*i64", rows="*i64", starts="*i64", seed_ptr="*i64", slabs="*fp32")
+        none = {} if dropout else dict.fromkeys(("seed_ptr", "thresholds", "keep_factors"))
+        none |= {} if mixed else dict.fromkeys(("table", "ranks", "rows", "starts"))
+        common = dict(R=R, UNIT=8, BLOCK_G=triton.next_power_of_2(G), ALIGNED=True, PRECISION="ieee")
+
+        def compile(kernel, out: str, **constexprs):
+            given = {name: v for name, v in (none | common | constexprs).items() if name in kernel.arg_names}
+            given |= {name: v for name, v in constexprs.items() if name.startswith("num_")}
+            self.compile(what, kernel, types | dict(out=out), **given)
+
+        shrink = grouped_shrink_config(M, G, K, R, 2, self.device).constexprs
+        expand = grouped_expand_config(M, G, N, R, 2).constexprs
+        compile(grouped_shrink_kernel, "*bf16", stride_dk=1, **shrink)  # A, in the forward
+        compile(grouped_expand_kernel, "*bf16", stride_tn=1, **expand)
+        own = dict(stride_dk=None, stride_tn=None) if mixed else {}
+        compile(grouped_shrink_kernel, "*bf16", stride_dr=1, **own, **shrink)  # B, in the backward
+        compile(grouped_expand_kernel, "*bf16", stride_tr=1, **own, **expand)
+        c = grouped_wgrad_config(M, K, R, 2, self.device)
+        for transposed in (False, True):
+            choices = dict(TRANSPOSED=transposed, ROWS=c.rows_per_split)
+            compile(grouped_wgrad_kernel, "*" + thin, **choices, **c.constexprs)
+        compile(sum_groups_kernel, "*" + thin, ROWS=c.rows_per_split, **SUM_GROUPS_TILE)
+
     def everything(self) -> list[dict]:
         for R, dropout, thin in CASES:
             what, masked = f"R={R} {thin} dropout={dropout}", dict(DROPOUT=dropout)
@@ -162,6 +203,8 @@ class Compiler:
             self.gemms(what, R, thin, dropout)
         self.with_optional_tensors(16, "fp32", True, 2)
         self.with_optional_tensors(256, "bf16", False, 256)
+        self.grouped(64, "fp32", True, 1000, True)
+        self.grouped(16, "bf16", False, 8, False)
         for more in (True, False):
             types = dict(slabs="*fp32", out="*bf16", more_slabs="*fp32", more_out="*fp32")
             none = {} if more else dict(more_slabs=None, more_out=None)

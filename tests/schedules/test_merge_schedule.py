@@ -7,7 +7,7 @@ import torch
 from tiny_llama import llama, randomise
 from torch import nn
 
-from fused_lora import LoraConfig, apply_lora, load_adapter
+from fused_lora import LoraConfig, apply_lora, load_adapter, optim
 from fused_lora.schedules import MergeSchedule
 
 IDS = torch.arange(24).view(2, 12)
@@ -391,3 +391,47 @@ def test_a_state_of_another_schedule_is_refused():
     MergeSchedule(embedded, every=1).step(torch.optim.SGD(factors(embedded), lr=0.1))
     torch.testing.assert_close(embedded(tokens), before)
     assert not embedded[0].lora_A["default"].any() and embedded[0].lora_B["default"].any()
+
+
+OPTIMIZERS = {
+    "loraplus": lambda model: optim.create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.01),
+    "rite": lambda model: optim.LoRARite(model, lr=0.01),
+    "pro": lambda model: optim.LoRAProAdamW(model, lr=0.01),
+    "pro full": lambda model: optim.LoRAProAdamW(model, lr=0.01, mode="full"),
+    "riemannian": lambda model: optim.create_riemannian_optimizer(model, torch.optim.AdamW, lr=0.01),
+    "lora-fa": lambda model: optim.create_lorafa_optimizer(model, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_every_optimizer_goes_on_after_a_merge(kind):
+    model = adapted()
+    optimizer = OPTIMIZERS[kind](model)
+    schedule = MergeSchedule(model, every=3)
+    train(model, 3, schedule, optimizer)
+    assert schedule.merges == 1 and not optimizer.state
+    fresh, state = adapted(), model.state_dict()
+    fresh.load_state_dict(state)
+    train(model, 2, schedule, optimizer, first=3)
+    train(fresh, 2, optimizer=OPTIMIZERS[kind](fresh), first=3)
+    for want, got in zip(fresh.parameters(), model.parameters(), strict=True):
+        assert torch.equal(want, got), "as a run that begins with the merged weights"
+    assert model[0].lora_B["default"].any()
+    if kind != "loraplus":
+        with pytest.raises(ValueError, match="ranks need a rebuild_optimizer with"):
+            MergeSchedule(model, knots=[1], ranks=[4, 2]).step(optimizer)
+
+
+def test_allora_is_merged_and_dora_refused():
+    model = randomise(apply_lora(small(), config=LoraConfig(r=4, target_modules=["0", "2"], allora_eta=0.7)))
+    x = torch.randn(5, 32)
+    before = model(x)
+    schedule = MergeSchedule(model, knots=[1], ranks=[4, 2])
+    optimizer = torch.optim.SGD(factors(model), lr=0.1)
+    schedule.step(optimizer)
+    torch.testing.assert_close(model(x), before)
+    assert model[0].variants["default"].eta == 0.7 and model[0].r["default"] == 2
+    train(model, 2, schedule, optimizer)
+    dora = apply_lora(small(), config=LoraConfig(r=4, target_modules=["0", "2"], use_dora=True))
+    with pytest.raises(ValueError, match="the adapter of 0 must be plain LoRA to be folded into the weight; got DoRA"):
+        MergeSchedule(dora, every=2)

@@ -18,12 +18,12 @@ KINDS = [("block", 1), ("block", 2), ("block", -1), ("input", 1), ("middle", 1),
 SCALING = 3.0
 
 
-def stack(blocks: int = 4, dropout: float = 0.0, dtype=torch.float64) -> nn.Module:
-    return filled(apply_lora(Stack(blocks).to(dtype), r=2, lora_alpha=2 * SCALING, lora_dropout=dropout))
+def stack(blocks: int = 4, dropout: float = 0.0, dtype=torch.float64, sizes=(6, 10)) -> nn.Module:
+    return filled(apply_lora(Stack(blocks, *sizes).to(dtype), r=2, lora_alpha=2 * SCALING, lora_dropout=dropout))
 
 
-def rows(dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(5, 6, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+def rows(dtype=torch.float64, shape=(5, 6)) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
 
 
 def formula(model: nn.Module, x: torch.Tensor, kind: str, pre_num: int) -> torch.Tensor:
@@ -66,13 +66,14 @@ def test_forward_and_gradients_are_the_formulas(kind, pre_num):
 @pytest.mark.parametrize("kind, pre_num", KINDS)
 def test_back_ends_and_dtypes(kind, pre_num, backend, monkeypatch):
     optional = {"block": (), "input": ("x_lora",), "middle": ("h_in", "gate")}[kind]
-    request = Request(torch.device(backend.device), torch.float32, torch.float32, 8, 10, 6, 2, True, optional)
+    request = Request(torch.device(backend.device), torch.float32, torch.float32, 64, 40, 24, 2, True, optional)
     if refused := refusal(backend.name, request):
         pytest.skip(f"{backend.name} supports {refused}")
     monkeypatch.setattr(
         "fused_lora.nn.linear.lora_linear", lambda *args, **kw: lora_linear(*args, **kw, backend=backend.name)
     )
-    model, x = stack(3, dtype=torch.float32).to(backend.device), rows(torch.float32).detach().to(backend.device)
+    model, x = stack(3, dtype=torch.float32, sizes=(24, 40)), rows(torch.float32, (64, 24)).detach()
+    model, x = model.to(backend.device), x.to(backend.device)
 
     def found(y, model):
         model.zero_grad()

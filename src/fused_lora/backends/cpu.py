@@ -4,8 +4,8 @@ inside    our own product, in one pass with the update: fp32 by csrc/cpu/lora_ge
 around    PyTorch's own GEMM writes y (dx), and the kernel adds the update into it
 
 `update` and `grouped_update`, whose base product somebody else has made, have the second plan only. The optional
-tensors act within the same kernels; out_scale has a pass over dy of its own before the backward, which scales it and
-takes the sums for its gradient.
+tensors act within the same kernels; around PyTorch's product out_scale has a pass over dy of its own before the
+backward.
 """
 
 from functools import partial
@@ -81,19 +81,17 @@ def _between(variant: Variant) -> tuple[list, dict]:
     kept: list[torch.Tensor] = []
     given: dict[str, int | tuple[int, int]] = {}
     if variant.h_in is not None:
-        h_in = variant.h_in.contiguous()
-        kept.append(h_in)
-        given["h_in"] = h_in.data_ptr()
+        kept.append(variant.h_in.contiguous())
+        given["h_in"] = kept[-1].data_ptr()
     if variant.gate is not None:
-        gate = variant.gate.to(torch.float32).contiguous()
-        kept.append(gate)
-        given["gate"] = gate.data_ptr(), gate.shape[1]
+        kept.append(_single(variant.gate))
+        given["gate"] = kept[-1].data_ptr(), variant.gate.shape[1]
     return kept, given
 
 
-def _vector(t: torch.Tensor) -> torch.Tensor:
-    """t in fp32, as it lies if it can."""
-    return t.to(torch.float32).contiguous()
+def _single(t: torch.Tensor) -> torch.Tensor:
+    """t in fp32 and contiguous: itself if it is."""
+    return t if t.dtype is torch.float32 and t.is_contiguous() else t.to(torch.float32).contiguous()
 
 
 def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
@@ -106,7 +104,7 @@ def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, varia
             kept.append(x_lora)
             given["x_lora"] = x_lora.data_ptr(), ldx_lora
         if variant.out_scale is not None:
-            kept.append(_vector(variant.out_scale))
+            kept.append(_single(variant.out_scale))
             given["out_scale"] = kept[-1].data_ptr()
         call = partial(call, **given)
     lora_A, lora_B, dtype = lora_A.contiguous(), lora_B.contiguous(), x.dtype
@@ -151,74 +149,90 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, 
     return _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
 
 
+def backward_onto(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
+    """`backward` of plain LoRA with dx [M, K], contiguous, added to what is there."""
+    if needs.x:
+        dx.addmm_(dy, weight)
+    return _backward(dx, dy, x, None, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
+
+
 def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant, plan):
     """The gradients with optional tensors."""
-    M, (R, K), dz, scaled = dy.shape[0], lora_A.shape, dy, {}
-    if variant.out_scale is not None:
-        dz, dbias, sums = _scale(dy, y, bias, needs, _vector(variant.out_scale))
-        scaled = {"bias": dbias}
-        if needs.weight:
-            scaled["weight"] = dz.t() @ x
-        if needs.out_scale:
-            scaled["out_scale"] = out_scale_gradient(sums[0], sums[1], dy, x, weight, lora_B, h, bias, scaling, variant)
-    apart = variant.x_lora is not None
+    M, (R, K), dz, dbias, sums, inside = dy.shape[0], lora_A.shape, dy, None, None, plan == "inside"
+    kept, given = _between(variant)
+    scaled, apart = variant.out_scale is not None, variant.x_lora is not None
+    if scaled:
+        sums, keywords = _scaling(variant.out_scale, y, bias, needs, kept)
+        if inside:
+            given |= keywords
+        else:
+            dz, dbias = _scale(dy, needs, keywords)
     dx = dx_lora = base = None
-    if needs.x and plan == "inside":
+    if needs.x and inside:
         dx, base = internals.empty_on_cpu((M, K), (K, 1), dy.dtype), weight
     elif needs.x:
         dx = dz.mm(weight)
     if needs.x_lora or (base is not None and apart):  # dx is dy W alone where there is a dx_lora
         dx_lora = dz.new_zeros((M, K))
-    kept, given = _between(variant)
-    if dx_lora is not None:
         given["dx_lora"] = dx_lora.data_ptr()
     if dh is not None:
         kept.append(dh.contiguous())
         given["dh"] = kept[-1].data_ptr()
     if variant.grad_row_scale is not None:
-        kept.append(_vector(variant.grad_row_scale))
+        kept.append(_single(variant.grad_row_scale))
         given["row_scale"] = kept[-1].data_ptr()
     dh_in = internals.empty_on_cpu((M, R), (R, 1), dy.dtype) if needs.h_in else None
     dgate = torch.empty(M, variant.gate.shape[1]) if needs.gate else None
     given |= {name: t.data_ptr() for name, t in (("dh_in", dh_in), ("dgate", dgate)) if t is not None}
-    written = dx if base is not None or not apart else None
-    low = needs._replace(x=written is not None, bias=needs.bias and not scaled)
-    grads = Gradients()
-    if any((*low[:1], *low[2:8])):
+    written, late = None if apart and not inside else dx, scaled and not inside
+    low = needs._replace(
+        x=written is not None, weight=False, bias=needs.bias and not late, out_scale=needs.out_scale and not late
+    )
+    grads = Gradients(bias=dbias)
+    if any(low):
         left = variant.x_lora if apart else x
-        given_to = written, dz, left, base, lora_A, lora_B, h, scaling, dropout_p, seed, low
-        grads = _backward(*given_to, given)
-    grads = grads._replace(x=dx, x_lora=dx_lora if needs.x_lora else None, h_in=dh_in, **scaled)
-    return grads if dgate is None else grads._replace(gate=dgate.to(variant.gate.dtype))
+        grads = _backward(written, dz, left, base, lora_A, lora_B, h, scaling, dropout_p, seed, low, given)
+        grads = grads if dbias is None else grads._replace(bias=dbias)
+    if sums is not None:
+        out_scale = out_scale_gradient(sums[0], sums[1], dy, x, weight, lora_B, h, bias, scaling, variant)
+        grads = grads._replace(out_scale=out_scale)
+    if dgate is not None and variant.gate.dtype is not torch.float32:
+        dgate = dgate.to(variant.gate.dtype)
+    return grads._replace(x=dx, x_lora=dx_lora if needs.x_lora else None, h_in=dh_in, gate=dgate)
 
 
-def _scale(dy, y, bias, needs, out_scale):
-    """dz = out_scale * dy, dbias and the sums of `out_scale_gradient`, those that `needs` asks for, in one pass."""
+def _scaling(out_scale, y, bias, needs, kept):
+    """The sums [2, N] of `out_scale_gradient`, if it is needed, and what the kernels take of out_scale."""
+    kept.append(_single(out_scale))
+    keywords = {"out_scale": kept[-1].data_ptr()}
+    if not needs.out_scale:
+        return None, keywords
+    sums, (y, ldy) = torch.empty(2, out_scale.shape[0]), _rows(y)
+    kept.append(y)
+    keywords |= {"y": (y.data_ptr(), ldy), "sums": (sums[0].data_ptr(), sums[1].data_ptr())}
+    if bias is not None:
+        kept.append(bias.contiguous())
+        keywords["bias"] = kept[-1].data_ptr()
+    return sums, keywords
+
+
+def _scale(dy, needs, keywords):
+    """dz = out_scale * dy, and dbias if `needs` asks for it, in the pass that makes the sums, too."""
     dy, lddy = _rows(dy)
     M, N = dy.shape
     dz = torch.empty(M, N, dtype=dy.dtype)
     dbias = torch.empty(N, dtype=dy.dtype) if needs.bias else None
-    sums = torch.empty(2, N) if needs.out_scale else None
-    y, ldy = _rows(y) if needs.out_scale else (None, 0)
-    bias = None if bias is None else bias.contiguous()
+    keywords = {"y": (0, 0), "sums": (0, 0), "bias": 0} | keywords
     _C.cpu_scale(
         dy=(dy.data_ptr(), lddy),
-        y=(_address(y), ldy),
-        bias=_address(bias),
-        out_scale=out_scale.data_ptr(),
         dz=dz.data_ptr(),
-        sums=0 if sums is None else sums[0].data_ptr(),
-        squares=0 if sums is None else sums[1].data_ptr(),
-        dbias=_address(dbias),
+        dbias=0 if dbias is None else dbias.data_ptr(),
         sizes=(M, N),
         dtype=_CODE[dy.dtype],
         threads=torch.get_num_threads(),
+        **keywords,
     )
-    return dz, dbias, sums
-
-
-def _address(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    return dz, dbias
 
 
 def update_backward(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, needs):

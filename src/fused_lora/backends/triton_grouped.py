@@ -46,9 +46,11 @@ def _dropout(dropout_p: Sequence[float], seed: Tensor | None) -> _Dropout:
 def _groups(like: Tensor, lora_A: Sequence[Tensor], offsets: Tensor, rows: Tensor | None) -> Groups:
     """The groups of a call, from x or dy and the others."""
     ranks, G = [A.shape[-2] for A in lora_A], offsets.shape[0] - 1
-    mixed = None if len(set(ranks)) == 1 else on_device(tuple(ranks), torch.int32, offsets.device)
-    rows = None if rows is None else rows.contiguous()
-    return Groups(offsets.contiguous(), rows, mixed, G, positions(like, rows), max(ranks))
+    rows, mixed, unit = None if rows is None else rows.contiguous(), None, 1
+    if len(set(ranks)) > 1:
+        unit = 8 if all(rank % 8 == 0 for rank in ranks) else 1
+        mixed = on_device(tuple(rank // unit for rank in ranks), torch.int32, offsets.device)
+    return Groups(offsets.contiguous(), rows, mixed, unit, G, positions(like, rows), max(ranks))
 
 
 def grouped_update(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, seed):

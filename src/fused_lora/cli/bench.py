@@ -11,7 +11,8 @@ def bench(
     preset: Annotated[
         str,
         typer.Option(
-            help="quick (about a minute on a CPU), readme (the published table), full, or variants (LoRA's, on SmolLM2)."
+            help="quick (about a minute on a CPU), readme (the published table), full; variants (LoRA's) and latency "
+            "(merged, unmerged, other adapters), of SmolLM2."
         ),
     ] = "quick",
     device: Device = None,

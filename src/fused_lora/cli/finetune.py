@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from click.core import ParameterSource
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -16,6 +17,7 @@ from fused_lora.finetune.settings import Settings
 
 
 def finetune(
+    context: typer.Context,
     model: Model = None,
     data: Annotated[
         list[str] | None,
@@ -35,6 +37,20 @@ def finetune(
         str, typer.Option(help="all-linear, names with commas between, or a regular expression.")
     ] = Settings.target_modules,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = Settings.rslora,
+    variant: Annotated[str, typer.Option(help="lora, rslora, dora or allora.")] = Settings.variant,
+    allora_eta: Annotated[float, typer.Option(help="Of --variant allora.")] = Settings.allora_eta,
+    full: Annotated[bool, typer.Option("--full", help="Train the whole model, without an adapter.")] = Settings.full,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="without-regret or biderman: alpha, learning rate and schedule where they are not given."),
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, loraplus, rite, pro, riemannian or lora-fa.")
+    ] = Settings.optimizer,
+    merge_every: Annotated[
+        int, typer.Option(help="Steps between merges into the weights, each with a fresh adapter after it; 0: none.")
+    ] = Settings.merge_every,
+    schedule: Annotated[str, typer.Option(help="cosine, or constant after the warm-up.")] = Settings.schedule,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = Settings.lr,
     warmup: Annotated[int, typer.Option(help="Steps of linear warm-up; a cosine follows.")] = Settings.warmup,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Settings.steps,
@@ -74,7 +90,13 @@ def finetune(
 
         values = {field.name: options[field.name] for field in dataclasses.fields(Settings)}
         values |= {"data": tuple(data or ()), "eval_data": tuple(eval_data or ()), "device": default_device(device)}
-        settings = Settings(**values | {"model": model or ""})
+        values["model"] = model or ""
+        if recipe is not None:
+            from fused_lora.finetune.recipe import recipe_values
+
+            chosen = {name for name in values if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+            values |= {name: v for name, v in recipe_values(recipe, values).items() if name not in chosen}
+        settings = Settings(**values)
         directory = Path(output)
         with _progress(settings.steps) as tick:
             summary = job.finetune(settings, directory, resume, overwrite, save_every, eval_every, prompt, say, tick)
@@ -108,7 +130,7 @@ def _progress(steps: int) -> Iterator[Callable[[dict], None]]:
 
 
 def _print_summary(summary: dict, output: str) -> None:
-    for title, key in (("the base model", "completion_of_base"), ("with the adapter", "completion")):
+    for title, key in (("the base model", "completion_of_base"), ("after training", "completion")):
         text = Text.assemble((printable(summary["prompt"]), "dim"), printable(summary[key]))
         out.print(Panel(text, title=f"completion, {title}", title_align="left"))
     before, after = summary["perplexity_before"], summary["perplexity_after"]
@@ -118,4 +140,5 @@ def _print_summary(summary: dict, output: str) -> None:
         f"{summary['seconds']:.0f} s",
         soft_wrap=True,
     )
-    say(f"adapter, metrics.jsonl, loss.png and summary.json are in {output}")
+    what = "model/" if summary["settings"]["full"] else "adapter"
+    say(f"{what}, metrics.jsonl, loss.png and summary.json are in {output}")

@@ -1,8 +1,9 @@
 """A training run's state in one safetensors file, written aside and renamed: whole at every moment, and nothing in it
 is ever unpickled.
 
-adapter.<parameter>                trained tensors, in their own dtype
-optimizer.<state>.<parameter>      AdamW's step, exp_avg and exp_avg_sq
+adapter.<parameter>                tensors that train or have trained, in their own dtype
+optimizer.<state>.<parameter>      the optimizer's state, AdamW's step, exp_avg and exp_avg_sq
+schedule.<entry>                   a merge schedule's state: counts, base weights, past stages
 rng.cpu, rng.cuda                  PyTorch's generators, uint8
 metadata["fused_lora"]             JSON: format, step, settings, scaler
 """
@@ -16,6 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from fused_lora.files import write_whole
+from fused_lora.schedules import MergeSchedule
 
 NAME, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 _FORMAT = 1
@@ -33,6 +35,7 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler,
     step: int,
     settings: dict,
+    schedule: MergeSchedule | None = None,
 ) -> None:
     """Write the run's state after `step` steps.
 
@@ -41,6 +44,7 @@ def save_checkpoint(
         model, optimizer, scaler: their trained parameters, moments and loss scale are written.
         step: optimizer steps done.
         settings: what a resumed run must have unchanged; JSON values.
+        schedule: whose state is written.
     Raises: OSError naming the file; the old one is whole then.
     """
     tensors = {}
@@ -48,6 +52,8 @@ def save_checkpoint(
         tensors[f"adapter.{name}"] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value
+    for key, value in schedule.state_dict().items() if schedule is not None else ():
+        tensors[f"schedule.{key}"] = value
     tensors["rng.cpu"] = torch.get_rng_state()
     device = next(iter(trained(model).values())).device
     if device.type == "cuda":
@@ -58,7 +64,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, settings: dict
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    settings: dict,
+    schedule: MergeSchedule | None = None,
 ) -> int:
     """Put the run's state back, PyTorch's generators included; returns the steps done.
 
@@ -78,12 +89,15 @@ def load_checkpoint(
             f"{differ}"
         )
     moments: dict[int, dict[str, Tensor]] = {}
-    names = list(parameters)
+    order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     for key in [key for key in tensors if key.startswith("optimizer.")]:
         _, kind, name = key.split(".", 2)
         if name not in parameters:
             raise ValueError(f"{path} must hold the optimizer's state of this model only; got {key}")
-        moments.setdefault(names.index(name), {})[kind] = tensors[key]
+        moments.setdefault(order[id(parameters[name])], {})[kind] = tensors[key]
+    if schedule is not None:
+        before = {key.removeprefix("schedule."): t for key, t in tensors.items() if key.startswith("schedule.")}
+        schedule.load_state_dict(before, optimizer)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"adapter.{name}"])

@@ -2,7 +2,8 @@
 plot.
 
 Into the output directory: adapter_config.json and adapter_model.safetensors (PEFT's format), checkpoint.safetensors,
-metrics.jsonl (a line a step), summary.json, loss.png.
+metrics.jsonl (a line a step), summary.json, loss.png. After merges the adapter holds all stages; where the whole model
+has trained, it stands in model/ instead of an adapter.
 """
 
 import math
@@ -28,7 +29,7 @@ from fused_lora.finetune.loop import Run, predicted
 from fused_lora.finetune.settings import Settings
 from fused_lora.models import DTYPES, check_name, context_of, is_text, load_model, packaged_model
 
-PLOT, SUMMARY = "loss.png", "summary.json"
+PLOT, SUMMARY, WHOLE = "loss.png", "summary.json", "model"
 _OURS = (checkpoint.NAME, checkpoint.METRICS, PLOT, SUMMARY, peft_format.CONFIG_NAME, peft_format.WEIGHTS_NAME)
 _PYTHON_PROMPT = 'def read_lines(path):\n    """'
 
@@ -74,15 +75,15 @@ def finetune(
         prompt = prompt or _default_prompt(tokenizer, measured, settings, context_of(model))
         of_base = complete(model, tokenizer, prompt)  # shows here whether the prompt and generate() serve
         torch.manual_seed(settings.seed)
-        apply_lora(model, settings.rank, settings.alpha, settings.targets(), settings.dropout, settings.rslora)
-        _check_space(output, model)
+        model.requires_grad_(True) if settings.full else apply_lora(model, settings.lora())
+        _check_space(output, model, settings)
         run = Run(settings, output, model.train(), blocks, measured, say, tick)
         if going_on:
             run.restore()
         else:
             run.start(output / name for name in _OURS)
         run.train(save_every, eval_every)
-        save_adapter(model, output)
+        _save(run, model, tokenizer, output)
         summary = _summary(run, prompt, time.perf_counter() - began)
         summary |= {"completion": complete(model, tokenizer, prompt), "completion_of_base": of_base}
         write_json(output / SUMMARY, summary)
@@ -161,11 +162,24 @@ def _load(settings: Settings, say: Callable[[str], None]) -> tuple[Any, Any, Ten
     return model, tokenizer, blocks, measured
 
 
-def _check_space(output: Path, model: nn.Module) -> None:
-    """Raises OSError unless the last checkpoint (values and two moments) and the adapter fit on the disk."""
+def _save(run: Run, model: Any, tokenizer: Any, output: Path) -> None:
+    """Write what was trained."""
+    if run.settings.full:
+        model.save_pretrained(output / WHOLE)
+        tokenizer.save_pretrained(output / WHOLE)
+    elif run.schedule is not None:
+        run.schedule.save_stack(output)
+    else:
+        save_adapter(model, output)
+
+
+def _check_space(output: Path, model: nn.Module, settings: Settings) -> None:
+    """Raises OSError unless the last checkpoint (values and two moments, after merges the weights in fp32) and what was
+    trained fit on the disk."""
     size = sum(parameter.numel() * parameter.element_size() for parameter in checkpoint.trained(model).values())
+    merged = 4 * sum(parameter.numel() for parameter in model.parameters()) if settings.merge_every else 0
     there = sum((output / name).stat().st_size for name in _OURS if (output / name).exists())
-    check_space(output, 4 * size - there)
+    check_space(output, 4 * size + merged - there)
 
 
 def _default_prompt(tokenizer, measured: Tensor, settings: Settings, context: int | None) -> str:

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from fused_lora import data
 from fused_lora.finetune import checkpoint
+from fused_lora.finetune.optimizers import make_optimizer
 from fused_lora.finetune.settings import Settings
 from fused_lora.models import context_of, out_of_memory
+from fused_lora.schedules import MergeSchedule
 
 
 def predicted(blocks: Tensor) -> int:
@@ -44,10 +46,12 @@ def held_out_loss(model: nn.Module, blocks: Tensor, batch_size: int, device: str
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Of the step after `step` done ones: linear to lr over `warmup` steps, then a cosine that would be zero at step
-    `steps`."""
+    """Of the step after `step` done ones: linear to lr over `warmup` steps, then, unless it is constant, a cosine that
+    would be zero at step `steps`."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
+    if settings.schedule == "constant":
+        return settings.lr
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / (settings.steps - settings.warmup)))
 
 
@@ -83,7 +87,7 @@ class Run:
     Args:
         settings: what decides the numbers.
         output: directory of the checkpoint and of metrics.jsonl.
-        model: with a fresh adapter, the only part that trains.
+        model: what trains, a fresh adapter or all of it, requires gradients.
         blocks, held_out: tokens [n, seq_len].
         say, tick: get lines of text and the row of every step.
     """
@@ -108,8 +112,11 @@ class Run:
         )
         self.checkpoint, self.metrics = output / checkpoint.NAME, output / checkpoint.METRICS
         self.identity = {**settings.plain(), "data_sha256": data.fingerprint(blocks, held_out)}
-        parameters = list(checkpoint.trained(model).values())
-        optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        optimizer = make_optimizer(model, settings)
+        self.schedule: MergeSchedule | None = None
+        if settings.merge_every:
+            every, warmup = settings.merge_every, settings.warmup
+            self.schedule = MergeSchedule(model, every=every, warmup=warmup, export="stack")
         scaler = torch.amp.GradScaler(torch.device(settings.device).type, enabled=settings.dtype == "fp16")
         self.state = (model, optimizer, scaler)
         self.rows: list[dict] = []
@@ -136,12 +143,12 @@ class Run:
         for path in replaced:
             path.unlink(missing_ok=True)
         self._log({"step": 0, "held_out_loss": loss})
-        checkpoint.save_checkpoint(self.checkpoint, *self.state, 0, self.identity)
+        checkpoint.save_checkpoint(self.checkpoint, *self.state, 0, self.identity, self.schedule)
 
     def restore(self) -> None:
         """Go back to the checkpoint, and metrics.jsonl with it. Raises: ValueError if it is damaged or of other
         settings or data."""
-        step = checkpoint.load_checkpoint(self.checkpoint, *self.state, self.identity)
+        step = checkpoint.load_checkpoint(self.checkpoint, *self.state, self.identity, self.schedule)
         self.rows = checkpoint.cut_metrics(self.metrics, step)
         self.say(f"resuming after step {step} of {self.settings.steps}")
         for row in self.rows[1:]:
@@ -153,11 +160,15 @@ class Run:
         settings, steps = self.settings, self.settings.steps
         for step in range(len(self.rows), steps + 1):
             began = time.perf_counter()
+            rate = learning_rate(step - 1, settings)
             for group in self.state[1].param_groups:
-                group["lr"] = learning_rate(step - 1, settings)
-            row: dict[str, Any] = {"step": step, "lr": learning_rate(step - 1, settings)}
+                group["lr"] = rate * (group["initial_lr"] / settings.lr if settings.lr else 1.0)
+            row: dict[str, Any] = {"step": step, "lr": rate}
             passes = self._passes(step - 1)
-            row["loss"], norm = train_step(*self.state, passes, settings.max_grad_norm)
+            clip = 0.0 if settings.optimizer == "rite" else settings.max_grad_norm  # which clips by itself
+            row["loss"], norm = train_step(*self.state, passes, clip)
+            if self.schedule is not None:
+                self.schedule.step(self.state[1])
             row["grad_norm"] = norm if math.isfinite(norm) else None  # JSON has no infinity
             row |= {"tokens": sum(predicted(p) for p in passes), "seconds": time.perf_counter() - began}
             self.tick(row)
@@ -165,7 +176,7 @@ class Run:
                 row["held_out_loss"] = self._measure(step)
             self._log(row)
             if step == steps or (save_every and step % save_every == 0):
-                checkpoint.save_checkpoint(self.checkpoint, *self.state, step, self.identity)
+                checkpoint.save_checkpoint(self.checkpoint, *self.state, step, self.identity, self.schedule)
 
     def _passes(self, done: int) -> list[Tensor]:
         """The blocks of the step after `done` done ones, a tensor [batch_size, seq_len] for each pass."""

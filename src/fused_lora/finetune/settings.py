@@ -7,9 +7,12 @@ import re
 
 import torch
 
-from fused_lora.config import LoraConfig
+from fused_lora.config import LoraConfig, unknown_name
 from fused_lora.models import DTYPES
 
+OPTIMIZERS = ("adamw", "loraplus", "rite", "pro", "riemannian", "lora-fa")
+VARIANTS = ("lora", "rslora", "dora", "allora")
+SCHEDULES = ("cosine", "constant")
 _INTEGER_END = 2**63  # what a tensor's size can be
 
 
@@ -24,7 +27,14 @@ class Settings:
             data.
         text_field: field of a JSONL line.
         rank, alpha, dropout, target_modules, rslora: of the adapter, as in `apply_lora`.
-        lr, warmup, steps: peak learning rate after `warmup` steps, then a cosine to zero at `steps`.
+        variant: lora, rslora, dora, or allora, whose alpha is the rank.
+        allora_eta: of ALLoRA.
+        full: train the whole model, without an adapter.
+        optimizer: adamw, loraplus, rite, pro, riemannian or lora-fa.
+        merge_every: steps after which the adapter is folded into the weights and a fresh one goes on; 0: never.
+        lr, warmup, steps: peak learning rate after `warmup` steps, then a cosine to zero at `steps`. After a merge it
+            rises to the schedule's over `warmup` steps again.
+        schedule: cosine, or constant after the warm-up.
         batch_size, grad_accum, seq_len: blocks a pass, passes a step, tokens a block.
         max_grad_norm: 0 does not clip.
         weight_decay: AdamW's.
@@ -44,6 +54,12 @@ class Settings:
     dropout: float = 0.0
     target_modules: str = "all-linear"
     rslora: bool = False
+    variant: str = "lora"
+    allora_eta: float = 1.0
+    full: bool = False
+    optimizer: str = "adamw"
+    merge_every: int = 0
+    schedule: str = "cosine"
     lr: float = 1e-3
     warmup: int = 5
     steps: int = 60
@@ -58,7 +74,9 @@ class Settings:
     eval_tokens: int = 4096
 
     def __post_init__(self):
-        least = dict(rank=1, warmup=0, steps=1, batch_size=1, grad_accum=1, seq_len=2, seed=0, eval_tokens=2)
+        least = dict(
+            rank=1, warmup=0, steps=1, batch_size=1, grad_accum=1, seq_len=2, seed=0, eval_tokens=2, merge_every=0
+        )
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be an int >= {low}; got {getattr(self, name)}")
@@ -85,7 +103,38 @@ class Settings:
         for name in ("text_field", "target_modules"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty; got ''")
-        LoraConfig(self.rank, self.alpha, self.targets(), self.dropout, self.rslora)  # raises
+        for name, known in (("optimizer", OPTIMIZERS), ("variant", VARIANTS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
+        self._check_together()
+        self.lora()  # raises
+
+    def _check_together(self) -> None:
+        """Raises ValueError for settings that exclude each other."""
+        excluded = [
+            (self.full and self.variant != "lora", f"--full and --variant {self.variant}"),
+            (self.full and self.optimizer != "adamw", f"--full and --optimizer {self.optimizer}"),
+            (self.full and self.merge_every > 0, f"--full and --merge-every {self.merge_every}"),
+            (self.full and self.dtype != "fp32", f"--full, which trains the weights in fp32, and --dtype {self.dtype}"),
+            (self.merge_every > 0 and self.variant == "dora", "--merge-every and --variant dora"),
+            (self.merge_every > 0 and self.optimizer == "lora-fa", "--merge-every and --optimizer lora-fa"),
+        ]
+        for both, words in excluded:
+            if both:
+                raise ValueError(f"{words} exclude each other; got both")
+
+    def lora(self) -> LoraConfig:
+        """The adapter."""
+        alpha = self.rank if self.variant == "allora" else self.alpha
+        return LoraConfig(
+            self.rank,
+            alpha,
+            self.targets(),
+            self.dropout,
+            self.rslora or self.variant == "rslora",
+            use_dora=self.variant == "dora",
+            allora_eta=self.allora_eta if self.variant == "allora" else None,
+        )
 
     def plain(self) -> dict:
         """The settings as JSON holds them."""

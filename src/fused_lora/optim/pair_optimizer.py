@@ -119,7 +119,7 @@ class PairOptimizer(Optimizer):
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                lr=group["lr"],
+                lr=float(group["lr"]),
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,

@@ -72,11 +72,16 @@ class LoRARite(PairOptimizer):
         relative_eps: bool = True,
         escape: bool = False,
     ):
-        for name, value in (("clip_norm", clip_norm), ("skip_rms", skip_rms)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be > 0 or None; got {value}")
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, clip_norm=clip_norm, skip_rms=skip_rms)
         super().__init__(params, defaults | dict(relative_eps=relative_eps, escape=escape))
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        for name in ("clip_norm", "skip_rms"):
+            if group[name] is not None and not group[name] > 0:
+                raise ValueError(f"{name} must be > 0 or None; got {group[name]}")
+        if group["clip_norm"] != self.defaults["clip_norm"]:
+            raise ValueError(f"clip_norm must be one for all groups; got {group['clip_norm']} in a group")
 
     def _step_pairs(self, batches: list[Batch]) -> None:
         sides = [side for batch in batches for side in self._sides(batch)]

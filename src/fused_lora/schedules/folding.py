@@ -5,9 +5,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fused_lora import bases
 from fused_lora.nn.layer import LoRALayer
+from fused_lora.variants.allora import ALLoRA
 
 Replaced = dict[nn.Parameter, nn.Parameter]  # the new Parameter of each old one
 
@@ -22,8 +24,9 @@ def check_foldable(root: nn.Module, layers: Mapping[str, LoRALayer], adapter_nam
                 f"the base weight of {name} must not be quantised: most of an update is smaller than the steps of a "
                 f"quantised weight and would be lost; got {type(layer.base().weight).__name__}"
             )
-        if layer.link is not None or adapter_name in layer.variants:
-            kind = type(layer.link or layer.variants[adapter_name]).__name__
+        variant = layer.link or layer.variants.get(adapter_name)
+        if variant is not None and not isinstance(variant, ALLoRA):  # whose forward is LoRA's
+            kind = type(variant).__name__
             raise ValueError(f"the adapter of {name} must be plain LoRA to be folded into the weight; got {kind}")
         try:
             layer.check_mergeable([adapter_name])
@@ -73,7 +76,20 @@ def set_rank(layer: LoRALayer, adapter_name: str, r: int) -> Replaced:
         tensors[adapter_name] = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
         replaced[old] = tensors[adapter_name]
     layer.r[adapter_name] = r
-    hyper = layer.lora_alpha[adapter_name], layer.lora_dropout[adapter_name], layer.use_rslora[adapter_name]
-    layer.set_hyperparameters(adapter_name, *hyper)
+    eta = getattr(layer.variants.get(adapter_name), "eta", None)  # ALLoRA's, whose scaling is 1
+    hyper = layer.lora_dropout[adapter_name], layer.use_rslora[adapter_name]
+    alpha = layer.lora_alpha[adapter_name] if eta is None else r
+    layer.set_hyperparameters(adapter_name, alpha, *hyper, allora_eta=eta)
     layer.reset_lora_parameters(adapter_name)
     return replaced
+
+
+def check_exchangeable(optimizer: Optimizer) -> None:
+    """Raises ValueError if an optimizer knows more of A and B than its param_groups say, as those of
+    `fused_lora.optim` do: new Parameters in the groups would not reach it all."""
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    changes = any(getattr(hook, "__module__", None) == "fused_lora.optim.changed_gradients" for hook in hooks)
+    if changes or any(group.get("lora_pairs") for group in optimizer.param_groups):
+        raise ValueError(
+            f"ranks need a rebuild_optimizer with a {type(optimizer).__name__} that holds pairs of A and B; got none"
+        )

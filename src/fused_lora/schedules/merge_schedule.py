@@ -10,16 +10,22 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fused_lora.adapters.holders import active_adapters, all_holders
-from fused_lora.adapters.model import check_not_merged
-from fused_lora.adapters.wrappers import is_replicated, is_sharded
 from fused_lora.adapters.wrappers import unwrapped as unwrapped_model
 from fused_lora.files import write_whole
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.schedules import rates
-from fused_lora.schedules.folding import Replaced, check_finite, check_foldable, fold, master_of, set_rank
-from fused_lora.schedules.stack import Links, check_stackable, write_stack
+from fused_lora.schedules.folding import (
+    Replaced,
+    check_exchangeable,
+    check_finite,
+    check_foldable,
+    fold,
+    master_of,
+    set_rank,
+)
+from fused_lora.schedules.stack import Links, write_stack
 from fused_lora.schedules.stages import Stages
+from fused_lora.schedules.targets import find_layers
 
 
 class MergeSchedule:
@@ -75,36 +81,10 @@ class MergeSchedule:
         self.reset_optimizer, self.reset_scheduler = reset_optimizer, reset_scheduler
         self.master, self.rebuild_optimizer = master, rebuild_optimizer
         self._model, self._root = model, unwrapped_model(model)
-        self.adapter_name, self._layers = self._find_layers()
+        self.adapter_name, self._layers = find_layers(model, self.stages)
         self.steps = self.merges = self.merged_at = 0
         self._masters: dict[str, Tensor] = {}
         self._links: dict[str, Links] = {name: [] for name in self._layers}
-
-    def _find_layers(self) -> tuple[str, dict[str, LoRALayer]]:
-        """The active adapter and the layers in which it acts. Raises: ValueError if they cannot be merged in place."""
-        if is_sharded(self._model):
-            raise ValueError("model must not be sharded, no process has its whole weights; got a sharded one")
-        check_not_merged(self._root, "a merge schedule begins")
-        names = active_adapters(self._root)
-        if len(names) != 1:
-            raise ValueError(f"model must have one active adapter of this library; got {names}")
-        layers = {name: layer for name, layer in all_holders(self._root)[0].items() if layer.active_adapter == names[0]}
-        check_foldable(self._root, layers, names[0])
-        if self.stages.export == "stack":
-            check_stackable(layers)
-        if self.stages.ranks:
-            have = {layer.r[names[0]] for layer in layers.values()}
-            if have != {self.stages.ranks[0]}:
-                raise ValueError(
-                    f"ranks must begin with the adapter's own rank in every layer, {sorted(have)}; got "
-                    f"{list(self.stages.ranks)}"
-                )
-            if is_replicated(self._model):
-                raise ValueError(
-                    "ranks must be empty under DistributedDataParallel, which would not synchronise the gradients of "
-                    f"new Parameters; got {list(self.stages.ranks)}"
-                )
-        return names[0], layers
 
     @classmethod
     def periodic(cls, model: nn.Module, every: int, **options) -> "MergeSchedule":
@@ -163,6 +143,8 @@ class MergeSchedule:
                 raise ValueError(f"{name} must be given with reset_{name}=True; got None")
         if self.reset_scheduler:
             rates.check_restartable(scheduler)
+        if optimizer is not None and self.stages.ranks and self.rebuild_optimizer is None:
+            check_exchangeable(optimizer)
         check_foldable(self._root, self._layers, self.adapter_name)
         check_finite(self._layers, self.adapter_name)
         for name, layer in self._layers.items():

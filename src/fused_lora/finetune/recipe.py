@@ -1,0 +1,44 @@
+"""The settings of a recipe for a model that is not loaded yet."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fused_lora import recipes
+from fused_lora.config import unknown_name
+from fused_lora.models import packaged_model
+
+_RECIPES = ("without-regret", "biderman")
+
+
+def recipe_values(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Rank, alpha, target modules, learning rate, schedule and warm-up of a recipe; AdamW stands for its optimizer.
+
+    Args:
+        name: without-regret or biderman.
+        values: the run's settings, of which model, rank where it is no default, and steps are read.
+    Raises: ValueError for an unknown name; OSError if the model has no configuration.
+    """
+    if name not in _RECIPES:
+        raise unknown_name("--recipe", name, _RECIPES)
+    described, steps = _described(values["model"] or packaged_model()), values["steps"]
+    if name == "without-regret":
+        recipe = recipes.lora_without_regret(described, r=values["rank"], steps=steps)
+        warmup, schedule = 0, "constant"
+    else:
+        recipe = recipes.biderman(described, r=values["rank"])
+        warmup, schedule = min(round(steps * recipe.training["warmup_ratio"]), steps - 1), "cosine"
+    found = {"alpha": float(recipe.config.lora_alpha), "lr": recipe.lr, "warmup": warmup, "schedule": schedule}
+    return found | {"target_modules": "all-linear"}
+
+
+def _described(model: str | Path) -> nn.Module:
+    """A module with the model's configuration and nothing else."""
+    from transformers import AutoConfig
+
+    path = Path(model)
+    source, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(model), {})
+    described = nn.Module()
+    described.config = AutoConfig.from_pretrained(source, local_files_only=path.exists(), **options)
+    return described
