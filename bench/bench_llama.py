@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fused_lora.bench import environment
 from fused_lora.bench.report import print_steps, print_written
 from fused_lora.bench.results import check_writable
-from fused_lora.bench.steps import RANK, Batch, Workload, run_steps
+from fused_lora.bench.steps import Batch, Workload, run_steps
+from fused_lora.bench.ways import RANK
 from fused_lora.files import write_json
 
 DROPOUT = 0.05

@@ -2,7 +2,8 @@
 
     python bench/readme.py [README.md] [bench/results]
 
-One section for each readme-*.json, with the plot beside it if there is one, between two comments of README.md.
+One section for each readme-*.json, with the plot beside it if there is one, and one for each variants-*.json, between
+two comments of README.md.
 """
 
 import argparse
@@ -84,14 +85,55 @@ def host(rows: list[dict]) -> list[str]:
     return ["", f"Host cost, eager forward + backward of tiny tensors: {cost}{''.join(ours)}."]
 
 
-def section(document: dict) -> str:
-    """README's text for one file of figures."""
+def variants(document: dict) -> str:
+    """README's text for one file of LoRA's variants."""
+
+    def cells(r: dict) -> list[str]:
+        if "fault" in r:
+            return [r["fault"], "–", "–", "–", "–"]
+        times_peft = f"{r['times_peft']:.2f}" if "times_peft" in r else "–"
+        return [f"{r['step_ms']:.0f}", f"{r['ratio']:.2f}", f"{r['over_lora']:.2f}", times_peft, f"{r['step_mib']:.0f}"]
+
+    head = ["sequences × tokens", "candidate", "ms", "over frozen", "over LoRA (fused)", "times as fast as PEFT's own"]
+    rows = document["train_step"]
+    lines = [[f"{r['sequences']} × {r['tokens']}", r["candidate"], *cells(r)] for r in rows]
+    title = "LoRA's variants, one training step of SmolLM2-135M (fp32, R=16 on all linears of all layers):"
+    text = [f"{origin(document)} {title}", "", *table([*head, "MiB a step"], lines)]
+    return "\n".join(text + (mixed(document["mixed"]) if document["mixed"] else []))
+
+
+def mixed(rows: list[dict]) -> list[str]:
+    """A line a batch: what each candidate takes over one adapter for all."""
+    names = [n for n in dict.fromkeys(r["candidate"] for r in rows) if n not in ("frozen", "one adapter")]
+    cases: dict[tuple, dict[str, dict]] = {}
+    for r in rows:
+        cases.setdefault((r["dtype"], r["adapters"]), {})[r["candidate"]] = r
+
+    def cell(row: dict) -> str:
+        text = row["fault"] if "fault" in row else f"{row['over_one']:.2f}"
+        return f"**{text}**" if row["candidate"] == "fused" else text
+
+    lines = [
+        [dtype, f"{count}", f"{of['one adapter']['both_ms']:.1f}", *(cell(of[name]) for name in names)]
+        for (dtype, count), of in cases.items()
+    ]
+    r = rows[0]
+    title = (
+        f"Adapters of their own for each sample of a batch, {r['M']} rows, {r['K']}→{r['N']}, R=16, over one adapter's:"
+    )
+    return ["", title, "", *table(["dtype", "adapters", "one adapter, ms", *names], lines)]
+
+
+def origin(document: dict) -> str:
+    """Where and when the figures were taken."""
     env = document["environment"]
     threads = f", {env['threads']} threads" if env["kind"] == "cpu" else ""
-    text = [
-        f"**{env['device']}**{threads}{amx(env, '; ')}; torch {env['torch']}; commit {env['commit']}; {env['date']}.",
-        "",
-    ]
+    return f"**{env['device']}**{threads}{amx(env, '; ')}; torch {env['torch']}; commit {env['commit']}; {env['date']}."
+
+
+def section(document: dict) -> str:
+    """README's text for one file of figures."""
+    text = [origin(document), ""]
     text += layers(document["rows"])
     text += steps(document["train_step"]) if document["train_step"] else []
     text += host(document["host"]) if document["host"] else []
@@ -119,6 +161,7 @@ def update(readme: Path, results: Path) -> None:
         if plot.exists():
             link = Path(os.path.relpath(plot.resolve(), readme.resolve().parent)).as_posix()
             sections.append(f"![Time over the frozen layer's]({link})")
+    sections += [variants(json.loads(f.read_text(encoding="utf-8"))) for f in sorted(results.glob("variants-*.json"))]
     head, tail, body = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :], "\n\n".join(sections)
     write_whole({readme: f"{head}\n{body}\n{tail}".encode()})
 

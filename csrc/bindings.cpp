@@ -23,6 +23,9 @@ void check(Status status) {
 }
 void forward(const CpuForwardParams& p) { check(cpu_forward(p)); }
 void backward(const CpuBackwardParams& p) { check(cpu_backward(p)); }
+void scale(const CpuScaleParams& p) { check(cpu_scale(p)); }
+void grouped_forward(const CpuGroupedForwardParams& p) { check(cpu_grouped_forward(p)); }
+void grouped_backward(const CpuGroupedBackwardParams& p) { check(cpu_grouped_backward(p)); }
 
 using F = CpuForwardParams;
 constexpr Keyword<F> kForward[] = {
@@ -38,6 +41,10 @@ constexpr Keyword<F> kForward[] = {
     {"scaling", put<F, &F::scaling>},
     {"dropout", put<F, &F::dropout>},
     {"threads", put<F, &F::threads>},
+    {"x_lora", put<F, &F::x_lora, &F::ldx_lora>, true},
+    {"h_in", put<F, &F::h_in>, true},
+    {"gate", put<F, &F::gate, &F::gates>, true},
+    {"out_scale", put<F, &F::out_scale>, true},
 };
 
 using D = CpuBackwardParams;
@@ -57,6 +64,56 @@ constexpr Keyword<D> kBackward[] = {
     {"scaling", put<D, &D::scaling>},
     {"dropout", put<D, &D::dropout>},
     {"threads", put<D, &D::threads>},
+    {"h_in", put<D, &D::h_in>, true},
+    {"gate", put<D, &D::gate, &D::gates>, true},
+    {"row_scale", put<D, &D::row_scale>, true},
+    {"dh", put<D, &D::dh>, true},
+    {"dx_lora", put<D, &D::dx_lora>, true},
+    {"dh_in", put<D, &D::dh_in>, true},
+    {"dgate", put<D, &D::dgate>, true},
+    {"out_scale", put<D, &D::out_scale>, true},
+    {"y", put<D, &D::y, &D::ldy>, true},
+    {"bias", put<D, &D::bias>, true},
+    {"sums", put<D, &D::sums, &D::squares>, true},
+};
+
+using S = CpuScaleParams;
+constexpr Keyword<S> kScale[] = {
+    {"dy", put<S, &S::dy, &S::lddy>},     {"y", put<S, &S::y, &S::ldy>},   {"bias", put<S, &S::bias>},
+    {"out_scale", put<S, &S::out_scale>}, {"dz", put<S, &S::dz>},          {"sums", put<S, &S::sums, &S::squares>},
+    {"dbias", put<S, &S::dbias>},         {"sizes", put<S, &S::M, &S::N>}, {"dtype", put<S, &S::dtype>},
+    {"threads", put<S, &S::threads>},
+};
+
+using GF = CpuGroupedForwardParams;
+constexpr Keyword<GF> kGroupedForward[] = {
+    {"x", put<GF, &GF::x, &GF::ldx>},
+    {"h", put<GF, &GF::h>},
+    {"y", put<GF, &GF::y>},
+    {"factors", put<GF, &GF::A, &GF::B, &GF::ranks>},
+    {"segments", put<GF, &GF::offsets, &GF::rows>},
+    {"scaling", put<GF, &GF::scaling>},
+    {"sizes", put<GF, &GF::G, &GF::N, &GF::K, &GF::R>},
+    {"dtypes", put<GF, &GF::dtype, &GF::adapter_dtype>},
+    {"dropout", put<GF, &GF::seed, &GF::thresholds>},
+    {"threads", put<GF, &GF::threads>},
+};
+
+using GB = CpuGroupedBackwardParams;
+constexpr Keyword<GB> kGroupedBackward[] = {
+    {"dy", put<GB, &GB::dy, &GB::lddy>},
+    {"x", put<GB, &GB::x, &GB::ldx>},
+    {"h", put<GB, &GB::h>},
+    {"dx", put<GB, &GB::dx>},
+    {"dA", put<GB, &GB::dA, &GB::shared_A>},
+    {"dB", put<GB, &GB::dB, &GB::shared_B>},
+    {"factors", put<GB, &GB::A, &GB::B, &GB::ranks>},
+    {"segments", put<GB, &GB::offsets, &GB::rows>},
+    {"scaling", put<GB, &GB::scaling>},
+    {"sizes", put<GB, &GB::G, &GB::N, &GB::K, &GB::R>},
+    {"dtypes", put<GB, &GB::dtype, &GB::adapter_dtype>},
+    {"dropout", put<GB, &GB::seed, &GB::thresholds>},
+    {"threads", put<GB, &GB::threads>},
 };
 
 py::dict build_info() {
@@ -92,9 +149,15 @@ PYBIND11_MODULE(_C, m) {
   def_keywords<kForward, forward>(m, "cpu_forward", "Writes h and y, or updates y; CpuForwardParams of csrc/lora.h.");
   def_keywords<kBackward, backward>(
       m, "cpu_backward", "Writes dA, dB and dbias, and writes or updates dx; CpuBackwardParams of csrc/lora.h.");
+  def_keywords<kScale, scale>(m, "cpu_scale", "Writes dz and the sums of dy and y; CpuScaleParams of csrc/lora.h.");
+  def_keywords<kGroupedForward, grouped_forward>(
+      m, "cpu_grouped_forward", "Writes h and updates y by groups of rows; CpuGroupedForwardParams of csrc/lora.h.");
+  def_keywords<kGroupedBackward, grouped_backward>(
+      m, "cpu_grouped_backward", "Updates dx and writes every dA and dB; CpuGroupedBackwardParams of csrc/lora.h.");
   m.def("cpu_features", &cpu_features,
         "Which of avx2, avx512, bf16_dot, amx the CPU kernels use; FUSED_LORA_MAX_CPU_ISA caps them.");
-  m.def("build_info", &build_info, "What this build holds: compiler, cuda, cuda_archs, and the release of the ptxas that assembled them.");
+  m.def("build_info", &build_info,
+        "What this build holds: compiler, cuda, cuda_archs, and the release of the ptxas that assembled them.");
   bind_heuristics(m);
 #ifdef FUSED_LORA_CUDA
   bind_cuda(m);

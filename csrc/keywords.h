@@ -4,7 +4,7 @@
 // the names over as interned strings, which are compared by address. pybind11's own keywords are interned again at each
 // call, for 75 ns each: 1.4 us a call of cpu_forward (pybind11 3.1, CPython 3.11, Intel Xeon, 2026-11-26). Call with at
 // most 15 keywords: from more, CPython's compiler builds a dict, for 0.3 us; numbers that belong together travel as a
-// tuple.
+// tuple. What plain LoRA has no use for is optional and comes past the fifteenth.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -26,6 +26,7 @@ namespace fused_lora {
 template <class Params> struct Keyword {
   const char* name;
   bool (*put)(Params& params, PyObject* value);  // false where value is nothing that the members can hold
+  bool optional = false;                         // members stay zero where it is not given
 };
 
 // to = value: an address, a number, an enumerator's number.
@@ -80,7 +81,8 @@ bool parse(Params& params, PyObject* const* args, Py_ssize_t positions, PyObject
   constexpr size_t n = std::size(keywords);
   static_assert(n < 64);
   const size_t given = names ? static_cast<size_t>(PyTuple_GET_SIZE(names)) : 0;
-  uint64_t missing = (uint64_t{1} << n) - 1;
+  uint64_t missing = 0;
+  for (size_t k = 0; k < n; ++k) missing |= uint64_t{!keywords[k].optional} << k;
   if (positions) return PyErr_SetString(PyExc_TypeError, "arguments must be given by keyword"), false;
   for (size_t i = 0; i < given; ++i) {
     PyObject* name = PyTuple_GET_ITEM(names, static_cast<Py_ssize_t>(i));

@@ -6,6 +6,15 @@
 //              dx = dy W + mask * (dh A) / (1 - p)     [M, K]
 //              dA = dh^T drop(x)   dB = dy^T h   dbias = sum_M dy
 //
+// and on the CPU with the op's optional tensors, of which a null pointer stands for none:
+//   forward    h  = s * drop(x_lora) A^T
+//              y  = out_scale * (x W^T + low B^T) + bias               low = (h + s h_in) * gate
+//   backward   dz = out_scale * dy
+//              dh = s (gate * (dz B) + dh_ext)    dh_c the same of c * dz    dh_ext: gradient of the returned h
+//              dx = dz W   dx_lora = mask * (dh A) / (1 - p)           added up where x_lora is x
+//              dA = dh_c^T drop(x_lora)   dB = c * (dz^T low)
+//              dh_in = s gate * (dz B)    dgate = (dz B) * (h + s h_in), summed over each gate's ranks
+//
 // Native code knows no framework: raw pointers, sizes, strides (in elements), a dtype code. It never allocates outputs
 // and never prints.
 #pragma once
@@ -38,13 +47,13 @@ struct Dropout {
 };
 
 // CPU, the forward: writes h, and y with the base product of its own (fp32, and bf16 on AMX) or, without W, by adding
-// h B^T to the caller's x W^T + bias.
+// h B^T to the caller's x W^T + bias, of which the bias is left to us where there is an out_scale.
 struct CpuForwardParams {
   const void* x;     // [M, K], row stride ldx, dtype
   const void* W;     // [N, K], row stride ldw, dtype; or null
   const void* A;     // [R, K], contiguous, adapter_dtype
   const void* B;     // [N, R], contiguous, adapter_dtype
-  const void* bias;  // [N], dtype, read with W only; or null
+  const void* bias;  // [N], dtype, read with W or out_scale only; or null
   void* h;           // [M, R], contiguous, dtype
   void* y;           // [M, N], contiguous, dtype; updated where W is null
   int64_t M, N, K, R, ldx, ldw;
@@ -52,17 +61,22 @@ struct CpuForwardParams {
   float scaling;
   Dropout dropout;
   int threads;
+  const void* x_lora;      // [M, K], row stride ldx_lora, dtype; or null
+  const void* h_in;        // [M, R], contiguous, dtype; or null
+  const float* gate;       // [M, gates], contiguous, gates divides R; or null
+  const float* out_scale;  // [N] or null
+  int64_t ldx_lora, gates;
 };
 
 // CPU, the backward: dx with the base product of its own (fp32, and bf16 on AMX) or, without W, added to the caller's
-// dy W. A null output is not computed.
+// dy W. A null output is not computed. Where there is a dx_lora it gets the update, and dx is dy W alone.
 struct CpuBackwardParams {
   const void* dy;  // [M, N], row stride lddy, dtype
-  const void* x;   // [M, K], row stride ldx, dtype; read for dA only
+  const void* x;   // [M, K], row stride ldx, dtype, the low-rank path's input; read for dA only
   const void* W;   // [N, K], row stride ldw, dtype, read for dx only; or null
   const void* A;   // [R, K], contiguous, adapter_dtype
   const void* B;   // [N, R], contiguous, adapter_dtype
-  const void* h;   // [M, R], contiguous, dtype; read for dB only
+  const void* h;   // [M, R], contiguous, dtype; read for dB and dgate only
   void* dx;        // [M, K], contiguous, dtype; updated by mask * (dh A) / (1 - p) where W is null
   void* dA;        // [R, K], contiguous, adapter_dtype
   void* dB;        // [N, R], contiguous, adapter_dtype
@@ -72,10 +86,82 @@ struct CpuBackwardParams {
   float scaling;
   Dropout dropout;
   int threads;
+  const void* h_in;        // [M, R], contiguous, dtype; or null
+  const float* gate;       // [M, gates], contiguous, gates divides R; or null
+  const float* row_scale;  // [N], c; or null
+  const void* dh;          // [M, R], contiguous, dtype: dh_ext; or null
+  void* dx_lora;           // [M, K], contiguous, dtype; updated
+  void* dh_in;             // [M, R], contiguous, dtype
+  float* dgate;            // [M, gates], contiguous
+  // What the walk itself makes of out_scale, where the base product is its own: dz of dy, and the sums. Else null, and
+  // dy is dz already (cpu_scale).
+  const float* out_scale;  // [N]
+  const void* y;           // [M, N], row stride ldy, dtype; read for sums and squares only
+  const void* bias;        // [N], dtype; or null
+  float* sums;             // [N], sum_M dy * (y - bias)
+  float* squares;          // [N], sum_M (y - bias)^2; with sums only
+  int64_t gates, ldy;
+};
+
+// CPU, what comes before the backward where there is an out_scale and the base product is somebody else's: dz =
+// out_scale * dy in one pass over dy, with the sums that read the same rows. A null output is not computed.
+struct CpuScaleParams {
+  const void* dy;          // [M, N], row stride lddy, dtype
+  const void* y;           // [M, N], row stride ldy, dtype; read for sums and squares only
+  const void* bias;        // [N], dtype; or null
+  const float* out_scale;  // [N]
+  void* dz;                // [M, N], contiguous, dtype
+  float* sums;             // [N], sum_M dy * (y - bias)
+  float* squares;          // [N], sum_M (y - bias)^2; with sums only
+  void* dbias;             // [N], dtype, sum_M dy
+  int64_t M, N, lddy, ldy;
+  Dtype dtype;
+  int threads;
 };
 
 Status cpu_forward(const CpuForwardParams& p);
 Status cpu_backward(const CpuBackwardParams& p);
+Status cpu_scale(const CpuScaleParams& p);
+
+// CPU, updates by an adapter of its own for each group of rows: position m of group g, from offsets[g] to
+// offsets[g + 1], is row rows[m] of x and y, or row m without `rows`.
+struct CpuGroups {
+  const void* const* A;       // [G] of [R_g, K], contiguous, adapter_dtype
+  const void* const* B;       // [G] of [N, R_g], contiguous, adapter_dtype
+  const int64_t* ranks;       // [G], R_g
+  const int64_t* offsets;     // [G + 1], ascending from 0 to M'
+  const int64_t* rows;        // [M'], each once; or null
+  const float* scaling;       // [G]
+  const int64_t* thresholds;  // [G], of Dropout; or null
+  const int64_t* seed;        // [1], of Dropout
+  int64_t G, N, K, R;         // R: the largest rank
+  Dtype dtype, adapter_dtype;
+  int threads;
+};
+
+// y[rows] += h B^T with h = s * drop(x[rows]) A^T.
+struct CpuGroupedForwardParams : CpuGroups {
+  const void* x;  // [M, K], row stride ldx, dtype
+  void* h;        // [M', R], contiguous, dtype; zero past a group's own rank
+  void* y;        // [M, N], contiguous, dtype; updated
+  int64_t ldx;
+};
+
+// dx[rows] += mask * (dh A) / (1 - p) with dh = s * dy[rows] B; dA and dB of each group, zero where it has no rows. A
+// null output is not computed.
+struct CpuGroupedBackwardParams : CpuGroups {
+  const void* dy;   // [M, N], row stride lddy, dtype
+  const void* x;    // [M, K], row stride ldx, dtype; read for dA only
+  const void* h;    // [M', R], contiguous, dtype; read for dB only
+  void* dx;         // [M, K], contiguous, dtype; updated
+  void* const* dA;  // [G] of [R_g, K], contiguous, adapter_dtype, or null; where groups share an A, the first alone
+  void* const* dB;  // [G] of [N, R_g], likewise
+  int64_t lddy, ldx;
+  bool shared_A, shared_B;  // dA[0], dB[0] is the sum over all groups, which have one rank
+};
+
+Status cpu_grouped_forward(const CpuGroupedForwardParams& p);
+Status cpu_grouped_backward(const CpuGroupedBackwardParams& p);
 
 // CUDA, the whole forward on one stream: y = x W^T + h B^T + bias and h. Pointers and row strides aligned to 16 bytes
 // unless said otherwise.

@@ -34,7 +34,6 @@ def peft_mixed(**options):
 
 def ours_mixed(**options):
     model = Mixed()
-    apply_lora(
-        model, r=4, lora_alpha=6, target_modules=["embed", "linear", "conv"], modules_to_save=["head"], **options
-    )
+    config = dict(r=4, lora_alpha=6, target_modules=["embed", "linear", "conv"], modules_to_save=["head"])
+    apply_lora(model, **config | options)
     return model

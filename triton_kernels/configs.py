@@ -48,7 +48,7 @@ class GemmConfig(_Config):
 
 @dataclass(frozen=True)
 class ShrinkConfig(_Config):
-    """Of shrink."""
+    """Of shrink, low_gradient and grouped_shrink."""
 
     BLOCK_M: int
     BLOCK_K: int
@@ -58,8 +58,19 @@ class ShrinkConfig(_Config):
 
 
 @dataclass(frozen=True)
+class ExpandConfig(_Config):
+    """Of expand and grouped_expand."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_R: int
+    num_stages: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class WgradConfig(_Config):
-    """Of wgrad and dy_pass; BLOCK_C cuts the columns of the wide matrix."""
+    """Of wgrad, grouped_wgrad and dy_pass; BLOCK_C cuts the columns of the wide matrix."""
 
     BLOCK_M: int
     BLOCK_C: int
@@ -81,6 +92,7 @@ class ForwardPlan(NamedTuple):
 class BackwardPlan(NamedTuple):
     """The launches that make the needed gradients, each with its config, in this order; None where there is none."""
 
+    low_gradient: ShrinkConfig | None = None  # with optional tensors: dh and what else comes back to the low-rank path
     lora_gemm_shrink: GemmConfig | None = None  # dx and dh
     dy_pass: WgradConfig | None = None  # dh and dB
     shrink: ShrinkConfig | None = None  # dh
@@ -129,6 +141,7 @@ def backward_plan(
     dB: bool,
     device: Device,
     *,
+    plain: bool = True,
     one_launch: bool = False,
     prefetch: bool = False,
 ) -> BackwardPlan:
@@ -136,10 +149,18 @@ def backward_plan(
 
     Args:
         dx, dA, dB: whether each is needed.
+        plain: whether the op has no optional tensors; else low_gradient makes dh.
         The others as in `forward_plan`.
     """
     dh = dx or dA
     wgrad_A = wgrad_config(M, K, R, itemsize, device) if dA else None
+    if not plain:
+        return BackwardPlan(
+            low_gradient=low_gradient_config(M, N, R, itemsize, device),
+            wgrad_B=wgrad_config(M, N, R, itemsize, device) if dB else None,
+            lora_gemm=gemm_config(M, K, N, R, itemsize, dropout, device, prefetch) if dx else None,
+            wgrad_A=wgrad_A,
+        )
     if one_launch and dx and not dB and not dropout and (both := gemm_shrink_config(M, K, N, R, itemsize, device)):
         return BackwardPlan(lora_gemm_shrink=both, wgrad_A=wgrad_A)
     dy_pass = dy_pass_config(M, N, R, itemsize, device) if dh and dB else None
@@ -225,6 +246,22 @@ def shrink_config(M: int, K: int, R: int, itemsize: int, device: Device) -> Shri
     return ShrinkConfig(BLOCK_M, BLOCK_K, BLOCK_R, stages, 4)
 
 
+def low_gradient_config(M: int, N: int, R: int, itemsize: int, device: Device) -> ShrinkConfig:
+    """Tiles of low_gradient for dh [M, R] from dy [M, N]: shrink's with half the depth, as tiles of y and dz may lie
+    beside dy's in registers. No GPU has timed it yet."""
+    c = shrink_config(M, N, R, itemsize, device)
+    BLOCK_K = c.BLOCK_K // 2
+    thin = c.BLOCK_R * BLOCK_K * 4  # an fp32 factor, as it comes
+    stages = _stages(device.shared_bytes // 2, 2 * c.BLOCK_M * BLOCK_K * itemsize + thin, 4)
+    return replace(c, BLOCK_K=BLOCK_K, num_stages=stages)
+
+
+def expand_config(M: int, N: int, R: int, itemsize: int) -> ExpandConfig:
+    """Tiles of expand for out [M, N]: wide in N, along which memory is read and written. No GPU has timed it yet."""
+    BLOCK_M, BLOCK_N = (64, 128) if itemsize < 4 else (64, 64)
+    return ExpandConfig(_power_of_two(M, 16, BLOCK_M), BLOCK_N, _power_of_two(R, 16, 64), 2, 4)
+
+
 def wgrad_config(M: int, C: int, R: int, itemsize: int, device: Device) -> WgradConfig:
     """Tiles and splits of wgrad for out [R, C] from left [M, C]: two programs a multiprocessor, at least 256 rows for
     each."""
@@ -259,3 +296,22 @@ def dy_pass_config(M: int, N: int, R: int, itemsize: int, device: Device) -> Wgr
     beside = BLOCK_C * BLOCK_R * itemsize + 2 * BLOCK_M * BLOCK_R * 4  # the B tile; h and dh tiles on their way
     stages = 1 + _stages(device.shared_bytes // 2 - beside, BLOCK_M * BLOCK_C * itemsize, 3)
     return WgradConfig(BLOCK_M, BLOCK_C, BLOCK_R, stages, 4, splits, rows_per_split)
+
+
+def grouped_shrink_config(P: int, G: int, K: int, R: int, itemsize: int, device: Device) -> ShrinkConfig:
+    """Tiles of grouped_shrink for low [P, R] in G groups; no more rows than a group has on average. No GPU has timed
+    the grouped kernels yet."""
+    c = shrink_config(P, K, R, itemsize, device)
+    return replace(c, BLOCK_M=16) if P < 32 * G else c
+
+
+def grouped_expand_config(P: int, G: int, N: int, R: int, itemsize: int) -> ExpandConfig:
+    """Tiles of grouped_expand for P rows in G groups; no more rows than a group has on average."""
+    return expand_config(max(P // G, 1), N, R, itemsize)
+
+
+def grouped_wgrad_config(P: int, C: int, R: int, itemsize: int, device: Device) -> WgradConfig:
+    """Tiles of grouped_wgrad, and the positions of a work item: as if all were one group, rounded to a power of two, of
+    which few kernels are made."""
+    c = wgrad_config(max(P, 1), C, R, itemsize, device)
+    return replace(c, rows_per_split=_power_of_two(c.rows_per_split, 128, 65536))

@@ -34,6 +34,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def row_major(t: Tensor) -> Tensor:
+    """t with neighbouring columns adjacent in memory and rows apart; any row stride is fine as it is."""
+    return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
+
+
 def tma_ready(t: Tensor) -> bool:
     """Whether a descriptor can stand for the row-major matrix t: rows start on 16 bytes."""
     return t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0

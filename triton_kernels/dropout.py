@@ -34,7 +34,13 @@ NO_DROPOUT = Dropout(None, 0)
 def keep_tile(seed, row, col, threshold, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr):
     """Which elements of the tile at (row, col) stay: bool [BLOCK_ROW, BLOCK_COL]; col and BLOCK_COL are multiples of
     8."""
-    rows = (row + tl.arange(0, BLOCK_ROW))[:, None] + tl.zeros((1, BLOCK_COL // 8), tl.int32)
+    return keep_rows(seed, row + tl.arange(0, BLOCK_ROW), col, threshold, BLOCK_ROW, BLOCK_COL)
+
+
+@triton.jit
+def keep_rows(seed, rows, col, threshold, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr):
+    """`keep_tile` of the given rows, int32 [BLOCK_ROW]."""
+    rows = rows[:, None] + tl.zeros((1, BLOCK_COL // 8), tl.int32)
     groups = (col // 8 + tl.arange(0, BLOCK_COL // 8))[None, :] + tl.zeros((BLOCK_ROW, 1), tl.int32)
     w0, w1, w2, w3 = tl.philox(seed, groups, rows, tl.zeros_like(rows), tl.zeros_like(rows))
     # Column 8 g + 4 i + 2 j + k reads half k of word 2 i + j. The slowest index is joined first: [.., i], [.., i, j],

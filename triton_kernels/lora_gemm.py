@@ -3,11 +3,11 @@
     y  [M, N] = x  [M, K] @ W [N, K]t + h  [M, R] @ B [N, R]t + bias       forward
     dx [M, K] = dy [M, N] @ W [N, K]  + keep * (dh [M, R] @ A [R, K])      backward: the same kernel, W and A as stored
 
-In the kernel's words: out = left right + low thin + bias, right stored [N, K] (RIGHT_NK) or [K, N]. Tile BLOCK_M x
-BLOCK_N, programs walk over tiles in groups of GROUP_M rows, so that a group's part of `left` stays in L2. TMA: left,
-right and out are descriptors, whose bounds fill the tails with zeros; otherwise pointers with masks. Shared memory:
-num_stages tiles of left and right, and with TMA the out tile. bf16, fp16, fp32; thin in the same dtype or fp32; fp32
-accumulation, one rounding at the store. Any M, N, K, R.
+In the kernel's words: out = left right + low thin + bias, right stored [N, K] (RIGHT_NK) or [K, N]; forward also out =
+out_scale * (left right + low thin) + bias. Tile BLOCK_M x BLOCK_N, programs walk over tiles in groups of GROUP_M rows,
+so that a group's part of `left` stays in L2. TMA: left, right and out are descriptors, whose bounds fill the tails with
+zeros; otherwise pointers with masks. Shared memory: num_stages tiles of left and right, and with TMA the out tile.
+bf16, fp16, fp32; thin in the same dtype or fp32; fp32 accumulation, one rounding at the store. Any M, N, K, R.
 The low-rank product comes after the loop over K: before it, it breaks the software pipeline (2.3 times the time on an
 H100, 2026-11-23). After it, nothing hides the latency of its loads, 25 us of 383 there. PREFETCH issues those of the
 first rank block before the loop and keeps them in registers, which in the compiled code leaves the loop as it is; its
@@ -85,8 +85,10 @@ def arrived(tile, offs_row, offs_col, rows, cols, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_at(out, acc, bias, m, n, offs_m, offs_n, M, N, BIAS: tl.constexpr, TMA: tl.constexpr):
-    """out's tile at (m, n) = acc + bias, in out's dtype."""
+def store_at(out, acc, out_scale, bias, m, n, offs_m, offs_n, M, N, BIAS: tl.constexpr, TMA: tl.constexpr):
+    """out's tile at (m, n) = out_scale * acc + bias, in out's dtype."""
+    if out_scale is not None:
+        acc *= tl.load(out_scale + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if BIAS:
         acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if TMA:
@@ -105,6 +107,7 @@ def lora_gemm_kernel(
     bias,  # [N], or None
     out,  # [M, N], contiguous; or its descriptor
     seed_ptr,  # int64 [1], or None
+    out_scale,  # [N], or None
     M,
     N,
     K,
@@ -161,7 +164,7 @@ def lora_gemm_kernel(
             acc += tl.where(keep, update * keep_factor, 0.0)
         else:
             acc = update
-        store_at(out, acc, bias, m, n, offs_m, offs_n, M, N, BIAS, TMA)
+        store_at(out, acc, out_scale, bias, m, n, offs_m, offs_n, M, N, BIAS, TMA)
 
 
 def described(config: GemmConfig, right_nk: bool, left: Tensor, right: Tensor, out: Tensor) -> list[TensorDescriptor]:
@@ -182,8 +185,9 @@ def lora_gemm(
     *,
     right_nk: bool,
     dropout: Dropout = NO_DROPOUT,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
-    """left @ right + keep * (low @ thin) + bias: out [M, N], in left's dtype.
+    """out_scale * (left @ right + keep * (low @ thin)) + bias: out [M, N], in left's dtype.
 
     Args:
         left: [M, K], row-major.
@@ -192,13 +196,14 @@ def lora_gemm(
         thin: [N, R] if right_nk, else [R, N], with any strides; left's dtype or fp32.
         bias: [N], contiguous, or None.
         dropout: of the low-rank term [M, N].
+        out_scale: [N], contiguous, or None.
     """
     (M, K), R = left.shape, low.shape[1]
     N, (stride_tn, stride_tr) = (right.shape[0], thin.stride()) if right_nk else (right.shape[1], thin.stride()[::-1])
     out = torch.empty((M, N), dtype=left.dtype, device=left.device)
     tma = config.tma and tma_ready(left) and tma_ready(right) and tma_ready(out)
     left_tiles, right_tiles, out_tiles = described(config, right_nk, left, right, out) if tma else (left, right, out)
-    tensors = (left_tiles, right_tiles, low, thin, bias, out_tiles, dropout.seed)
+    tensors = (left_tiles, right_tiles, low, thin, bias, out_tiles, dropout.seed, out_scale)
     sizes = (M, N, K, left.stride(0), right.stride(0), stride_tn, stride_tr, dropout.factor, dropout.threshold)
     choices = {"R": R, "RIGHT_NK": right_nk, "BIAS": bias is not None, "DROPOUT": dropout.seed is not None, "TMA": tma}
     choices["PRECISION"] = precision(left.dtype)

@@ -96,7 +96,7 @@ def lora_gemm_shrink_kernel(
             thin_tile = thin_at(thin, 0, offs_n, N, stride_tn, stride_tr, R, BLOCK_R)
         low_tile = low_at(low, offs_m, 0, M, R, BLOCK_R)
         acc = tl.dot(low_tile, arrived(thin_tile, offs_r, offs_n, R, N, dtype), acc, input_precision=PRECISION)
-        store_at(out, acc, bias, m, n, offs_m, offs_n, M, N, BIAS, True)
+        store_at(out, acc, None, bias, m, n, offs_m, offs_n, M, N, BIAS, True)
         tile = next_tile
 
 

@@ -3,7 +3,8 @@
     dA [R, K] = dh [M, R]t @ drop(x) [M, K]
     dB [N, R] = (h [M, R]t @ dy [M, N])t      the same kernel, stored through its strides
 
-In the kernel's words: out [R, C] = factor * low [M, R]t @ drop(left) [M, C]. Tile BLOCK_R x BLOCK_C; M is cut into
+In the kernel's words: out [R, C] = factor * low [M, R]t @ drop(left) [M, C], its columns times column_scale [C] where
+one is given (out_scale and grad_row_scale for dB). Tile BLOCK_R x BLOCK_C; M is cut into
 splits that fill the card. One split stores the result; several store fp32 partial sums [splits, R * C], which
 sum_slabs_kernel adds in a fixed order: no atomics, so the same bits in every run. left and low in one dtype (bf16,
 fp16, fp32), fp32 accumulation, out in the adapter's dtype. Any M, C, R.
@@ -30,6 +31,7 @@ def wgrad_kernel(
     left,  # [M, C], row stride stride_lm
     out,  # element (r, c) at r * stride_or + c * stride_oc; or fp32 slabs of it [splits, R * C]
     seed_ptr,  # int64 [1], or None
+    column_scale,  # [C], or None
     M,
     C,
     rows_per_split,
@@ -64,6 +66,8 @@ def wgrad_kernel(
             keep = keep_tile(seed, m, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C)
             left_tile = tl.where(keep, left_tile, tl.zeros_like(left_tile))
         acc = tl.dot(low_tile.T, left_tile, acc, input_precision=PRECISION)
+    if column_scale is not None:
+        acc *= tl.load(column_scale + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     out_rows = out + split.to(tl.int64) * R * C + offs_r.to(tl.int64)[:, None] * stride_or  # [BLOCK_R, 1]
     out_ptrs = out_rows + offs_c.to(tl.int64)[None, :] * stride_oc
     tl.store(out_ptrs, (acc * factor).to(out.dtype.element_ty), mask=mask_r[:, None] & mask_c[None, :])
@@ -77,20 +81,22 @@ def wgrad(
     *,
     transposed: bool = False,
     dropout: Dropout = NO_DROPOUT,
+    column_scale: Tensor | None = None,
 ) -> Tensor:
-    """lowt @ drop(left), summed over the rows: [R, C] in dtype, or [C, R] if transposed.
+    """lowt @ drop(left) * column_scale, summed over the rows: [R, C] in dtype, or [C, R] if transposed.
 
     Args:
         low: [M, R], contiguous.
         left: [M, C], row-major, in low's dtype.
         dropout: of left.
+        column_scale: [C], contiguous, or None.
     """
     (M, C), R = left.shape, low.shape[1]
     shape, strides = ((C, R), (1, R)) if transposed else ((R, C), (C, 1))
     out = torch.empty(shape, dtype=dtype, device=left.device)
     target = slabs_of(out, config.splits)
     grid = (triton.cdiv(C, config.BLOCK_C), triton.cdiv(R, config.BLOCK_R), config.splits)
-    tensors = (low, left, target, dropout.seed)
+    tensors = (low, left, target, dropout.seed, column_scale)
     sizes = (M, C, config.rows_per_split, left.stride(0), *strides, dropout.factor, dropout.threshold)
     choices = {"R": R, "DROPOUT": dropout.seed is not None, "PRECISION": precision(left.dtype)}
     launch(wgrad_kernel, grid, tensors + sizes, choices | config.constexprs)

@@ -78,6 +78,9 @@ inline int64_t sides(int64_t n) { return (n + kSide - 1) / kSide; }
 // amx_pack.cpp
 // blocks[sides(rows)][sides(cols)] = src[rows, cols (row stride ld)].
 void to_blocks(const uint16_t* src, int64_t ld, uint16_t* blocks, int64_t rows, int64_t cols);
+// The same of src * scale[cols], rounded once.
+void to_scaled_blocks(const uint16_t* src, int64_t ld, const float* scale, uint16_t* blocks, int64_t rows,
+                      int64_t cols);
 // The same into `whole` and, with dropout of rows row0.., into `dropped`; bits[rows, sides(cols)]: what it keeps.
 // `whole` and `bits` may be null. Drawn here, while x is on its way from memory: apart it would take 4 % of a layer
 // more.
@@ -102,15 +105,17 @@ void wgrad_amx(const uint16_t* blocks, const uint16_t* lowT, float* slab, uint16
 // out[cols] += sum over the 32 * n rows of blocks[n][steps].
 void column_sums_amx(const uint16_t* blocks, float* out, int64_t n, int64_t steps);
 
-// amx_gemm.cpp: out = left right + scale * keep * (low thin) + bias, or out += scale * keep * (low thin) without right.
+// amx_gemm.cpp: out = out_scale * (left right + scale * keep * (low thin)) + bias, where without right `out` itself stands
+// for left right.
 struct AmxGemm {
-  const uint16_t* left;   // blocks[sides(M)][sides(K)]
-  const uint16_t* right;  // by_rows: [K, N], else its transpose [N, K]; row stride ld_right; or null
-  const uint16_t* low;    // [M rounded up to 32, Rp], bf16
-  const void* thin;       // by_rows: [R, N], else its transpose [N, R]; contiguous, thin_dtype
-  const uint16_t* bias;   // [N] or null
-  const uint32_t* keep;   // [M, sides(N)] bits, or null
-  uint16_t* out;          // [M, N], contiguous
+  const uint16_t* left;    // blocks[sides(M)][sides(K)]
+  const uint16_t* right;   // by_rows: [K, N], else its transpose [N, K]; row stride ld_right; or null
+  const uint16_t* low;     // [M rounded up to 32, Rp], bf16
+  const void* thin;        // by_rows: [R, N], else its transpose [N, R]; contiguous, thin_dtype
+  const uint16_t* bias;    // [N] or null
+  const float* out_scale;  // [N] or null
+  const uint32_t* keep;    // [M, sides(N)] bits, or null
+  uint16_t* out;           // [M, N], contiguous
   int64_t M, N, K, R, ld_right;
   Dtype thin_dtype;
   float scale;

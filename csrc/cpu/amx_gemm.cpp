@@ -1,4 +1,5 @@
-// amx_gemm: out = left right + scale * keep * (low thin) + bias on AMX tiles, a base product with its update inside.
+// amx_gemm: out = out_scale * (left right + scale * keep * (low thin)) + bias on AMX tiles, a base product with its
+// update inside.
 //
 //   forward   y [M, N]  = x [M, K] W^T + h [M, R] B^T + bias        W, B [columns, depth]: by_rows = false
 //   backward  dx [M, K] = dy [M, N] W  + mask * (dh [M, R] A)       W, A [depth, columns]: by_rows = true
@@ -31,7 +32,8 @@ struct Block {
   float scale;
   const uint32_t* keep;  // of the first row, or null
   int64_t ld_keep;
-  const uint16_t* bias;  // [cols] or null
+  const uint16_t* bias;    // [cols] or null
+  const float* out_scale;  // [cols] or null
   uint16_t* out;
   int64_t ldo, rows, cols;
   const uint16_t* ahead;  // what to bring into L2 meanwhile, lines of 64 bytes a step
@@ -46,12 +48,18 @@ BF16_DOT_INLINE void store_rows(float* to) {
   tile_store<0>(to, 128), tile_store<1>(to + 16, 128), tile_store<2>(to + 512, 128), tile_store<3>(to + 528, 128);
 }
 
-// What the tiles have summed up goes out: base[32, 32] + scale * keep * update[32, 32] + bias, each perhaps null.
+// What the tiles have summed up goes out: out_scale * (base[32, 32] + scale * keep * update[32, 32]) + bias, each perhaps
+// null.
 BF16_DOT_INLINE void store_block(const Block& b, const float* base, const float* update) {
   const __mmask32 there = b.cols >= kSide ? ~0u : (1u << b.cols) - 1;
   const __m512i bias = b.bias ? _mm512_maskz_loadu_epi16(there, b.bias) : __m512i{};
   const __m512 bias_lo = to_fp32(_mm512_castsi512_si256(bias)), bias_hi = to_fp32(_mm512_extracti64x4_epi64(bias, 1)),
                scale = _mm512_set1_ps(b.scale);
+  __m512 by_lo = _mm512_set1_ps(1.0f), by_hi = by_lo;
+  if (b.out_scale) {
+    by_lo = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), b.out_scale);
+    by_hi = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), b.out_scale + 16);
+  }
   for (int64_t i = 0; i < b.rows; ++i) {
     uint16_t* out = b.out + i * b.ldo;
     __m512 lo, hi;
@@ -67,7 +75,8 @@ BF16_DOT_INLINE void store_block(const Block& b, const float* base, const float*
       hi =
           _mm512_mask3_fmadd_ps(scale, _mm512_load_ps(update + kSide * i + 16), hi, static_cast<__mmask16>(keep >> 16));
     }
-    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(_mm512_add_ps(hi, bias_hi), _mm512_add_ps(lo, bias_lo));
+    const __m512i rounded =
+        (__m512i)_mm512_cvtne2ps_pbh(_mm512_fmadd_ps(hi, by_hi, bias_hi), _mm512_fmadd_ps(lo, by_lo, bias_lo));
     _mm512_mask_storeu_epi16(out, there, rounded);
   }
 }
@@ -152,6 +161,7 @@ BF16_DOT void task(const AmxGemm& g, Range rows, Range cols, uint16_t* group, fl
                       .keep = g.keep ? g.keep + m * sides(g.N) + (n0 / kSide + n) : nullptr,
                       .ld_keep = sides(g.N),
                       .bias = g.bias ? g.bias + n0 + n * kSide : nullptr,
+                      .out_scale = g.out_scale ? g.out_scale + n0 + n * kSide : nullptr,
                       .out = g.out + m * g.N + n0 + n * kSide,
                       .ldo = g.N,
                       .rows = std::min(kSide, rows.end - m),

@@ -113,6 +113,24 @@ BF16_DOT void to_blocks(const uint16_t* src, int64_t ld, uint16_t* blocks, int64
   }
 }
 
+BF16_DOT void to_scaled_blocks(const uint16_t* src, int64_t ld, const float* scale, uint16_t* blocks, int64_t rows,
+                               int64_t cols) {
+  const int64_t steps = sides(cols);
+  for (int64_t m = 0; m < sides(rows) * kSide; ++m) {
+    const uint16_t* row = src + m * ld;
+    uint16_t* to = blocks + m / kSide * steps * kBlock + m % kSide * kSide;
+    for (int64_t k = 0; k < steps; ++k) {
+      const int64_t n = k * kSide, there = m < rows ? cols - n : 0;
+      const __m512i line = load32(row + n, there);
+      const __m512 lo = _mm512_maskz_mul_ps(first16(there), to_fp32(_mm512_castsi512_si256(line)),
+                                            _mm512_maskz_loadu_ps(first16(cols - n), scale + n)),
+                   hi = _mm512_maskz_mul_ps(first16(there - 16), to_fp32(_mm512_extracti64x4_epi64(line, 1)),
+                                            _mm512_maskz_loadu_ps(first16(cols - n - 16), scale + n + 16));
+      _mm512_store_si512(to + k * kBlock, (__m512i)_mm512_cvtne2ps_pbh(hi, lo));
+    }
+  }
+}
+
 BF16_DOT void to_dropped_blocks(const uint16_t* src, int64_t ld, const Dropout& dropout, int64_t row0, uint16_t* whole,
                                 uint16_t* dropped, uint32_t* bits, int64_t rows, int64_t cols) {
   const int64_t steps = sides(cols);

@@ -1,13 +1,16 @@
 // The CPU backward: dh = s * dy B, dx += mask * (dh A) / (1 - p) into the caller's dy W or, with W, dx by lora_gemm;
-// dA = dh^T drop(x), dB = dy^T h, dbias = sum_M dy.
+// dA = dh^T drop(x), dB = dy^T h, dbias = sum_M dy. The op's optional tensors act on h and dh between the products
+// (between.h); grad_row_scale makes a second dh, for dA, from the same panels of dy.
 //
 // One walk for all dtypes, but for bf16 on AMX (amx_walk.cpp). Each thread takes a run of rows in blocks of kRows: dy
 // is read once, in panels of kPanel columns, for dh, dB and dbias; then x is read and dx updated once, under one
 // dropout mask. dA, dB and dbias gather in one fp32 slab a thread; the slabs are summed in thread order, so results
 // repeat bit for bit.
 #include "amx.h"
+#include "between.h"
 #include "block_bf16.h"
 #include "block_fp32.h"
+#include "scale.h"
 #include "walk.h"
 
 namespace fused_lora::cpu {
@@ -36,11 +39,14 @@ template <class Block> class Gradient {
     block.wgrad(panel, slabs_[t], padded_, n, rows, cols);
   }
 
-  // dst = the slabs' sum * factor.
-  void store(float factor) {
+  // dst = the slabs' sum * factor (* c[width]).
+  void store(float factor, const float* c) {
     if (!dst_) return;
     float* sum = slabs_.sum();
     for (int64_t i = 0; factor != 1.0f && i < padded_ * Rp_; ++i) sum[i] *= factor;
+    static_assert(Block::kRanksFirst);
+    for (int64_t r = 0; c && r < R_; ++r)
+      for (int64_t n = 0; n < width_; ++n) sum[r * padded_ + n] *= c[n];
     int64_t ld = Block::kRanksFirst ? padded_ : Rp_;
     if (turned_) {
       const int64_t rows = padded_ * Rp_ / ld;
@@ -61,52 +67,99 @@ template <class Block> class Gradient {
   float* turned_ = nullptr;  // the sum transposed, where dst needs it
 };
 
-// dA, dB, dbias, dh [M, Rp] where it is not null and, with `update`, the update of dx.
+// What the optional tensors need beside a thread's Block: h + s h_in, low, and the sums of dh_c, [rows, Rp] each.
+struct Beside {
+  float *ungated, *low, *sums_c;
+};
+
+// dA, dB, dbias, dh_in, dgate, dh [M, Rp] where it is not null and, with `update`, the update of dx or dx_lora.
 template <class Block> void low_rank(const CpuBackwardParams& p, Buffers& buffers, bool update, float* dh) {
   using Factor = typename Block::Factor;
   const int64_t Rp = round_up(p.R, Block::kRanks), Kp = round_up(p.K, Block::kColumns);
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
-  const bool need_dh = p.dx || p.dA, dropout = p.dropout.threshold > 0;
+  const bool need_dh = p.dx || p.dx_lora || p.dA || p.dh_in || p.dgate, dropout = p.dropout.threshold > 0;
+  const Between between(p, Rp);
+  const float* c = p.dA ? p.row_scale : nullptr;
+  void* updated = p.dx_lora ? p.dx_lora : p.dx;
   const Factor down(buffers, need_dh ? p.B : nullptr, p.adapter_dtype, p.N, p.R, Rp, false),
-      thin(buffers, update ? p.A : nullptr, p.adapter_dtype, p.R, p.K, Kp, false);
+      thin(buffers, update ? p.A : nullptr, p.adapter_dtype, p.R, p.K, Kp, false),
+      down_c(buffers, c ? scaled_rows(buffers, p.B, p.adapter_dtype, c, p.N, p.R) : nullptr, Dtype::f32, p.N, p.R, Rp,
+             false);
   fill(threads, down, thin);
+  if (down_c.needs_fill()) down_c.fill();
   Gradient<Block> dA(p.dA, p.adapter_dtype, p.K, p.R, true), dB(p.dB, p.adapter_dtype, p.N, p.R, false);
-  Slabs dbias(p.dbias, round_up(p.N, Block::kColumns));
+  Slabs dbias(p.dbias && !p.out_scale, round_up(p.N, Block::kColumns));
+  ScaleSums scale_sums(scale_params(p), buffers, threads);
   std::vector<Block> blocks;
+  std::vector<Beside> besides;
   for (int t = 0; t < threads; ++t) {
+    const int64_t size = block_rows(p.M, threads) * Rp;
+    const auto take = [&](bool wanted) { return wanted ? buffers.take(size) : nullptr; };
+    besides.push_back({take(bool(between)), take(bool(between)), take(bool(down_c))});
     blocks.emplace_back(buffers, block_rows(p.M, threads), p.dtype, dropout, p.R);
     dA.add(buffers), dB.add(buffers), dbias.add(buffers);
   }
 
-  const auto clear = [&](int t) { dA.clear(t), dB.clear(t), dbias.clear(t); };
+  const auto clear = [&](int t) { dA.clear(t), dB.clear(t), dbias.clear(t), scale_sums.clear(t); };
   const auto body = [&](int t, int64_t m, int64_t rows) {
     Block& block = blocks[static_cast<size_t>(t)];
+    Beside& beside = besides[static_cast<size_t>(t)];
+    const auto on_c = [&](const auto& work) {
+      std::swap(block.low, beside.sums_c);
+      work();
+      std::swap(block.low, beside.sums_c);
+    };
     block.clear_low();
-    if (dB) block.gather_by_h(at(p.h, m * p.R, p.dtype), rows);
+    if (down_c) on_c([&] { block.clear_low(); });
+    if (between && p.h) {
+      load_matrix(at(p.h, m * p.R, p.dtype), p.dtype, beside.ungated, rows, p.R, Rp);
+      between.add_h_in(beside.ungated, m, rows);
+      std::copy_n(beside.ungated, rows * Rp, beside.low);
+      between.times_gate(beside.low, m, rows);
+      if (dB) block.gather_by(beside.low, rows);
+    } else if (dB) {
+      block.gather_by_h(at(p.h, m * p.R, p.dtype), rows);
+    }
     for (int64_t n = 0; n < p.N; n += kPanel) {
       const int64_t cols = std::min(kPanel, p.N - n);
-      const auto dy = block.panel(at(p.dy, m * p.lddy + n, p.dtype), p.lddy, nullptr, rows, cols);
+      const char* from = at(p.dy, m * p.lddy + n, p.dtype);
+      if (scale_sums) scale_sums.gather(t, m, n, rows, cols);
+      const auto dy = [&] {
+        if constexpr (Block::kScales)
+          if (p.out_scale) return block.scaled_panel(from, p.lddy, p.out_scale + n, rows, cols);
+        return block.panel(from, p.lddy, nullptr, rows, cols);
+      }();
       if (need_dh) block.shrink(dy, down, n, rows, cols);
+      if (down_c) on_c([&] { block.shrink(dy, down_c, n, rows, cols); });
       if (dB) dB.gather(block, dy, t, n, rows, cols);
-      if (p.dbias) block.column_sums(dy, dbias[t] + n, rows, cols);
+      if (dbias) block.column_sums(dy, dbias[t] + n, rows, cols);
     }
     if (!need_dh) return;
-    block.scale_low(p.scaling, rows);
-    if (dA) block.gather_by_low(rows);
+    const float factor = between ? 1.0f : p.scaling;  // which is in it already
+    if (down_c)
+      on_c([&] {
+        if (between) between.gradient_c(block.low, m, rows);
+        block.scale_low(factor, rows);
+        block.gather_by_low(rows);
+      });
+    if (between) between.gradient(block.low, beside.ungated, m, rows);
+    block.scale_low(factor, rows);
+    if (dA && !down_c) block.gather_by_low(rows);
     for (int64_t k = 0; (dA || thin) && k < p.K; k += kPanel) {
       const int64_t cols = std::min(kPanel, p.K - k);
       if (dropout) dropout_mask(p.dropout, block.mask, m, k, rows, cols);
       if (dA)
         dA.gather(block, block.panel(at(p.x, m * p.ldx + k, p.dtype), p.ldx, block.mask, rows, cols), t, k, rows, cols);
-      if (thin) block.expand(thin, block.mask, at(p.dx, m * p.K + k, p.dtype), p.K, k, rows, cols);
+      if (thin) block.expand(thin, block.mask, at(updated, m * p.K + k, p.dtype), p.K, k, rows, cols);
     }
     if (dh) std::copy_n(block.low, rows * Rp, dh + m * Rp);
   };
   for_row_blocks(p.M, threads, clear, body);
 
   const float factor = Block::kMaskScales ? 1.0f : p.dropout.scale();
-  both(dA && dB ? threads : 1, [&] { dA.store(factor); }, [&] { dB.store(1.0f); });
-  if (p.dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
+  both(dA && dB ? threads : 1, [&] { dA.store(factor, nullptr); }, [&] { dB.store(1.0f, p.row_scale); });
+  if (dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
+  scale_sums.store();
 }
 
 }  // namespace
@@ -122,18 +175,20 @@ Status cpu_backward(const CpuBackwardParams& p) {
   if (p.dtype == Dtype::bf16 && features.amx) return amx_backward(p, buffers), Status::ok;
 #endif
   if (in_bf16(p.dtype)) {
-    low_rank<BlockBf16>(p, buffers, p.dx, nullptr);
+    low_rank<BlockBf16>(p, buffers, p.dx || p.dx_lora, nullptr);
     return Status::ok;
   }
-  // dx by lora_gemm has the update inside, but where dropout's mask keeps it out.
-  const bool own = p.dx && p.W, inside = own && p.dropout.threshold == 0;
+  // dx by lora_gemm has the update inside, but where dropout's mask keeps it out or it goes elsewhere.
+  const bool own = p.dx && p.W, inside = own && p.dropout.threshold == 0 && !p.dx_lora;
   const int64_t Rp = round_up(p.R, BlockFp32::kRanks);
   float* dh = inside ? buffers.take(p.M * Rp) : nullptr;
   const LoraGemm dx{.left = static_cast<const float*>(p.dy),
+                    .left_scale = p.out_scale,
                     .right = static_cast<const float*>(p.W),
                     .low = dh,
                     .thin = static_cast<const float*>(p.A),
                     .bias = nullptr,
+                    .scale = nullptr,
                     .out = static_cast<float*>(p.dx),
                     .M = p.M,
                     .N = p.K,
@@ -146,7 +201,7 @@ Status cpu_backward(const CpuBackwardParams& p) {
                     .by_rows = true};
   const int threads = threads_worth(p.M * p.N * p.K, p.threads);
   if (own && !inside) lora_gemm(dx, buffers, threads);
-  low_rank<BlockFp32>(p, buffers, p.dx && !inside, dh);
+  low_rank<BlockFp32>(p, buffers, p.dx_lora || (p.dx && !inside), dh);
   if (inside) lora_gemm(dx, buffers, threads);
   return Status::ok;
 }

@@ -19,6 +19,7 @@ class BlockBf16 {
   static constexpr int64_t kGathered = 2 * kLanes;  // columns of a gradient's slab likewise
   static constexpr bool kRanksFirst = true;         // a slab lies as [Rp, columns]
   static constexpr bool kMaskScales = false;        // a masked panel holds 0 or x itself
+  static constexpr bool kScales = false;            // the base product is never its own: dy is dz already
 
   // `down` [K or N, Rp] or `thin` [R, ld] in pairs of rows, [(rows + 1) / 2, ld], padded with zeros. The calling thread
   // takes the memory, any may fill it. src null: nobody will read it.
@@ -130,6 +131,11 @@ class BlockBf16 {
   void gather_by_h(const void* h, int64_t rows) {
     std::fill_n(rounded_, round_up(rows, kStrip) * Rp_, uint16_t{0});
     for (int64_t i = 0; i < rows; ++i) std::copy_n(static_cast<const uint16_t*>(h) + i * R_, R_, rounded_ + i * Rp_);
+    gather_by_low(rows);
+  }
+  void gather_by(const float* other, int64_t rows) {
+    store_row(other, rounded_, Dtype::bf16, rows * Rp_);
+    std::fill_n(rounded_ + rows * Rp_, (round_up(rows, kStrip) - rows) * Rp_, uint16_t{0});
     gather_by_low(rows);
   }
   void gather_by_low(int64_t rows) { pair_rows(rounded_, pairs_, round_up(rows, kStrip) / 2, Rp_); }

@@ -12,6 +12,7 @@ class BlockFp32 {
   static constexpr int64_t kGathered = kLanes;   // columns of a gradient's slab likewise
   static constexpr bool kRanksFirst = true;      // a slab lies as [Rp, columns]
   static constexpr bool kMaskScales = true;      // a masked panel holds dropout's factor
+  static constexpr bool kScales = true;          // has scaled_panel
 
   // `down` [K or N, Rp] or `thin` [R, ld], its rows the summed dimension: src itself where it lies so, else a copy
   // padded with zeros. The calling thread takes the memory, any may fill it. src null: nobody will read it.
@@ -73,6 +74,14 @@ class BlockFp32 {
     return {panel_, kPanel};
   }
 
+  // src[rows, cols (row stride ld)] * scale[cols], of fp32.
+  Panel scaled_panel(const void* src, int64_t ld, const float* scale, int64_t rows, int64_t cols) {
+    load_panel(src, dtype_, ld, nullptr, panel_, rows, cols);
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t n = 0; n < cols; ++n) panel_[m * kPanel + n] *= scale[n];
+    return {panel_, kPanel};
+  }
+
   // low += left down[n : n + cols].
   void shrink(Panel left, const Factor& down, int64_t n, int64_t rows, int64_t cols) {
     cpu::shrink(left.data, left.ld, down.data() + n * Rp_, low, round_up(rows, kStrip), cols, Rp_);
@@ -108,6 +117,8 @@ class BlockFp32 {
     right_ = h_;
   }
   void gather_by_low(int64_t) { right_ = low; }
+  // Or any other [rows, Rp], which must stay until they are done.
+  void gather_by(const float* other, int64_t) { right_ = other; }
 
   // slab[Rp, n : n + cols (row stride width)] += right^T left.
   void wgrad(Panel left, float* slab, int64_t width, int64_t n, int64_t rows, int64_t cols) {

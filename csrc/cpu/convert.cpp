@@ -4,58 +4,13 @@
 // or must lie transposed. Layouts are given with each function in kernels.h.
 // Numerics: loads are exact; every store rounds to nearest even, once. Conversions are integer arithmetic on whole
 // loops, so that they vectorise on every instruction set (no F16C or AVX512-BF16 needed).
-#include <cstring>
-
 #include "bf16_dot.h"
+#include "elements.h"
 #include "kernels.h"
 #include "simd.h"
 
 namespace fused_lora::cpu {
 namespace {
-
-INLINE float as_float(uint32_t u) {
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-INLINE uint32_t as_bits(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  return u;
-}
-
-struct F32 {
-  using type = float;
-  static INLINE float load(float v) { return v; }
-  static INLINE float store(float v) { return v; }
-};
-
-struct BF16 {
-  using type = uint16_t;
-  static INLINE float load(uint16_t v) { return as_float(uint32_t{v} << 16); }
-  static INLINE uint16_t store(float v) {
-    const uint32_t u = as_bits(v);
-    const uint32_t rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
-    return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-  }
-};
-
-struct F16 {
-  using type = uint16_t;
-  static INLINE float load(uint16_t v) {
-    // Exponent and mantissa moved into fp32's places are the value times 2^-112, subnormals included.
-    const uint32_t magnitude = uint32_t{v & 0x7fffu} << 13, sign = uint32_t{v & 0x8000u} << 16;
-    const float finite = as_float(magnitude) * 0x1p112f;
-    return as_float(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : as_bits(finite)));
-  }
-  static INLINE uint16_t store(float v) {
-    const uint32_t u = as_bits(v), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;
-    const uint32_t subnormal = as_bits(as_float(a) + 0.5f) - as_bits(0.5f);  // the ulp at 0.5 is fp16's smallest step
-    const uint32_t normal = (a + 0xc8000fffu + (a >> 13 & 1u)) >> 13;  // exponent re-biased, round to nearest even
-    const uint32_t special = a > 0x7f800000u ? 0x7e00u : 0x7c00u;      // NaN, or overflow to infinity
-    return static_cast<uint16_t>(sign | (a >= 0x47800000u ? special : a < 0x38800000u ? subnormal : normal));
-  }
-};
 
 template <class T>
 INLINE void load_panel_as(const void* src, int64_t ld, const float* mask, float* out, int64_t rows, int64_t cols) {
@@ -162,6 +117,34 @@ void add_row(const float* src, const float* mask, void* dst, Dtype dtype, int64_
       case Dtype::f16: return add_row_as<F16>(src, mask, dst, n);
       case Dtype::bf16: return add_row_as<BF16>(src, mask, dst, n);
     }
+  });
+}
+
+void scale_panel(void* out, int64_t ldo, Dtype dtype, const float* scale, const void* bias, int64_t rows,
+                 int64_t cols) {
+  widest([=]() INLINED {
+    with_elements(dtype, [=](auto element) INLINED {
+      using T = decltype(element);
+      const auto* add = static_cast<const typename T::type*>(bias);
+      for (int64_t m = 0; m < rows; ++m) {
+        auto* o = static_cast<typename T::type*>(out) + m * ldo;
+        if (bias)
+          for (int64_t n = 0; n < cols; ++n) o[n] = T::store(scale[n] * T::load(o[n]) + T::load(add[n]));
+        else
+          for (int64_t n = 0; n < cols; ++n) o[n] = T::store(scale[n] * T::load(o[n]));
+      }
+    });
+  });
+}
+
+void add_matrix(const void* src, Dtype dtype, float factor, float* out, int64_t rows, int64_t cols, int64_t ldo) {
+  widest([=]() INLINED {
+    with_elements(dtype, [=](auto element) INLINED {
+      using T = decltype(element);
+      const auto* s = static_cast<const typename T::type*>(src);
+      for (int64_t m = 0; m < rows; ++m)
+        for (int64_t n = 0; n < cols; ++n) out[m * ldo + n] += factor * T::load(s[m * cols + n]);
+    });
   });
 }
 

@@ -1,9 +1,12 @@
-// The CPU forward: h = s * drop(x) A^T, and y += h B^T into the caller's x W^T + bias or, with W, y by lora_gemm.
+// The CPU forward: h = s * drop(x) A^T, and y += h B^T into the caller's x W^T + bias or, with W, y by lora_gemm. The
+// op's optional tensors act on h between the two (between.h), and out_scale on the rows of y, or of W and B as lora_gemm
+// packs them.
 //
 // One walk for all dtypes, but for bf16 on AMX (amx_walk.cpp). Each thread takes a run of rows in blocks of kRows: x is
 // read once, in panels of kPanel columns, for h; then the block's rows of y are updated once, while h is in L1. Nothing
 // is summed across threads, so results repeat bit for bit whatever their number is.
 #include "amx.h"
+#include "between.h"
 #include "block_bf16.h"
 #include "block_fp32.h"
 #include "walk.h"
@@ -11,8 +14,8 @@
 namespace fused_lora::cpu {
 namespace {
 
-// h and, without W, the update of y.
-template <class Block> void low_rank(const CpuForwardParams& p, Buffers& buffers) {
+// h and, without W, the update of y; low [M, Rp] where it is not null.
+template <class Block> void low_rank(const CpuForwardParams& p, Buffers& buffers, float* low) {
   using Factor = typename Block::Factor;
   const int64_t Rp = round_up(p.R, Block::kRanks), Np = round_up(p.N, Block::kColumns);
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
@@ -21,6 +24,9 @@ template <class Block> void low_rank(const CpuForwardParams& p, Buffers& buffers
   const Factor down(buffers, p.A, p.adapter_dtype, p.K, p.R, Rp, true),         // A^T
       thin(buffers, p.W ? nullptr : p.B, p.adapter_dtype, p.R, p.N, Np, true);  // B^T
   fill(threads, down, thin);
+  const void* input = p.x_lora ? p.x_lora : p.x;
+  const int64_t ld = p.x_lora ? p.ldx_lora : p.ldx;
+  const Between between(p, Rp);
   std::vector<Block> blocks;
   for (int t = 0; t < threads; ++t) blocks.emplace_back(buffers, block_rows(p.M, threads), p.dtype, dropout, p.R);
 
@@ -30,13 +36,24 @@ template <class Block> void low_rank(const CpuForwardParams& p, Buffers& buffers
     for (int64_t k = 0; k < p.K; k += kPanel) {
       const int64_t cols = std::min(kPanel, p.K - k);
       if (dropout) dropout_mask(p.dropout, block.mask, m, k, rows, cols);
-      const auto x = block.panel(at(p.x, m * p.ldx + k, p.dtype), p.ldx, block.mask, rows, cols);
+      const auto x = block.panel(at(input, m * ld + k, p.dtype), ld, block.mask, rows, cols);
       block.shrink(x, down, k, rows, cols);
     }
     block.scale_low(factor, rows);
     block.store_low(at(p.h, m * p.R, p.dtype), rows);
-    for (int64_t n = 0; thin && n < p.N; n += kPanel)
-      block.expand(thin, nullptr, at(p.y, m * p.N + n, p.dtype), p.N, n, rows, std::min(kPanel, p.N - n));
+    if (between) {
+      between.add_h_in(block.low, m, rows);
+      between.times_gate(block.low, m, rows);
+      block.scale_low(1.0f, rows);
+    }
+    if (low) std::copy_n(block.low, rows * Rp, low + m * Rp);
+    for (int64_t n = 0; thin && n < p.N; n += kPanel) {
+      const int64_t cols = std::min(kPanel, p.N - n);
+      char* y = at(p.y, m * p.N + n, p.dtype);
+      block.expand(thin, nullptr, y, p.N, n, rows, cols);
+      if (p.out_scale)
+        scale_panel(y, p.N, p.dtype, p.out_scale + n, p.bias ? at(p.bias, n, p.dtype) : nullptr, rows, cols);
+    }
   };
   for_row_blocks(p.M, threads, [](int) {}, body);
 }
@@ -53,14 +70,18 @@ Status cpu_forward(const CpuForwardParams& p) {
 #ifdef FUSED_LORA_AMX
   if (p.dtype == Dtype::bf16 && features.amx) return amx_forward(p, buffers), Status::ok;
 #endif
-  if (in_bf16(p.dtype)) low_rank<BlockBf16>(p, buffers);
-  else low_rank<BlockFp32>(p, buffers);
+  if (in_bf16(p.dtype)) return low_rank<BlockBf16>(p, buffers, nullptr), Status::ok;
+  const int64_t Rp = round_up(p.R, BlockFp32::kRanks);
+  float* low = p.W && (p.h_in || p.gate) ? buffers.take(p.M * Rp) : nullptr;  // else it is h
+  low_rank<BlockFp32>(p, buffers, low);
   if (p.W) {
     const LoraGemm y{.left = static_cast<const float*>(p.x),
+                     .left_scale = nullptr,
                      .right = static_cast<const float*>(p.W),
-                     .low = static_cast<const float*>(p.h),
+                     .low = low ? low : static_cast<const float*>(p.h),
                      .thin = static_cast<const float*>(p.B),
                      .bias = static_cast<const float*>(p.bias),
+                     .scale = p.out_scale,
                      .out = static_cast<float*>(p.y),
                      .M = p.M,
                      .N = p.N,
@@ -68,7 +89,7 @@ Status cpu_forward(const CpuForwardParams& p) {
                      .R = p.R,
                      .ld_left = p.ldx,
                      .ld_right = p.ldw,
-                     .ld_low = p.R,
+                     .ld_low = low ? Rp : p.R,
                      .ld_thin = p.R,
                      .by_rows = false};
     lora_gemm(y, buffers, threads_worth(p.M * p.N * p.K, p.threads));

@@ -56,12 +56,14 @@ void column_sums_bf16(const uint16_t* panel, int64_t ld, float* out, int64_t row
 
 // lora_gemm.cpp  out = left right + low thin + bias in fp32, on all threads: y, or dx, where N and K change places.
 struct LoraGemm {
-  const float* left;   // [M, K], row stride ld_left
-  const float* right;  // by_rows: [K, N], else its transpose [N, K]; row stride ld_right
-  const float* low;    // [M, R], row stride ld_low; R may be 0
-  const float* thin;   // by_rows: [R, N], else its transpose [N, R]; row stride ld_thin
-  const float* bias;   // [N] or null
-  float* out;          // [M, N], contiguous
+  const float* left;        // [M, K], row stride ld_left
+  const float* left_scale;  // [K], of the columns of left; or null
+  const float* right;       // by_rows: [K, N], else its transpose [N, K]; row stride ld_right
+  const float* low;         // [M, R], row stride ld_low; R may be 0
+  const float* thin;        // by_rows: [R, N], else its transpose [N, R]; row stride ld_thin
+  const float* bias;        // [N] or null
+  const float* scale;       // [N], of the columns of right and thin, where not by_rows; or null
+  float* out;               // [M, N], contiguous
   int64_t M, N, K, R, ld_left, ld_right, ld_low, ld_thin;
   bool by_rows;
 };
@@ -87,6 +89,10 @@ void copy_panel(const uint16_t* src, int64_t ld, const float* mask, uint16_t* ou
 void store_row(const float* src, void* dst, Dtype dtype, int64_t n);
 // dst[0, n) += src[0, n) (* mask[0, n)), added in fp32 and rounded once.
 void add_row(const float* src, const float* mask, void* dst, Dtype dtype, int64_t n);
+// out[rows, cols (row stride ldo)] = scale[cols] * out + bias[cols], or 0 without a bias, rounded once.
+void scale_panel(void* out, int64_t ldo, Dtype dtype, const float* scale, const void* bias, int64_t rows, int64_t cols);
+// out[rows, cols (row stride ldo)] += factor * src[rows, cols], src of a dtype, out fp32.
+void add_matrix(const void* src, Dtype dtype, float factor, float* out, int64_t rows, int64_t cols, int64_t ldo);
 // out[rows, ldo] = src[rows, cols] in fp32; columns past cols up to ldo zero.
 void load_matrix(const void* src, Dtype dtype, float* out, int64_t rows, int64_t cols, int64_t ldo);
 // out[cols, ldo] = src[rows, cols]^T in fp32; columns past rows up to ldo zero.

@@ -1,6 +1,7 @@
 // lora_gemm: out = left right + low thin + bias in fp32, a base product with its low-rank update inside.
 //
 //   forward   y [M, N]  = x [M, K] W^T + h [M, R] B^T + bias      W, B [columns, depth]: by_rows = false
+//             with a scale of the columns W and B are packed times it; left likewise is copied times its own
 //   backward  dx [M, K] = dy [M, N] W  + dh [M, R] A              W, A [depth, columns]: by_rows = true
 //
 // Layouts: rows of every operand with a row stride, `out` contiguous.
@@ -183,8 +184,9 @@ template <class V> INLINE void pack_block(const LoraGemm& g, const Block& b, flo
               b.width - whole);
     if (ranks) pack_rows(g.thin + r * g.ld_thin + b.n, g.ld_thin, below, stride, ranks, b.width);
   } else {
-    pack_columns<V>(g.right + b.n * g.ld_right + b.k, g.ld_right, panels, stride, base, b.width);
-    if (ranks) pack_columns<V>(g.thin + b.n * g.ld_thin + r, g.ld_thin, below, stride, ranks, b.width);
+    const float* scale = g.scale ? g.scale + b.n : nullptr;
+    pack_columns<V>(g.right + b.n * g.ld_right + b.k, g.ld_right, scale, panels, stride, base, b.width);
+    if (ranks) pack_columns<V>(g.thin + b.n * g.ld_thin + r, g.ld_thin, scale, below, stride, ranks, b.width);
   }
 }
 
@@ -193,7 +195,10 @@ INLINE void pack_strip(const LoraGemm& g, const Block& b, float* strip, int64_t 
   const int64_t base = b.base(g), ranks = b.depth - base;
   for (int64_t i = 0; i < height; ++i) {
     float* to = strip + i * kPitch;
-    std::copy_n(g.left + (m + i) * g.ld_left + b.k, base, to);
+    const float* from = g.left + (m + i) * g.ld_left + b.k;
+    if (g.left_scale)
+      for (int64_t k = 0; k < base; ++k) to[k] = from[k] * g.left_scale[b.k + k];
+    else std::copy_n(from, base, to);
     if (ranks) std::copy_n(g.low + (m + i) * g.ld_low + b.first_rank(g), ranks, to + base);
   }
 }

@@ -72,8 +72,9 @@ INLINE void transpose(Vec16* a) {
   }
 }
 
-// panel[depth, 32] = right[cols <= 32, depth (row stride ld)]^T, columns past cols zero.
-template <class V> INLINE void pack_panel(const float* right, int64_t ld, float* panel, int64_t depth, int64_t cols) {
+// panel[depth, 32] = right[cols <= 32, depth (row stride ld)]^T (* scale[cols]), columns past cols zero.
+template <class V>
+INLINE void pack_panel(const float* right, int64_t ld, const float* scale, float* panel, int64_t depth, int64_t cols) {
   constexpr int64_t kSide = sizeof(V) / sizeof(float);
   if (cols < kColumns) std::fill_n(panel, depth * kColumns, 0.0f);
   for (int64_t k = 0; k < depth; k += kSide)
@@ -87,12 +88,16 @@ template <class V> INLINE void pack_panel(const float* right, int64_t ld, float*
           load(a[i], from + i * ld);
           __builtin_prefetch(from + i * ld + 4 * kSide);  // 5 % of a product of 64 rows whose W comes from DRAM
         }
+        if (scale)
+#pragma GCC unroll 16
+          for (int i = 0; i < kSide; ++i) a[i] *= scale[n + i];
         transpose(a);
 #pragma GCC unroll 16
         for (int i = 0; i < kSide; ++i) store(to + i * kColumns, a[i]);
       } else {
         for (int64_t i = 0; i < std::min<int64_t>(kSide, cols - n); ++i)
-          for (int64_t j = 0; j < std::min<int64_t>(kSide, depth - k); ++j) to[j * kColumns + i] = from[i * ld + j];
+          for (int64_t j = 0; j < std::min<int64_t>(kSide, depth - k); ++j)
+            to[j * kColumns + i] = from[i * ld + j] * (scale ? scale[n + i] : 1.0f);
       }
     }
 }
@@ -111,11 +116,12 @@ INLINE void pack_rows(const float* right, int64_t ld, float* panels, int64_t str
   }
 }
 
-// The same from the transpose, right[c, k (row stride ld)].
+// The same from the transpose, right[c, k (row stride ld)] (* scale[c]).
 template <class V>
-INLINE void pack_columns(const float* right, int64_t ld, float* panels, int64_t stride, int64_t depth, int64_t width) {
+INLINE void pack_columns(const float* right, int64_t ld, const float* scale, float* panels, int64_t stride,
+                         int64_t depth, int64_t width) {
   for (int64_t c = 0; c < width; c += kColumns, panels += stride)
-    pack_panel<V>(right + c * ld, ld, panels, depth, std::min(kColumns, width - c));
+    pack_panel<V>(right + c * ld, ld, scale ? scale + c : nullptr, panels, depth, std::min(kColumns, width - c));
 }
 
 }  // namespace fused_lora::cpu

@@ -102,6 +102,8 @@ template <class Params> Status check(const Params& p) {
   const bool own_product =
       p.dtype == Dtype::f32 ? p.adapter_dtype == Dtype::f32 : p.dtype == Dtype::bf16 && features.amx;
   if (p.W && !own_product) return Status::bad_dtype;
+  if constexpr (requires { p.sums; })
+    if (p.out_scale && !own_product) return Status::bad_dtype;
   return p.M < 0 || p.N < 1 || p.K < 1 || p.R < 1 ? Status::bad_shape : Status::ok;
 }
 
@@ -168,6 +170,7 @@ class Slabs {
   void add(Buffers& buffers) {
     if (n_) slabs_.push_back(buffers.take(n_));
   }
+  explicit operator bool() const { return n_; }
   float* operator[](int t) { return slabs_[static_cast<size_t>(t)]; }
   void clear(int t) {
     if (!slabs_.empty()) std::fill_n((*this)[t], n_, 0.0f);

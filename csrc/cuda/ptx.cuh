@@ -156,8 +156,8 @@ PTX_FN void wait_cluster(uint64_t* bar, uint32_t parity) {
       : "memory");
 }
 #else
-// A build to look for hangs: a wait of more turns than the limit says where it stands and for what, and ends the kernel.
-// The line tells role and barrier, the address the slot.
+// A build to look for hangs: a wait of more turns than the limit says where it stands and for what, and ends the
+// kernel. The line tells role and barrier, the address the slot.
 PTX_FN void stuck(const char* file, int line, const void* at, uint32_t parity) {
   printf("stuck at %s:%d: block %d, thread %d, parity %u of the barrier at byte %d of shared memory (a flag: global)\n",
          file, line, static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x), parity,

@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING
 
 from fused_lora.adapters import (
+    adapters_per_sample,
+    adapters_per_token,
     add_weighted_adapter,
     apply_lora,
     delete_adapter,
@@ -28,16 +30,21 @@ from fused_lora.ops.update import lora_update
 __version__ = "0.1.0"
 
 __all__ = [
+    "LoRAFlow",
     "LoRALinear",
     "LoraConfig",
     "MergeSchedule",
+    "adapters_per_sample",
+    "adapters_per_token",
     "add_weighted_adapter",
     "apply_lora",
     "delete_adapter",
     "disable_adapter",
     "expert_rank_pattern",
     "get_nb_trainable_parameters",
+    "group",
     "grouped_lora_update",
+    "link_reslora",
     "load_adapter",
     "lora_linear",
     "lora_update",
@@ -49,19 +56,30 @@ __all__ = [
     "set_adapter",
     "share_outer",
     "tune",
+    "ungroup",
     "unload",
 ]
 
-_LAZY = {"MergeSchedule": "fused_lora.schedules", "tune": "fused_lora.tuning"}  # imported for those who use them
-
 if TYPE_CHECKING:
+    from fused_lora.adapters.flow import LoRAFlow
+    from fused_lora.adapters.group import group, ungroup
+    from fused_lora.adapters.reslora import link_reslora
     from fused_lora.schedules import MergeSchedule
     from fused_lora.tuning import tune
 else:
+    _LATER = {
+        "LoRAFlow": "adapters.flow",
+        "MergeSchedule": "schedules",
+        "group": "adapters.group",
+        "link_reslora": "adapters.reslora",
+        "tune": "tuning",
+        "ungroup": "adapters.group",
+    }
 
     def __getattr__(name):
-        if name not in _LAZY:
+        """A public name of a module that is imported on first use."""
+        if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib import import_module
+        import importlib
 
-        return getattr(import_module(_LAZY[name]), name)
+        return getattr(importlib.import_module(f"fused_lora.{_LATER[name]}"), name)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 import fused_lora.ops.schema  # noqa: F401  registers torch.ops.fused_lora
-from fused_lora.ops.reference import PLAIN, Gradients
+from fused_lora.ops.reference import PLAIN, Gradients, Variant
+
+_NAMES = Gradients("dx", "dW", "dA", "dB", "dbias", "dx_lora", "dh_in", "dgate", "dout_scale")
 
 
 @dataclass
@@ -22,12 +24,23 @@ class Problem:
     dy: Tensor
     scaling: float
     bias: Tensor | None = None
+    variant: Variant = PLAIN  # the optional tensors, 2-D
+    dh: Tensor | None = None  # the gradient of the returned h, [M, R]
 
     def to(self, dtype: torch.dtype, adapter_dtype: torch.dtype | None = None) -> "Problem":
         """The same values in another dtype."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         adapter = {"lora_A": adapter_dtype or dtype, "lora_B": adapter_dtype or dtype}
-        return replace(self, **{name: t.to(adapter.get(name, dtype)) for name, t in tensors.items()})
+        made: dict[str, Any] = {name: t.to(adapter.get(name, dtype)) for name, t in tensors.items()}
+        wide = torch.promote_types(dtype, torch.float32)  # of gate, out_scale and grad_row_scale
+        kinds = (dtype, dtype, wide, wide, wide)
+        optional = Variant(*(t if t is None else t.to(kind) for t, kind in zip(self.variant, kinds)))
+        return replace(self, **made, variant=PLAIN if self.variant is PLAIN else optional)
+
+    def needs(self) -> Gradients:
+        """Everything that has a gradient."""
+        optional = [t is not None for t in self.variant[:4]]
+        return Gradients(True, True, True, True, self.bias is not None, *optional)
 
 
 def random_problem(M, N, K, R, dtype=torch.float32, adapter_dtype=None, *, bias=True, device="cpu", seed=0) -> Problem:
@@ -83,6 +96,39 @@ def exact_problem(M, N, K, R, dtype=torch.float32, adapter_dtype=None, *, bias=T
     )
 
 
+def with_optional(p: Problem, names, *, exact: bool, gates: int = 0, seed=1) -> Problem:
+    """The problem with some optional tensors.
+
+    Args:
+        p: of `random_problem`, or of `exact_problem` where exact: then h_in, x_lora and dh are in {-1, 0, 1}, gates 0
+            or 1, scales powers of two, and all sums are exact as there.
+        names: of `Variant`, and "dh".
+        gates: a row's; R where 0.
+    """
+    (M, K), (N, R), g = p.x.shape, p.lora_B.shape, torch.Generator().manual_seed(seed)
+
+    def rows(width, per_row):
+        if not exact:
+            return torch.randn(M, width, generator=g).to(p.x.dtype)
+        where = torch.rand(M, width, generator=g).argsort(1) < per_row
+        return (where * (torch.randint(0, 2, (M, width), generator=g) * 2 - 1)).to(p.x.dtype)
+
+    def columns(values):
+        return values[torch.randint(len(values), (N,), generator=g)] if exact else torch.rand(N, generator=g) + 0.5
+
+    k = gates or R
+    made = dict(
+        x_lora=rows(K, 8),
+        h_in=rows(R, 1),
+        gate=torch.randint(0, 2, (M, k), generator=g).float() if exact else torch.randn(M, k, generator=g),
+        out_scale=columns(torch.tensor([-1.0, 0.5, 1.0, 2.0])),
+        grad_row_scale=columns(torch.tensor([0.5, 1.0, 2.0])),
+        dh=rows(R, 1),
+    )
+    given = {name: made[name].to(p.x.device) for name in names if name != "dh"}
+    return replace(p, variant=Variant(**given), dh=made["dh"].to(p.x.device) if "dh" in names else None)
+
+
 def run(p: Problem, *, backend: str, dropout_p=0.0, seed=None, needs=(True,) * 4) -> dict[str, Any]:
     """y, h and the gradients dx, dA, dB, dbias of `needs`, through the operators (not through autograd).
 
@@ -90,28 +136,31 @@ def run(p: Problem, *, backend: str, dropout_p=0.0, seed=None, needs=(True,) * 4
         p: the problem.
         backend: a back end's name, as in `lora_linear`.
         dropout_p, seed: dropout and its int64 [1] seed, or 0.0 and None.
-        needs: which of dx, dA, dB, dbias; dbias only where p has a bias.
+        needs: which of dx, dA, dB, dbias, dbias only where p has a bias; or a `Gradients`, for those of the weight and
+            of optional tensors: dW, dx_lora, dh_in, dgate, dout_scale.
     """
     y, h = torch.ops.fused_lora.forward(
-        p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, dropout_p, seed, *PLAIN, backend
+        p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, dropout_p, seed, *p.variant, backend
     )
-    need_x, need_A, need_B, need_bias = needs[0], needs[1], needs[2], needs[3] and p.bias is not None
-    mask = Gradients(need_x, False, need_A, need_B, need_bias, False, False, False, False)
+    if isinstance(needs, Gradients):
+        mask = needs
+    else:
+        need_bias = needs[3] and p.bias is not None
+        mask = Gradients(needs[0], False, needs[1], needs[2], need_bias, False, False, False, False)
+    kept = (y, p.bias) if mask.out_scale else (None, None)
     grads = iter(
         torch.ops.fused_lora.backward(
-            *(p.dy, None, p.x, p.weight, p.lora_A, p.lora_B, h, None, None),
-            *(p.scaling, dropout_p, seed, *PLAIN, list(mask), backend),
+            *(p.dy, p.dh, p.x, p.weight, p.lora_A, p.lora_B, h, *kept),
+            *(p.scaling, dropout_p, seed, *p.variant, list(mask), backend),
         )
     )
-    out = {"y": y, "h": h}
-    for name, need in zip(("dx", "dA", "dB", "dbias"), (need_x, need_A, need_B, need_bias)):
-        out[name] = next(grads) if need else None
-    return out
+    found = {name: next(grads) for name, need in zip(_NAMES, mask) if need}
+    return {"y": y, "h": h} | dict.fromkeys(("dx", "dA", "dB", "dbias")) | found
 
 
-def truth(p: Problem, *, dropout_p=0.0, seed=None) -> dict[str, Any]:
+def truth(p: Problem, *, dropout_p=0.0, seed=None, needs=(True,) * 4) -> dict[str, Any]:
     """What `run` computes, in fp64 from the same (rounded) inputs."""
-    return run(p.to(torch.float64), backend="reference", dropout_p=dropout_p, seed=seed)
+    return run(p.to(torch.float64), backend="reference", dropout_p=dropout_p, seed=seed, needs=needs)
 
 
 def tolerance(same_dtype: Tensor, exact: Tensor) -> float:

@@ -100,6 +100,8 @@ def test_shared_factors_train_as_the_sum_of_the_experts_and_are_saved_for_each(t
     torch.testing.assert_close(up.lora_B["default"].grad, theirs[1].lora_B["default"].grad)
     with pytest.raises(ValueError, match="exists with factors that the experts of .* share"):
         load_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="adapter 'default' must be saved by save_adapter"):
+        model.save_pretrained(tmp_path / "folder")
     up.merge()
     torch.testing.assert_close(model(TOKENS).logits, want.logits)
     up.unmerge()

@@ -57,11 +57,17 @@ def test_once_and_by_name():
     train(model, optimizer, False)
 
 
-def test_no_hook_is_left_when_all_have_stepped():
+def test_hooks_of_others_on_all_optimizers_run_after_it():
     _watched.clear()
-    model = apply_lora(Two())
-    train(model, sgd(model), True)
-    assert not _hooks and not optimizers._global_optimizer_post_hooks
+    model, stepped = apply_lora(Two()), []
+    handle = optimizers.register_optimizer_step_post_hook(lambda optimizer, *args: stepped.append(optimizer))
+    optimizer = sgd(model)
+    try:
+        train(model, optimizer, True)
+        train(model, optimizer, True)
+    finally:
+        handle.remove()
+    assert not _watched and stepped == [optimizer] * 2
 
 
 def test_one_microbatch_of_several_is_enough():

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import re
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,23 @@ def script(name):
 def tiny(monkeypatch):
     """Every preset is two tiny cases."""
     monkeypatch.setattr(suite, "cases_of", lambda name, device: [CASE, Case(24, 32, 40, 4, 0.25, torch.float32)])
+
+
+def test_readme_has_the_variants_of_their_file(tmp_path):
+    env = dict(device="A CPU", kind="cpu", threads=2, features={}, torch="2", commit="abc", date="today")
+    step = dict(sequences=1, tokens=64, step_ms=200.0, ratio=1.2, step_mib=100.0)
+    rows = [
+        step | dict(candidate="fused", over_lora=1.0),
+        step | dict(candidate="dora", over_lora=1.25, times_peft=2.5),
+    ]
+    rows.append(dict(sequences=1, tokens=64, candidate="flow", fault="wrong", why="it is"))
+    layer = dict(dtype="float32", M=2048, K=8, N=8, adapters=32)
+    mixed = [layer | dict(candidate=n, both_ms=3.0, over_one=o) for n, o in (("one adapter", 1.0), ("fused", 1.07))]
+    document = dict(environment=env, train_step=rows, mixed=mixed)
+    text = script("readme").variants(document)
+    assert "**A CPU**, 2 threads; torch 2; commit abc; today. LoRA's variants" in text
+    assert "| 1 × 64 | dora | 200 | 1.20 | 1.25 | 2.50 | 100 |" in text and "| 1 × 64 | flow | wrong | – " in text
+    assert "| float32 | 32 | 3.0 | **1.07** |" in text
 
 
 def test_readme_tables_come_from_the_json(tiny, tmp_path):
@@ -138,3 +155,14 @@ def test_a_llama_step_on_a_small_model(monkeypatch):
         assert by["frozen"]["ratio"] == by["frozen"]["memory_ratio"] == 1.0 < by["fused"]["memory_ratio"]
     assert checkpointed[0]["checkpointing"] and not plain[0]["checkpointing"]
     assert module.BATCHES[-1] == steps.Batch(4, 2048, checkpointing=True)
+
+
+def test_a_mixture_s_experts_on_a_small_layer():
+    """Every candidate of bench_experts.py computes PEFT's numbers in both dtypes."""
+    module = script("bench_experts")
+    given = Namespace(output=None, hidden=16, intermediate=24, experts=6, tokens=9, budget=0.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = module.rows_of(given, dtype)
+        assert [r["candidate"] for r in rows] == ["frozen", "peft", "peft+fuse", "copied", "fused"]
+        assert not any("fault" in r for r in rows), rows
+        assert rows[0]["ratio"] == rows[1]["times_peft"] == 1.0 and rows[4]["experts"] == 6

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fused_lora.bench import memory, report, steps
+from fused_lora.bench import memory, mixed, report, steps, ways
 from fused_lora.bench.steps import Batch, Candidate, Workload, model_for, run_steps
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
@@ -34,6 +34,23 @@ def test_a_step_of_every_candidate(quick, capsys):
     assert "fused" in printed and all(len(line) <= 80 and line == line.rstrip() for line in printed.splitlines())
 
 
+def test_a_step_of_every_variant(quick, capsys):
+    """Every way is right at its start, trains, and is compared with LoRA and with the PEFT that does the same."""
+    variants = steps.variants_on("cpu")
+    for workload, batch in zip(variants, (Batch(2, 8), Batch(8, 4))):
+        small = Workload("small", BASE, (batch,), kinds=workload.kinds)
+        (rows,) = run_steps(small, budget_s=0, least=1)
+        assert [r["candidate"] for r in rows] == list(workload.kinds)
+        for r in rows:
+            assert "fault" not in r, r
+            assert r["over_lora"] > 0 and abs(r["loss"] - rows[0]["loss"]) < 1e-3
+        assert all("times_peft" in r for r in rows if r["candidate"] in ways.PEERS)
+        report.print_steps("small", rows)
+    printed = capsys.readouterr().out
+    assert "x LoRA" in printed and all(len(line) <= 80 and line == line.rstrip() for line in printed.splitlines())
+    assert {kind for workload in variants for kind in workload.kinds} | {"peft+fuse", "addmm"} == set(ways.WAYS)
+
+
 def test_candidates_share_the_weights_of_the_base():
     base = BASE()
     kept = {id(p) for p in base.parameters()}
@@ -44,7 +61,9 @@ def test_candidates_share_the_weights_of_the_base():
         assert len(trained) == (0 if kind == "frozen" else 2 * 7 * 2)  # A and B on seven linears of two layers
     assert not any(p.requires_grad for p in base.parameters())
     assert isinstance(base.model.layers[0].self_attn.q_proj, nn.Linear)
-    with pytest.raises(ValueError, match="kind must be frozen, peft, peft.fuse, addmm or fused; got 'fast'"):
+    with pytest.raises(
+        ValueError, match="kind must be frozen, peft, peft.fuse, fused, addmm, .* or peft mixed; got .fast."
+    ):
         model_for(Candidate("fast"), base)
 
 
@@ -94,3 +113,24 @@ def test_a_workload_travels_to_the_process_that_measures():
     assert memory.in_fresh_process(steps.peak_on_cpu, BASE, Candidate("addmm"), Batch(1, 8), 1) >= 0
     with pytest.raises(OSError, match="process that measures peak memory failed: ValueError: kind must be"):
         memory.in_fresh_process(steps.peak_on_cpu, BASE, Candidate("fast"), Batch(1, 8), 1)
+
+
+def test_a_layer_with_an_adapter_for_each_sample(capsys):
+    cases = [mixed.MixedCase(count, 32, 16, 24, dtype) for count in (2, 8) for dtype in (torch.float32, torch.bfloat16)]
+    for case, rows in zip(cases, mixed.run_mixed(cases, "cpu", budget_s=0, least=1)):
+        assert [r["candidate"] for r in rows] == ["frozen", "one adapter", "fused", "peft", "bmm"]
+        for r in rows:
+            assert "fault" not in r, r
+            assert r["adapters"] == case.adapters and r["ratio"] > 0 and r["over_one"] > 0
+        report.print_mixed(rows)
+    assert "a batch of 8 adapters" in capsys.readouterr().out
+
+
+def test_a_wrong_mixture_is_dropped(monkeypatch):
+    def swapped(p):
+        forward, leaves = mixed.CANDIDATES["fused"](p)
+        return lambda x: forward(x).flip(0), leaves
+
+    monkeypatch.setitem(mixed.CANDIDATES, "bmm", swapped)
+    (rows,) = mixed.run_mixed([mixed.MixedCase(2, 32, 16, 24)], "cpu", budget_s=0, least=1)
+    assert rows[-1]["fault"] == "wrong" and "fault" not in rows[2]

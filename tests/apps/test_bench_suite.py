@@ -187,7 +187,7 @@ def test_a_missing_package_is_found_before_the_timing(nothing_is_timed, monkeypa
     [
         ("--device tpu", "device must be cpu, cuda or cuda:<index>; got 'tpu'"),
         ("--device cuda:999", "device 'cuda:999' needs a GPU that PyTorch sees; there are "),
-        ("--preset slow", "preset must be one of quick, readme, full; got 'slow'"),
+        ("--preset slow", "preset must be one of quick, readme, full, variants, latency; got 'slow'"),
         ("--candidates fast", "candidates must be among .*; got fast"),
         ("--candidates=", "candidates must be among .*; got ''"),
         ("--candidates fused,,", "candidates must be among .*; got '', ''"),

@@ -61,7 +61,9 @@ def test_bad_input_is_one_line_and_exit_code_2(refused, tiny_options, tmp_path):
     assert "dtype must be one of fp32, bf16, fp16; got 'int4'" in refused(
         2, "merge", tmp_path, "--dtype", "int4", "--output", tmp_path / "out"
     )
-    assert "preset must be one of quick, readme, full; got 'slow'" in refused(2, "bench", "--preset", "slow")
+    assert "preset must be one of quick, readme, full, variants, latency; got 'slow'" in refused(
+        2, "bench", "--preset", "slow"
+    )
     assert "candidates must be among" in refused(2, "bench", "--candidates", "fused,fast", "--device", "cpu")
 
 

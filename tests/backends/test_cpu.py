@@ -180,7 +180,7 @@ from fused_lora import _C
 from fused_lora.backends import cpu
 from fused_lora.ops.reference import PLAIN
 from fused_lora.ops.schema import request_of
-from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
+from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth, with_optional
 
 assert _C.cpu_features() == {expect}
 for dtype, adapter in ((torch.float32, None), (torch.bfloat16, torch.float32), (torch.float16, None)):
@@ -191,6 +191,11 @@ for dtype, adapter in ((torch.float32, None), (torch.bfloat16, torch.float32), (
             q, masked = random_problem(*shape, dtype, adapter), dict(dropout_p=0.25, seed=torch.tensor([5]))
             assert_close(run(q, backend="cpu:" + plan, **masked), run(q, backend="reference", **masked),
                          truth(q, **masked))
+    optional = ("x_lora", "h_in", "gate", "out_scale", "grad_row_scale", "dh")
+    for names in (optional, optional[1:]):
+        p = with_optional(exact_problem(101, 413, 100, 8, dtype, adapter), names, exact=True, gates=4)
+        for plan in cpu.plans(request_of(p.x, p.weight, p.lora_A, p.variant)):
+            assert_exact(run(p, backend="cpu:" + plan, needs=p.needs()), truth(p, needs=p.needs()))
     for shape in ((5, 40, 33, 1), (13, 24, 40, 16), (33, 33, 33, 17)):
         for name in ("x", "lora_A", "lora_B", "dy"):  # the padding's zeros beside an Inf must make no NaN
             p = exact_problem(*shape, dtype, adapter)

@@ -15,16 +15,34 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_lora.triton_kernels.configs import Device, backward_plan, dy_pass_config, forward_plan
+from fused_lora.triton_kernels import scale_gradient
+from fused_lora.triton_kernels.configs import (
+    Device,
+    backward_plan,
+    dy_pass_config,
+    expand_config,
+    forward_plan,
+    grouped_expand_config,
+    grouped_shrink_config,
+    grouped_wgrad_config,
+)
 from fused_lora.triton_kernels.dy_pass import dy_pass_kernel
+from fused_lora.triton_kernels.expand import expand_kernel
+from fused_lora.triton_kernels.grouped_expand import grouped_expand_kernel
+from fused_lora.triton_kernels.grouped_shrink import grouped_shrink_kernel
+from fused_lora.triton_kernels.grouped_wgrad import SUM_TILE as SUM_GROUPS_TILE
+from fused_lora.triton_kernels.grouped_wgrad import grouped_wgrad_kernel, sum_groups_kernel
 from fused_lora.triton_kernels.lora_gemm import lora_gemm_kernel
 from fused_lora.triton_kernels.lora_gemm_shrink import lora_gemm_shrink_kernel
+from fused_lora.triton_kernels.low_gradient import low_gradient_kernel
 from fused_lora.triton_kernels.shrink import shrink_kernel
 from fused_lora.triton_kernels.wgrad import SUM_TILE, sum_slabs_kernel, wgrad_kernel
 
-FLOATS = {"factor", "keep_factor", "more_factor"}
-UNALIGNED = {"threshold", "count", "more_count"}  # ints that need not be multiples of 16
+FLOATS = {"factor", "keep_factor", "more_factor", "in_factor", "smallest"}
+UNALIGNED = {"threshold", "count", "more_count", "G"}  # ints that need not be multiples of 16
 M, N, K = 8192, 4096, 4096
+# The optional arguments of plain LoRA's kernels.
+UNGATED = dict(h_in=None, gate=None, gated=None, in_factor=None, GATES=1)
 CASES = ((16, False, "bf16"), (32, False, "fp32"), (64, True, "fp32"), (256, True, "bf16"), (256, False, "fp32"))
 
 
@@ -82,6 +100,7 @@ class Compiler:
             of_right, of_down = of_right[::-1], of_down[::-1]
         types = dict(left=block(c.BLOCK_M, c.BLOCK_K), right=block(*of_right), out=block(c.BLOCK_M, c.BLOCK_N))
         types |= dict(down=block(*of_down), thin="*" + thin, low="*bf16", bias="*bf16", seed_ptr="*i64", state="*i32")
+        types |= dict(out_scale="*fp32")
         constexprs |= {"stride_tr": 1} if right_nk else {"stride_tn": 1, "bias": None}
         choices = dict(R=R, RIGHT_NK=right_nk, BIAS=right_nk, PRECISION="ieee")
         self.compile(what, kernel, types, **choices, **c.constexprs, **constexprs)
@@ -93,8 +112,11 @@ class Compiler:
         types, common = dict(thin="*" + thin, down="*" + thin, lora_B="*" + thin, seed_ptr="*i64"), dict(R=R)
         types |= dict(left="*bf16", low="*bf16", out="*fp32", dy="*bf16", h="*bf16", dh="*fp32", dB="*fp32")
         common |= dict(PRECISION="ieee")
-        self.compile(what, shrink_kernel, types, **common, **masked, stride_dk=1, **forward.shrink.constexprs)
-        self.compile(what, wgrad_kernel, types, **common, **masked, stride_oc=1, **backward.wgrad_A.constexprs)
+        self.compile(
+            what, shrink_kernel, types, **common, **masked, **UNGATED, stride_dk=1, **forward.shrink.constexprs
+        )
+        none = dict(column_scale=None, stride_oc=1)
+        self.compile(what, wgrad_kernel, types, **common, **masked, **none, **backward.wgrad_A.constexprs)
         c = backward.dy_pass or dy_pass_config(64, 256, R, 2, self.device)  # from R = 64 on there is none
         if c is not None:
             self.compile(what, dy_pass_kernel, types, **common, stride_br=1, **c.constexprs)
@@ -109,18 +131,80 @@ class Compiler:
                 plan = forward_plan(M, N, K, R, 2, dropout, self.device, **kinds)
                 if not right_nk:
                     plan = backward_plan(M, N, K, R, 2, dropout, True, True, False, self.device, **kinds)
-                self.gemm(what, lora_gemm_kernel, plan.lora_gemm, R, right_nk, thin, TMA=self.tma, **masked)
+                given = dict(TMA=self.tma, out_scale=None, **masked)
+                self.gemm(what, lora_gemm_kernel, plan.lora_gemm, R, right_nk, thin, **given)
             plan = forward_plan(M, N, K, R, 2, dropout, self.device, one_launch=True)
             if not right_nk:
                 plan = backward_plan(M, N, K, R, 2, dropout, True, True, False, self.device, one_launch=True)
             if plan.lora_gemm_shrink is not None:
                 self.gemm(what, lora_gemm_shrink_kernel, plan.lora_gemm_shrink, R, right_nk, thin)
 
+    def with_optional_tensors(self, R: int, thin: str, dropout: bool, GATES: int) -> None:
+        """All of them at once, and lora_update's kernel."""
+        forward = forward_plan(M, N, K, R, 2, dropout, self.device)
+        backward = backward_plan(M, N, K, R, 2, dropout, True, True, True, self.device, plain=False)
+        what = f"R={R} {thin} dropout={dropout} all"
+        masked = dict(DROPOUT=dropout) | ({} if dropout else {"seed_ptr": None})
+        low = dict.fromkeys(("low", "h", "h_in", "gated", "dh_out", "dh", "dh_c", "dh_in"), "*bf16")
+        wide = dict.fromkeys(("left", "dy", "y", "dz", "bias", "x", "weight", "base", "out"), "*bf16")
+        single = dict.fromkeys(("gate", "dgate", "out_scale", "row_scale", "column_scale", "sums", "grad"), "*fp32")
+        types = low | wide | single | dict.fromkeys(("thin", "down", "lora_B"), "*" + thin)
+        types |= dict(seed_ptr="*i64", lost="*i32", slabs="*fp32")
+        common = dict(R=R, PRECISION="ieee")
+        gates = dict(GATES=GATES)
+        self.compile(what, shrink_kernel, types, **common, **gates, **masked, stride_dk=1, **forward.shrink.constexprs)
+        c = backward.low_gradient.constexprs
+        self.compile(what, low_gradient_kernel, types, **common, **gates, stride_br=1, **c)
+        unmasked = dict(DROPOUT=False, seed_ptr=None)
+        c = backward.wgrad_B.constexprs
+        self.compile(what, wgrad_kernel, types | dict(out="*fp32"), **common, **unmasked, stride_or=1, **c)
+        self.gemm(what, lora_gemm_kernel, forward.lora_gemm, R, True, thin, TMA=self.tma, **unmasked)
+        drawn = {} if dropout else {"seed_ptr": None}
+        for base in ({}, {"base": None}):
+            c = expand_config(M, N, R, 2).constexprs
+            self.compile(what, expand_kernel, types, **common, **base, **drawn, stride_tn=1, **c)
+        types |= dict(out="*fp32")
+        self.compile(what, scale_gradient.sums_kernel, types, **scale_gradient.SUMS_TILE)
+        self.compile(what, scale_gradient.columns_kernel, types, **common, stride_br=1, **scale_gradient.COLUMNS_TILE)
+        self.compile(what, scale_gradient.select_kernel, types, **scale_gradient.SUMS_TILE)
+
+    def grouped(self, R: int, thin: str, dropout: bool, G: int, mixed: bool) -> None:
+        """grouped_lora_update over matrices of different ranks by tables of addresses, or over stacks."""
+        what = f"R={R} {thin} dropout={dropout} G={G} mixed={mixed}"
+        types = dict.fromkeys(("low", "left", "base"), "*bf16") | dict.fromkeys(("factors", "keep_factors"), "*fp32")
+        types |= dict.fromkeys(("offsets", "ranks", "thresholds"), "*i32") | dict.fromkeys(("down", "thin"), "*" + thin)
+        types |= dict(table="*i64", rows="*i64", starts="*i64", seed_ptr="*i64", slabs="*fp32")
+        none = {} if dropout else dict.fromkeys(("seed_ptr", "thresholds", "keep_factors"))
+        none |= {} if mixed else dict.fromkeys(("table", "ranks", "rows", "starts"))
+        common = dict(R=R, UNIT=8, BLOCK_G=triton.next_power_of_2(G), ALIGNED=True, PRECISION="ieee")
+
+        def compile(kernel, out: str, **constexprs):
+            given = {name: v for name, v in (none | common | constexprs).items() if name in kernel.arg_names}
+            given |= {name: v for name, v in constexprs.items() if name.startswith("num_")}
+            self.compile(what, kernel, types | dict(out=out), **given)
+
+        shrink = grouped_shrink_config(M, G, K, R, 2, self.device).constexprs
+        expand = grouped_expand_config(M, G, N, R, 2).constexprs
+        compile(grouped_shrink_kernel, "*bf16", stride_dk=1, **shrink)  # A, in the forward
+        compile(grouped_expand_kernel, "*bf16", stride_tn=1, **expand)
+        own = dict(stride_dk=None, stride_tn=None) if mixed else {}
+        compile(grouped_shrink_kernel, "*bf16", stride_dr=1, **own, **shrink)  # B, in the backward
+        compile(grouped_expand_kernel, "*bf16", stride_tr=1, **own, **expand)
+        c = grouped_wgrad_config(M, K, R, 2, self.device)
+        for transposed in (False, True):
+            choices = dict(TRANSPOSED=transposed, ROWS=c.rows_per_split)
+            compile(grouped_wgrad_kernel, "*" + thin, **choices, **c.constexprs)
+        compile(sum_groups_kernel, "*" + thin, ROWS=c.rows_per_split, **SUM_GROUPS_TILE)
+
     def everything(self) -> list[dict]:
         for R, dropout, thin in CASES:
             what, masked = f"R={R} {thin} dropout={dropout}", dict(DROPOUT=dropout)
             self.thin_kernels(what, R, thin, masked | ({} if dropout else {"seed_ptr": None}))
             self.gemms(what, R, thin, dropout)
+        self.with_optional_tensors(16, "fp32", True, 2)
+        self.with_optional_tensors(256, "bf16", False, 256)
+        self.grouped(64, "fp32", True, 1000, True)
+        self.grouped(16, "bf16", False, 8, False)
         for more in (True, False):
             types = dict(slabs="*fp32", out="*bf16", more_slabs="*fp32", more_out="*fp32")
             none = {} if more else dict(more_slabs=None, more_out=None)

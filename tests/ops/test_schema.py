@@ -64,6 +64,30 @@ def test_compiles_into_one_graph(compiler):
     )
 
 
+def test_optional_tensors_compile_into_one_graph():
+    """All of them, with every gradient and the returned h's."""
+    p = random_problem(24, 16, 32, 4)
+    g = torch.Generator().manual_seed(2)
+    shapes = dict(x_lora=(24, 32), h_in=(24, 4), gate=(24, 2), out_scale=(16,), grad_row_scale=(16,))
+    optional = {name: torch.rand(*shape, generator=g) for name, shape in shapes.items()}
+
+    def step(x, W, A, B, bias, x_lora, h_in, gate, out_scale):
+        given = dict(x_lora=x_lora, h_in=h_in, gate=gate, out_scale=out_scale)
+        fixed = dict(grad_row_scale=optional["grad_row_scale"], return_h=True)
+        y, h = lora_linear(x, W, A, B, 1.5, bias=bias, **given, **fixed)
+        return y.square().mean() + h.square().mean()
+
+    def grads(f):
+        given = (p.x, p.weight, p.lora_A, p.lora_B, p.bias, *list(optional.values())[:4])
+        leaves = [t.clone().requires_grad_() for t in given]
+        loss = f(*leaves)
+        loss.backward()
+        return [loss.detach()] + [t.grad for t in leaves]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(grads(compiled), grads(step), rtol=1e-5, atol=1e-6)
+
+
 def test_compiled_dropout_is_the_same_in_forward_and_backward():
     """y is linear in x with the mask fixed, so <y, dy> = <x, dx> iff both draw one mask."""
     p = random_problem(24, 16, 32, 4, bias=False)

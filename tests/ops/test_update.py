@@ -272,15 +272,6 @@ def test_bad_input_is_named(change, message):
         lora_update(*t.values(), other.pop("scaling", 1.0), **other)
 
 
-def test_the_gpu_back_ends_say_that_they_have_no_such_kernel(on_triton):
-    p = random_problem(4, 24, 32, 8, device=on_triton.device)
-    with pytest.raises(ValueError, match="backend 'triton' supports the update together with its base product only"):
-        lora_update(p.dy, p.x, p.lora_A, p.lora_B, 1.0, backend="triton")
-    torch.testing.assert_close(
-        lora_update(p.dy, p.x, p.lora_A, p.lora_B, 1.0), p.dy + F.linear(F.linear(p.x, p.lora_A), p.lora_B)
-    )
-
-
 @pytest.mark.parametrize("op", ["linear", "update"])
 @pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
 def test_a_tensor_scaling_over_half_precision(op, adapter):

@@ -5,10 +5,11 @@ import torch
 from mixed_layers import Mixed, ours_mixed, peft_mixed
 from pair_problems import Net, train
 from peft.optimizers import create_loraplus_optimizer as pefts
+from peft_twins import Root, peft_layer
 from torch import nn
 
 from fused_lora import LoRALinear
-from fused_lora.optim import create_loraplus_optimizer, lora_param_groups
+from fused_lora.optim import LoRARite, create_loraplus_optimizer, lora_param_groups
 
 
 def by_name(model, groups):
@@ -38,12 +39,17 @@ def test_all_that_trains_is_in_one_group_with_its_rate(make):
     assert all(group["initial_lr"] == group["lr"] for group in groups)
 
 
-def test_doras_magnitudes_are_no_vectors_of_the_base():
-    """Conv magnitudes, [1, N, 1], included."""
-    model = peft_mixed(use_dora=True, target_modules=["linear"])
+@pytest.mark.parametrize(
+    "make, targets", [(ours_mixed, ["linear"]), (peft_mixed, ["linear", "embed"]), (None, ["conv"])]
+)
+def test_doras_magnitudes_learn_as_A_and_do_not_decay(make, targets):
+    """Of convolutions they have three dimensions."""
+    model = make(use_dora=True, target_modules=targets) if make else peft_layer(Root(nn.Conv1d(4, 6, 3)), use_dora=True)
     rates = by_name(model, lora_param_groups(model, 1e-3, 16, weight_decay=0.1))
-    (name,) = [name for name in rates if "magnitude" in name]
-    assert rates[name] == (1e-3, 0.0)
+    names = [name for name in rates if "magnitude" in name]
+    assert len(names) == len(targets) and all(rates[name] == (1e-3, 0.0) for name in names)
+    rates = by_name(model, LoRARite(model, lr=1e-3, weight_decay=0.1).param_groups)
+    assert all(rates[name] == (1e-3, 0.0) for name in names)
 
 
 def test_the_groups_of_peft_but_for_weight_decay_and_magnitudes():

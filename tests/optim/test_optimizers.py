@@ -257,6 +257,18 @@ def test_bad_limits_of_rite(name):
         LoRARite(make_pairs(), lr=0.1, **{name: 0})
 
 
+def test_the_clip_of_rite_is_one_for_all_groups():
+    with pytest.raises(ValueError, match="clip_norm must be one for all groups; got 2.0 in a group"):
+        LoRARite([{"params": make_pairs(), "clip_norm": 2.0}], lr=0.1)
+
+
+def test_a_learning_rate_may_be_a_tensor(make_own):
+    pairs, others = make_pairs(), make_pairs()
+    one, other = make_own(pairs), make_own(others)
+    one.param_groups[0]["lr"] = torch.tensor(one.param_groups[0]["lr"], dtype=torch.float64)
+    assert farthest(descend(one, pairs, 3), descend(other, others, 3)) == 0
+
+
 def test_gradients_that_are_not_finite_are_named(make_own):
     pairs = make_pairs()
     optimizer = make_own(pairs)

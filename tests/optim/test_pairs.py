@@ -11,7 +11,7 @@ from torch import nn
 
 from fused_lora import LoRALinear, apply_lora
 from fused_lora.nn import LoRAConv, LoRAEmbedding, LoRAParameter
-from fused_lora.optim import LoRAProAdamW, LoRARite, Pair, lora_pairs
+from fused_lora.optim import LoRAProAdamW, LoRARite, Pair, lora_pairs, lora_param_groups
 from fused_lora.optim.pairs import pair_groups
 from fused_lora.peft import fuse
 
@@ -104,6 +104,16 @@ def test_the_blocks_of_experts_and_grouped_convolutions_are_the_updates():
     want = conv(x) - conv.base_layer(x)
     got = nn.functional.conv1d(x, pair.scaling * product.reshape(6, 4, 3))
     assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_a_factor_that_experts_share_is_refused_by_name_but_for_loraplus():
+    experts = LoRAParameter(Experts(), "weight")
+    experts.add_adapter("default", r=2)
+    experts.share("default", "lora_A")
+    model = nn.Sequential(experts)
+    with pytest.raises(ValueError, match="0: each expert must have factors of its own; got one that all 3 share"):
+        lora_pairs(model)
+    assert [len(group["params"]) for group in lora_param_groups(model, 1e-3)] == [1, 1]
 
 
 @pytest.mark.parametrize("cls", [LoRARite, LoRAProAdamW])

@@ -49,6 +49,8 @@ HALF = {  # name: (model, autocast)
     "fp32 adapters": (dict(dtype=torch.bfloat16), False),
     "bf16 adapters": (dict(dtype=torch.bfloat16, autocast_adapter_dtype=False), False),
     "under autocast": ({}, True),
+    "dora, fp32 adapters": (dict(dtype=torch.bfloat16, use_dora=True), False),
+    "dora under autocast": (dict(use_dora=True), True),
     "conv1d, lora_bias, fp32 adapters": (dict(base=gpt2, dtype=torch.bfloat16, lora_bias=True, bias="all"), False),
 }
 
@@ -61,6 +63,33 @@ def test_a_half_precision_base(name):
     assert {row.way for row in explain(twin)} == {"fused"}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert_like_peft(step(twin), step(stock), exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_dora_with_dropout(bias):
+    """Both draw one mask over an fp32 x."""
+    stock = peft_model(gpt2, use_dora=True, lora_dropout=0.3, bias=bias).train()
+    twin = fused_twin(stock)
+    assert {row.way for row in explain(twin)} == {"fused"}
+    found = []
+    for model in (twin, stock):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout) and module.p != 0.3:
+                module.p = 0.0  # GPT-2's own
+        torch.manual_seed(3)
+        found.append(step(model))
+    assert_like_peft(*found)
+
+
+def test_dora_follows_the_optimizer():
+    stock = peft_model(use_dora=True)
+    twin = fused_twin(stock)
+    for model in (twin, stock):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            step(model)
+            optimizer.step()
+    assert_like_peft(step(twin), step(stock))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

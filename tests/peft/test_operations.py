@@ -13,7 +13,7 @@ from peft_twins import assert_like_peft, fused_twin, peft_model, step
 from safetensors.torch import load_file
 from tiny_llama import TOKENS, llama, randomise
 
-from fused_lora.peft import explain, fuse, unfuse
+from fused_lora.peft import explain, fuse, mixed_batch, unfuse
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,26 @@ def test_several_active_adapters_are_one_call(two, calls):
     assert len(calls) == len(explain(twin).of("fused")) == 14
 
 
-def test_a_batch_of_several_adapters(two, calls):
-    names = ["other", "__base__"]
-    assert_like_peft(logits(fused_twin(two), adapter_names=names), logits(two, adapter_names=names))
-    assert not calls
+def test_a_batch_of_several_adapters(two, monkeypatch):
+    """One update a layer, with PEFT's result, bf16 too; what PEFT refuses is refused in its words."""
+    seen = []
+    op = mixed_batch.grouped_lora_update
+    monkeypatch.setattr(mixed_batch, "grouped_lora_update", lambda *args, **kw: seen.append(kw) or op(*args, **kw))
+    for dtype in (torch.float32, torch.bfloat16):
+        stock = copy.deepcopy(two).to(dtype)
+        twin = fused_twin(stock)
+        for names, layers in ((["other", "__base__"], 4), (["default", "other"], 14), (["other", "other"], 4)):
+            seen.clear()
+            got, want = (logits(model, adapter_names=names) for model in (twin, stock))
+            assert_like_peft(got, want, dtype=dtype)
+            assert len(seen) == layers
+    for names, message in ((["other"], "Length of `adapter_names` should be"), (["other", "no"], "non-existing")):
+        with pytest.raises(ValueError, match=message):
+            logits(fused_twin(two), adapter_names=names)
+    twin = fused_twin(two)
+    twin.merge_adapter()
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when there are merged adapters"):
+        logits(twin, adapter_names=["other", "other"])
 
 
 def test_merge_and_unload_gives_the_base_model(two):
@@ -164,3 +180,10 @@ def test_hotswap(tmp_path, dtype):
                 hotswap_adapter(model, str(tmp_path), adapter_name="default")
         exact = step(fused_twin(stock).double())
         assert_like_peft(step(twin), step(stock), exact, dtype)
+
+
+def test_several_active_adapters_of_which_one_is_dora_are_peft_s():
+    model = peft_model(target_modules=["q_proj"])
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    twin = both_active(fused_twin(model))
+    assert {row.reason for row in explain(twin).of("peft")} == {"several adapters are active, of which one is DoRA"}

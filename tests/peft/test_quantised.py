@@ -101,6 +101,20 @@ def test_like_peft(kind, dtype, calls):
     assert repr(model) == repr(stock)
 
 
+@pytest.mark.parametrize("kind", [nf4, torchao_int8])  # PEFT's over 8 bits of bitsandbytes on a CPU has lost its scales
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dora_like_peft(kind, p):
+    """The norms are those of the dequantised weight."""
+    model, stock = (adapted(kind(), use_dora=True, lora_dropout=p).train() for _ in range(2))
+    assert not fuse(model).of("peft")
+    for rows in (1, 40):
+        x, found = torch.randn(rows, K), []
+        for each in (model, stock):
+            torch.manual_seed(5)
+            found.append(outcome(each, x))
+        assert_like_peft(*found)
+
+
 @pytest.mark.parametrize("kind", [nf4, torchao_int8])
 def test_patched_fuses_quantised_layers_and_the_table_names_them(kind):
     with patched():

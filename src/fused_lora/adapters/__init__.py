@@ -2,6 +2,7 @@
 
 from fused_lora.adapters.experts import expert_rank_pattern, share_outer
 from fused_lora.adapters.load_save import load_adapter, save_adapter
+from fused_lora.adapters.mixed_batch import adapters_per_sample, adapters_per_token
 from fused_lora.adapters.model import (
     apply_lora,
     get_nb_trainable_parameters,
@@ -14,6 +15,8 @@ from fused_lora.adapters.unload import delete_adapter, disable_adapter, merge_an
 from fused_lora.adapters.weighted import add_weighted_adapter
 
 __all__ = [
+    "adapters_per_sample",
+    "adapters_per_token",
     "add_weighted_adapter",
     "apply_lora",
     "delete_adapter",

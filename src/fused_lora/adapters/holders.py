@@ -85,8 +85,7 @@ def tensors_of(
     """The adapter's own tensors, not copies but of factors that experts share, by their keys in the file."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        for key, tensor in zip(adapter_keys(name, layer), layer.file_tensors(adapter_name)):
-            tensors[key] = tensor
+        tensors.update(zip(adapter_keys(name, layer), layer.file_tensors(adapter_name)))
     for name, wrapper in saved.items():
         for key, tensor in wrapper.modules_to_save[adapter_name].state_dict().items():
             tensors[saved_key(name, plain_key(key))] = tensor

@@ -166,14 +166,14 @@ def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adap
                 f"adapter {adapter_name!r} exists with init_lora_weights={init!r}; got {new_init!r}, load into a fresh "
                 "model"
             )
-        if (dora := adapter_name in layer.lora_magnitude_vector) != config.use_dora:
-            raise ValueError(
-                f"adapter {adapter_name!r} exists with use_dora={dora}; got {config.use_dora}, load under a new name"
-            )
         if isinstance(layer, LoRAParameter) and layer.shares(adapter_name):
             raise ValueError(
                 f"adapter {adapter_name!r} exists with factors that the experts of {name} share, the file has one for "
                 "each; load under a new name"
+            )
+        if (dora := adapter_name in layer.lora_magnitude_vector) != config.use_dora:
+            raise ValueError(
+                f"adapter {adapter_name!r} exists with use_dora={dora}; got {config.use_dora}, load under a new name"
             )
         r, new_r = layer.r[adapter_name], config.layer(pattern_name(name, layer)).r
         if r != new_r:

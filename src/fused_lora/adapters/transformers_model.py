@@ -9,21 +9,25 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from fused_lora.adapters import model as functions
 from fused_lora.adapters.holders import active_adapters, adapter_names, all_holders, file_keys, live_keys, named_holders
 from fused_lora.adapters.load_save import adapter_tensors, base_tensors, config_file, load_adapter
+from fused_lora.adapters.mixed_batch import adapters_per_sample
 from fused_lora.adapters.peft_config import CONFIG_NAME
 from fused_lora.adapters.peft_format import write_files
 from fused_lora.adapters.unload import delete_adapter, disable_adapter, merge_and_unload, switch_off, switch_on, unload
 from fused_lora.adapters.wrappers import plain_key, whole_tensor
 from fused_lora.files import write_whole
 from fused_lora.nn.by_name import as_list
+from fused_lora.nn.experts import LoRAParameter
 
 _TRAINER_FOLDER, _TRAINER_FILE = re.compile(r"checkpoint-\d+"), "model.safetensors"
 
@@ -166,7 +170,16 @@ class AdaptedModel(nn.Module):
         return names[0]
 
     def _live_tensors(self, adapter_name: str, state_dict: dict[str, Tensor] | None) -> list[tuple[str, Tensor]]:
-        """An adapter's whole tensors and their keys in the model's state dict, in the order of `file_keys`."""
+        """An adapter's whole tensors and their keys in the model's state dict, in the order of `file_keys`.
+
+        Raises: ValueError for an adapter whose experts share factors, which lies otherwise in the file than here.
+        """
+        for name, layer in all_holders(self)[0].items():
+            if isinstance(layer, LoRAParameter) and adapter_name in layer.lora_A and layer.shares(adapter_name):
+                raise ValueError(
+                    f"adapter {adapter_name!r} must be saved by save_adapter, which writes factors that experts share "
+                    f"for each expert; {name} has some"
+                )
         keys = live_keys(self, adapter_name)
         if state_dict is None:
             return list(zip(keys, adapter_tensors(self, adapter_name).values(), strict=True))
@@ -205,9 +218,41 @@ class AdapterFile:
         write_whole({path: config_file(self.model, self.adapter_name)})
 
 
+def _mixing(method: Any, copies: Any) -> Any:
+    """A method of a model that takes PEFT's adapter_names, too: an adapter for each sample of the batch.
+
+    Args:
+        copies: how often the method repeats each sample, from the model and the keywords.
+    """
+
+    @wraps(method)
+    def call(self, *args, adapter_names=None, **kwargs):
+        if adapter_names is None:
+            return method(self, *args, **kwargs)
+        if self.training and torch.is_grad_enabled() and getattr(self, "is_gradient_checkpointing", False):
+            raise ValueError(
+                "adapter_names and gradient checkpointing exclude each other, a backward would recompute the forward "
+                "without them: call forward and backward in adapters_per_sample(model, adapter_names); got both"
+            )
+        with adapters_per_sample(self, adapter_names, copies(self, kwargs)):
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+def _sequences(model: Any, given: dict[str, Any]) -> int:
+    """How many sequences `generate` makes at once of each sample."""
+    config = given.get("generation_config") or model.generation_config
+    counts = [given.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")]
+    return max(count or 1 for count in counts)
+
+
 @cache
-def _adapted_class(plain: type) -> type:
+def _adapted_class(plain: Any) -> type:
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    names["forward"] = _mixing(plain.forward, lambda model, given: 1)
+    if hasattr(plain, "generate"):
+        names["generate"] = _mixing(plain.generate, _sequences)
     return type(plain)(plain.__name__, (AdaptedModel, plain), {**names, "plain_class": plain})
 
 

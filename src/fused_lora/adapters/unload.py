@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fused_lora.adapters.holders import adapter_names, all_holders, held, holders_of, named_holders
+from fused_lora.adapters.holders import Layers, adapter_names, all_holders, held, holders_of, named_holders
 from fused_lora.adapters.model import check_not_merged, choose_to_merge
 from fused_lora.adapters.places import walk
 from fused_lora.adapters.wrappers import is_sharded, unwrapped
@@ -62,6 +62,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         unload(model)
         return
     layers, wrappers = holders_of(root, adapter_name)
+    _check_unlinked(layers)
     for layer in layers.values():
         layer.delete_adapter(adapter_name)
     for wrapper in wrappers.values():
@@ -81,6 +82,7 @@ def unload(model: nn.Module) -> nn.Module:
     _check_removable(root)
     places = _places(root)
     layers, wrappers = all_holders(root)
+    _check_unlinked(layers)
     for layer in layers.values():
         _replace(places, layer, layer.plain())
     for wrapper in wrappers.values():
@@ -143,6 +145,13 @@ def _check_removable(root: nn.Module) -> None:
             )
         if holds and place.attribute == "_orig_mod":
             raise ValueError(f"{place.name} must not be compiled by itself when adapters are taken off")
+
+
+def _check_unlinked(layers: Layers) -> None:
+    """Raises ValueError naming a layer in which something acts instead of the active adapter."""
+    for name, layer in layers.items():
+        if layer.link is not None:
+            raise ValueError(f"{layer.link} must be removed, by its remove(), before an adapter is taken off {name}")
 
 
 def _places(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

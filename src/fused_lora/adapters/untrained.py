@@ -16,12 +16,12 @@ from fused_lora.adapters.holders import all_holders
 
 _watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models of which no step was seen
 _strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that hold nothing of these
-_hooks: list[RemovableHandle] = []  # the one hook on all optimizers, while a model is watched
+_hooks: list[RemovableHandle] = []  # the one on all optimizers, which stays: taken off in a step it would break others
 
 
 def watch(root: nn.Module) -> None:
     """Have the first optimizer step that trains adapters of this model followed by a warning of those among them that
-    have no gradient; after it nothing is left behind."""
+    have no gradient; from then on the hook returns at once."""
     _watched.add(root)
     _strangers.clear()
     if not _hooks:
@@ -29,15 +29,13 @@ def watch(root: nn.Module) -> None:
 
 
 def _after_step(optimizer: Optimizer, *args) -> None:
-    if optimizer in _strangers:
+    if not _watched or optimizer in _strangers:
         return
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     seen = [root for root in _watched if _report(root, trained)]
     for root in seen:
         _watched.discard(root)
-    if not _watched:
-        _hooks.pop().remove()
-    elif not seen:
+    if not seen:
         _strangers.add(optimizer)
 
 

@@ -3,18 +3,24 @@
 inside    our own product, in one pass with the update: fp32 by csrc/cpu/lora_gemm.cpp, bf16 by amx_gemm.cpp on AMX
 around    PyTorch's own GEMM writes y (dx), and the kernel adds the update into it
 
-`update`, whose base product somebody else has made, has the second plan only.
+`update` and `grouped_update`, whose base product somebody else has made, have the second plan only. The optional
+tensors act within the same kernels; around PyTorch's product out_scale has a pass over dy of its own before the
+backward.
 """
+
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
 from fused_lora import _C
-from fused_lora.backends import FUSED_DTYPES, UPDATE, Request, only_plain
+from fused_lora.backends import FUSED_DTYPES, GROUPED, UPDATE, Request
+from fused_lora.backends.cpu_grouped import grouped_update as grouped_update
+from fused_lora.backends.cpu_grouped import grouped_update_backward as grouped_update_backward
 from fused_lora.ops import internals
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import linear_with_bias
-from fused_lora.ops.reference import Gradients
+from fused_lora.ops.reference import PLAIN, Gradients, Variant, out_scale_gradient
 
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 _FEATURES = _C.cpu_features()
@@ -27,13 +33,13 @@ def refusal(request: Request) -> str | None:
         return f"CPU tensors; got {request.device}"
     if request.dtype not in FUSED_DTYPES:
         return f"bfloat16, float16 and float32; got {request.dtype}"
-    return None if request.optional == UPDATE else only_plain(request)
+    return None
 
 
 def plans(request: Request) -> tuple[str, ...]:
     """See `backends`. Where there are instructions for it "inside" is as fast as PyTorch's product without the update,
     or faster (bench/NOTES.md)."""
-    if request.M < _LEAST_ROWS or request.dtype is torch.float16 or request.optional == UPDATE:
+    if request.M < _LEAST_ROWS or request.dtype is torch.float16 or request.optional in (UPDATE, GROUPED):
         return ("around",)
     if not request.aligned:  # a transposed weight, which PyTorch's product takes as it lies and ours would copy
         return ("around",)
@@ -56,19 +62,51 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, 
     """y [M, N] and h [M, R]; see `reference.forward`."""
     if plan == "inside":
         y = internals.empty_on_cpu((x.shape[0], weight.shape[0]), (weight.shape[0], 1), x.dtype)
-        return y, _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+        return y, _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant)
+    if variant.out_scale is not None:  # the bias comes after it
+        y = F.linear(x, weight)
+        return y, _forward(y, x, None, lora_A, lora_B, bias, scaling, dropout_p, seed, variant)
     y = F.linear(x, weight) if bias is None else linear_with_bias(x, weight, bias)
-    return y, _forward(y, x, None, lora_A, lora_B, None, scaling, dropout_p, seed)
+    return y, _forward(y, x, None, lora_A, lora_B, None, scaling, dropout_p, seed, variant)
 
 
 def update(y, x, lora_A, lora_B, scaling, dropout_p, seed):
     """y [M, N] with the update in a tensor of its own, and h [M, R]; see `reference.update`."""
     y = y.clone(memory_format=torch.contiguous_format)
-    return y, _forward(y, x, None, lora_A, lora_B, None, scaling, dropout_p, seed)
+    return y, _forward(y, x, None, lora_A, lora_B, None, scaling, dropout_p, seed, PLAIN)
 
 
-def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
+def _between(variant: Variant) -> tuple[list, dict]:
+    """What acts on h, as the kernels take it, and the tensors to keep until they are through."""
+    kept: list[torch.Tensor] = []
+    given: dict[str, int | tuple[int, int]] = {}
+    if variant.h_in is not None:
+        kept.append(variant.h_in.contiguous())
+        given["h_in"] = kept[-1].data_ptr()
+    if variant.gate is not None:
+        kept.append(_single(variant.gate))
+        given["gate"] = kept[-1].data_ptr(), variant.gate.shape[1]
+    return kept, given
+
+
+def _single(t: torch.Tensor) -> torch.Tensor:
+    """t in fp32 and contiguous: itself if it is."""
+    return t if t.dtype is torch.float32 and t.is_contiguous() else t.to(torch.float32).contiguous()
+
+
+def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
     """h [M, R]; y [M, N], contiguous, is written or, without the weight, updated."""
+    call = _C.cpu_forward
+    if variant is not PLAIN:
+        kept, given = _between(variant)
+        if variant.x_lora is not None:
+            x_lora, ldx_lora = _rows(variant.x_lora)
+            kept.append(x_lora)
+            given["x_lora"] = x_lora.data_ptr(), ldx_lora
+        if variant.out_scale is not None:
+            kept.append(_single(variant.out_scale))
+            given["out_scale"] = kept[-1].data_ptr()
+        call = partial(call, **given)
     lora_A, lora_B, dtype = lora_A.contiguous(), lora_B.contiguous(), x.dtype
     (M, K), (N, R) = x.shape, lora_B.shape
     x, ldx = (x, K) if x.is_contiguous() else _rows(x)
@@ -81,7 +119,7 @@ def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
         bias = bias.contiguous()
         bias_ptr = bias.data_ptr()
     dropout = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
-    _C.cpu_forward(
+    call(
         x=(x.data_ptr(), ldx),
         W=(W_ptr, ldw),
         A=lora_A.data_ptr(),
@@ -99,7 +137,10 @@ def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
 
 
 def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant, plan):
-    """The gradients that `needs` asks for, but for the weight's; see `reference.backward`."""
+    """The gradients that `needs` asks for, but for the weight's where dy is its left side; see `reference.backward`."""
+    if variant is not PLAIN or dh is not None:
+        given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
+        return _backward_of_variant(*given, needs, variant, plan)
     dx = None
     if needs.x and plan == "inside":
         dx = internals.empty_on_cpu((dy.shape[0], weight.shape[1]), (weight.shape[1], 1), dy.dtype)
@@ -108,14 +149,104 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, 
     return _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
 
 
+def backward_onto(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
+    """`backward` of plain LoRA with dx [M, K], contiguous, added to what is there."""
+    if needs.x:
+        dx.addmm_(dy, weight)
+    return _backward(dx, dy, x, None, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
+
+
+def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant, plan):
+    """The gradients with optional tensors."""
+    M, (R, K), dz, dbias, sums, inside = dy.shape[0], lora_A.shape, dy, None, None, plan == "inside"
+    kept, given = _between(variant)
+    scaled, apart = variant.out_scale is not None, variant.x_lora is not None
+    if scaled:
+        sums, keywords = _scaling(variant.out_scale, y, bias, needs, kept)
+        if inside:
+            given |= keywords
+        else:
+            dz, dbias = _scale(dy, needs, keywords)
+    dx = dx_lora = base = None
+    if needs.x and inside:
+        dx, base = internals.empty_on_cpu((M, K), (K, 1), dy.dtype), weight
+    elif needs.x:
+        dx = dz.mm(weight)
+    if needs.x_lora or (base is not None and apart):  # dx is dy W alone where there is a dx_lora
+        dx_lora = dz.new_zeros((M, K))
+        given["dx_lora"] = dx_lora.data_ptr()
+    if dh is not None:
+        kept.append(dh.contiguous())
+        given["dh"] = kept[-1].data_ptr()
+    if variant.grad_row_scale is not None:
+        kept.append(_single(variant.grad_row_scale))
+        given["row_scale"] = kept[-1].data_ptr()
+    dh_in = internals.empty_on_cpu((M, R), (R, 1), dy.dtype) if needs.h_in else None
+    dgate = torch.empty(M, variant.gate.shape[1]) if needs.gate else None
+    given |= {name: t.data_ptr() for name, t in (("dh_in", dh_in), ("dgate", dgate)) if t is not None}
+    written, late = None if apart and not inside else dx, scaled and not inside
+    low = needs._replace(
+        x=written is not None, weight=False, bias=needs.bias and not late, out_scale=needs.out_scale and not late
+    )
+    grads = Gradients(bias=dbias)
+    if any(low):
+        left = variant.x_lora if apart else x
+        grads = _backward(written, dz, left, base, lora_A, lora_B, h, scaling, dropout_p, seed, low, given)
+        grads = grads if dbias is None else grads._replace(bias=dbias)
+    if sums is not None:
+        out_scale = out_scale_gradient(sums[0], sums[1], dy, x, weight, lora_B, h, bias, scaling, variant)
+        grads = grads._replace(out_scale=out_scale)
+    if dgate is not None and variant.gate.dtype is not torch.float32:
+        dgate = dgate.to(variant.gate.dtype)
+    return grads._replace(x=dx, x_lora=dx_lora if needs.x_lora else None, h_in=dh_in, gate=dgate)
+
+
+def _scaling(out_scale, y, bias, needs, kept):
+    """The sums [2, N] of `out_scale_gradient`, if it is needed, and what the kernels take of out_scale."""
+    kept.append(_single(out_scale))
+    keywords = {"out_scale": kept[-1].data_ptr()}
+    if not needs.out_scale:
+        return None, keywords
+    sums, (y, ldy) = torch.empty(2, out_scale.shape[0]), _rows(y)
+    kept.append(y)
+    keywords |= {"y": (y.data_ptr(), ldy), "sums": (sums[0].data_ptr(), sums[1].data_ptr())}
+    if bias is not None:
+        kept.append(bias.contiguous())
+        keywords["bias"] = kept[-1].data_ptr()
+    return sums, keywords
+
+
+def _scale(dy, needs, keywords):
+    """dz = out_scale * dy, and dbias if `needs` asks for it, in the pass that makes the sums, too."""
+    dy, lddy = _rows(dy)
+    M, N = dy.shape
+    dz = torch.empty(M, N, dtype=dy.dtype)
+    dbias = torch.empty(N, dtype=dy.dtype) if needs.bias else None
+    keywords = {"y": (0, 0), "sums": (0, 0), "bias": 0} | keywords
+    _C.cpu_scale(
+        dy=(dy.data_ptr(), lddy),
+        dz=dz.data_ptr(),
+        dbias=0 if dbias is None else dbias.data_ptr(),
+        sizes=(M, N),
+        dtype=_CODE[dy.dtype],
+        threads=torch.get_num_threads(),
+        **keywords,
+    )
+    return dz, dbias
+
+
 def update_backward(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
     """The gradients that `needs` asks for; see `reference.update_backward`."""
     dx = dy.new_zeros((dy.shape[0], lora_A.shape[1])) if needs.x else None
     return _backward(dx, dy, x, None, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
 
 
-def _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
-    """The gradients that `needs` asks for; dx [M, K], contiguous, is written or, without the weight, updated."""
+def _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, optional=None):
+    """The gradients that `needs` asks for; dx [M, K], contiguous, is written or, without the weight, updated.
+
+    `optional`: the kernels' keywords of the optional tensors, or None.
+    """
+    call = _C.cpu_backward if optional is None else partial(_C.cpu_backward, **optional)
     lora_A, lora_B, dtype, adapter_dtype = lora_A.contiguous(), lora_B.contiguous(), dy.dtype, lora_A.dtype
     (M, N), (R, K) = dy.shape, lora_A.shape
     dy, lddy = (dy, N) if dy.is_contiguous() else _rows(dy)
@@ -130,14 +261,17 @@ def _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, ne
         x, ldx = (x, K) if x.is_contiguous() else _rows(x)
         dA = internals.empty_on_cpu((R, K), (K, 1), adapter_dtype)
         x_ptr, dA_ptr = x.data_ptr(), dA.data_ptr()
+    if needs.lora_B or needs.gate:
+        h = h.contiguous()
+        h_ptr = h.data_ptr()
     if needs.lora_B:
-        h, dB = h.contiguous(), internals.empty_on_cpu((N, R), (R, 1), adapter_dtype)
-        h_ptr, dB_ptr = h.data_ptr(), dB.data_ptr()
+        dB = internals.empty_on_cpu((N, R), (R, 1), adapter_dtype)
+        dB_ptr = dB.data_ptr()
     if needs.bias:
         dbias = internals.empty_on_cpu((N,), (1,), dtype)
         dbias_ptr = dbias.data_ptr()
     dropout = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
-    _C.cpu_backward(
+    call(
         dy=(dy.data_ptr(), lddy),
         x=(x_ptr, ldx),
         W=(W_ptr, ldw),

@@ -48,7 +48,8 @@ def preset(name: str, device: str) -> list[Case]:
     """The cases of a preset.
 
     Args:
-        name: quick (about a minute on a CPU), readme (the published table), full (every size and rank).
+        name: quick (about a minute on a CPU), readme (the published table), full (every size and rank),
+            variants (no case: a training step with LoRA's variants), latency (no case: a forward of a model).
         device: cpu or cuda.
     Raises: ValueError for an unknown preset.
     """
@@ -72,6 +73,7 @@ def preset(name: str, device: str) -> list[Case]:
             "readme": lambda: _grid([512, 8192], _LLAMA, [16, 64], [0.0, 0.1], [_BF16]),
             "full": lambda: _grid([16, 512, 2048, 8192, 16384], _LLAMA, [8, 16, 64, 256], [0.0, 0.1], [_BF16]),
         }
+    sets["variants"] = sets["latency"] = list
     if name not in sets:
         raise ValueError(f"preset must be one of {', '.join(sets)}; got {name!r}")
     return sets[name]()

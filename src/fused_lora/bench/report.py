@@ -103,10 +103,12 @@ def print_host(rows: list[dict]) -> None:
 
 def print_steps(title: str, rows: list[dict]) -> None:
     say(f"{title}: one training step, r=16 on all linears but the head", "italic")
-    _table(("batch", "candidate", "ms", "95 %", "x frozen", "PEFT / it", "MiB a step", "x frozen"), rows, _step_cells)
+    over = "x LoRA" if any(r["candidate"] in ("dora", "mixed") for r in rows) else "x frozen"
+    columns = ("batch", "candidate", "ms", "95 %", "x frozen", "PEFT / it", "MiB a step", over)
+    _table(columns, rows, functools.partial(_step_cells, over=over))
 
 
-def _step_cells(r: dict) -> tuple[str, ...]:
+def _step_cells(r: dict, over: str) -> tuple[str, ...]:
     batch = f"{r['sequences']} x {r['tokens']}{' ckpt' if r['checkpointing'] else ''}"
     if "fault" in r:
         return batch, r["candidate"], r["fault"]
@@ -118,8 +120,39 @@ def _step_cells(r: dict) -> tuple[str, ...]:
         f"{r['ratio']:.2f}",
         f"{r['times_peft']:.2f}" if "times_peft" in r else "-",
         f"{r['step_mib']:.0f}",
-        f"{r['memory_ratio']:.2f}",
+        f"{r['over_lora' if over == 'x LoRA' else 'memory_ratio']:.2f}",
     )
+
+
+def print_mixed(rows: list[dict]) -> None:
+    r = rows[0]
+    say(f"{r['dtype']} M={r['M']} {r['K']}->{r['N']} R=16: a batch of {r['adapters']} adapters", "italic")
+    _table(("candidate", "ms", "x frozen", "x one adapter", "95 %"), rows, _mixed_cells)
+
+
+def _mixed_cells(r: dict) -> tuple[str, ...]:
+    if "fault" in r:
+        return r["candidate"], r["fault"]
+    return (
+        r["candidate"],
+        _digits(r["both_ms"], 4),
+        f"{r['ratio']:.2f}",
+        f"{r['over_one']:.2f}",
+        f"{r['over_one_low']:.2f}-{r['over_one_high']:.2f}",
+    )
+
+
+def print_latency(rows: list[dict]) -> None:
+    say("SmolLM2-135M: one forward without gradients, r=16 on all linears but the head", "italic")
+    _table(("batch", "candidate", "ms", "95 %", "x frozen"), rows, _latency_cells)
+
+
+def _latency_cells(r: dict) -> tuple[str, ...]:
+    batch = f"{r['sequences']} x {r['tokens']}"
+    if "fault" in r:
+        return batch, r["candidate"], r["fault"]
+    interval = f"{_digits(r['forward_low_ms'], 3)}-{_digits(r['forward_high_ms'], 3)}"
+    return batch, r["candidate"], _digits(r["forward_ms"], 4), interval, f"{r['ratio']:.2f}"
 
 
 def print_written(path: Path) -> None:

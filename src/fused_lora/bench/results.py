@@ -1,7 +1,8 @@
 """The file of figures: what it is called, whether it can be written, and what an interrupted run left in it.
 
-A document holds environment, preset, candidates, and three lists of rows: rows (a candidate in a case), host,
-train_step. The row of a dropped candidate has `fault` (wrong, failed or does not fit) and `why` instead of figures.
+A document holds environment, preset, candidates, and five lists of rows: rows (a candidate in a case), host,
+train_step, mixed, latency. The row of a dropped candidate has `fault` (wrong, failed or does not fit) and `why` instead
+of figures.
 """
 
 import json
@@ -20,7 +21,8 @@ def key(row: dict) -> tuple:
 
 def faults(document: dict) -> list[dict]:
     """The rows of candidates that were dropped for being wrong or for failing; not fitting into memory is no fault."""
-    rows = document["rows"] + document["host"] + document["train_step"]
+    lists = ("rows", "host", "train_step", "mixed", "latency")
+    rows = [row for name in lists for row in document.get(name, [])]
     return [row for row in rows if row.get("fault", "does not fit") != "does not fit"]
 
 

@@ -1,10 +1,9 @@
-"""One training step of a language model, forward and backward: frozen, PEFT, PEFT with `fuse`, the addmm
-Function and ours, in one interleaved run over the same weights, with the memory a step needs.
+"""One training step of a language model, forward and backward, in each of several ways (ways.py), in one interleaved
+run over the same weights, with the memory a step needs.
 
 A workload is a model and its batches: SmolLM2-135M here, a model of Llama-3.1-8B's shape in bench/bench_llama.py.
 """
 
-import copy
 import functools
 import time
 import warnings
@@ -15,14 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.adapters import apply_lora
 from fused_lora.bench import memory
-from fused_lora.bench.candidates import AddmmLinear
 from fused_lora.bench.runner import WrongResult, prepare, ratio_facts
 from fused_lora.bench.timing import Pass, Spread, interleave, ratio
+from fused_lora.bench.ways import DROPS, PEERS, Candidate, model_for
 from fused_lora.models import load_model, packaged_model
-
-RANK, ALPHA = 16, 32
 
 
 @dataclass(frozen=True)
@@ -43,29 +39,20 @@ class Workload:
         process of its own.
     batches: one group of rows each.
     dropouts: PEFT and ours run with each of them.
+    kinds: the ways to train it, of `ways.WAYS`, frozen first.
     """
 
     title: str
     base: Callable[[], nn.Module]
     batches: tuple[Batch, ...]
     dropouts: tuple[float, ...] = (0.0,)
+    kinds: tuple[str, ...] = ("frozen", "peft", "peft+fuse", "fused", "addmm")
 
-    def candidates(self) -> dict[str, "Candidate"]:
+    def candidates(self) -> dict[str, Candidate]:
         """All of them by name, frozen first."""
-        ours = [Candidate(kind, p) for p in self.dropouts for kind in ("peft", "peft+fuse", "fused")]
-        return {c.name: c for c in (Candidate("frozen"), *ours, Candidate("addmm"))}
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to train the model: frozen, peft, peft+fuse, fused or addmm; LoRA dropout for PEFT and ours."""
-
-    kind: str
-    dropout: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind} p={self.dropout:g}" if self.dropout else self.kind
+        dropped = [Candidate(kind, p) for p in self.dropouts for kind in self.kinds if kind in DROPS]
+        plain = [Candidate(kind) for kind in self.kinds if kind not in DROPS]
+        return {c.name: c for c in (*plain[:1], *dropped, *plain[1:])}
 
 
 def smollm2_on(device: str) -> Workload:
@@ -73,48 +60,21 @@ def smollm2_on(device: str) -> Workload:
     return Workload("SmolLM2-135M, fp32", functools.partial(_smollm2, device), (Batch(1, 64), Batch(1, 256)))
 
 
+def variants_on(device: str) -> tuple[Workload, Workload]:
+    """The same with LoRA's variants, and with eight adapters in one batch."""
+    base = functools.partial(_smollm2, device)
+    title = "SmolLM2-135M, fp32"
+    kinds = ("frozen", "fused", "peft", "dora", "peft dora", "peft dora+fuse", "allora", "flow", "reslora")
+    return (
+        Workload(f"{title}, variants", base, (Batch(1, 64), Batch(1, 256)), kinds=kinds),
+        Workload(f"{title}, eight adapters", base, (Batch(8, 32),), kinds=("frozen", "fused", "mixed", "peft mixed")),
+    )
+
+
 def _smollm2(device: str) -> nn.Module:
     model: Any = load_model(packaged_model(), torch.float32, device)[0]
     model.config.use_cache = False
     return model
-
-
-def model_for(candidate: Candidate, base: nn.Module) -> nn.Module:
-    """A model over the very tensors of `base` with LoRA on every linear layer but the head, as the candidate does
-    it; B starts at zero in all."""
-    model: Any = copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())}).requires_grad_(False)
-    kind, dropout = candidate.kind, candidate.dropout
-    torch.manual_seed(0)
-    if kind == "frozen":  # its backward runs as deep as the others' where the embeddings need a gradient
-        model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
-    elif kind in ("peft", "peft+fuse"):
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear")
-        with warnings.catch_warnings():  # PEFT reads an attribute that transformers has renamed
-            warnings.simplefilter("ignore", FutureWarning)
-            model = get_peft_model(model, config)
-        if kind == "peft+fuse":
-            from fused_lora.peft import fuse
-
-            fuse(model, strict=True)
-    elif kind == "addmm":
-        head = model.get_output_embeddings()
-        for parent, key, linear in list(_linears(model)):
-            if linear is not head:
-                setattr(parent, key, AddmmLinear(linear, RANK, ALPHA))
-    elif kind == "fused":
-        apply_lora(model, r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear")
-    else:
-        raise ValueError(f"kind must be frozen, peft, peft+fuse, addmm or fused; got {kind!r}")
-    return model.train()
-
-
-def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    for parent in model.modules():
-        for key, child in parent.named_children():
-            if type(child) is nn.Linear:
-                yield parent, key, child
 
 
 def step_of(model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
@@ -225,7 +185,9 @@ def _batch_rows(
         rows[name] |= ratio_facts("ratio", ratio(series, times["frozen"]))
         rows[name] |= dict(loss=losses[name], model_mib=model_mib[name])
         rows[name] |= dict(step_mib=ready[name][1], memory_ratio=peak_mib[name] / peak_mib["frozen"])
-        peer = Candidate("peft", candidates[name].dropout).name
+        peer = Candidate(PEERS.get(candidates[name].kind, "peft"), candidates[name].dropout).name
         if peer in times:
             rows[name] |= ratio_facts("times_peft", ratio(times[peer], series))
+        if "fused" in times:
+            rows[name] |= ratio_facts("over_lora", ratio(series, times["fused"]))
     return rows | dropped

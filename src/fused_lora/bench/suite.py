@@ -14,8 +14,10 @@ from fused_lora.bench import report, results, runner
 from fused_lora.bench.candidates import candidates_on
 from fused_lora.bench.cases import Case
 from fused_lora.bench.cases import preset as cases_of
+from fused_lora.bench.latency import run_latency
 from fused_lora.bench.machine import environment
-from fused_lora.bench.steps import run_steps, smollm2_on
+from fused_lora.bench.mixed import mixed_cases, run_mixed
+from fused_lora.bench.steps import run_steps, smollm2_on, variants_on
 from fused_lora.files import write_json
 from fused_lora.hardware import gpu_clocks
 from fused_lora.models import packaged_model
@@ -37,7 +39,9 @@ def run(
 
     Args:
         device: cpu, cuda or cuda:<index>.
-        preset: quick, readme or full; readme and full add a SmolLM2 training step on the CPU.
+        preset: quick, readme or full; readme and full add a SmolLM2 training step on the CPU. Or variants, that step
+            alone with LoRA's variants. Or latency, a forward of SmolLM2 merged, unmerged and with adapters of other
+            kinds, which takes neither candidates nor train_step nor resume.
         output: JSON file to write, or a directory for <preset>-cpu-<vendor>.json or <preset>-cuda.json; written aside
             and renamed after every case.
         plot: PNG file to write, or a directory.
@@ -55,13 +59,16 @@ def run(
     names = _names(kind, candidates)
     cases = cases_of(preset, kind)
     _check_numbers(threads, budget_s)
-    steps = train_step if train_step is not None else (preset != "quick" and kind == "cpu")
-    if steps:
+    latency = preset == "latency"
+    if latency and (candidates or train_step or resume):
+        raise ValueError("preset 'latency' and candidates, train_step or resume exclude each other; got both")
+    steps = train_step if train_step is not None else (preset not in ("quick", "latency") and kind == "cpu")
+    if steps or latency:
         _check_steps()
     if threads is not None:
         torch.set_num_threads(threads)
     document: dict = dict(environment=environment(kind), preset=preset, candidates=names)
-    document |= dict(rows=[], host=[], train_step=[])
+    document |= dict(rows=[], host=[], train_step=[], mixed=[], latency=[])
     output, plot = _targets(document, output, plot)
     if resume:
         if output is None:
@@ -74,13 +81,21 @@ def run(
     if "peft" not in names and candidates is None:
         report.say("without PEFT, which is not installed: pip install 'fused-lora[peft]'\n")
     _time_cases(document, cases, budget_s, output)
-    if candidates is None or "peft" in names:
+    if preset not in ("variants", "latency") and (candidates is None or "peft" in names):
         document["host"] = runner.host_cost(kind, min(budget_s, 10.0), [n for n in names if n != "compile"])
         report.print_host(document["host"])
     if steps:
-        workload = smollm2_on(kind)
-        document["train_step"] = list(itertools.chain(*run_steps(workload, budget_s=6 * budget_s)))
-        report.print_steps(workload.title, document["train_step"])
+        for workload in variants_on(kind) if preset == "variants" else (smollm2_on(kind),):
+            rows = list(itertools.chain(*run_steps(workload, budget_s=6 * budget_s)))
+            report.print_steps(workload.title, rows)
+            document["train_step"] += rows
+    if preset == "variants":
+        for rows in run_mixed(mixed_cases(), kind, budget_s):
+            report.print_mixed(rows)
+            document["mixed"] += rows
+    if latency:
+        document["latency"] = list(itertools.chain(*run_latency(kind, budget_s=6 * budget_s)))
+        report.print_latency(document["latency"])
     if output is not None:
         write_json(output, document)
         report.print_written(output)

@@ -9,7 +9,11 @@ from fused_lora.cli.console import Device, default_device, errors, fail
 
 def bench(
     preset: Annotated[
-        str, typer.Option(help="quick (about a minute on a CPU), readme (the published table) or full.")
+        str,
+        typer.Option(
+            help="quick (about a minute on a CPU), readme (the published table), full; variants (LoRA's) and latency "
+            "(merged, unmerged, other adapters), of SmolLM2."
+        ),
     ] = "quick",
     device: Device = None,
     output: Annotated[

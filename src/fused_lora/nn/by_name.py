@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fused_lora.config import LayerConfig, unknown_name
 from fused_lora.nn.adapter_tensors import AdapterDropout, AdapterTensors, set_trainable
 from fused_lora.ops.update import joined
-from fused_lora.variants import AdapterVariant, LayerVariant
+from fused_lora.variants import AdapterVariant, LayerLink, LayerVariant
 from fused_lora.variants.allora import ALLoRA
 from fused_lora.variants.dora import DoRA
 
@@ -43,7 +43,7 @@ class AdaptersByName(nn.Module):
         self.init_lora_weights: dict[str, bool | str] = {}  # PEFT's word for how each started
         self.active_adapter: ActiveAdapter = None  # a list of two or more
         self.variants: dict[str, AdapterVariant] = {}  # of adapters that are no plain LoRA
-        self.link: LayerVariant | None = None  # what acts instead of the active adapter
+        self.link: LayerLink | None = None  # what acts instead of the active adapter
         self.shows_plain = False  # inside `merged(model)`: state_dict() is the plain layer's, merged or not
         self._pristine: nn.Parameter | None = None  # the base weight while a merged one stands in its place
 
@@ -145,11 +145,13 @@ class AdaptersByName(nn.Module):
     def set_adapter(self, adapter_name: ActiveAdapter) -> None:
         """Make one adapter, or those of a list, active and the only trainable ones; None is the base layer alone.
 
-        Raises: ValueError if an adapter is unknown, or others are merged into the weight.
+        Raises: ValueError if an adapter is unknown or ALLoRA among several, or others are merged into the weight.
         """
         names = as_list(adapter_name)
         for name in names:
             self._check_known(name)
+            if len(names) > 1 and self.allora_eta[name] is not None:
+                raise ValueError(f"ALLoRA adapter {name!r} must act alone; got {names}")
         if self.merged and names != self.active_adapters:
             raise ValueError(
                 f"adapter {self.active_adapter!r} is merged, unmerge() before switching; got {adapter_name!r}"

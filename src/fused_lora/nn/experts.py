@@ -104,7 +104,7 @@ class LoRAParameter(LoRALayer):
         return (rows, self.in_features), (self.out_features, rows)
 
     def forward(self, *args, **kwargs):
-        updates = None if kwargs else self._updates()
+        updates = None if kwargs else self._routed_updates()
         if updates:
             return routed(self.module, updates, *args)
         if not self._acts():
@@ -127,7 +127,7 @@ class LoRAParameter(LoRALayer):
         inner = self.base_layer
         return [self, *(inner._holders() if isinstance(inner, LoRAParameter) else ())]
 
-    def _updates(self) -> dict[str, list[ExpertUpdate]]:
+    def _routed_updates(self) -> dict[str, list[ExpertUpdate]]:
         """What the active adapters add to the experts' weights, if it can be computed on their tokens."""
         holders = [holder for holder in self._holders() if holder._acts()]
         if not holders or self.why_copied() is not None:
@@ -191,10 +191,8 @@ class LoRAParameter(LoRALayer):
         return given != self.adapter_shapes(self.r[adapter_name])
 
     def file_tensors(self, adapter_name: str) -> list[Tensor]:
-        lora_A, lora_B = super().file_tensors(adapter_name)
-        if not self.shares(adapter_name):
-            return [lora_A, lora_B]
-        return list(unstacked(*stacked(lora_A, lora_B, self.r[adapter_name])))
+        lora_A, lora_B = tensors = super().file_tensors(adapter_name)
+        return list(unstacked(*stacked(lora_A, lora_B, self.r[adapter_name]))) if self.shares(adapter_name) else tensors
 
     def _add(self, adapter_name: str, config: LayerConfig, adapter_dtype: torch.dtype | None) -> None:
         _check_no_dropout(config)

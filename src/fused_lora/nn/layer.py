@@ -102,7 +102,7 @@ class LoRALayer(AdaptersByName):
         return self.shapes_over(self, r)
 
     def file_tensors(self, adapter_name: str) -> list[Tensor]:
-        """A, B and, of DoRA, m as PEFT's file has them: the very tensors, unless they lie otherwise here."""
+        """`own_tensors` as PEFT's file has them: not copies, unless they lie otherwise here."""
         return [tensor.detach() for tensor in self.own_tensors(adapter_name)]
 
     def base(self) -> Any:
@@ -200,17 +200,26 @@ class LoRALayer(AdaptersByName):
             for what, tensor in zip(("lora_A", "lora_B", "lora_magnitude_vector"), self.own_tensors(name)):
                 check_values(what, tensor)
             self._factors(name)
+        if self.link is not None:
+            self.link.merged_updates(self)
 
     def _merged_and_pristine(self) -> tuple[nn.Parameter, nn.Parameter]:
         """The base weight with the active adapters in it, and as it is."""
         names, base = self.active_adapters, self.base()
-        updates = [
-            MergedUpdate(*self._factors(name), float(self.scaling[name]), self._merged_rows(name)) for name in names
-        ]
+        updates = self._updates(names)
         quantised = bases.of(base)
         if quantised is not None:
             return quantised.merged(summed(quantised, updates)), quantised.aside()
         return nn.Parameter(merged_weight(base.weight, updates, names), requires_grad=False), base.weight
+
+    def _updates(self, adapter_names: list[str]) -> list[MergedUpdate]:
+        """What merging these adapters does to the base weight. Raises: ValueError if the link cannot be merged."""
+        if self.link is not None:
+            return [MergedUpdate(*update, None) for update in self.link.merged_updates(self)]
+        return [
+            MergedUpdate(*self._factors(name), float(self.scaling[name]), self._merged_rows(name))
+            for name in adapter_names
+        ]
 
     def _merged_rows(self, adapter_name: str) -> Tensor | None:
         """What an adapter multiplies the rows of the merged weight by, so that it broadcasts, if anything."""

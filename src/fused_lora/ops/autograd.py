@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling, is_exporting
 
-import fused_lora.ops.schema  # noqa: F401  registers torch.ops.fused_lora
-from fused_lora.ops import reference
+from fused_lora.ops import reference, schema  # schema registers torch.ops.fused_lora
 from fused_lora.ops.internals import (
     any_autocast_enabled,
     dispatch_modes_active,
@@ -71,9 +70,8 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         scaling, dropout_p, backend = settings
         variant = x_lora, h_in, gate, out_scale, grad_row_scale
-        y, h = torch.ops.fused_lora.forward(
-            matrix(x), weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *variant, backend
-        )
+        run = schema.forward if _unheard(x, weight, lora_A, lora_B, bias, *variant) else torch.ops.fused_lora.forward
+        y, h = run(matrix(x), weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *variant, backend)
         # nobody's view, so that models may add to it in place
         return y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[1])), h
 
@@ -105,12 +103,20 @@ class LoRALinearFunction(torch.autograd.Function):
         elif has_no_memory(dy) or (dh is not None and has_no_memory(dh)):  # plain operators, which PyTorch can batch
             grads = reference.backward(dy, dh, *given, needs, Variant(*variant))
         else:
-            given = (*given, *variant)
-            found = iter(torch.ops.fused_lora.backward(dy, dh, *given, list(needs), backend))
+            run = schema.backward if _unheard(dy, dh, *factors, *variant) else torch.ops.fused_lora.backward
+            found = iter(run(dy, dh, *given, *variant, list(needs), backend))
             grads = Gradients(*(next(found) if need else None for need in needs))
         if len(ctx.lead) != 1 and grads.x is not None:
             grads = grads._replace(x=grads.x.view(*ctx.lead, grads.x.shape[1]))
         return tuple(Inputs(*grads))  # torch.compile takes a named tuple for no gradients at all
+
+
+def _unheard(*tensors: Tensor | None) -> bool:
+    """Whether nobody would see an operator called on these: its implementation is called without the dispatcher, for
+    20 to 50 us less a step."""
+    if is_dynamo_compiling() or dispatch_modes_active():
+        return False
+    return all(t is None or type(t) in _PLAIN_TENSORS for t in tensors)
 
 
 @functools.cache

@@ -82,7 +82,7 @@ def lora_linear(
     )
     serving = None
     if plain and not is_dynamo_compiling():
-        serving = _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend)
+        serving = eager_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend)
     if serving is not None:
         seed = draw_seed(x, dropout_p) if dropout_p > 0.0 and training else None
         return eager_apply(x, lora_A, lora_B, (weight, bias, seed, scaling, dropout_p, serving))
@@ -117,7 +117,7 @@ class _Verdict(NamedTuple):
 _VERDICTS: dict[int, _Verdict] = {}
 
 
-def _serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> Serving | None:
+def eager_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> Serving | None:
     """Who serves a call with plain tensors; None if somebody listens, see `nobody_listens`.
 
     Raises: ValueError if an argument is wrong or the back end refuses.

@@ -36,11 +36,8 @@ class Batch:
         """A stack by pair, in the shape of the parameters A or B."""
         return [getattr(pair, f"like_{which}")(part) for pair, part in zip(self.pairs, self.split(stack))]
 
-    def descend(self, which: str, direction: Tensor) -> None:
-        """X <- X - lr (direction + weight_decay X) of A or B, rounded once to the parameters' dtype."""
-        lr = float(self.group["lr"])
-        values = getattr(self, which) * (1 - lr * self.group["weight_decay"])
-        values.sub_(direction, alpha=lr)
+    def put(self, which: str, values: Tensor) -> None:
+        """Make a stack the values of the parameters A or B, rounded to their dtype."""
         torch._foreach_copy_(self.tensors(which), self.shaped(which, values))
 
 
@@ -75,6 +72,19 @@ def _batch(group: dict[str, Any], pairs: list[Pair], step: int) -> Batch:
     scaling = scaling.repeat_interleave(first.blocks)[:, None, None]
     A, B, g_A, g_B = (stack.to(dtype) for stack in stacks)
     return Batch(group, pairs, step, A, B, g_A, g_B, scaling)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """torch.cat of tensors of one shape, without a copy where they are the neighbouring parts of one stack."""
+    first = parts[0]
+    base, start, size = first.untyped_storage().data_ptr(), first.storage_offset(), first.numel()
+    neighbours = all(
+        part.storage_offset() == start + i * size and part.untyped_storage().data_ptr() == base and part.is_contiguous()
+        for i, part in enumerate(parts)
+    )
+    if not neighbours:
+        return torch.cat(list(parts))
+    return first.as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride())
 
 
 def maths_dtype(t: Tensor) -> torch.dtype:

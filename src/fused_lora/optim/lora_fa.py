@@ -47,7 +47,8 @@ def create_lorafa_optimizer(
 
     def change(batch: Batch) -> dict[str, Tensor]:
         white = whiten(batch.A.mT, floor=batch.A.shape[1] * torch.finfo(batch.A.dtype).eps)
-        return {"B": batch.g_B @ (white.inverse @ white.inverse.mT) / batch.scaling**2}
+        projection = white.inverse @ white.inverse.mT / batch.scaling**2
+        return {"B": batch.g_B @ projection.to(batch.g_B.dtype)}
 
     change_gradients(optimizer, pairs, change)
     return optimizer

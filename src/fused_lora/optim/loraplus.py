@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fused_lora.optim.pairs import adapters_in
+from fused_lora.optim.pairs import adapters_in, magnitudes
 
 
 def lora_param_groups(
@@ -36,7 +36,7 @@ def lora_param_groups(
     adapters = list(adapters_in(model))
     factors = {id(a.A): "A" for a in adapters} | {id(a.B): "B" for a in adapters}
     factors |= {id(t): "embedding" for a in adapters if a.embedding for t in (a.A, a.B)}
-    kinds = dict.fromkeys(_magnitudes([a.module for a in adapters]), "magnitudes") | factors
+    kinds = dict.fromkeys(magnitudes(adapters), "magnitudes") | factors
     settings = {
         "A": (lr, weight_decay),
         "embedding": (lr_embedding, weight_decay),
@@ -85,9 +85,3 @@ def create_loraplus_optimizer(
     """
     groups = lora_param_groups(model, lr, loraplus_lr_ratio, weight_decay=weight_decay, lr_embedding=lr_embedding)
     return optimizer_cls(groups, lr=lr, **kwargs)
-
-
-def _magnitudes(layers: list[Any]) -> set[int]:
-    """The parameters of DoRA's magnitudes, a module by adapter in PEFT's layers and in ours."""
-    holders = [layer.lora_magnitude_vector for layer in layers if "lora_magnitude_vector" in layer._modules]
-    return {id(p) for holder in holders for p in holder.parameters()}

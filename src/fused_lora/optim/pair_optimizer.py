@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from fused_lora.optim.batches import Batch, batches, dense_gradient, maths_dtype
+from fused_lora.optim.batches import Batch, batches, dense_gradient, joined, maths_dtype
 from fused_lora.optim.pairs import Pair, pair_groups
 
 
@@ -87,14 +87,14 @@ class PairOptimizer(Optimizer):
         """The state of all A or all B under a key, [P, ...]; zeros before the first step."""
         if batch.step == 1:
             return batch.A.new_zeros(len(batch.A), *shape)
-        return torch.cat([self.state[t][key] for t in batch.tensors(which)])
+        return joined([self.state[t][key] for t in batch.tensors(which)])
 
     def _keep(self, batch: Batch, which: str, **stacks: Tensor) -> None:
         """Make parts of stacks the state of A or B, and count the step."""
         parts = {key: batch.split(stack) for key, stack in stacks.items()}
+        step = torch.tensor(float(batch.step))
         for i, t in enumerate(batch.tensors(which)):
-            self.state[t].update({key: part[i] for key, part in parts.items()})
-            self.state[t]["step"] = torch.tensor(float(batch.step))
+            self.state[t].update({key: part[i] for key, part in parts.items()}, step=step)
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """One step of AdamW with these gradients, in fp32 at least."""
@@ -119,7 +119,7 @@ class PairOptimizer(Optimizer):
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                lr=group["lr"],
+                lr=float(group["lr"]),
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,

@@ -1,6 +1,6 @@
 """The pairs of A and B in a model, found by module: in layers of ours and of PEFT."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ class Pair:
                     f"{self.name}: lora_{which} must be a whole tensor, both factors are needed for a step (keep the "
                     f"adapters out of sharding); got a {type(t).__name__} of shape {list(t.shape)}"
                 )
-        ranks = self.A.shape[0] / self.blocks, self.B[0].numel() / (self.blocks if self.interleaved else 1)
+        ranks = self.A.shape[0] / self.blocks, self.B.shape[1:].numel() / (self.blocks if self.interleaved else 1)
         rows = 1 if self.interleaved else self.blocks
         if ranks[0] != ranks[1] or not ranks[0].is_integer() or self.B.shape[0] % rows:
             raise ValueError(
@@ -82,6 +82,11 @@ class Adapter:
         blocks, interleaved = 1, hasattr(self.module, "parameter_name")
         if interleaved:
             blocks = int(self.module.num_experts)
+            if self.A.shape[0] != self.B.shape[1]:
+                raise ValueError(
+                    f"{self.name}: each expert must have factors of its own; got one that all {blocks} share, of "
+                    f"shapes {list(self.A.shape)} and {list(self.B.shape)}"
+                )
         elif self.A.dim() > 2:
             blocks = int(getattr(getattr(self.module, "base_layer", None), "groups", 1))
         pair = Pair(self.A, self.B, float(self.scaling), self.name, blocks, interleaved and blocks > 1)
@@ -101,6 +106,12 @@ def adapters_in(model: nn.Module) -> Iterator[Adapter]:
                 A, B = (getattr(entry, "weight", entry) for entry in (lora_As[adapter], lora_Bs[adapter]))
                 embedding = kind == "lora_embedding" or isinstance(getattr(module, "base_layer", None), nn.Embedding)
                 yield Adapter(name, module, A, B, scaling[adapter], embedding)
+
+
+def magnitudes(adapters: Iterable[Adapter]) -> set[int]:
+    """The ids of DoRA's magnitudes in the layers of these adapters, which PEFT keeps in modules, we as parameters."""
+    holders = [a.module.lora_magnitude_vector for a in adapters if "lora_magnitude_vector" in a.module._modules]
+    return {id(p) for holder in holders for p in holder.parameters()}
 
 
 def lora_pairs(model: nn.Module) -> list[Pair]:
@@ -129,14 +140,13 @@ def lora_pairs(model: nn.Module) -> list[Pair]:
 
 
 def pair_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups of all that trains: the pairs, other matrices, and what has one dimension, which does not
+    """Parameter groups of all that trains: the pairs, other matrices, and vectors and DoRA's magnitudes, which do not
     decay."""
     pairs = lora_pairs(model)
     paired = {id(t) for pair in pairs for t in (pair.A, pair.B)}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
-    groups: list[dict[str, Any]] = [
-        {"params": pairs},
-        {"params": [p for p in others if p.dim() > 1]},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    vectors = magnitudes(adapters_in(model))
+    groups: list[dict[str, Any]] = [{"params": pairs}, {"params": []}, {"params": [], "weight_decay": 0.0}]
+    for p in model.parameters():
+        if p.requires_grad and id(p) not in paired:
+            groups[2 if p.dim() < 2 or id(p) in vectors else 1]["params"].append(p)
     return [group for group in groups if group["params"]]

@@ -92,7 +92,9 @@ class LoRAProAdamW(PairOptimizer):
             torch.mul(B.mT @ u, scaling, out=towards[0][i])
             torch.mul(u @ A.mT, scaling, out=towards[1][i])
         for which, direction in zip("AB", form.gradients(towards_A, towards_B, batch.group["x_mode"])):
-            batch.descend(which, direction)
+            lr = float(batch.group["lr"])
+            values = (1 - lr * batch.group["weight_decay"]) * getattr(batch, which)
+            batch.put(which, values.sub_(direction, alpha=lr))
             self._keep(batch, which)
 
     @staticmethod
@@ -112,19 +114,21 @@ class ClosedForm:
 
     def __init__(self, A: Tensor, B: Tensor, scaling: Tensor, damping: float):
         floor = A.shape[1] * torch.finfo(A.dtype).eps  # what a Gram matrix in this dtype has as noise
-        self.A, self.B, self.scaling = A, B, scaling
+        self.A, self.B = A, B
         self.white_A, self.white_B = whiten(A.mT, floor, damping), whiten(B, floor, damping)
-        self.inv_AAt, self.inv_BtB = (white.inverse @ white.inverse.mT for white in (self.white_A, self.white_B))
+        self.U_B = self.white_B.basis().to(B.dtype)  # B inv(BT B) BT = U_B U_BT
+        inverses = [white.inverse @ white.inverse.mT / scaling**2 for white in (self.white_A, self.white_B)]
+        self.inv_AAt, self.inv_BtB = (inverse.to(A.dtype) for inverse in inverses)
+        self.half = -0.5 * scaling**2
 
     def gradients(self, g_A: Tensor, g_B: Tensor, x_mode: str) -> tuple[Tensor, Tensor]:
         """pro_A [P, R, K] and pro_B [P, N, R] of g_A and g_B, see LoRAProAdamW."""
-        g_A, g_B, U_B = g_A / self.scaling**2, g_B / self.scaling**2, self.white_B.basis
         pro_A = self.inv_BtB @ g_A
-        pro_B = (g_B - U_B @ (U_B.mT @ g_B)) @ self.inv_AAt
+        pro_B = torch.baddbmm(g_B, self.U_B, self.U_B.mT @ g_B, alpha=-1) @ self.inv_AAt
         if x_mode == "sylvester":
-            X = _sylvester(self.white_B, self.white_A, -pro_A @ self.A.mT)
+            X = _sylvester(self.white_B, self.white_A, -(pro_A @ self.A.mT))
         elif x_mode == "symmetric":
-            X = -0.5 * self.inv_BtB @ (self.B.mT @ g_B) @ self.inv_AAt
+            X = self.half * self.inv_BtB @ (self.B.mT @ g_B) @ self.inv_AAt
         else:
             return pro_A, pro_B
         return pro_A.baddbmm_(X, self.A), pro_B.baddbmm_(self.B, X, alpha=-1)

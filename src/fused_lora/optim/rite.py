@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fused_lora.optim.batches import Batch
 from fused_lora.optim.pair_optimizer import PairOptimizer
-from fused_lora.optim.whitening import eigh, reciprocal, whiten
+from fused_lora.optim.whitening import add_times_, eigh, reciprocal, times, whiten
 
 
 class _Side(NamedTuple):
@@ -16,6 +16,7 @@ class _Side(NamedTuple):
 
     batch: Batch
     which: str  # "A" or "B"
+    X: Tensor  # [P, n, R]
     gradient: Tensor  # [P, n, R] without the magnitude of the other factor
     back: Tensor  # [P, R, R]: X moves by a direction times this
     turn: Tensor  # [P, R, R] from the other factor's last basis to its present one
@@ -71,58 +72,73 @@ class LoRARite(PairOptimizer):
         relative_eps: bool = True,
         escape: bool = False,
     ):
-        for name, value in (("clip_norm", clip_norm), ("skip_rms", skip_rms)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be > 0 or None; got {value}")
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, clip_norm=clip_norm, skip_rms=skip_rms)
         super().__init__(params, defaults | dict(relative_eps=relative_eps, escape=escape))
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        for name in ("clip_norm", "skip_rms"):
+            if group[name] is not None and not group[name] > 0:
+                raise ValueError(f"{name} must be > 0 or None; got {group[name]}")
+        if group["clip_norm"] != self.defaults["clip_norm"]:
+            raise ValueError(f"clip_norm must be one for all groups; got {group['clip_norm']} in a group")
 
     def _step_pairs(self, batches: list[Batch]) -> None:
         sides = [side for batch in batches for side in self._sides(batch)]
         clip = self.defaults["clip_norm"]
+        factors = [1.0] * len(sides)
         if clip is not None and sides:
-            device = sides[0].gradient.device
-            norm = torch.stack([side.gradient.norm().to(device) for side in sides]).norm()
-            factor = (clip / norm).clamp(max=1.0)
-            for side in sides:
-                side.gradient.mul_(factor.to(side.gradient.device))
-        for side in sides:
-            self._step_side(side)
+            norms = [side.gradient.norm() for side in sides]
+            total = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+            factors = [(clip / total).clamp(max=1.0).to(norm.device) for norm in norms]
+        for side, factor in zip(sides, factors):
+            self._step_side(side, factor)
 
     def _sides(self, batch: Batch) -> list[_Side]:
         """Both factors with their unmagnified gradients."""
-        R, eps = batch.A.shape[1], torch.finfo(batch.A.dtype).eps
-        floor = max((R * eps) ** 2, R * torch.finfo(torch.float64).eps)
-        tall = {"A": (batch.A.mT, batch.g_A.mT), "B": (batch.B, batch.g_B)}
-        white = {which: whiten(X, floor) for which, (X, _) in tall.items()}
+        R, dtype = batch.A.shape[1], batch.A.dtype
+        floor = max((R * torch.finfo(dtype).eps) ** 2, R * torch.finfo(torch.float64).eps)
+        Xs, gradients = {"A": batch.A.mT, "B": batch.B}, {"A": batch.g_A.mT, "B": batch.g_B}
+        white = {which: whiten(X, floor) for which, X in Xs.items()}
+        bases = {which: white[which].basis().to(dtype) for which in "AB"}
         sides = []
         for which, other in (("A", "B"), ("B", "A")):
-            gradient = tall[which][1] @ white[other].inverse
+            inverse = white[other].inverse.to(dtype)
+            gradient = times(gradients[which], inverse)
             skip = batch.group["skip_rms"]
             if skip is not None:
                 gradient *= gradient.square().mean((1, 2), keepdim=True) <= skip**2
-            before = self._stack(batch, other, "basis", white[other].basis.shape[1:])
-            turn = white[other].basis.mT @ before
-            sides.append(_Side(batch, which, gradient, white[other].inverse.mT, turn, white[which].basis))
+            turn = bases[other].mT @ self._tall(batch, other, "basis", bases[other])
+            sides.append(_Side(batch, which, Xs[which], gradient, inverse.mT, turn, bases[which]))
         return sides
 
-    def _step_side(self, side: _Side) -> None:
+    def _tall(self, batch: Batch, which: str, key: str, like: Tensor) -> Tensor:
+        """State [P, n, R] of the shape of another tensor, and in memory as A or B is."""
+        if which == "B":
+            return self._stack(batch, which, key, like.shape[1:])
+        return self._stack(batch, which, key, like.mT.shape[1:]).mT
+
+    def _step_side(self, side: _Side, factor: float | Tensor) -> None:
+        """One step of a factor with its gradient times a number."""
         batch, which, gradient, turn = side.batch, side.which, side.gradient, side.turn
-        n, R = gradient.shape[1:]
-        beta1, beta2 = (beta * (1 - beta ** (batch.step - 1)) / (1 - beta**batch.step) for beta in batch.group["betas"])
+        group, (n, R) = batch.group, gradient.shape[1:]
+        beta1, beta2 = (beta * (1 - beta ** (batch.step - 1)) / (1 - beta**batch.step) for beta in group["betas"])
         before = self._stack(batch, which, "second_moment", (R, R))
         turned = turn @ before @ turn.mT
-        second_moment = torch.lerp(gradient.mT @ gradient / n, turned, beta2)
-        state = dict(second_moment=second_moment, basis=side.basis)
+        second_moment = torch.lerp(gradient.mT @ gradient * (factor**2 / n), turned, beta2)
+        state = dict(second_moment=second_moment)
         escaped = None
-        if batch.group["escape"]:
+        if group["escape"]:
             escaped = self._stack(batch, which, "escaped", ())
             escaped = state["escaped"] = beta2 * (escaped + _lost(before, turned))
-        momentum = self._stack(batch, which, "momentum", (n, R)) @ turn.mT
-        momentum.lerp_(gradient @ _inverse_root(batch.group, second_moment, escaped), 1 - beta1)
-        direction = momentum @ side.back
-        batch.descend(which, direction.mT if which == "A" else direction)
-        self._keep(batch, which, momentum=momentum, **state)
+        momentum = times(self._tall(batch, which, "momentum", gradient), beta1 * turn.mT)
+        add_times_(momentum, gradient, (1 - beta1) * factor * _inverse_root(group, second_moment, escaped))
+        lr = float(group["lr"])
+        add_times_(side.X, momentum, side.back, beta=1 - lr * group["weight_decay"], alpha=-lr)
+        batch.put(which, getattr(batch, which))
+        for key, t in (("momentum", momentum), ("basis", side.basis)):
+            state[key] = t.mT if which == "A" else t
+        self._keep(batch, which, **state)
 
 
 def _lost(before: Tensor, turned: Tensor) -> Tensor:

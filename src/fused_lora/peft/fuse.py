@@ -51,8 +51,8 @@ def unfuse(model: nn.Module) -> None:
 def explain(model: nn.Module) -> Ways:
     """Which adapted layers of a PEFT model run fused and which through PEFT's own forward, and why, as they now are.
 
-    It says what a call with x alone gets, in the base weight's dtype or under autocast; with `adapter_names` or other
-    arguments PEFT's forward runs.
+    It says what a call with x alone gets, in the base weight's dtype or under autocast; with `adapter_names` one
+    update serves all adapters of the batch, with other arguments PEFT's forward runs.
     """
     return Ways(tuple(_row(name, layer, type(layer) is fused_class(layer)) for name, layer in _layers(model)))
 
@@ -88,7 +88,7 @@ def _experts(name: str, layer: Any, fused: bool) -> Row:
     """A wrapper of a parameter."""
     refused = expert_updates(layer)
     if isinstance(refused, str):
-        return Row(name, "peft", f"{layer.parameter_name}: {refused}")
+        return Row(name, "peft", f"a ParamWrapper of {layer.parameter_name}: {refused}")
     if not fused:
         return Row(name, "peft", _NOT_YET)
     how = "its experts' own products of tokens sorted by expert, and one grouped call adds the update"

@@ -9,6 +9,7 @@ from torch import Tensor
 from fused_lora.bases import lora_around
 from fused_lora.ops.linear import lora_linear
 from fused_lora.peft.dora import dora_forward
+from fused_lora.peft.mixed_batch import mixed_forward
 from fused_lora.peft.request import active_update, linear_fits, readable_base, update_fits
 
 
@@ -19,6 +20,9 @@ class FusedForward:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """y [..., N] of x [..., K]."""
+        if not args and kwargs.keys() == {"adapter_names"} and kwargs["adapter_names"] is not None:
+            y = mixed_forward(self, x, kwargs["adapter_names"])
+            return super().forward(x, **kwargs) if y is None else y  # type: ignore[misc]
         update = "it is called with more than x" if args or kwargs else active_update(self)
         if not isinstance(update, str):
             lora_A, lora_B, scaling, dropout_p, lora_bias, dora = update

@@ -37,21 +37,29 @@ class Update(NamedTuple):
     dora: nn.Module | None = None  # PEFT's DoraLinearLayer, which holds m [N]
 
 
-def active_update(layer: Any) -> Update | str:
-    """What the layer's active adapters add in its present state, or why PEFT must compute it."""
+def refuses_all(layer: Any) -> str | None:
+    """Why PEFT must compute the layer, whatever its adapters are; None if it need not."""
     if layer._disable_adapters:
         return "its adapters are disabled"
     if layer.merged_adapters:
         return "its adapters are merged into the base weight"
     if any_module_hook():
         return "a hook on all modules wants to see each one called"
+    return None
+
+
+def active_update(layer: Any) -> Update | str:
+    """What the layer's active adapters add in its present state, or why PEFT must compute it."""
+    refused = refuses_all(layer)
+    if refused is not None:
+        return refused
     known = layer._modules["lora_A"]._modules
     names = [name for name in layer.active_adapters if name in known]
     if len(names) == 1:
-        return _adapter(layer, names[0])
+        return adapter_update(layer, names[0])
     if not names:
         return "none of its adapters is active"
-    updates = [_adapter(layer, name) for name in names]
+    updates = [adapter_update(layer, name) for name in names]
     reasons = [each for each in updates if isinstance(each, str)]
     return reasons[0] if reasons else _joined([each for each in updates if isinstance(each, Update)])
 
@@ -111,7 +119,7 @@ def _tensor(module: Any, name: str) -> Tensor | None:
     return module._parameters.get(name) if attribute is None else attribute
 
 
-def _adapter(layer: Any, name: str) -> Update | str:
+def adapter_update(layer: Any, name: str) -> Update | str:
     """What one adapter adds, or why PEFT must compute it."""
     modules = layer._modules
     module_A, module_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]

@@ -31,6 +31,15 @@ class LayerVariant(Protocol):
         ...
 
 
+class LayerLink(LayerVariant, Protocol):
+    """What a layer asks the variant that links it with others for, beside that."""
+
+    def merged_updates(self, layer: Any) -> list[tuple[Tensor, Tensor, float]]:
+        """Left, right and scaling of the products that merging adds to the base weight, see `LoRALayer._factors`.
+        Raises: ValueError if there are none."""
+        ...
+
+
 class AdapterVariant(LayerVariant, Protocol):
     """What makes one adapter of a layer no plain LoRA."""
 

@@ -3,7 +3,7 @@
     y = m / n * (x Wt + s h Bt) + bias,    n = the norms of the rows of W + s B A, h = x At
 
 It is `out_scale = m / n` of the op. n comes from two skinny products, B A is never formed:
-n^2 = |W_i|^2 + sum_r (s B) * (2 W At + s B (A At)).
+n^2 = |W_i|^2 + s * sum_r B * (2 W At + s B (A At)).
 Source: Liu et al., "DoRA", arXiv 2402.09353; rows (not columns) and the handling of dropout as in Hugging Face PEFT.
 """
 
@@ -19,13 +19,13 @@ from fused_lora.variants.once import OncePerStep
 
 
 class _Times(torch.autograd.Function):
-    """W Rt [N, R] in fp32 at least, of a frozen W [N, K] in any dtype and R [R, K]; no copy of W outlives a block of
+    """A Wt [R, N] in fp32 at least, of A [R, K] and a frozen W [N, K] in any dtype; no copy of W outlives a block of
     rows."""
 
     @staticmethod
-    def forward(weight: Tensor, right: Tensor) -> Tensor:
-        products = [block.to(right.dtype) @ right.t() for block in _blocks(weight, right.dtype)]
-        return products[0] if len(products) == 1 else torch.cat(products)
+    def forward(weight: Tensor, lora_A: Tensor) -> Tensor:
+        products = [lora_A @ block.to(lora_A.dtype).t() for block in _blocks(weight, lora_A.dtype)]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -33,10 +33,10 @@ class _Times(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d):
-        weight, right = ctx.saved_tensors
-        total, start = torch.zeros_like(right), 0
-        for block in _blocks(weight, right.dtype):
-            total += d[start : start + len(block)].t() @ block.to(right.dtype)
+        weight, lora_A = ctx.saved_tensors
+        total, start = torch.zeros_like(lora_A), 0
+        for block in _blocks(weight, lora_A.dtype):
+            total.addmm_(d[:, start : start + len(block)], block.to(lora_A.dtype))
             start += len(block)
         return None, total
 
@@ -70,10 +70,12 @@ def row_norm(
     Returns: n [N] and empty [N], 1 for such rows and else 0.
     """
     with without_autocast(weight):
-        A, B = lora_A.to(squares.dtype), lora_B.to(squares.dtype) * scaling
+        A, Bt = lora_A.to(squares.dtype), lora_B.to(squares.dtype).t()
+        if isinstance(scaling, Tensor):
+            Bt, scaling = Bt * scaling, 1.0
         times = _Times.apply if torch.is_grad_enabled() else _Times.forward
-        inner = torch.addmm(times(weight, A), B, A @ A.t(), beta=2.0)
-        squared = squares + (B * inner).sum(1)
+        inner = torch.addmm(times(weight, A), A @ A.t(), Bt, beta=2.0, alpha=scaling)  # [R, N]
+        squared = torch.add(squares, (inner * Bt).sum(0), alpha=scaling)
         empty = squared <= 0.0
         return squared.masked_fill(empty, 1.0).sqrt(), empty.to(squares.dtype)
 

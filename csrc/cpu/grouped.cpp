@@ -1,0 +1,306 @@
+// Updates by an adapter of its own for each group of rows, forward and backward.
+//
+//   forward    h  = s_g * drop(x) A_g^T      y  += h B_g^T
+//   backward   dh = s_g * dy B_g             dx += mask * (dh A_g) / (1 - p_g)
+//              dA_g = dh^T drop(x)           dB_g = dy^T h
+//
+// A task is a piece of a group's rows, with factors packed for it alone: so many adapters cost one adapter's scratch,
+// and each its own rank. A second round of tasks, one for a panel of columns of one gradient, walks all the rows of
+// its group, so sums have one order whatever the number of threads is. Tasks go to whichever thread is free.
+// Rows that lie in a run are read and updated in place; scattered ones, a block's panel at a time, through a copy.
+#include <atomic>
+
+#include "block_bf16.h"
+#include "block_fp32.h"
+#include "walk.h"
+
+namespace fused_lora::cpu {
+namespace {
+
+constexpr int64_t kRun = 2 * kStrip;  // rows that make a block of their own; of shorter runs a block is gathered
+
+// Positions m .. m + rows of a group, and whether their rows lie one after the other.
+struct Span {
+  int64_t m, rows;
+  bool run;
+};
+
+class Rows {
+ public:
+  explicit Rows(const CpuGroups& p) : rows_(p.rows) {}
+  int64_t operator[](int64_t m) const { return rows_ ? rows_[m] : m; }
+
+  // The next block of positions m .. end.
+  Span block(int64_t m, int64_t end) const {
+    const int64_t most = std::min(kRows, end - m);
+    int64_t run = rows_ ? 1 : most;
+    while (run < most && rows_[m + run] == rows_[m] + run) ++run;
+    return run >= kRun || run == most ? Span{m, run, true} : Span{m, most, false};
+  }
+
+ private:
+  const int64_t* rows_;
+};
+
+// Runs task(i) for i = 0 .. n - 1 on up to `threads` threads. Their memory is their own, and there may be none left.
+template <class Task> void run_tasks(int64_t n, int threads, const Task& task) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> no_memory{false};
+  parallel(static_cast<int>(std::min<int64_t>(n, threads)), [&](int) {
+    for (int64_t i = next++; i < n && !no_memory; i = next++) try {
+        task(i);
+      } catch (const std::bad_alloc&) {
+        no_memory = true;
+      }
+  });
+  if (no_memory) throw std::bad_alloc();
+}
+
+// Some positions of a group.
+struct Piece {
+  int64_t g, begin, end;
+};
+
+// Pieces of all groups: so many that every thread has some, and none smaller than a block.
+std::vector<Piece> pieces(const CpuGroups& p, int threads) {
+  std::vector<Piece> found;
+  const int64_t M = p.offsets[p.G];
+  const int64_t most = threads > 1 ? round_up((M + 4 * threads - 1) / (4 * threads), kRows) : std::max<int64_t>(M, 1);
+  for (int64_t g = 0; g < p.G; ++g)
+    for (int64_t m = p.offsets[g]; m < p.offsets[g + 1]; m += most)
+      found.push_back({g, m, std::min(p.offsets[g + 1], m + most)});
+  return found;
+}
+
+int threads_of(const CpuGroups& p) { return threads_worth(p.offsets[p.G] * (p.N + p.K) * p.R, p.threads); }
+
+Dropout dropout_of(const CpuGroups& p, int64_t g) {
+  return {p.seed, p.thresholds ? static_cast<uint32_t>(p.thresholds[g]) : 0};
+}
+
+// What a thread multiplies the rows of groups of rank R with: a Block, and a copy for rows that are scattered.
+template <class Block> class Walker {
+ public:
+  Walker(const CpuGroups& p, int64_t R, int64_t rows, Buffers& buffers)
+      : p_(p),
+        rows_(p),
+        R_(R),
+        block(buffers, std::min(kRows, round_up(rows, kStrip)), p.dtype, p.thresholds, R),
+        scattered_(p.rows ? buffers.take<char>(kRows * kPanel * item_size(p.dtype)) : nullptr),
+        low_(R < p.R ? buffers.take<char>(kRows * R * item_size(p.dtype)) : nullptr) {}
+
+  // Draws dropout's mask for a panel of x; null without dropout.
+  const float* draw(const Dropout& dropout, const Span& at, int64_t k, int64_t cols) {
+    if (dropout.threshold == 0) return nullptr;
+    if (at.run) dropout_mask(dropout, block.mask, rows_[at.m], k, at.rows, cols);
+    else
+      for (int64_t i = 0; i < at.rows; ++i) dropout_mask(dropout, block.mask + i * kPanel, rows_[at.m + i], k, 1, cols);
+    return block.mask;
+  }
+
+  typename Block::Panel panel(const void* src, int64_t ld, const float* keep, const Span& at, int64_t n, int64_t cols) {
+    if (at.run) return block.panel(cpu::at(src, rows_[at.m] * ld + n, p_.dtype), ld, keep, at.rows, cols);
+    gather(src, ld, at, n, cols);
+    return block.panel(scattered_, kPanel, keep, at.rows, cols);
+  }
+
+  // dst[rows, n : n + cols (row stride ld)] += low thin (* keep).
+  void expand(const typename Block::Factor& thin, const float* keep, void* dst, int64_t ld, const Span& at, int64_t n,
+              int64_t cols) {
+    if (at.run) return block.expand(thin, keep, cpu::at(dst, rows_[at.m] * ld + n, p_.dtype), ld, n, at.rows, cols);
+    gather(dst, ld, at, n, cols);
+    block.expand(thin, keep, scattered_, kPanel, n, at.rows, cols);
+    for (int64_t i = 0; i < at.rows; ++i)
+      std::copy_n(cpu::at(scattered_, i * kPanel, p_.dtype), cols * item_size(p_.dtype),
+                  cpu::at(dst, rows_[at.m + i] * ld + n, p_.dtype));
+  }
+
+  // h[m .. m + rows, R] = low, zero past the group's rank; and back, as the right side of the next wgrads.
+  void store_low(void* h, const Span& at) {
+    char* to = cpu::at(h, at.m * p_.R, p_.dtype);
+    block.store_low(low_ ? low_ : to, at.rows);
+    const int64_t size = item_size(p_.dtype);
+    for (int64_t i = 0; low_ && i < at.rows; ++i) {
+      std::copy_n(low_ + i * R_ * size, R_ * size, to + i * p_.R * size);
+      std::fill_n(to + (i * p_.R + R_) * size, (p_.R - R_) * size, char{0});
+    }
+  }
+  void gather_by(const void* h, const Span& at) {
+    const char* from = cpu::at(h, at.m * p_.R, p_.dtype);
+    const int64_t size = item_size(p_.dtype);
+    for (int64_t i = 0; low_ && i < at.rows; ++i) std::copy_n(from + i * p_.R * size, R_ * size, low_ + i * R_ * size);
+    block.gather_by_h(low_ ? low_ : from, at.rows);
+  }
+
+ private:
+  void gather(const void* src, int64_t ld, const Span& at, int64_t n, int64_t cols) {
+    for (int64_t i = 0; i < at.rows; ++i)
+      std::copy_n(cpu::at(src, rows_[at.m + i] * ld + n, p_.dtype), cols * item_size(p_.dtype),
+                  cpu::at(scattered_, i * kPanel, p_.dtype));
+  }
+
+  const CpuGroups& p_;
+  Rows rows_;
+  int64_t R_;
+
+ public:
+  Block block;
+
+ private:
+  char *scattered_, *low_;  // [kRows, kPanel], or null without `rows`; [kRows, R_g], or null where that is R
+};
+
+template <class Block> void forward(const CpuGroupedForwardParams& p) {
+  using Factor = typename Block::Factor;
+  const int threads = threads_of(p);
+  const std::vector<Piece> work = pieces(p, threads);
+  const Rows rows(p);
+  run_tasks(static_cast<int64_t>(work.size()), threads, [&](int64_t i) {
+    const auto [g, begin, end] = work[static_cast<size_t>(i)];
+    const int64_t R = p.ranks[g];
+    Buffers buffers;
+    const Factor down(buffers, p.A[g], p.adapter_dtype, p.K, R, round_up(R, Block::kRanks), true),  // A^T
+        thin(buffers, p.B[g], p.adapter_dtype, R, p.N, round_up(p.N, Block::kColumns), true);       // B^T
+    down.fill(), thin.fill();
+    Walker<Block> walker(p, R, end - begin, buffers);
+    const Dropout dropout = dropout_of(p, g);
+    const float factor = p.scaling[g] * (Block::kMaskScales ? 1.0f : dropout.scale());
+    for (int64_t m = begin; m < end;) {
+      const Span at = rows.block(m, end);
+      walker.block.clear_low();
+      for (int64_t k = 0; k < p.K; k += kPanel) {
+        const int64_t cols = std::min(kPanel, p.K - k);
+        const float* keep = walker.draw(dropout, at, k, cols);
+        walker.block.shrink(walker.panel(p.x, p.ldx, keep, at, k, cols), down, k, at.rows, cols);
+      }
+      walker.block.scale_low(factor, at.rows);
+      walker.store_low(p.h, at);
+      for (int64_t n = 0; n < p.N; n += kPanel)
+        walker.expand(thin, nullptr, p.y, p.N, at, n, std::min(kPanel, p.N - n));
+      m += at.rows;
+    }
+  });
+}
+
+// dh [M', R] in x's dtype, and the update of dx.
+template <class Block> void by_rows(const CpuGroupedBackwardParams& p, void* dh, int threads) {
+  using Factor = typename Block::Factor;
+  const std::vector<Piece> work = pieces(p, threads);
+  const Rows rows(p);
+  run_tasks(static_cast<int64_t>(work.size()), threads, [&](int64_t i) {
+    const auto [g, begin, end] = work[static_cast<size_t>(i)];
+    const int64_t R = p.ranks[g];
+    Buffers buffers;
+    const Factor down(buffers, p.B[g], p.adapter_dtype, p.N, R, round_up(R, Block::kRanks), false),
+        thin(buffers, p.dx ? p.A[g] : nullptr, p.adapter_dtype, R, p.K, round_up(p.K, Block::kColumns), false);
+    down.fill(), thin.fill();
+    Walker<Block> walker(p, R, end - begin, buffers);
+    const Dropout dropout = dropout_of(p, g);
+    for (int64_t m = begin; m < end;) {
+      const Span at = rows.block(m, end);
+      walker.block.clear_low();
+      for (int64_t n = 0; n < p.N; n += kPanel) {
+        const int64_t cols = std::min(kPanel, p.N - n);
+        walker.block.shrink(walker.panel(p.dy, p.lddy, nullptr, at, n, cols), down, n, at.rows, cols);
+      }
+      walker.block.scale_low(p.scaling[g], at.rows);
+      if (dh) walker.store_low(dh, at);
+      for (int64_t k = 0; thin && k < p.K; k += kPanel) {
+        const int64_t cols = std::min(kPanel, p.K - k);
+        walker.expand(thin, walker.draw(dropout, at, k, cols), p.dx, p.K, at, k, cols);
+      }
+      m += at.rows;
+    }
+  });
+}
+
+// Columns n .. n + cols of one gradient, the sum over groups g .. end.
+struct Strip {
+  bool is_A;
+  int64_t g, end, n, cols;
+};
+
+std::vector<Strip> strips(const CpuGroupedBackwardParams& p) {
+  std::vector<Strip> found;
+  const auto add = [&](bool is_A, void* const* dst, bool shared, int64_t width) {
+    for (int64_t g = 0; dst && g < (shared ? 1 : p.G); ++g)
+      for (int64_t n = 0; dst[g] && n < width; n += kPanel)
+        found.push_back({is_A, g, shared ? p.G : g + 1, n, std::min(kPanel, width - n)});
+  };
+  add(true, p.dA, p.shared_A, p.K);
+  add(false, p.dB, p.shared_B, p.N);
+  return found;
+}
+
+// A strip of dA [R, K] or dB [N, R].
+template <class Block> void gradient(const CpuGroupedBackwardParams& p, const void* dh, const Strip& strip) {
+  const auto [is_A, first, end, n, cols] = strip;
+  const int64_t R = p.ranks[first], Rp = round_up(R, Block::kRanks), size = Rp * kPanel;
+  const Rows rows(p);
+  Buffers buffers;
+  float *slab = buffers.take(size), *sum = buffers.take(size), *turned = buffers.take(size);
+  std::fill_n(sum, size, 0.0f);
+  int64_t most = 0;
+  for (int64_t g = first; g < end; ++g) most = std::max(most, p.offsets[g + 1] - p.offsets[g]);
+  Walker<Block> walker(p, R, std::max<int64_t>(most, 1), buffers);
+  for (int64_t g = first; g < end; ++g) {
+    if (p.offsets[g] == p.offsets[g + 1]) continue;
+    const Dropout dropout = dropout_of(p, g);
+    std::fill_n(slab, size, 0.0f);
+    for (int64_t m = p.offsets[g]; m < p.offsets[g + 1];) {
+      const Span at = rows.block(m, p.offsets[g + 1]);
+      walker.gather_by(is_A ? dh : p.h, at);
+      const float* keep = is_A ? walker.draw(dropout, at, n, cols) : nullptr;
+      const auto panel = walker.panel(is_A ? p.x : p.dy, is_A ? p.ldx : p.lddy, keep, at, n, cols);
+      walker.block.wgrad(panel, slab, kPanel, 0, at.rows, cols);
+      m += at.rows;
+    }
+    const float factor = is_A && !Block::kMaskScales ? dropout.scale() : 1.0f;
+    for (int64_t i = 0; i < size; ++i) sum[i] += factor * slab[i];
+  }
+  if (is_A) {
+    for (int64_t r = 0; r < R; ++r)
+      store_row(sum + r * kPanel, at(p.dA[first], r * p.K + n, p.adapter_dtype), p.adapter_dtype, cols);
+    return;
+  }
+  load_transposed(sum, Dtype::f32, turned, Rp, kPanel, Rp);
+  store_slab(turned, Rp, at(p.dB[first], n * R, p.adapter_dtype), p.adapter_dtype, cols, R);
+}
+
+template <class Block> void backward(const CpuGroupedBackwardParams& p) {
+  const int threads = threads_of(p);
+  const int64_t M = p.offsets[p.G];
+  const Lines kept(p.dA ? static_cast<size_t>(M * p.R * item_size(p.dtype)) : 0);
+  void* dh = p.dA ? kept.data() : nullptr;
+  if (p.dA && M && !dh) throw std::bad_alloc();
+  if (p.dA || p.dx) by_rows<Block>(p, dh, threads);
+  const std::vector<Strip> work = strips(p);
+  run_tasks(static_cast<int64_t>(work.size()), threads,
+            [&](int64_t i) { gradient<Block>(p, dh, work[static_cast<size_t>(i)]); });
+}
+
+Status check(const CpuGroups& p) {
+  const auto known = [](Dtype dtype) { return dtype == Dtype::f32 || dtype == Dtype::f16 || dtype == Dtype::bf16; };
+  if (!known(p.dtype) || !known(p.adapter_dtype)) return Status::bad_dtype;
+  return p.G < 1 || p.N < 1 || p.K < 1 || p.R < 1 ? Status::bad_shape : Status::ok;
+}
+
+}  // namespace
+}  // namespace fused_lora::cpu
+
+namespace fused_lora {
+using namespace cpu;
+
+Status cpu_grouped_forward(const CpuGroupedForwardParams& p) {
+  const Status status = check(static_cast<const CpuGroups&>(p));
+  if (status == Status::ok) in_bf16(p.dtype) ? forward<BlockBf16>(p) : forward<BlockFp32>(p);
+  return status;
+}
+
+Status cpu_grouped_backward(const CpuGroupedBackwardParams& p) {
+  const Status status = check(static_cast<const CpuGroups&>(p));
+  if (status == Status::ok) in_bf16(p.dtype) ? backward<BlockBf16>(p) : backward<BlockFp32>(p);
+  return status;
+}
+
+}  // namespace fused_lora

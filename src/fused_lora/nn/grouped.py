@@ -1,0 +1,99 @@
+"""LoRALinears of one x, such as the projections to queries, keys and values, that compute together."""
+
+from threading import get_ident
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from fused_lora.nn.linear import LoRALinear
+from fused_lora.ops.projections import Projection, lora_projections
+
+
+class _Ready(NamedTuple):
+    """What the first of the layers has computed for the others."""
+
+    x: Tensor
+    version: int
+    ys: dict[int, Tensor]  # by the layer's id, each once
+
+
+class Projections:
+    """The layers of a group: the first one that is called computes all, the others take their part if they are given
+    the very same tensor, unchanged; else they compute alone, from then on all of them.
+
+    Args:
+        layers: the LoRALinears in the order of their calls, all in `parent`.
+        parent: the module whose forward calls them; at its end nothing is kept.
+    """
+
+    def __init__(self, layers: list[LoRALinear], parent: nn.Module):
+        self._layers, self._apart = layers, False
+        self._ready: dict[int, _Ready] = {}  # by thread
+        self._hook = parent.register_forward_hook(self._drop, always_call=True)
+        for layer in layers:
+            layer.__class__ = GroupedLoRALinear
+            vars(layer)["projections"] = self
+
+    def of(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
+        """The layer's y of x, or None where it has to compute alone."""
+        if self._apart or is_dynamo_compiling():
+            return None
+        thread = get_ident()
+        ready = self._ready.pop(thread, None)
+        if ready is not None and id(layer) in ready.ys:
+            if ready.x is not x or ready.version != x._version:
+                self._apart = True
+                return None
+            y = ready.ys.pop(id(layer))
+            if ready.ys:
+                self._ready[thread] = ready
+            return y
+        if not all(map(_is_plain, self._layers)) or x.is_inference():
+            return None
+        ys = lora_projections(x, [_projection(each) for each in self._layers])
+        if ys is None:
+            return None
+        by_layer = {id(each): y for each, y in zip(self._layers, ys)}
+        y = by_layer.pop(id(layer))
+        self._ready[thread] = _Ready(x, x._version, by_layer)
+        return y
+
+    def _drop(self, *_: Any) -> None:
+        if not is_dynamo_compiling():
+            self._ready.pop(get_ident(), None)
+
+    def dissolve(self) -> None:
+        """The layers are LoRALinears again."""
+        self._hook.remove()
+        for layer in self._layers:
+            layer.__class__ = LoRALinear
+            del vars(layer)["projections"]
+
+
+class GroupedLoRALinear(LoRALinear):
+    """A LoRALinear that belongs to a group. Made by `fused_lora.group`."""
+
+    projections: Projections
+
+    def forward(self, x: Tensor):
+        y = self.projections.of(self, x)
+        return super().forward(x) if y is None else y
+
+
+def _is_plain(layer: LoRALinear) -> bool:
+    """Whether one adapter acts, without a variant, and nothing but the layer's own call is needed for its tensors."""
+    name = layer.active_adapter
+    return (
+        isinstance(name, str)
+        and not layer.merged
+        and layer._variant() is None
+        and not layer.lora_A[name].is_meta
+        and "forward" not in vars(layer)
+    )
+
+
+def _projection(layer: LoRALinear) -> Projection:
+    name: Any = layer.active_adapter
+    dropout_p = layer.lora_dropout[name] if layer.training else 0.0
+    return Projection(layer.weight, layer.lora_A[name], layer.lora_B[name], layer.scaling[name], layer.bias, dropout_p)

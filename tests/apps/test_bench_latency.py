@@ -1,0 +1,68 @@
+"""The latency table: merged, unmerged, bottleneck adapters and a prefix over one model's weights."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fused_lora import bench
+from fused_lora.bench import latency, results, suite
+
+SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+BASE = functools.partial(LlamaForCausalLM, LlamaConfig(vocab_size=64, use_cache=False, **SHAPE))
+
+
+def small(device, budget_s, least=2):
+    return latency.run_latency(device, 0.0, least, BASE, ((1, 8), (2, 16)))
+
+
+def test_the_preset_is_a_table_of_every_candidate(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(suite, "run_latency", small)
+    monkeypatch.setattr(suite, "_check_steps", lambda: None)
+    document = bench.run(preset="latency", output=tmp_path / "l.json", budget_s=0.0)
+    rows = document["latency"]
+    assert [r["candidate"] for r in rows] == 2 * list(latency.CANDIDATES) and results.faults(document) == []
+    assert document["rows"] == document["host"] == document["train_step"] == []
+    for r in rows:
+        assert r["rounds"] == 2 and 0 < r["forward_p20_ms"] <= r["forward_ms"]
+        assert r["ratio"] == 1.0 or r["candidate"] != "frozen"
+    assert (rows[0]["sequences"], rows[-1]["tokens"]) == (1, 16)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("2 x 16", "houlsby", "x frozen"))
+    with pytest.raises(ValueError, match="preset 'latency' and candidates, train_step or resume exclude"):
+        bench.run(preset="latency", train_step=True)
+
+
+def test_adapters_of_every_kind_share_the_weights_and_act():
+    base, ids = BASE().eval(), torch.arange(8)[None]
+    kept, want = {id(p) for p in base.parameters()}, base(ids).logits
+    for kind in latency.CANDIDATES:
+        model = latency.model_of(kind, base)
+        assert not model.training and (kind == "merged" or kept <= {id(p) for p in model.parameters()})
+        assert isinstance(base.model.layers[0].mlp.down_proj, nn.Linear)
+        if kind in ("houlsby", "pfeiffer"):
+            adapters = [module for module in model.modules() if isinstance(module, latency.Bottleneck)]
+            assert len(adapters) == (4 if kind == "houlsby" else 2)
+            count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            assert count == len(adapters) * (2 * 32 * latency.SIZE + latency.SIZE + 32)
+            torch.testing.assert_close(model(ids).logits, want)
+            nn.init.normal_(adapters[0].up.weight)
+            assert (model(ids).logits - want).abs().max() > 1e-3
+
+
+def test_a_wrong_candidate_is_dropped(monkeypatch):
+    real = latency.model_of
+
+    def spoiled(kind, base):
+        model = real(kind, base)
+        if kind == "houlsby":
+            nn.init.normal_(model.model.layers[0].mlp.down_proj.up.weight)
+        return model
+
+    monkeypatch.setattr(latency, "model_of", spoiled)
+    rows = next(small("cpu", 0.0))
+    assert [r["candidate"] for r in rows if "fault" in r] == ["houlsby"] and rows[5]["why"].startswith(
+        "the logits must"
+    )

@@ -1,0 +1,319 @@
+"""DoRA: the layer against its formula in fp64, in both modes of the backward; what is kept once a step; merging."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from quantised_layers import quantised
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fused_lora import LoRALinear, lora_linear
+from fused_lora.backends import pick
+from fused_lora.ops.reference import Variant
+from fused_lora.ops.schema import request_of
+from fused_lora.variants import dora
+
+K, N, R, S = 24, 40, 4, 2.0
+
+
+def trained(linear=None, dtype=torch.float64, **adapter) -> LoRALinear:
+    """A DoRA layer with an adapter that is far from its start."""
+    torch.manual_seed(0)
+    linear = nn.Linear(K, N, dtype=dtype) if linear is None else linear
+    layer = LoRALinear.from_linear(linear, R, R * S, use_dora=True, **adapter)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for t in layer.own_tensors(layer.active_adapter):
+            t.add_(0.3 * torch.randn(t.shape, generator=g, dtype=torch.float64))
+    return layer
+
+
+def inputs(*lead: int, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(*lead, K, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+
+
+def formula(layer, x, factors, exact=False, dropped=None):
+    """The layer's contract on fp64 tensors A, B and m, with the matrix W + s B A formed."""
+    A, B, m = factors
+    W = layer.matrix().detach().double()
+    V = W + S * B @ A
+    n = torch.linalg.vector_norm(V, dim=1)
+    g = m / (n if exact else n.detach())
+    bias = 0 if layer.bias is None else layer.bias.detach().double()
+    if dropped is None:
+        return g * (x @ V.T) + bias
+    return x @ W.T + (g - 1) * (dropped @ W.T) + g * S * (dropped @ A.T @ B.T) + bias
+
+
+def gradients(y, dy, tensors):
+    return torch.autograd.grad(y, tensors, dy)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("exact", [False, True])
+def test_y_and_every_gradient(exact, p):
+    layer, x = trained(dora_exact=exact, lora_dropout=p), inputs(3, 5).requires_grad_()
+    own = layer.own_tensors("default")
+    twins = [t.detach().double().requires_grad_() for t in own]
+    dropped = None
+    if p:
+        torch.manual_seed(7)
+        dropped = F.dropout(x, p)
+    want = formula(layer, x, twins, exact, dropped)
+    torch.manual_seed(7)
+    got = layer(x)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    dy = torch.randn_like(want)
+    for a, b in zip(gradients(got, dy, [x, *own]), gradients(want, dy, [x, *twins]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("around", [False, True])
+def test_a_fresh_adapter_changes_not_one_bit(bias, p, around):
+    linear = nn.Linear(K, N, bias=bias)
+    if around:
+        linear.register_forward_hook(lambda *args: None)
+    layer = LoRALinear.from_linear(copy.deepcopy(linear), R, lora_dropout=p, use_dora=True)
+    x = inputs(9, dtype=torch.float32)
+    assert torch.equal(layer(x), linear(x))
+    assert layer.lora_magnitude_vector["default"].dtype is torch.float32
+
+
+def test_magnitudes_are_fp32_over_a_bf16_base():
+    layer = LoRALinear(K, N, R, bias=False, dtype=torch.bfloat16, use_dora=True, adapter_dtype=torch.bfloat16)
+    m, x = layer.lora_magnitude_vector["default"], inputs(9, dtype=torch.bfloat16)
+    assert m.dtype is torch.float32 and layer.lora_A["default"].dtype is torch.bfloat16
+    assert torch.equal(layer(x), F.linear(x, layer.weight))
+
+
+def test_on_each_back_end(backend):
+    """y, dx, dA, dB and dm of the op with DoRA's g, against fp64."""
+    layer, x = trained(dtype=torch.float32).to(backend.device), inputs(33, dtype=torch.float32).to(backend.device)
+    own, x = layer.own_tensors("default"), x.requires_grad_()
+    try:
+        pick(backend.name, request_of(x, layer.weight, own[0], Variant(out_scale=own[2])))
+    except ValueError as refused:
+        pytest.skip(str(refused))
+    g = layer.variants["default"].scale(layer, *own[:2])
+    got = lora_linear(x, layer.weight, *own[:2], S, bias=layer.bias, out_scale=g, backend=backend.name)
+    twins = [t.detach().double().requires_grad_() for t in (x, *own)]
+    want = formula(layer, twins[0], twins[1:])
+    dy = torch.randn_like(got)
+    pairs = [(got, want), *zip(gradients(got, dy, [x, *own]), gradients(want, dy.double(), twins), strict=True)]
+    for a, b in pairs:
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max()
+
+
+def test_norms_of_rows():
+    """Without B A: of a weight that needs several blocks, and of rows that are zero."""
+    torch.manual_seed(0)
+    weight, A, B = torch.randn(1200, 1000).bfloat16(), torch.randn(R, 1000), torch.randn(1200, R)
+    weight[:3] = 0
+    B[:2] = 0
+    assert len(dora._blocks(weight, torch.float32)) > 1
+    n, empty = dora.row_norm(weight, dora.row_squares(weight), A, B, S)
+    want = torch.linalg.vector_norm(weight.double() + S * B.double() @ A.double(), dim=1)
+    assert empty.nonzero().flatten().tolist() == [0, 1] and n.dtype is torch.float32
+    torch.testing.assert_close((n - empty).double(), want, rtol=1e-6, atol=0)
+
+
+def test_rows_of_zeros_train():
+    """m and n are 0 there, and g is 1: B gets the gradient that LoRA's gets."""
+    linear = nn.Linear(K, N, bias=False)
+    nn.init.zeros_(linear.weight[:2].data)
+    layer = LoRALinear.from_linear(linear, R, use_dora=True)
+    assert torch.equal(layer.lora_magnitude_vector["default"][:2], torch.zeros(2))
+    layer(inputs(9, dtype=torch.float32)).sum().backward()
+    plain = LoRALinear.from_linear(copy.deepcopy(linear), R)
+    plain.lora_A["default"].data.copy_(layer.lora_A["default"])
+    plain(inputs(9, dtype=torch.float32)).sum().backward()
+    torch.testing.assert_close(layer.lora_B["default"].grad, plain.lora_B["default"].grad)
+    assert all(t.grad.isfinite().all() for t in layer.own_tensors("default"))
+
+
+def test_the_balance_of_a_and_b_does_not_matter():
+    layer, x = trained(), inputs(9)
+    y = layer(x)
+    with torch.no_grad():
+        layer.lora_A["default"].mul_(8.0)
+        layer.lora_B["default"].div_(8.0)
+    torch.testing.assert_close(layer(x), y, rtol=1e-13, atol=1e-13)
+
+
+class PastAutograd(torch.optim.Optimizer):
+    """An optimizer that writes where autograd does not count."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.data.mul_(1.5)
+
+
+def _step(layer):
+    layer(inputs(5)).sum().backward()
+    torch.optim.AdamW(layer.parameters(), lr=0.1).step()
+
+
+def _double(layer, adapter="lora_B"):
+    with torch.no_grad():
+        getattr(layer, adapter)["default"].mul_(2.0)
+
+
+def _replace(layer):
+    layer.lora_B["default"].data = layer.lora_B["default"].data * 2.0
+
+
+def _load(layer, assign):
+    layer.load_state_dict({key: t * 1.5 for key, t in layer.state_dict().items()}, assign=assign)
+
+
+WRITES = {
+    "an optimizer": _step,
+    "an optimizer past autograd": lambda layer: PastAutograd(layer.parameters()).step(),
+    "in place": _double,
+    "A in place": lambda layer: _double(layer, "lora_A"),
+    "m in place": lambda layer: _double(layer, "lora_magnitude_vector"),
+    "the base": lambda layer: layer.weight.mul_(2),
+    "another memory": _replace,
+    "load_state_dict": lambda layer: _load(layer, False),
+    "load_state_dict, assigned": lambda layer: _load(layer, True),
+    "to and fro": lambda layer: layer.to(torch.bfloat16).to(torch.float64),
+    "the scaling": lambda layer: layer.set_hyperparameters("default", R * S * 3, 0.0, False),
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_norms_follow_every_write(how):
+    """A layer that is made anew of the same tensors computes the same."""
+    layer, x = trained(), inputs(9)
+    layer(x)
+    WRITES[how](layer)
+    fresh = LoRALinear.from_linear(nn.Linear(K, N, dtype=torch.float64), R, layer.lora_alpha["default"], use_dora=True)
+    fresh.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), fresh(x), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_keep_norms_of_their_own(how):
+    layer, x = trained(), inputs(9)
+    y = layer(x)
+    twin = how(layer)
+    assert torch.equal(twin(x), y)
+    _double(twin)
+    _double(layer, "lora_A")
+    torch.testing.assert_close(twin(x), layer(x), rtol=1e-12, atol=1e-12)  # A doubled is B doubled
+    assert not torch.allclose(twin(x), y)
+
+
+def test_norms_once_a_step(monkeypatch):
+    """Micro-batches, checkpointing, evaluation and inference mode share them; |W|^2 is computed once for good."""
+    counts = dict(row_norm=0, row_squares=0)
+
+    def counted(name, function):
+        def call(*args):
+            counts[name] += 1
+            return function(*args)
+
+        return call
+
+    layer, x = trained(dtype=torch.float32), inputs(9, dtype=torch.float32)
+    for name in counts:
+        monkeypatch.setattr(dora, name, counted(name, getattr(dora, name)))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        with torch.inference_mode():
+            layer(x)
+        for _ in range(2):
+            checkpoint(layer, x.clone().requires_grad_(), use_reentrant=False).sum().backward()
+        with torch.no_grad():
+            layer(x)
+        optimizer.step()
+    assert counts["row_norm"] == 2 and counts["row_squares"] <= 3
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "hooked"])
+def test_merge_and_unmerge(kind):
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    linear = Conv1D(N, K) if kind == "conv1d" else nn.Linear(K, N)
+    if kind == "hooked":
+        linear.register_forward_hook(lambda *args: None)
+    layer, x = trained(linear), inputs(9, dtype=torch.float32)
+    y, weight = layer(x), layer.base().weight
+    want = formula(layer, x.double(), [t.double() for t in layer.own_tensors("default")])
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    layer.merge()
+    torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
+    assert layer.state_dict().keys() == {"weight", "bias"}
+    layer.unmerge()
+    assert layer.base().weight is weight and torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bnb int8", "int8", "float8"])
+def test_over_a_quantised_base(kind):
+    """y and the gradients for the dequantised W, one bit of which a fresh adapter does not change; merged as near as
+    the quantisation allows."""
+    base = quantised(kind, torch.float32)
+    layer, x = LoRALinear.from_linear(base, R, R * S, use_dora=True), torch.randn(9, 64)
+    torch.testing.assert_close(layer(x), base(x), rtol=0, atol=0)
+    with torch.no_grad():
+        for t in layer.own_tensors("default"):
+            t.add_(0.3 * torch.randn(t.shape))
+    own = layer.own_tensors("default")
+    twins = [t.detach().double().requires_grad_() for t in own]
+    got, want = layer(x), formula(layer, x.double(), twins)
+    dy = torch.randn_like(got)
+    pairs = zip(gradients(got, dy, own), gradients(want, dy.double(), twins), strict=True)
+    for a, b in [(got, want), *pairs]:
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max()
+    layer.merge()
+    dense = layer.matrix()
+    A, B, m = (t.detach() for t in own)
+    layer.unmerge()
+    V = layer.matrix() + S * B @ A
+    folded = m[:, None] * V / V.norm(dim=1, keepdim=True)
+    assert (dense - folded).norm() <= 0.12 * folded.norm()
+
+
+def test_a_scaling_that_is_a_tensor():
+    layer, x = trained(), inputs(9)
+    y = layer(x)
+    layer.scaling["default"] = torch.tensor(S, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), y)
+    layer.scaling["default"].mul_(2)
+    assert not torch.allclose(layer(x), y)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_compiled(exact):
+    layer, x = trained(dtype=torch.float32, dora_exact=exact), inputs(9, dtype=torch.float32)
+    own = layer.own_tensors("default")
+    want = layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    got = compiled(x)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(gradients(got.sum(), None, own), gradients(want.sum(), None, own), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    _double(layer)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+REFUSED = {
+    "use_dora must be a bool; got 1": dict(use_dora=1),
+    "dora_exact must be False without use_dora; got True": dict(dora_exact=True),
+    r"use_dora must be False with allora_eta=2.0; got True": dict(use_dora=True, allora_eta=2.0),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_is_refused(message):
+    with pytest.raises(ValueError, match=message):
+        LoRALinear(K, N, **REFUSED[message])
