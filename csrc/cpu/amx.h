@@ -105,7 +105,8 @@ void wgrad_amx(const uint16_t* blocks, const uint16_t* lowT, float* slab, uint16
 // out[cols] += sum over the 32 * n rows of blocks[n][steps].
 void column_sums_amx(const uint16_t* blocks, float* out, int64_t n, int64_t steps);
 
-// amx_gemm.cpp: out = out_scale * (left right + scale * keep * (low thin)) + bias, where without right `out` itself stands
+// amx_gemm.cpp: out = out_scale * (left right + scale * keep * (low thin)) + bias, where without right `out` itself
+// stands
 // for left right.
 struct AmxGemm {
   const uint16_t* left;    // blocks[sides(M)][sides(K)]
