@@ -99,7 +99,7 @@ struct CpuBackwardParams {
   const void* y;           // [M, N], row stride ldy, dtype; read for sums and squares only
   const void* bias;        // [N], dtype; or null
   float* sums;             // [N], sum_M dy * (y - bias)
-  float* squares;          // [N], sum_M (y - bias)^2; with sums only
+  float* squares;          // [N + 1], sum_M (y - bias)^2, and of how many columns y tells too little; with sums only
   int64_t gates, ldy;
 };
 
@@ -112,7 +112,7 @@ struct CpuScaleParams {
   const float* out_scale;  // [N]
   void* dz;                // [M, N], contiguous, dtype
   float* sums;             // [N], sum_M dy * (y - bias)
-  float* squares;          // [N], sum_M (y - bias)^2; with sums only
+  float* squares;          // [N + 1], sum_M (y - bias)^2, and of how many columns y tells too little; with sums only
   void* dbias;             // [N], dtype, sum_M dy
   int64_t M, N, lddy, ldy;
   Dtype dtype;

@@ -7,6 +7,8 @@
 // order, so that rounding errors grow with a block and results repeat bit for bit.
 #include "scale.h"
 
+#include <cmath>
+
 #include "elements.h"
 
 namespace fused_lora::cpu {
@@ -116,7 +118,17 @@ void ScaleSums::gather(int t, int64_t m, int64_t n0, int64_t rows, int64_t cols)
 }
 
 void ScaleSums::store() {
-  if (p_.sums) std::copy_n(sums_.sum(), p_.N, p_.sums), std::copy_n(squares_.sum(), p_.N, p_.squares);
+  if (p_.sums) {
+    std::copy_n(sums_.sum(), p_.N, p_.sums), std::copy_n(squares_.sum(), p_.N, p_.squares);
+    // as in ops/reference.py, which is asked for these columns
+    const float smallest = 2.0f * (p_.dtype == Dtype::f16 ? 0x1p-14f : 0x1p-126f), rows = static_cast<float>(p_.M);
+    int64_t lost = 0;
+    for (int64_t n = 0; n < p_.N; ++n) {
+      const float least = std::max(std::abs(bias_[n]), smallest);
+      lost += p_.squares[n] <= rows * (least * least);
+    }
+    p_.squares[p_.N] = static_cast<float>(lost);
+  }
   if (p_.dbias) store_row(dbias_.sum(), p_.dbias, p_.dtype, p_.N);
 }
 

@@ -229,7 +229,8 @@ def _mixing(method: Any, copies: Any) -> Any:
     def call(self, *args, adapter_names=None, **kwargs):
         if adapter_names is None:
             return method(self, *args, **kwargs)
-        if self.training and torch.is_grad_enabled() and getattr(self, "is_gradient_checkpointing", False):
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+        if recomputes and self.training and torch.is_grad_enabled():
             raise ValueError(
                 "adapter_names and gradient checkpointing exclude each other, a backward would recompute the forward "
                 "without them: call forward and backward in adapters_per_sample(model, adapter_names); got both"

@@ -130,7 +130,11 @@ def _progress(steps: int) -> Iterator[Callable[[dict], None]]:
 
 
 def _print_summary(summary: dict, output: str) -> None:
-    for title, key in (("the base model", "completion_of_base"), ("after training", "completion")):
+    full = summary["settings"]["full"]
+    for title, key in (
+        ("the base model", "completion_of_base"),
+        ("trained in full" if full else "with the adapter", "completion"),
+    ):
         text = Text.assemble((printable(summary["prompt"]), "dim"), printable(summary[key]))
         out.print(Panel(text, title=f"completion, {title}", title_align="left"))
     before, after = summary["perplexity_before"], summary["perplexity_after"]
@@ -140,5 +144,5 @@ def _print_summary(summary: dict, output: str) -> None:
         f"{summary['seconds']:.0f} s",
         soft_wrap=True,
     )
-    what = "model/" if summary["settings"]["full"] else "adapter"
+    what = "model/" if full else "adapter"
     say(f"{what}, metrics.jsonl, loss.png and summary.json are in {output}")

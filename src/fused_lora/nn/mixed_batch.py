@@ -149,7 +149,7 @@ class MixedLinear(Mixed, LoRALinear):
     def _mixed_update(self, y: Tensor, x: Tensor, found: Segments) -> Tensor:
         if not found.names:
             return y
-        factors = [self.factors(name) for name in found.names]
+        factors = [self._pair(name) for name in found.names]
         if len({t.dtype for pair in factors for t in pair}) > 1:
             factors = [(A.float(), B.float()) for A, B in factors]
         lora_A, lora_B = zip(*factors)
@@ -158,6 +158,13 @@ class MixedLinear(Mixed, LoRALinear):
         return grouped_lora_update(
             y, x, lora_A, lora_B, scaling, found.offsets, rows=found.rows, dropout_p=dropout_p, training=self.training
         )
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """`factors`, past Module.__getattr__ where that can be: for many adapters it would take most of the call."""
+        tensors_A: Any = self._modules["lora_A"]
+        tensors_B: Any = self._modules["lora_B"]
+        lora_A, lora_B = tensors_A._parameters.get(name), tensors_B._parameters.get(name)
+        return self.factors(name) if lora_A is None or lora_B is None or lora_A.is_meta else (lora_A, lora_B)
 
     def _out_scale(self, name: str) -> Tensor:
         variant = self.variants.get(name)

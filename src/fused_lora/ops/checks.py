@@ -110,9 +110,17 @@ def grouped_fault(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, backe
         return ValueError(f"y must have a floating dtype; got {y.dtype}")
     if isinstance(scaling, Tensor):
         named["scaling"] = scaling
-    for A, B in itertools.zip_longest(lora_A, lora_B):
-        A, B = lora_A[0] if A is None else A, lora_B[0] if B is None else B
-        wrong = _elsewhere(named | {"lora_A": A, "lora_B": B}, x) or _wrong_adapter_dtype(x, A, B)
+    wrong = _elsewhere(named, x)
+    if wrong is not None:
+        return wrong
+    dtype, device = lora_A[0].dtype, x.device
+    for g in range(max(len(lora_A), len(lora_B))):
+        A, B = lora_A[min(g, len(lora_A) - 1)], lora_B[min(g, len(lora_B) - 1)]
+        if g and A.dtype is dtype and B.dtype is dtype and A.device == device and B.device == device:
+            continue
+        wrong = _elsewhere({"lora_A": A, "lora_B": B}, x) or _wrong_adapter_dtype(x, A, B)
+        if wrong is None and A.dtype is not dtype:
+            wrong = ValueError(f"lora_A must have one dtype in all groups; got {dtype} and, of group {g}, {A.dtype}")
         if wrong is not None:
             return wrong
     return None

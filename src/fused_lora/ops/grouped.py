@@ -7,12 +7,19 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-import fused_lora.ops.grouped_schema  # noqa: F401  registers torch.ops.fused_lora.grouped_update
+from fused_lora.ops import grouped_schema  # which registers torch.ops.fused_lora.grouped_update
 from fused_lora.ops.autograd import matrix, needs_plain_operators
 from fused_lora.ops.checks import grouped_fault
 from fused_lora.ops.dropout import dropout_mask, dropout_threshold
 from fused_lora.ops.grouped_reference import grouped_composition, positions
-from fused_lora.ops.internals import any_autocast_enabled, autocasts, function_apply, has_no_memory, reshaped
+from fused_lora.ops.internals import (
+    any_autocast_enabled,
+    autocasts,
+    dispatch_modes_active,
+    function_apply,
+    has_no_memory,
+    reshaped,
+)
 from fused_lora.ops.linear import draw_seed
 from fused_lora.ops.reference import gradients_again
 
@@ -140,7 +147,8 @@ class _GroupedFunction(torch.autograd.Function):
     def forward(y, x, scaling, offsets, rows, seed, settings, *factors):
         split, ps, backend = settings
         given = list(factors[:split]), list(factors[split:]), scaling, offsets, rows, ps, seed, backend
-        updated, h = torch.ops.fused_lora.grouped_update(matrix(y), matrix(x), *given)
+        op = torch.ops.fused_lora.grouped_update if _heard() else grouped_schema.grouped_update
+        updated, h = op(matrix(y), matrix(x), *given)
         return updated if y.dim() == 2 else reshaped(updated, y.shape), h  # nobody's view
 
     @staticmethod
@@ -168,6 +176,11 @@ class _GroupedFunction(torch.autograd.Function):
 _eager_apply = function_apply(_GroupedFunction)
 
 
+def _heard() -> bool:
+    """Whether somebody listens to the dispatcher, on the way through which each tensor of a list costs time."""
+    return is_dynamo_compiling() or bool(dispatch_modes_active())
+
+
 def _traced_apply(*inputs: Any) -> tuple[Tensor, Tensor]:
     """Function.apply under torch.compile, which, without gradients, takes the first of a forward's *args for a ctx."""
     trains = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
@@ -185,7 +198,8 @@ def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
         with torch.enable_grad():
             return _backward_again(dy, x, lora_A, lora_B, scaling, offsets, rows, ps, seed, needs)
     given = dy, x, lora_A, lora_B, h, scaling, offsets, rows, ps, seed, needs
-    found = iter(torch.ops.fused_lora.grouped_update_backward(*given, backend))
+    op = torch.ops.fused_lora.grouped_update_backward if _heard() else grouped_schema.grouped_update_backward
+    found = iter(op(*given, backend))
     return [next(found) if need else None for need in needs]
 
 
