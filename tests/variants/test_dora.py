@@ -176,7 +176,7 @@ def _load(layer, assign):
 
 WRITES = {
     "an optimizer": _step,
-    "an optimizer past autograd": lambda layer: PastAutograd(layer.parameters()).step(),
+    "an optimizer past autograd": lambda layer: PastAutograd(layer.own_tensors("default")).step(),
     "in place": _double,
     "A in place": lambda layer: _double(layer, "lora_A"),
     "m in place": lambda layer: _double(layer, "lora_magnitude_vector"),
@@ -235,7 +235,7 @@ def test_norms_once_a_step(monkeypatch):
         with torch.no_grad():
             layer(x)
         optimizer.step()
-    assert counts["row_norm"] == 2 and counts["row_squares"] <= 3
+    assert counts == dict(row_norm=2, row_squares=0)  # the layer has computed them at its start
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "hooked"])

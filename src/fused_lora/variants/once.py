@@ -21,8 +21,8 @@ def _count(*_: Any) -> None:
 
 
 class OncePerStep:
-    """A value computed from tensors without gradients, computed again once one of them was written or replaced, or any
-    optimizer has stepped.
+    """A value computed from tensors without gradients, computed again once one was written or replaced, or, if one
+    of them trains, any optimizer has stepped.
 
     Micro-batches, recomputation under checkpointing and evaluation share one. It is computed in every call where that
     cannot be told: under torch.compile, tracing, torch.func and dispatch modes (selective checkpointing among them), in
@@ -43,7 +43,8 @@ class OncePerStep:
         found = marks(*tensors)
         if found is None or (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return compute()
-        key = found, _steps, also
+        trains = any(t.requires_grad for t in tensors)  # no optimizer writes what is frozen
+        key = found, _steps if trains else 0, also
         kept = self._kept
         if kept is not None and kept[0] == key:
             return kept[2]
