@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from click.core import ParameterSource
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -94,7 +93,8 @@ def finetune(
         if recipe is not None:
             from fused_lora.finetune.recipe import recipe_values
 
-            chosen = {name for name in values if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+            sources = {name: context.get_parameter_source(name) for name in values}
+            chosen = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
             values |= {name: v for name, v in recipe_values(recipe, values).items() if name not in chosen}
         settings = Settings(**values)
         directory = Path(output)
