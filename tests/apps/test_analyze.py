@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from fused_lora import apply_lora, merge_and_unload, save_adapter
 from fused_lora.analysis import effective_rank, intruder_dimensions, perturbation_rank
 from fused_lora.analysis.report import dense, read_adapter, rows
+from fused_lora.cli import console
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def figures(text):
 
 
 def test_an_adapter_and_the_model_that_it_makes_have_the_same_figures(call, trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(console.out, "width", 160)  # which it has read from the environment when it was made
     base, adapter, whole = trained
     out, _ = call("analyze", adapter)
     alone = figures(out)
