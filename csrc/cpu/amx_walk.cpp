@@ -68,8 +68,8 @@ void load_h(const uint16_t* h, int64_t R, uint16_t* low, int64_t Rp, int64_t row
   std::fill_n(low + rows * Rp, (round_up(rows, kSide) - rows) * Rp, uint16_t{0});
 }
 
-// What the optional tensors do to 32 rows of low, a thread's [32, Rp] of h or dh in bf16 that are zero past `rows`: work
-// on them in fp32.
+// What the optional tensors do to 32 rows of low, a thread's [32, Rp] of h or dh in bf16 that are zero past `rows`:
+// their work is done in fp32.
 template <class Work> void in_fp32(uint16_t* low, int64_t Rp, int64_t rows, float* wide, const Work& work) {
   load_matrix(low, Dtype::bf16, wide, rows, Rp, Rp);
   work(wide);
