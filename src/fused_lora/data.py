@@ -1,5 +1,5 @@
-"""Training text: files to documents, documents to train and held-out token blocks, and the endless shuffled order of
-the blocks.
+"""Training data: files to documents or examples, these to train and held-out token blocks, and the endless shuffled
+order of the blocks.
 
 Everything is a pure function of the files and the seed, so a resumed run needs only the number of blocks that it has
 used.
@@ -7,19 +7,18 @@ used.
 
 import codecs
 import hashlib
-import json
 import os
-import reprlib
 import sysconfig
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the label that cross_entropy leaves out; fills up a short last block
+from fused_lora.jsonl import IGNORED, Document, Example, read_lines, to_rows
+
+Data = list[Document | Example]  # of one kind
 _JSONL, _TABLES = (".jsonl", ".ndjson"), (".parquet", ".arrow", ".feather")
 _ARCHIVES = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z")
 _MARKS = (  # UTF-32 first: its mark begins with UTF-16's
@@ -29,15 +28,6 @@ _MARKS = (  # UTF-32 first: its mark begins with UTF-16's
     ("UTF-16", codecs.BOM_UTF16_BE),
 )
 _NOT_CODE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text: a file, or a line of a JSONL file. The name does not depend on where the data lies; its bytes that are
-    not UTF-8 are lone surrogates, as Python holds them."""
-
-    name: str
-    text: str
 
 
 def stdlib_documents() -> list[Document]:
@@ -56,27 +46,28 @@ def stdlib_documents() -> list[Document]:
     return documents
 
 
-def read_documents(paths: tuple[str, ...], text_field: str, say: Callable[[str], None] | None = None) -> list[Document]:
-    """The documents of files and directories, in a fixed order.
+def read_documents(paths: tuple[str, ...], text_field: str, say: Callable[[str], None] | None = None) -> Data:
+    """The documents or the examples of files and directories, in a fixed order.
 
-    A *.jsonl or *.ndjson file is a document a line, any other file one document. In a directory hidden files and files
-    that are not UTF-8 text are passed over, links are followed; a file that is named itself must be text.
+    A *.jsonl or *.ndjson file is a document or an example a line, any other file one document. In a directory hidden
+    files and files that are not UTF-8 text are passed over, links are followed; a file that is named itself must be
+    text.
 
     Args:
         paths: files or directories.
-        text_field: the field of a JSONL line that holds its text.
+        text_field: the field of a JSONL line that holds its text; a line without it is an example.
         say: gets a line about files that were passed over.
     Raises: OSError naming the path; ValueError naming file and line for bad JSONL, text that is not UTF-8, data that
-        must be unpacked first, an empty path, or no text at all.
+        must be unpacked first, an empty path, no text at all, or texts beside examples.
     """
-    documents: list[Document] = []
+    documents: Data = []
     passed_over: list[str] = []
     for given in paths:
         named = not Path(given).is_dir()
         for path, name in list_files(given)[0]:
             _check_format(path, named)
             if path.suffix.lower() in _JSONL:
-                documents += _jsonl_documents(path, name, text_field)
+                documents += read_lines(path, name, text_field)
                 continue
             try:
                 documents.append(_text_document(path, name))
@@ -84,12 +75,17 @@ def read_documents(paths: tuple[str, ...], text_field: str, say: Callable[[str],
                 if named:
                     raise
                 passed_over.append(name)
-    documents = [document for document in documents if document.text.strip()]
+    documents = [document for document in documents if isinstance(document, Example) or document.text.strip()]
     more = f" and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
     words = f"{len(passed_over)} files that are no UTF-8 text, or links to nothing: {', '.join(passed_over[:3])}{more}"
     if not documents:
         raise ValueError(
             f"data must hold text; got none in {', '.join(paths)}{f', but {words}' if passed_over else ''}"
+        )
+    kinds = {isinstance(document, Example): document.name for document in reversed(documents)}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"data must be texts alone or examples alone; got the text {kinds[False]}, the example {kinds[True]}"
         )
     if passed_over and say is not None:
         say(f"passed over {words}")
@@ -177,58 +173,29 @@ def _text_document(path: Path, name: str) -> Document:
     return Document(name, text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def _jsonl_documents(path: Path, name: str, text_field: str) -> list[Document]:
-    documents = []
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    for number, line in enumerate(content.splitlines(), 1):  # of bytes: at LF, CR LF and CR only
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except RecursionError:
-            raise ValueError(f"{path}, line {number}: must be JSON; got one nested too deep") from None
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: must be JSON; got {error}") from None
-        text = row.get(text_field) if isinstance(row, dict) else row
-        if not isinstance(row, dict) or not isinstance(text, str):
-            names = ", ".join(repr(field) for field in sorted(row)[:8]) if isinstance(row, dict) else ""
-            known = isinstance(row, dict) and text_field in row
-            got = f"the fields [{names[:200]}]" if isinstance(row, dict) and not known else reprlib.repr(text)
-            raise ValueError(
-                f"{path}, line {number}: must be an object whose {text_field!r} is a string (--text-field); got {got}"
-            )
-        documents.append(Document(f"{name}:{number}", _without_halves(text)))
-    return documents
-
-
-def _without_halves(text: str) -> str:
-    """The text with U+FFFD for every half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
 def read(
     paths: tuple[str, ...], eval_paths: tuple[str, ...], text_field: str, say: Callable[[str], None] | None = None
-) -> tuple[list[Document], list[Document]]:
+) -> tuple[Data, Data]:
     """(train, held out): what the paths hold; without paths the standard library, without eval_paths a part of the
     first.
 
     Raises: OSError and ValueError as `read_documents`, `stdlib_documents` and `split`.
     """
-    documents = read_documents(paths, text_field, say) if paths else stdlib_documents()
+    documents: Data = read_documents(paths, text_field, say) if paths else [*stdlib_documents()]
     return (documents, read_documents(eval_paths, text_field, say)) if eval_paths else split(documents)
 
 
-def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+def split(documents: Data) -> tuple[Data, Data]:
     """(train, held out): a twentieth of the documents by the hash of their names, at least one; of a single document
     its last tenth.
 
-    Raises: ValueError if a single document has no second line to hold out.
+    Raises: ValueError if a single document has no second line to hold out, or for a single example.
     """
     if len(documents) == 1:
+        if isinstance(documents[0], Example):
+            raise ValueError(
+                f"data must hold a second example to hold out, or give --eval-data; got {documents[0].place}"
+            )
         lines = documents[0].text.splitlines(keepends=True)
         filled = [i for i, line in enumerate(lines) if line.strip()]
         if len(filled) < 2:
@@ -247,16 +214,20 @@ def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     return [d for i, d in enumerate(documents) if i not in held_out], [documents[i] for i in sorted(held_out)]
 
 
-def to_blocks(documents: list[Document], tokenizer, seq_len: int) -> Tensor:
+def to_blocks(documents: Data, tokenizer, seq_len: int, cut: bool = False) -> Tensor:
     """The documents' tokens in one row, each document ended by the end-of-text token, cut into blocks [n, seq_len]
-    int64.
+    int64; of examples the rows of `to_rows`.
 
     A short last block is filled up with IGNORED; a last block of one token, which predicts nothing, is left out.
 
-    Raises: ValueError if there are not two tokens.
+    Raises: ValueError if there are not two tokens, or as `to_rows`.
     """
+    examples = [document for document in documents if isinstance(document, Example)]
+    if examples:
+        return to_rows(examples, tokenizer, seq_len, cut)
+    texts = [document.text for document in documents if isinstance(document, Document)]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = tokenizer([document.text for document in documents], add_special_tokens=False, verbose=False)["input_ids"]
+    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     tokens = torch.tensor([token for row in rows for token in (*row, *end)], dtype=torch.int64)
     if len(tokens) < 2:
         names = f"{len(documents)} documents: {', '.join(document.name for document in documents[:3])}"
@@ -266,6 +237,11 @@ def to_blocks(documents: list[Document], tokenizer, seq_len: int) -> Tensor:
     blocks = torch.full((-(-len(tokens) // seq_len), seq_len), IGNORED)
     blocks.view(-1)[: len(tokens)] = tokens
     return blocks
+
+
+def trimmed(blocks: Tensor) -> Tensor:
+    """The blocks [n, L] without the columns at the end that are filling in all of them."""
+    return blocks[:, : int((blocks != IGNORED).any(0).nonzero().max()) + 1]
 
 
 def shuffled(n: int, start: int, count: int, seed: int) -> Tensor:

@@ -54,7 +54,7 @@ def test_a_directory_is_read_in_one_order_without_hidden_and_binary_files(tmp_pa
         (
             "rows.jsonl",
             b'{"body": "a", "id": 1}\n',
-            r"rows.jsonl, line 1: .* 'text' is a string \(--text-field\); got the fields \['body', 'id'\]",
+            r"rows.jsonl, line 1: .* 'text' is a string \(--text-field\), .*; got the fields \['body', 'id'\]",
         ),
         ("rows.jsonl", b'{"text": 5}\n', r"rows.jsonl, line 1: .* 'text' is a string .*; got 5"),
         ("rows.jsonl", b"[1]\n", r"rows.jsonl, line 1: must be an object .*; got \[1\]"),

@@ -82,7 +82,7 @@ def test_the_groups_of_loraplus_keep_their_ratio(tiny, run, settings_of, tmp_pat
     [
         (dict(optimizer="lion"), "optimizer must be one of .*'adamw'.*; got 'lion'"),
         (dict(variant="doar"), "did you mean 'dora'"),
-        (dict(schedule="linear"), "schedule must be one of"),
+        (dict(schedule="stairs"), "schedule must be one of"),
         (dict(merge_every=-1), "merge_every must be an int >= 0; got -1"),
         (dict(full=True, variant="dora"), "--full and --variant dora exclude each other"),
         (dict(full=True, optimizer="rite"), "--full and --optimizer rite exclude each other"),

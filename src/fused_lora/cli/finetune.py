@@ -25,7 +25,16 @@ def finetune(
     eval_data: Annotated[
         list[str] | None, typer.Option(help="The same, held out; default: a twentieth of the data's files or lines.")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Field of a JSONL line that holds its text.")] = Settings.text_field,
+    text_field: Annotated[
+        str,
+        typer.Option(
+            help="Field of a JSONL line that holds its text; lines without it are a prompt and a completion, or "
+            "messages, and only the answers are learned."
+        ),
+    ] = Settings.text_field,
+    cut: Annotated[
+        bool, typer.Option("--cut", help="Cut examples that are longer than --seq-len, rather than refuse them.")
+    ] = Settings.cut,
     output: Annotated[
         str, typer.Option(help="Directory for the adapter, its figures and checkpoint.")
     ] = "fused-lora-finetune",
@@ -49,13 +58,15 @@ def finetune(
     merge_every: Annotated[
         int, typer.Option(help="Steps between merges into the weights, each with a fresh adapter after it; 0: none.")
     ] = Settings.merge_every,
-    schedule: Annotated[str, typer.Option(help="cosine, or constant after the warm-up.")] = Settings.schedule,
+    schedule: Annotated[str, typer.Option(help="cosine, linear or constant after the warm-up.")] = Settings.schedule,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = Settings.lr,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up; a cosine follows.")] = Settings.warmup,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up; the schedule follows.")] = Settings.warmup,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Settings.steps,
-    batch_size: Annotated[int, typer.Option(help="Blocks in a forward and backward pass.")] = Settings.batch_size,
+    batch_size: Annotated[
+        int, typer.Option(help="Blocks or examples in a forward and backward pass.")
+    ] = Settings.batch_size,
     grad_accum: Annotated[int, typer.Option(help="Passes in an optimizer step.")] = Settings.grad_accum,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a block.")] = Settings.seq_len,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a block; what an example may have.")] = Settings.seq_len,
     max_grad_norm: Annotated[
         float, typer.Option(help="Gradients are clipped to this norm; 0 does not clip.")
     ] = Settings.max_grad_norm,

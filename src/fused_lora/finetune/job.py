@@ -27,6 +27,7 @@ from fused_lora.files import check_space, claimed, remove_leftovers, write_json,
 from fused_lora.finetune import checkpoint
 from fused_lora.finetune.loop import Run, predicted
 from fused_lora.finetune.settings import Settings
+from fused_lora.jsonl import inputs_of
 from fused_lora.models import DTYPES, check_name, context_of, is_text, load_model, packaged_model
 
 PLOT, SUMMARY, WHOLE = "loss.png", "summary.json", "model"
@@ -97,6 +98,11 @@ def _check_options(resume: bool, overwrite: bool, save_every: int, eval_every: i
             raise ValueError(f"{name} must be an int >= 0; got {every}")
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; got both")
+    processes = os.environ.get("WORLD_SIZE", "")  # of torchrun and accelerate launch
+    if processes not in ("", "1"):
+        raise ValueError(
+            f"finetune must run as one process, several would write one output; got WORLD_SIZE={processes}"
+        )
     if prompt is not None and (not prompt or not is_text(prompt)):
         raise ValueError(f"--prompt must be UTF-8 text that is not empty; got {prompt!r}")
 
@@ -147,9 +153,13 @@ def _load(settings: Settings, say: Callable[[str], None]) -> tuple[Any, Any, Ten
     """(model, tokenizer, blocks to train on, held-out blocks that are measured)."""
     train, held_out = data.read(settings.data, settings.eval_data, settings.text_field, say)
     model, tokenizer = load_model(settings.model or packaged_model(), DTYPES[settings.dtype], settings.device)
-    blocks = data.to_blocks(train, tokenizer, settings.seq_len)
-    measured = data.spread(data.to_blocks(held_out, tokenizer, settings.seq_len), settings.eval_tokens)
-    known, largest = model.get_input_embeddings().num_embeddings, int(max(blocks.max(), measured.max()))
+    blocks = data.to_blocks(train, tokenizer, settings.seq_len, settings.cut)
+    measured = data.to_blocks(held_out, tokenizer, settings.seq_len, settings.cut)
+    measured = data.spread(measured, settings.eval_tokens)
+    known, largest = (
+        model.get_input_embeddings().num_embeddings,
+        int(max(inputs_of(b).max() for b in (blocks, measured))),
+    )
     if largest >= known:
         raise ValueError(f"the tokenizer must be the model's, which knows {known} tokens; got token {largest}")
     say(
@@ -183,9 +193,11 @@ def _check_space(output: Path, model: nn.Module, settings: Settings) -> None:
 
 
 def _default_prompt(tokenizer, measured: Tensor, settings: Settings, context: int | None) -> str:
-    """The first held-out tokens, or Python code where that is the data, and where the tokens are no words."""
-    first = measured[0, : min(32, (context or 64) // 2)]
-    words = tokenizer.decode(first[first != data.IGNORED])
+    """The first held-out tokens, of an example those before its answer; Python code where that is the data, and where
+    the tokens are no words."""
+    before = int((measured[0] >= 0).nonzero()[0])
+    first = measured[0, : min(before or 32, (context or 64) // 2)]
+    words = tokenizer.decode(inputs_of(first[first != data.IGNORED]))
     return words if settings.data and words.strip() else _PYTHON_PROMPT
 
 

@@ -19,20 +19,22 @@ from fused_lora import data
 from fused_lora.finetune import checkpoint
 from fused_lora.finetune.optimizers import make_optimizer
 from fused_lora.finetune.settings import Settings
+from fused_lora.jsonl import IGNORED, inputs_of, labels_of
 from fused_lora.models import context_of, out_of_memory
 from fused_lora.schedules import MergeSchedule
 
 
 def predicted(blocks: Tensor) -> int:
-    """How many tokens of the blocks [n, L] are predicted: all but the first of each block and the filling."""
-    return int((blocks[:, 1:] != data.IGNORED).sum())
+    """How many tokens of the blocks [n, L] are predicted: the learned ones, all but the first of each block."""
+    return int((blocks[:, 1:] >= 0).sum())
 
 
 def loss_sum(model: nn.Module, blocks: Tensor) -> Tensor:
     """Sum of -log p over the predicted tokens of the blocks [n, L], in fp32. Filling lies behind the text, where no
     token attends to it."""
-    logits = model(input_ids=blocks.clamp(min=0), use_cache=False).logits[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten(), ignore_index=data.IGNORED, reduction="sum")
+    logits = model(input_ids=inputs_of(blocks), use_cache=False).logits[:, :-1].float()
+    labels = labels_of(blocks[:, 1:])
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 @torch.no_grad()
@@ -40,19 +42,20 @@ def held_out_loss(model: nn.Module, blocks: Tensor, batch_size: int, device: str
     """Mean -log p of the predicted tokens of the blocks [n, L], nats; its exp is the perplexity."""
     was_training = model.training
     model.eval()
-    total = sum(loss_sum(model, part.to(device)).item() for part in blocks.split(batch_size))
+    total = sum(loss_sum(model, data.trimmed(part).to(device)).item() for part in blocks.split(batch_size))
     model.train(was_training)
     return total / predicted(blocks)
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Of the step after `step` done ones: linear to lr over `warmup` steps, then, unless it is constant, a cosine that
-    would be zero at step `steps`."""
+    """Of the step after `step` done ones: linear to lr over `warmup` steps, then, unless it is constant, a cosine or a
+    line that would be zero at step `steps`."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     if settings.schedule == "constant":
         return settings.lr
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / (settings.steps - settings.warmup)))
+    done = (step - settings.warmup) / (settings.steps - settings.warmup)
+    return settings.lr * (1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def train_step(
@@ -88,7 +91,7 @@ class Run:
         settings: what decides the numbers.
         output: directory of the checkpoint and of metrics.jsonl.
         model: what trains, a fresh adapter or all of it, requires gradients.
-        blocks, held_out: tokens [n, seq_len].
+        blocks, held_out: tokens [n, at most seq_len].
         say, tick: get lines of text and the row of every step.
     """
 
@@ -179,10 +182,11 @@ class Run:
                 checkpoint.save_checkpoint(self.checkpoint, *self.state, step, self.identity, self.schedule)
 
     def _passes(self, done: int) -> list[Tensor]:
-        """The blocks of the step after `done` done ones, a tensor [batch_size, seq_len] for each pass."""
+        """The blocks of the step after `done` done ones, a tensor [batch_size, at most seq_len] for each pass."""
         size = self.settings.batch_size * self.settings.grad_accum
         numbers = data.shuffled(len(self.blocks), done * size, size, self.settings.seed)
-        return list(self.blocks[numbers].to(self.settings.device).split(self.settings.batch_size))
+        passes = self.blocks[numbers].split(self.settings.batch_size)
+        return [data.trimmed(blocks).to(self.settings.device) for blocks in passes]
 
     def _measure(self, step: int) -> float:
         loss = held_out_loss(self.model, self.held_out, self.settings.batch_size, self.settings.device)

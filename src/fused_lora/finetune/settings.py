@@ -12,7 +12,7 @@ from fused_lora.models import DTYPES
 
 OPTIMIZERS = ("adamw", "loraplus", "rite", "pro", "riemannian", "lora-fa")
 VARIANTS = ("lora", "rslora", "dora", "allora")
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "linear", "constant")
 _INTEGER_END = 2**63  # what a tensor's size can be
 
 
@@ -25,17 +25,18 @@ class Settings:
         model: directory or id of a Hugging Face model, or a GGUF file; empty for the packaged SmolLM2-135M.
         data, eval_data: files or directories; no data is Python's standard library, no eval_data a held-out part of the
             data.
-        text_field: field of a JSONL line.
+        text_field: field of a JSONL line that holds its text; lines of prompt and completion, or messages, have none.
+        cut: examples that are longer than seq_len are cut off there, rather than refused.
         rank, alpha, dropout, target_modules, rslora: of the adapter, as in `apply_lora`.
         variant: lora, rslora, dora, or allora, whose alpha is the rank.
         allora_eta: of ALLoRA.
         full: train the whole model, without an adapter.
         optimizer: adamw, loraplus, rite, pro, riemannian or lora-fa.
         merge_every: steps after which the adapter is folded into the weights and a fresh one goes on; 0: never.
-        lr, warmup, steps: peak learning rate after `warmup` steps, then a cosine to zero at `steps`. After a merge it
+        lr, warmup, steps: peak learning rate after `warmup` steps, then the schedule's to `steps`. After a merge it
             rises to the schedule's over `warmup` steps again.
-        schedule: cosine, or constant after the warm-up.
-        batch_size, grad_accum, seq_len: blocks a pass, passes a step, tokens a block.
+        schedule: cosine, linear or constant after the warm-up.
+        batch_size, grad_accum, seq_len: blocks or examples a pass, passes a step, tokens of one (examples: at most).
         max_grad_norm: 0 does not clip.
         weight_decay: AdamW's.
         seed: of A's start, dropout and the order of the blocks.
@@ -49,6 +50,7 @@ class Settings:
     data: tuple[str, ...] = ()
     eval_data: tuple[str, ...] = ()
     text_field: str = "text"
+    cut: bool = False
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
