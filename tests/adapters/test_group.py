@@ -192,6 +192,25 @@ def test_who_computes_alone():
     assert calls(model) == 1
 
 
+class Frozen(Three):
+    """The second projection is called without gradients."""
+
+    def forward(self, x):
+        q = self.q(x)
+        with torch.no_grad():
+            k = self.k(x)
+        return q, k, self.v(x)
+
+
+def test_a_part_without_gradients_has_none():
+    found = []
+    for grouped in (True, False):
+        model = net(grouped=grouped)
+        model.three.__class__ = Frozen
+        found.append(step(model))
+    torch.testing.assert_close(*found)
+
+
 def test_backward_again_and_batched_backward():
     model, alone = net(), net(grouped=False)
     for each in (model, alone):

@@ -147,6 +147,15 @@ def test_trained_adapters_get_their_gradients():
     torch.testing.assert_close(gradients(model), grads, rtol=1e-10, atol=1e-10)
 
 
+def test_a_scaling_that_is_a_tensor_is_noticed():
+    model = stack()
+    LoRAFlow(model, ["zh", "math"], [0.5, 0.5])
+    scaling = model.layers[0].up.scaling["zh"] = torch.tensor(2.0, dtype=torch.float64)
+    y = model(rows())
+    scaling.mul_(2)
+    assert not torch.allclose(model(rows()), y)
+
+
 def test_changed_adapters_count():
     """One A and B are kept, also from inference mode, until an adapter changes in place, by assignment or by .to()."""
     model, x = stack(), rows().detach()

@@ -136,7 +136,8 @@ class Flow:
         scalings = tuple(layer.scaling[name] for name in self._names)
         if not isinstance(self._weights, BlockWeights):
             scalings = tuple(s * self._weights[j] for s, (j, _) in zip(scalings, self._blocks))
-        given = *lora_As, *lora_Bs
+        given = (*lora_As, *lora_Bs, *(s for s in scalings if isinstance(s, Tensor)))
         if torch.is_grad_enabled() and any(t.requires_grad for t in given):
             return joined(lora_As, lora_Bs, scalings)
-        return self._joined(lambda: joined(lora_As, lora_Bs, scalings), *given, also=scalings)
+        numbers = [s for s in scalings if not isinstance(s, Tensor)]
+        return self._joined(lambda: joined(lora_As, lora_Bs, scalings), *given, also=numbers)
