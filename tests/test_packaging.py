@@ -335,5 +335,5 @@ def test_extension_links_to_no_framework():
 
 def test_build_info():
     info = _C.build_info()
-    assert set(info) == {"compiler", "cuda", "cuda_archs"}
-    assert info["cuda"] == bool(info["cuda_archs"])
+    assert set(info) == {"compiler", "cuda", "cuda_archs", "ptxas"}
+    assert info["cuda"] == bool(info["cuda_archs"]) == bool(info["ptxas"])

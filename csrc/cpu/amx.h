@@ -82,8 +82,8 @@ void to_blocks(const uint16_t* src, int64_t ld, uint16_t* blocks, int64_t rows, 
 void to_scaled_blocks(const uint16_t* src, int64_t ld, const float* scale, uint16_t* blocks, int64_t rows,
                       int64_t cols);
 // The same into `whole` and, with dropout of rows row0.., into `dropped`; bits[rows, sides(cols)]: what it keeps.
-// `whole` and `bits` may be null. Drawn here, while x is on its way from memory: apart it would take 4 % of a layer
-// more.
+// `whole` and `bits` may be null. Drawn here, while x is on its way from memory: apart it would take 4 % of a layer's
+// time more.
 void to_dropped_blocks(const uint16_t* src, int64_t ld, const Dropout& dropout, int64_t row0, uint16_t* whole,
                        uint16_t* dropped, uint32_t* bits, int64_t rows, int64_t cols);
 // pairs of src[depth, cols (row stride ld)], panels of 32 columns `panel` bf16 apart: [cols / 32][depth / 32][2 tiles].
@@ -105,8 +105,7 @@ void wgrad_amx(const uint16_t* blocks, const uint16_t* lowT, float* slab, uint16
 // out[cols] += sum over the 32 * n rows of blocks[n][steps].
 void column_sums_amx(const uint16_t* blocks, float* out, int64_t n, int64_t steps);
 
-// amx_gemm.cpp: out = out_scale * (left right + scale * keep * (low thin)) + bias, where without right `out` itself
-// stands
+// amx_gemm.cpp: out = out_scale * (left right + scale * keep * (low thin)) + bias; without right, `out` itself stands
 // for left right.
 struct AmxGemm {
   const uint16_t* left;    // blocks[sides(M)][sides(K)]

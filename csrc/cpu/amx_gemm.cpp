@@ -48,9 +48,8 @@ BF16_DOT_INLINE void store_rows(float* to) {
   tile_store<0>(to, 128), tile_store<1>(to + 16, 128), tile_store<2>(to + 512, 128), tile_store<3>(to + 528, 128);
 }
 
-// What the tiles have summed up goes out: out_scale * (base[32, 32] + scale * keep * update[32, 32]) + bias, each
-// perhaps
-// null.
+// What the tiles have summed up goes out: out_scale * (base[32, 32] + scale * keep * update[32, 32]) + bias, of which
+// each may be null.
 BF16_DOT_INLINE void store_block(const Block& b, const float* base, const float* update) {
   const __mmask32 there = b.cols >= kSide ? ~0u : (1u << b.cols) - 1;
   const __m512i bias = b.bias ? _mm512_maskz_loadu_epi16(there, b.bias) : __m512i{};

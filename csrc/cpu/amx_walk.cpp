@@ -69,8 +69,7 @@ void load_h(const uint16_t* h, int64_t R, uint16_t* low, int64_t Rp, int64_t row
 }
 
 // What the optional tensors do to 32 rows of low, a thread's [32, Rp] of h or dh in bf16 that are zero past `rows`:
-// work on
-// them in fp32.
+// their work is done in fp32.
 template <class Work> void in_fp32(uint16_t* low, int64_t Rp, int64_t rows, float* wide, const Work& work) {
   load_matrix(low, Dtype::bf16, wide, rows, Rp, Rp);
   work(wide);
@@ -315,9 +314,7 @@ class Backward {
     wgrad_amx(left, own.lowT, dB.slabs[t], own.pairs, sides(rows), N_steps, p.R);
   }
 
-  // What the optional tensors do to 32 rows of dh, of dh_c and of h, which row `row` of the call and row i of own are
-  // the
-  // first of.
+  // What the optional tensors do to 32 rows of dh, of dh_c and of h; the first is row `row` of the call, row i of own.
   void act_between(const Own& own, int64_t row, int64_t i, uint16_t* dh, int64_t rows) const {
     float *ungated = own.wide, *other = own.wide + kSide * Rp;
     if (p.h) {

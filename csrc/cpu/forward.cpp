@@ -1,7 +1,6 @@
 // The CPU forward: h = s * drop(x) A^T, and y += h B^T into the caller's x W^T + bias or, with W, y by lora_gemm. The
-// op's optional tensors act on h between the two (between.h), and out_scale on the rows of y, or of W and B as
-// lora_gemm
-// packs them.
+// op's optional tensors act on h between the two (between.h), and out_scale on the rows of y, or of W and B where
+// lora_gemm packs them.
 //
 // One walk for all dtypes, but for bf16 on AMX (amx_walk.cpp). Each thread takes a run of rows in blocks of kRows: x is
 // read once, in panels of kPanel columns, for h; then the block's rows of y are updated once, while h is in L1. Nothing

@@ -235,8 +235,7 @@ template <class V> INLINE void task(const LoraGemm& g, Range rows, Range cols, f
 }  // namespace
 
 void lora_gemm(const LoraGemm& g, Buffers& buffers, int threads) {
-  // Columns first: a task packs only its own part of `right`. Rows, too, where there are more threads than pairs of
-  // panels.
+  // Columns first: a task packs only its own part of `right`. Rows, too, where threads outnumber the pairs of panels.
   const int64_t pairs = (g.N + 2 * kColumns - 1) / (2 * kColumns), by_cols = std::min<int64_t>(threads, pairs),
                 by_rows = threads / by_cols, size = round_up(buffer_size(g), 16);
   float* buffer = buffers.take(by_cols * by_rows * size);

@@ -62,8 +62,7 @@ template <class V> INLINE void store(float* p, const V& v) { __builtin_memcpy(p,
 
 // out[MR, NV vectors] += x[i * rs + q * cs] * p[q, :], q = 0 .. k - 1: the register tile of every fp32 product.
 // shrink: rs = row stride, cs = 1. wgrad: x = low^T, rs = 1. expand: x = low. Sums start at zero and join `out`
-// at the end (without kAdd they replace it): rounding errors grow with one panel or block, not with the whole of K or
-// M.
+// at the end (without kAdd they replace it): rounding errors grow with one panel or block, not with all of K or M.
 template <int MR, class V, int NV, bool kAdd = true>
 INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out,
                  int64_t ldo) {

@@ -36,7 +36,7 @@ def figures(text):
 
 
 def test_an_adapter_and_the_model_that_it_makes_have_the_same_figures(call, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(console.out, "width", 160)
+    monkeypatch.setattr(console.out, "width", 160)  # which it has read from the environment when it was made
     base, adapter, whole = trained
     out, _ = call("analyze", adapter)
     alone = figures(out)

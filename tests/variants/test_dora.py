@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from fused_lora.backends import pick
 from fused_lora.ops.reference import Variant
 from fused_lora.ops.schema import request_of
 from fused_lora.variants import dora
+from fused_lora.variants.once import OncePerStep
 
 K, N, R, S = 24, 40, 4, 2.0
 
@@ -170,6 +173,22 @@ def _replace(layer):
     layer.lora_B["default"].data = layer.lora_B["default"].data * 2.0
 
 
+def _replace_twice(layer):
+    """The second memory is the one that the first has left: the address is as before."""
+    A = layer.lora_A["default"]
+    where, values = A.data_ptr(), A.detach().clone()
+    for _ in range(1000):
+        A.data = values.clone()
+        A.data = values * 2.0
+        if A.data_ptr() == where:
+            break
+
+
+def _average(layer):
+    layer.lora_A["default"].data.mul_(2.0)
+    layer.eval()
+
+
 def _load(layer, assign):
     layer.load_state_dict({key: t * 1.5 for key, t in layer.state_dict().items()}, assign=assign)
 
@@ -182,6 +201,8 @@ WRITES = {
     "m in place": lambda layer: _double(layer, "lora_magnitude_vector"),
     "the base": lambda layer: layer.weight.mul_(2),
     "another memory": _replace,
+    "another memory, twice": _replace_twice,
+    "averages for an evaluation": _average,
     "load_state_dict": lambda layer: _load(layer, False),
     "load_state_dict, assigned": lambda layer: _load(layer, True),
     "to and fro": lambda layer: layer.to(torch.bfloat16).to(torch.float64),
@@ -236,6 +257,23 @@ def test_norms_once_a_step(monkeypatch):
             layer(x)
         optimizer.step()
     assert counts == dict(row_norm=2, row_squares=0)  # the layer has computed them at its start
+
+
+def test_nothing_of_an_offloaded_layer_is_kept():
+    """Its weight is here for one forward."""
+    layer, x = trained(), inputs(9)
+    y, weight = layer(x).detach(), weakref.ref(layer.weight)
+    layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+    assert weight() is None
+    assert torch.equal(layer(x), y)
+
+
+def test_nothing_is_kept_while_a_cuda_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    once, tensor, calls = OncePerStep(), SimpleNamespace(is_cuda=True), []
+    for n in range(2):
+        once(lambda: calls.append(n), tensor)
+    assert calls == [0, 1]
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "hooked"])

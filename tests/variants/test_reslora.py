@@ -73,6 +73,10 @@ def test_back_ends_and_dtypes(kind, pre_num, backend, monkeypatch):
         "fused_lora.nn.linear.lora_linear", lambda *args, **kw: lora_linear(*args, **kw, backend=backend.name)
     )
     model, x = stack(3, dtype=torch.float32, sizes=(24, 40)), rows(torch.float32, (64, 24)).detach()
+    for parameter in model.parameters():
+        # Larger weights let each layer amplify the rounding errors of those before it: two runs of PyTorch, by the
+        # reference back end and by the formula, then differ in their errors by more than the factor of the limit.
+        parameter.data *= 0.3
     model, x = model.to(backend.device), x.to(backend.device)
 
     def found(y, model):

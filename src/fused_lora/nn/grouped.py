@@ -37,7 +37,7 @@ class Projections:
 
     def of(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
         """The layer's y of x, or None where it has to compute alone."""
-        if self._apart or is_dynamo_compiling():
+        if self._apart or is_dynamo_compiling() or not torch.is_grad_enabled():
             return None
         thread = get_ident()
         ready = self._ready.pop(thread, None)

@@ -44,8 +44,7 @@ def lora_update(
         lora_A, lora_B: [R, K] and [N, R], both in x's dtype or both fp32.
         scaling: lora_alpha / r (rsLoRA: lora_alpha / sqrt(r)); a float or a 0-d tensor.
         dropout_p, training: as in `lora_linear`.
-        backend: as in `lora_linear`; the GPU back ends have no such kernel yet, so "auto" takes the PyTorch composition
-            there.
+        backend: as in `lora_linear`; the compiled CUDA kernels have none for the update alone, "auto" takes Triton's.
     Returns: [..., N] in y's dtype.
     Raises: ValueError naming the argument, what was expected and what was given.
     Source: Hu et al., arXiv 2106.09685; names as in Hugging Face PEFT.

@@ -67,5 +67,5 @@ def _scale(layer: Any, weight: Any, update: Update) -> Tensor:
         once = _norms.get(dora)
         if once is None:
             once = _norms[dora] = RowNorm()
-        norm = once(norm_source(layer), weight, lora_A, lora_B, scaling)
+        norm = once(norm_source(layer), weight, lora_A, lora_B, scaling, layer.training)
     return out_scale(dora.weight, norm)

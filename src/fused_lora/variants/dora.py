@@ -87,13 +87,22 @@ class RowNorm:
         self._squares, self._norm = OncePerStep(), OncePerStep()
 
     def __call__(
-        self, source: Any, weight: Any, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, exact: bool = False
+        self,
+        source: Any,
+        weight: Any,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float | Tensor,
+        training: bool,
+        exact: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """`row_norm`, without gradients unless it is exact.
 
         Args:
             source: the tensor that holds W, in whatever form.
             weight: gives W [N, K].
+            training: the layer's mode. Averages of weights are put in place for an evaluation, and past autograd's
+                count: so the two modes share nothing.
         """
 
         def squares() -> Tensor:
@@ -106,8 +115,8 @@ class RowNorm:
         if exact and torch.is_grad_enabled():
             return row_norm(weight(), self._squares(squares, source), lora_A, lora_B, scaling)
         if isinstance(scaling, Tensor):
-            return self._norm(norm, lora_A, lora_B, source, scaling)
-        return self._norm(norm, lora_A, lora_B, source, also=scaling)
+            return self._norm(norm, lora_A, lora_B, source, scaling, also=training)
+        return self._norm(norm, lora_A, lora_B, source, also=(scaling, training))
 
     def forget(self) -> None:
         """Compute anew next time."""
@@ -153,7 +162,8 @@ class DoRA:
     def norms(self, layer: Any, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
         """`row_norm` of the layer with its adapter."""
         scaling = layer.scaling[self.adapter_name]
-        return self.norm(layer.base().weight, layer.matrix, lora_A, lora_B, scaling, self.exact)
+        source = layer.base().weight
+        return self.norm(source, layer.matrix, lora_A, lora_B, scaling, layer.training, self.exact)
 
     def scale(self, layer: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """m / n [N] of the layer with its adapter."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -26,19 +27,22 @@ class OncePerStep:
 
     Micro-batches, recomputation under checkpointing and evaluation share one. It is computed in every call where that
     cannot be told: under torch.compile, tracing, torch.func and dispatch modes (selective checkpointing among them), in
-    inference mode on tensors made there, and in processes that belong to a group, where FSDP and ZeRO fill parameters
-    past autograd's count. Who writes `parameter.data[...]` outside an optimizer calls `forget`. Copies and pickles
-    start empty.
+    inference mode on tensors made there, while a CUDA graph is captured, whose replays no Python sees, and in processes
+    that belong to a group, where FSDP and ZeRO fill parameters past autograd's count. Who writes `parameter.data[...]`
+    outside an optimizer calls `forget`. The tensors are not kept alive: they may be an offloaded layer's, here for one
+    forward. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[Any, ...] | None = None  # marks, the tensors, the value
+        self._kept: tuple[Any, ...] | None = None  # the key, references to the tensors and their memory, the value
         if not _hooks:
             _hooks.append(register_optimizer_step_post_hook(_count))
 
     def __call__(self, compute: Callable[[], Any], *tensors: Tensor, also: Any = None) -> Any:
-        """compute(), or what it returned before for these tensors and an equal `also`."""
+        """compute() without gradients, or what it returned before for these tensors and an equal `also`."""
         if is_dynamo_compiling() or dispatch_modes_active() or transforms_active() or is_tracing():
+            return compute()
+        if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return compute()
         found = marks(*tensors)
         if found is None or (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -46,11 +50,13 @@ class OncePerStep:
         trains = any(t.requires_grad for t in tensors)  # no optimizer writes what is frozen
         key = found, _steps if trains else 0, also
         kept = self._kept
-        if kept is not None and kept[0] == key:
+        # what is gone may have left its id or its address to another
+        if kept is not None and kept[0] == key and None not in [alive() for alive in kept[1]]:
             return kept[2]
-        with torch.inference_mode(False):  # whose tensors no later backward could save
+        with torch.inference_mode(False), torch.no_grad():  # tensors that a later backward can save, of no graph
             value = compute()
-        self._kept = key, tensors, value  # at once: threads of DataParallel share this object
+        references = [ref(each) for t in tensors for each in (t, t.untyped_storage())]
+        self._kept = key, references, value  # at once: threads of DataParallel share this object
         return value
 
     def forget(self) -> None:
