@@ -1,7 +1,6 @@
 """What tests of fine-tuning share: options of a quick run, the files that a run writes, refusals before the work."""
 
 import json
-import os
 
 import pytest
 
@@ -26,7 +25,7 @@ def rows_of(output):
 
 
 def contents(output):
-    return {name: (output / name).read_bytes() for name in sorted(os.listdir(output))}
+    return {str(path): path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
 
 
 def refused_unloaded(monkeypatch, match, settings, output, **options):

@@ -1,15 +1,17 @@
 """`fused-lora analyze`: figures of adapters, with and without their base, and of whole models."""
 
+import json
 import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_llama import llama, randomise
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fused_lora import apply_lora, merge_and_unload, save_adapter
 from fused_lora.analysis import effective_rank, intruder_dimensions, perturbation_rank
-from fused_lora.analysis.report import dense, read_adapter, rows
+from fused_lora.analysis.report import changed, dense, lying_turned, read_adapter, rows
 from fused_lora.cli import console
 
 
@@ -55,7 +57,8 @@ def test_the_figures_are_the_functions(trained):
 
     base, adapter, _ = trained
     weights = load_model(base, torch.float32, "cpu")[0].state_dict()
-    updates = read_adapter(adapter, weights)
+    updates, notes = read_adapter(adapter, weights)
+    assert not notes
     for row in rows(updates, weights, energy=0.5, k=5, eps=0.9):
         update, before = updates[f"{row.name}.weight"], weights[f"{row.name}.weight"]
         assert row.rank == perturbation_rank(dense(update), 0.5)
@@ -64,24 +67,60 @@ def test_the_figures_are_the_functions(trained):
         assert row.intruders == len(intruder_dimensions(before, before + dense(update), 5, 0.9))
 
 
-def test_embeddings_transposed_weights_and_full_copies(tmp_path):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_embeddings_transposed_weights_and_full_copies(tmp_path, use_dora):
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=40, tie_word_embeddings=False)
-    model, targets = GPT2LMHeadModel(config), ["c_attn", "wte"]
+    model, targets = GPT2LMHeadModel(config), ["c_attn", "attn.c_proj", *([] if use_dora else ["wte"])]
     weights = {name: t.clone() for name, t in model.state_dict().items()}
-    randomise(apply_lora(model, 3, 6, target_modules=targets, modules_to_save=["lm_head"]))
+    turned = lying_turned(model)
+    options = dict(modules_to_save=["lm_head"], use_dora=use_dora)
+    randomise(apply_lora(model, 3, 6, target_modules=targets, **options))
     save_adapter(model, tmp_path)
-    found = {row.name: row for row in rows(read_adapter(tmp_path, weights), weights)}
+    updates, notes = read_adapter(tmp_path, weights, turned)
+    found = {row.name: row for row in rows(updates, weights)}
+    assert not notes
     assert {name: row.shape for name, row in found.items()} == {
         "transformer.h.0.attn.c_attn": (16, 48),
-        "transformer.wte": (40, 16),
+        "transformer.h.0.attn.c_proj": (16, 16),
+        **({} if use_dora else {"transformer.wte": (40, 16)}),
         "lm_head": (40, 16),
     }
     after = merge_and_unload(model).state_dict()
     for name, row in found.items():
-        update = after[f"{name}.weight"] - weights[f"{name}.weight"]
-        assert row.norm == pytest.approx(update.norm().item(), rel=1e-4)
-        assert row.rank == perturbation_rank(update)
-    assert "lm_head" not in {row.name for row in rows(read_adapter(tmp_path))}
+        before, tuned = weights[f"{name}.weight"], after[f"{name}.weight"]
+        assert row.norm == pytest.approx((tuned - before).norm().item(), rel=1e-4)
+        assert row.rank == perturbation_rank(tuned - before)
+        assert row.intruders == len(intruder_dimensions(before, tuned))
+    updates, notes = read_adapter(tmp_path)
+    assert "lm_head.weight" not in updates and "without figures: 1 layers trained in full, as lm_head" in notes[0]
+    assert len(notes) == 1 + use_dora and (not use_dora or "2 layers are DoRA's: without --model" in notes[1])
+
+
+def test_a_tied_weight_has_one_line():
+    model = llama(tie=True)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    assert len([name for name in before if "embed" in name or "head" in name]) == 2
+    assert list(changed(before, model.state_dict())) == ["model.embed_tokens.weight"]
+
+
+def test_adapters_of_fused_experts_are_left_out_with_a_word(call, tmp_path):
+    lora_A = {"attn.q_proj.lora_A.weight": torch.ones(2, 8), "mlp.experts.base_layer.lora_A.weight": torch.ones(8, 6)}
+    tensors = lora_A | {
+        "attn.q_proj.lora_B.weight": torch.ones(8, 2),
+        "mlp.experts.base_layer.lora_B.weight": torch.ones(6, 8),
+    }
+    write_adapter(tmp_path, tensors, target_parameters=["experts.gate_up_proj"])
+    out, _ = call("analyze", tmp_path)
+    assert "1 weights" in out and "without figures: 1 adapters of fused experts, as mlp.experts" in out
+
+
+def write_adapter(directory, tensors, **fields):
+    config = dict(peft_type="LORA", r=2, lora_alpha=2, target_modules=["q_proj"]) | fields
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    named = {f"base_model.model.{name}": t for name, t in tensors.items()}
+    save_file(named, directory / "adapter_model.safetensors")
 
 
 def test_what_cannot_be_compared_is_refused(refused, trained, tmp_path):
@@ -95,4 +134,17 @@ def test_what_cannot_be_compared_is_refused(refused, trained, tmp_path):
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "other")
     assert "must be the adapter's base" in refused(2, "analyze", adapter, "--model", tmp_path / "other")
     assert "must have the same weights" in refused(2, "analyze", whole, "--model", tmp_path / "other")
+    assert "--top must be >= 1; got 0" in refused(2, "analyze", adapter, "--top", "0")
     assert "energy must be in (0, 1]" in refused(2, "analyze", adapter, "--energy", "0")
+
+
+def test_files_that_do_not_fit_are_named(refused, trained, tmp_path):
+    base = trained[0]
+    pair = {"q_proj.lora_A.weight": torch.ones(2, 32), "q_proj.lora_B.weight": torch.ones(32, 2)}
+    write_adapter(tmp_path, {"q_proj.lora_A.weight": torch.ones(2, 32)})
+    assert "must hold lora_B of q_proj beside its lora_A" in refused(2, "analyze", tmp_path)
+    write_adapter(tmp_path, pair)
+    line = refused(2, "analyze", tmp_path, "--model", base)
+    assert "must be the adapter's base: it must have q_proj.weight; got a model without it" in line
+    write_adapter(tmp_path, pair | {"q_proj.lora_B.weight": torch.full((32, 2), torch.nan)})
+    assert "q_proj.weight must be finite" in refused(2, "analyze", tmp_path)

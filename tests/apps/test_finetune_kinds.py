@@ -2,10 +2,11 @@
 bit for bit, and write what PEFT and transformers read."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from finetune_runs import FILES, rows_of
+from finetune_runs import FILES, refused_unloaded, rows_of
 from safetensors.torch import load_file
 
 from fused_lora.finetune import job
@@ -86,6 +87,8 @@ def test_the_groups_of_loraplus_keep_their_ratio(tiny, run, settings_of, tmp_pat
         (dict(merge_every=-1), "merge_every must be an int >= 0; got -1"),
         (dict(full=True, variant="dora"), "--full and --variant dora exclude each other"),
         (dict(full=True, optimizer="rite"), "--full and --optimizer rite exclude each other"),
+        (dict(full=True, rslora=True), "--full and --rslora exclude each other"),
+        (dict(full=True, dropout=0.1), "--full and --dropout 0.1 exclude each other"),
         (dict(full=True, merge_every=3), "--full and --merge-every 3 exclude each other"),
         (dict(full=True, dtype="bf16"), "--full, which trains the weights in fp32, and --dtype bf16 exclude"),
         (dict(merge_every=3, variant="dora"), "--merge-every and --variant dora exclude each other"),
@@ -110,3 +113,15 @@ def test_a_recipe_sets_what_is_not_given(call, refused, tiny_options, tmp_path):
     assert (settings["alpha"], settings["warmup"], settings["lr"]) == (8.0, 1, 0.003)
     line = refused(2, "finetune", *tiny_options, "--recipe", "regret", "--output", tmp_path / "c")
     assert "--recipe must be one of" in line
+    line = refused(2, "finetune", *tiny_options, "--full", "--recipe", "biderman", "--output", tmp_path / "c")
+    assert "--full and --recipe biderman, whose learning rate is LoRA's, exclude each other" in line
+
+
+def test_a_whole_model_replaces_no_other_unasked(tiny, settings_of, tmp_path, monkeypatch):
+    copy = shutil.copytree(tiny[0], tmp_path / "model")
+    base = settings_of(tiny, full=True)
+    refused_unloaded(monkeypatch, "--output must hold no other run.* with model", base, tmp_path)
+    settings = settings_of((str(copy), tiny[1]), full=True)
+    for options in ({}, dict(overwrite=True)):
+        match = "--full writes .*model, which must not be the base model's own"
+        refused_unloaded(monkeypatch, match, settings, tmp_path, **options)

@@ -176,6 +176,28 @@ def test_a_run_that_stops_resumes_bit_for_bit(kind, dtype, stop, tmp_path):
     assert list(want) == list(got) and all(torch.equal(want[key], got[key]) for key in want)
 
 
+def test_a_state_of_before_the_first_merge_is_refused_after_one():
+    model = randomise(adapted())
+    schedule = MergeSchedule(model, every=1)
+    before = schedule.state_dict()
+    train(model, 1, schedule)
+    weight = model[0].weight.clone()
+    with pytest.raises(ValueError, match="load it over the original model; got a state of before, and 1 merges done"):
+        schedule.load_state_dict(before)
+    assert schedule.merges == 1 and torch.equal(model[0].weight, weight)
+
+
+def test_a_state_without_masters_replaces_those_of_the_schedule():
+    """The next merge goes on from the loaded weights."""
+    plain, other = adapted(dtype=torch.bfloat16), adapted(dtype=torch.bfloat16)
+    saved, schedule = MergeSchedule(plain, every=1, master=False), MergeSchedule(other, every=1)
+    train(plain, 1, saved)
+    train(other, 3, schedule, lr=0.5)
+    schedule.load_state_dict(saved.state_dict())
+    schedule.merge(torch.optim.SGD(factors(other), lr=0.1))  # a fresh adapter changes nothing
+    assert torch.equal(other[0].weight, plain[0].weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_master_keeps_what_rounding_loses(dtype):
     """Sixty small merges: each far below the weight's last bit, together far above it."""
@@ -435,3 +457,24 @@ def test_allora_is_merged_and_dora_refused():
     dora = apply_lora(small(), config=LoraConfig(r=4, target_modules=["0", "2"], use_dora=True))
     with pytest.raises(ValueError, match="the adapter of 0 must be plain LoRA to be folded into the weight; got DoRA"):
         MergeSchedule(dora, every=2)
+
+
+def test_what_a_merge_will_need_is_missed_at_the_first_step():
+    model = adapted()
+    schedule = MergeSchedule(model, every=100, reset_scheduler=True)
+    with pytest.raises(ValueError, match="optimizer must be given with reset_optimizer=True"):
+        schedule.step()
+    with pytest.raises(ValueError, match="scheduler must be given with reset_scheduler=True"):
+        schedule.step(torch.optim.SGD(factors(model), lr=0.1))
+    assert schedule.steps == 0
+
+
+def test_a_learning_rate_that_is_a_tensor_restarts_every_time():
+    model, seen = adapted(), []
+    optimizer = torch.optim.Adam(factors(model), lr=torch.tensor(0.01), capturable=False)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    schedule = MergeSchedule(model, every=2, reset_scheduler=True)
+    for step in range(6):
+        seen.append(float(optimizer.param_groups[0]["lr"]))
+        train(model, 1, schedule, optimizer, scheduler, first=step)
+    assert seen == pytest.approx([0.01, 0.005] * 3)

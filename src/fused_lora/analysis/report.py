@@ -1,17 +1,19 @@
 """Figures of an adapter, or of a tuned model beside the one before, layer by layer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_lora.adapters.peft_config import read_config
 from fused_lora.adapters.peft_format import WEIGHTS_NAME, base_name
 from fused_lora.analysis.intruders import intruder_dimensions
 from fused_lora.analysis.spectra import Factors, effective_rank_of, energy_rank_of, singular_values
+from fused_lora.nn.base_linear import is_conv1d
 
 Update = Tensor | Factors  # the tuned weight, or what was added to the weight before
 
@@ -29,12 +31,21 @@ class Row:
     spectrum: Tensor  # singular values, largest first
 
 
-def read_adapter(directory: Path, weights: Mapping[str, Tensor] | None = None) -> dict[str, Update]:
-    """The updates of an adapter in PEFT's format by the names of the weights that they change, as factors; where the
-    adapter scales rows as DoRA does, or has trained a copy in full, the tuned weight, if the weights are given.
+class Adapter(NamedTuple):
+    """What an adapter changes, and what has no figures."""
 
-    Args: weights: the base model's by name.
-    Raises: FileNotFoundError or ValueError naming the file for what is no adapter, or one without a matrix.
+    updates: dict[str, Update]  # by the names of the weights that they change
+    notes: list[str]  # for people
+
+
+def read_adapter(directory: Path, weights: Mapping[str, Tensor] | None = None, turned: Collection[str] = ()) -> Adapter:
+    """The updates of an adapter in PEFT's format, as factors; where the adapter scales rows as DoRA does, or has
+    trained a copy in full, the tuned weight, if the weights are given.
+
+    Args:
+        weights: the base model's by name.
+        turned: names of those that lie as the transpose of B A, see `lying_turned`.
+    Raises: FileNotFoundError or ValueError naming the file for what is no adapter of the base, or one without a matrix.
     """
     config, path = read_config(directory), directory / WEIGHTS_NAME
     if not path.exists():
@@ -42,25 +53,51 @@ def read_adapter(directory: Path, weights: Mapping[str, Tensor] | None = None) -
     with safe_open(path, framework="pt", device="cpu") as file:
         stored = {base_name(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it has no __iter__
     found: dict[str, Update] = {}
+    experts, copies, magnitudes = [], [], {}
     for key, tensor in stored.items():
         name, _, end = key.partition(".lora_")
         if end in ("A.weight", "embedding_A"):
-            lora_B = stored[f"{name}.lora_{end.replace('A', 'B', 1)}"]
-            r = config.layer(name).r
-            if len(tensor) != r:  # of experts, whose matrices lie one behind the other
+            lora_B = stored.get(f"{name}.lora_{end.replace('A', 'B', 1)}")
+            if lora_B is None:
+                raise ValueError(f"{path} must hold lora_B of {name} beside its lora_A; got none")
+            if config.target_parameters and len(tensor) != config.layer(name).r:  # one expert's matrix behind another's
+                experts.append(name)
                 continue
             update = Factors(lora_B.flatten(1), tensor.flatten(1), config.layer(name).scaling)
-            found[f"{name}.weight"] = _turned(update, weights, f"{name}.weight")
+            found[f"{name}.weight"] = _placed(update, weights, f"{name}.weight", turned)
+        elif "magnitude_vector" in end:
+            magnitudes[f"{name}.weight"] = tensor
         elif not end and tensor.dim() == 2 and weights is not None and key in weights:
             found[key] = tensor
-    for key, magnitude in stored.items():
-        name = f"{key.partition('.lora_magnitude_vector')[0]}.weight"
-        if "lora_magnitude_vector" in key and weights is not None and name in weights and name in found:
-            V = weights[name].float() + dense(found[name]).float()
-            found[name] = V * (magnitude.float() / V.norm(dim=1)).unsqueeze(1)
+        elif not end and tensor.dim() == 2:
+            copies.append(key.removesuffix(".weight"))
+    if weights is not None:
+        for name, magnitude in magnitudes.items():
+            V = weights[name].flatten(1).float() + dense(found[name]).float()
+            over = 0 if name in turned else 1  # the dimension of a row of B A
+            found[name] = V * (magnitude.float().flatten() / V.norm(dim=over)).unsqueeze(over)
     if not found:
         raise ValueError(f"{path} must hold a matrix B A; got {len(stored)} tensors of another kind")
-    return found
+    return Adapter(found, _notes(experts, copies, len(magnitudes) if weights is None else 0))
+
+
+def _notes(experts: list[str], copies: list[str], magnitudes: int) -> list[str]:
+    """What figures are missing, or are not those of the whole update."""
+    notes = []
+    if experts:
+        notes.append(f"without figures: {len(experts)} adapters of fused experts, as {experts[0]}")
+    if copies:
+        notes.append(
+            f"without figures: {len(copies)} layers trained in full, as {copies[0]}; --model needs to have them"
+        )
+    if magnitudes:
+        notes.append(f"{magnitudes} layers are DoRA's: without --model the figures are of B A, not of the scaled rows")
+    return notes
+
+
+def lying_turned(model: nn.Module) -> set[str]:
+    """The names of the weights that lie as the transpose of an adapter's B A: of embeddings and of Conv1D."""
+    return {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding) or is_conv1d(m)}
 
 
 def dense(update: Update) -> Tensor:
@@ -68,29 +105,35 @@ def dense(update: Update) -> Tensor:
     return update if isinstance(update, Tensor) else update.scaling * update.lora_B @ update.lora_A
 
 
-def _turned(update: Factors, weights: Mapping[str, Tensor] | None, name: str) -> Factors:
-    """The factors as the weight lies: embeddings and Conv1D store the transpose of B A."""
-    shape = tuple(weights[name].flatten(1).shape) if weights is not None and name in weights else None
-    own = (update.lora_B.shape[0], update.lora_A.shape[1])
-    if shape == own[::-1] != own:
-        return Factors(update.lora_A.T, update.lora_B.T, update.scaling)
-    if shape not in (None, own):
-        raise ValueError(f"--model must be the adapter's base: {name} must have shape {list(own)}; got {list(shape)}")
+def _placed(update: Factors, weights: Mapping[str, Tensor] | None, name: str, turned: Collection[str]) -> Factors:
+    """The factors as the weight lies. Raises: ValueError if there is no such weight, or one of another shape."""
+    if weights is None:
+        return update
+    if name not in weights:
+        raise ValueError(f"--model must be the adapter's base: it must have {name}; got a model without it")
+    if name in turned:
+        update = Factors(update.lora_A.T, update.lora_B.T, update.scaling)
+    own, shape = [len(update.lora_B), update.lora_A.shape[1]], list(weights[name].flatten(1).shape)
+    if shape != own:
+        raise ValueError(f"--model must be the adapter's base: {name} must have shape {own}; got {shape}")
     return update
 
 
 def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Update]:
-    """The matrices of a tuned model that differ from those before.
+    """The matrices of a tuned model that differ from those before, tied ones once.
 
-    Raises: ValueError if the two have not the same weights, or none differ.
+    Raises: ValueError if the two have not the same weights, or no matrix differs.
     """
     shapes = [{name: tuple(t.shape) for name, t in weights.items()} for weights in (before, after)]
     if shapes[0] != shapes[1]:
         differ = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[:3]
         raise ValueError(f"the two models must have the same weights; got such that differ in {differ}")
-    found: dict[str, Update] = {
-        name: t for name, t in after.items() if t.dim() == 2 and not torch.equal(t, before[name])
-    }
+    found: dict[str, Update] = {}
+    places: set[int] = set()
+    for name, t in after.items():
+        if t.dim() == 2 and t.data_ptr() not in places and not torch.equal(t, before[name]):
+            found[name] = t
+            places.add(t.data_ptr())
     if not found:
         raise ValueError("the two models must differ in a matrix; got equal ones")
     return found
@@ -107,11 +150,13 @@ def rows(
 
     Args:
         updates: `read_adapter`'s or `changed`'s.
-        weights: those before, by name; without them there are no intruders.
+        weights: those before, by name, of all updates; without them there are no intruders.
         energy, k, eps: as in `perturbation_rank` and `intruder_dimensions`.
     """
     for name, update in updates.items():
-        before = None if weights is None or name not in weights else weights[name].flatten(1)
+        if not all(torch.isfinite(t).all() for t in ([update] if isinstance(update, Tensor) else update[:2])):
+            raise ValueError(f"{name} must be finite; got elements that are not")
+        before = None if weights is None else weights[name].flatten(1)
         delta = update if before is None or not isinstance(update, Tensor) else update.float() - before.float()
         spectrum = singular_values(delta)
         intruders = None if before is None else len(intruder_dimensions(before, update, k, eps))

@@ -23,10 +23,12 @@ def analyze(
     """A line a layer: norm, perturbation rank, effective rank and intruder dimensions of the update."""
     with errors():
         given(tuned=tuned, model=model, plot=plot)
+        if top < 1:
+            raise ValueError(f"--top must be >= 1; got {top}")
         import torch
 
         from fused_lora.adapters.peft_config import CONFIG_NAME
-        from fused_lora.analysis.report import changed, read_adapter, rows
+        from fused_lora.analysis.report import changed, lying_turned, read_adapter, rows
         from fused_lora.files import write_whole
         from fused_lora.models import load_model
 
@@ -40,14 +42,18 @@ def analyze(
             raise ValueError(
                 f"{tuned} must hold an adapter ({CONFIG_NAME}), or --model be given to compare a whole model with"
             )
-        weights = None if model is None else load_model(model, torch.float32, "cpu")[0].state_dict()
+        base = None if model is None else load_model(model, torch.float32, "cpu")[0]
+        weights = None if base is None else base.state_dict()
+        notes: list[str] = []
         if is_adapter:
-            updates = read_adapter(directory, weights)
+            updates, notes = read_adapter(directory, weights, lying_turned(base) if base is not None else ())
         else:
             assert weights is not None
             updates = changed(weights, load_model(tuned, torch.float32, "cpu")[0].state_dict())
         found = list(rows(updates, weights, energy, top, eps))
         _print(found, energy, top)
+        for note in notes:
+            say(note)
         if plot is not None:
             from fused_lora.analysis.plot import plot as drawn
 
@@ -57,7 +63,7 @@ def analyze(
 
 def _print(found: list, energy: float, top: int) -> None:
     table = Table()
-    table.add_column("weight", overflow="fold")
+    table.add_column("weight", overflow="fold", no_wrap=True)
     with_intruders = found[0].intruders is not None
     titles = ["shape", "norm", f"rank, {energy:.0%} of energy", "effective rank"]
     for title in titles + [f"intruders of {top}"] * with_intruders:

@@ -46,11 +46,11 @@ def finetune(
     ] = Settings.target_modules,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = Settings.rslora,
     variant: Annotated[str, typer.Option(help="lora, rslora, dora or allora.")] = Settings.variant,
-    allora_eta: Annotated[float, typer.Option(help="Of --variant allora.")] = Settings.allora_eta,
+    allora_eta: Annotated[float, typer.Option(help="Of --variant allora, which has no alpha.")] = Settings.allora_eta,
     full: Annotated[bool, typer.Option("--full", help="Train the whole model, without an adapter.")] = Settings.full,
     recipe: Annotated[
         str | None,
-        typer.Option(help="without-regret or biderman: alpha, learning rate and schedule where they are not given."),
+        typer.Option(help="without-regret or biderman: alpha, layers, learning rate and schedule where not given."),
     ] = None,
     optimizer: Annotated[
         str, typer.Option(help="adamw, loraplus, rite, pro, riemannian or lora-fa.")
@@ -60,7 +60,7 @@ def finetune(
     ] = Settings.merge_every,
     schedule: Annotated[str, typer.Option(help="cosine, linear or constant after the warm-up.")] = Settings.schedule,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = Settings.lr,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up; the schedule follows.")] = Settings.warmup,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = Settings.warmup,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Settings.steps,
     batch_size: Annotated[
         int, typer.Option(help="Blocks or examples in a forward and backward pass.")
@@ -103,6 +103,9 @@ def finetune(
         values["model"] = model or ""
         if recipe is not None:
             from fused_lora.finetune.recipe import recipe_values
+
+            if full:
+                raise ValueError(f"--full and --recipe {recipe}, whose learning rate is LoRA's, exclude each other")
 
             sources = {name: context.get_parameter_source(name) for name in values}
             chosen = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}

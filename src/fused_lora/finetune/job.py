@@ -115,8 +115,13 @@ def _check_output(output: Path, settings: Settings) -> None:
     base = settings.model or packaged_model()
     check_name(base)
     local = Path(base)
-    if local.exists() and os.path.realpath(local if local.is_dir() else local.parent) == os.path.realpath(output):
+    if not local.exists():
+        return
+    own = os.path.realpath(local if local.is_dir() else local.parent)
+    if own == os.path.realpath(output):
         raise ValueError(f"--output must not be the base model's own directory; got {output}")
+    if settings.full and own == os.path.realpath(output / WHOLE):
+        raise ValueError(f"--full writes {output / WHOLE}, which must not be the base model's own directory")
 
 
 def _going_on(output: Path, settings: Settings, resume: bool, overwrite: bool) -> bool:
@@ -126,7 +131,7 @@ def _going_on(output: Path, settings: Settings, resume: bool, overwrite: bool) -
         load_checkpoint compares the data too.
     """
     path, metrics = output / checkpoint.NAME, output / checkpoint.METRICS
-    present = [name for name in _OURS if (output / name).exists()]
+    present = [name for name in (*_OURS, *[WHOLE] * settings.full) if (output / name).exists()]
     if present and not (resume or overwrite):
         raise ValueError(
             f"--output must hold no other run, or give --resume or --overwrite; got {output} with {', '.join(present)}"

@@ -115,6 +115,8 @@ class Settings:
         """Raises ValueError for settings that exclude each other."""
         excluded = [
             (self.full and self.variant != "lora", f"--full and --variant {self.variant}"),
+            (self.full and self.rslora, "--full and --rslora"),
+            (self.full and self.dropout > 0, f"--full and --dropout {self.dropout}"),
             (self.full and self.optimizer != "adamw", f"--full and --optimizer {self.optimizer}"),
             (self.full and self.merge_every > 0, f"--full and --merge-every {self.merge_every}"),
             (self.full and self.dtype != "fp32", f"--full, which trains the weights in fp32, and --dtype {self.dtype}"),

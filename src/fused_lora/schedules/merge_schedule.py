@@ -110,8 +110,9 @@ class MergeSchedule:
 
         Args: optimizer, scheduler: whose state is reset; needed for that alone.
         Returns: whether there was a merge.
-        Raises: ValueError as `merge`.
+        Raises: ValueError as `merge`; for an optimizer or a scheduler that is not given at the first step already.
         """
+        self._check_resets(rates.unwrapped(optimizer, "optimizer"), rates.unwrapped(scheduler, "scheduler"))
         self.attach(optimizer)
         self.steps += 1
         if self.stages.due(self.steps):
@@ -138,13 +139,7 @@ class MergeSchedule:
         """
         optimizer = rates.unwrapped(optimizer, "optimizer")
         scheduler = rates.unwrapped(scheduler, "scheduler")
-        for name, given in (("optimizer", optimizer), ("scheduler", scheduler)):
-            if getattr(self, f"reset_{name}") and given is None:
-                raise ValueError(f"{name} must be given with reset_{name}=True; got None")
-        if self.reset_scheduler:
-            rates.check_restartable(scheduler)
-        if optimizer is not None and self.stages.ranks and self.rebuild_optimizer is None:
-            check_exchangeable(optimizer)
+        self._check_resets(optimizer, scheduler)
         check_foldable(self._root, self._layers, self.adapter_name)
         check_finite(self._layers, self.adapter_name)
         for name, layer in self._layers.items():
@@ -155,6 +150,16 @@ class MergeSchedule:
             self._tell(optimizer, replaced)
         if self.reset_scheduler:
             rates.restart(scheduler)
+
+    def _check_resets(self, optimizer: Optimizer | None, scheduler: Any) -> None:
+        """Raises ValueError unless a merge can reset optimizer and scheduler as it has to."""
+        for name, given in (("optimizer", optimizer), ("scheduler", scheduler)):
+            if getattr(self, f"reset_{name}") and given is None:
+                raise ValueError(f"{name} must be given with reset_{name}=True; got None")
+        if self.reset_scheduler:
+            rates.check_restartable(scheduler)
+        if optimizer is not None and self.stages.ranks and self.rebuild_optimizer is None:
+            check_exchangeable(optimizer)
 
     def _fold(self, name: str, layer: LoRALayer) -> None:
         share = 1 - self.stages.momentum
@@ -231,12 +236,18 @@ class MergeSchedule:
         if len(counts) < 3 or shapes[0] != shapes[1] or set(state) != {*counts, *got, *factors}:
             what = f"a schedule with export={self.stages.export!r} over this model's {len(self._layers)} layers"
             raise ValueError(f"state must be of {what}; got {len(state)} entries of another")
+        if self.merges and not merged:
+            raise ValueError(
+                "state must be of after the first merge, earlier ones lack the base weights, which have changed since: "
+                f"load it over the original model; got a state of before, and {self.merges} merges done"
+            )
         self.steps, self.merges, self.merged_at = counts["steps"], counts["merges"], counts["merged_at"]
         replaced: Replaced = {}
         for name, layer in self._layers.items():
             self._links[name] = [(state[f"A.{j}.{name}"], state[f"B.{j}.{name}"]) for j in stages]
             if merged:
                 values = state[f"weight.{name}"].to(layer.weight.device)
+                self._masters.pop(name, None)
                 if self.master and values.dtype != layer.weight.dtype:
                     self._masters[name] = values.clone()
                 layer.weight.copy_(values)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau, SequentialLR
 
@@ -30,7 +31,10 @@ def check_restartable(scheduler: Any) -> None:
 def restart(scheduler: Any) -> None:
     """Put a scheduler where its constructor left it: the next step's learning rate is the first of its schedule."""
     for group in scheduler.optimizer.param_groups:
-        group["lr"] = group["initial_lr"]
+        if isinstance(group["lr"], Tensor):  # which schedulers fill, and initial_lr must not be filled with it
+            group["lr"].fill_(group["initial_lr"])
+        else:
+            group["lr"] = group["initial_lr"]
     if isinstance(scheduler, SequentialLR):
         restart(scheduler._schedulers[0])
         scheduler.last_epoch = 0
