@@ -1,18 +1,17 @@
-"""Adapters of whole models: put them on, switch and merge them."""
+"""Adapters of whole models: put them on and switch them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 from torch import nn
 
 from fused_lora.adapters.conventions import for_model
-from fused_lora.adapters.holders import adapter_names, all_holders, held, named_holders
+from fused_lora.adapters.holders import adapter_names, all_holders, held
 from fused_lora.adapters.peft_config import from_peft, is_peft_config
 from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.starts import check_start, start
 from fused_lora.adapters.untrained import watch
 from fused_lora.adapters.weight_readers import call_all_layers
-from fused_lora.adapters.wrappers import check_no_peft, check_open, is_replicated, is_sharded, reshard, unwrapped
+from fused_lora.adapters.wrappers import check_no_peft, check_open, is_replicated, reshard, unwrapped
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, lora_layer
 from fused_lora.nn.by_name import ActiveAdapter, as_list
@@ -120,7 +119,7 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
         nothing changes then.
     """
     root = unwrapped(model)
-    check_may_train(model, _checked_names(root, adapter_name))
+    check_may_train(model, checked_names(root, adapter_name))
     layers, wrappers = all_holders(root)
     for name, layer in layers.items():
         if layer.merged and layer.active_adapter != held(adapter_name, layer):
@@ -134,7 +133,7 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
         wrapper.set_adapter(held(adapter_name, wrapper))
 
 
-def _checked_names(root: nn.Module, adapter_name: ActiveAdapter) -> list[str]:
+def checked_names(root: nn.Module, adapter_name: ActiveAdapter) -> list[str]:
     """The names of adapters that are to act together. Raises: ValueError if they cannot."""
     names, known = as_list(adapter_name), adapter_names(root)
     for name in names:
@@ -144,72 +143,6 @@ def _checked_names(root: nn.Module, adapter_name: ActiveAdapter) -> list[str]:
         if isinstance(several := held(names, wrapper), list):
             raise ValueError(f"adapter_name must name one adapter that trains a copy of {place}; got {several}")
     return names
-
-
-@contextmanager
-def merged(model: nn.Module, adapter_name: str | list[str] | None = None) -> Iterator[nn.Module]:
-    """Run with an adapter folded into the weights: every layer is one GEMM, and `model.state_dict()` is that of the
-    plain model.
-
-    On leaving, also by an exception, every base weight and the active adapters are restored bit for bit.
-
-    Args:
-        model: a model with adapters, none of them merged, not sharded and not offloaded.
-        adapter_name: the adapter to merge, or a list of some; None takes the active ones.
-    Raises: ValueError for an unknown adapter, none active, a layer that is merged already, a sharded model, weights
-        that are elsewhere, or a merged weight that is not finite.
-    """
-    root = unwrapped(model)
-    if is_sharded(model):
-        raise ValueError(
-            "model must not be sharded to be merged, no process has the whole weights: save_adapter and merge a plain "
-            "copy; got a sharded one"
-        )
-    layers, wrappers = all_holders(root)
-    before = {name: holder.active_adapter for name, holder in named_holders(root).items()}
-    choose_to_merge(root, adapter_name)
-    try:
-        for wrapper in wrappers.values():
-            wrapper.merged = True
-        for name, layer in layers.items():
-            layer.shows_plain = True
-            if layer.active_adapter is not None:
-                try:
-                    layer.merge()
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
-        yield model
-    finally:
-        for layer in layers.values():
-            layer.shows_plain = False
-            if layer.merged:
-                layer.unmerge()
-        for wrapper in wrappers.values():
-            wrapper.merged = False
-        for name, holder in named_holders(root).items():
-            holder.active_adapter = before[name]
-
-
-def choose_to_merge(root: nn.Module, adapter_name: ActiveAdapter) -> None:
-    """Have the adapter act that is to be merged, the active one if the name is None, without touching requires_grad, so
-    an optimizer sees no change. Raises: ValueError as `merged`, but for values that are not finite; nothing changes
-    then."""
-    layers, holders = all_holders(root)[0], named_holders(root)
-    _checked_names(root, adapter_name)
-    if adapter_name is None and all(holder.active_adapter is None for holder in holders.values()):
-        raise ValueError(f"adapter_name must be one of {adapter_names(root)} while no adapter is active; got None")
-    chosen = {name: holder.active_adapter for name, holder in holders.items()}
-    if adapter_name is not None:
-        chosen = {name: held(adapter_name, holder) for name, holder in holders.items()}
-    for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(f"{name} must not be merged yet; got adapter {layer.active_adapter!r} merged")
-        try:
-            layer.check_mergeable(as_list(chosen[name]))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    for name, holder in holders.items():
-        holder.active_adapter = chosen[name]
 
 
 def get_nb_trainable_parameters(model: nn.Module) -> tuple[int, int]:

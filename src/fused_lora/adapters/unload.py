@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from fused_lora.adapters.holders import Layers, adapter_names, all_holders, held, holders_of, named_holders
-from fused_lora.adapters.model import check_not_merged, choose_to_merge
+from fused_lora.adapters.merging import choose_to_merge
+from fused_lora.adapters.model import check_not_merged
 from fused_lora.adapters.places import walk
 from fused_lora.adapters.wrappers import is_sharded, unwrapped
 from fused_lora.config import unknown_name

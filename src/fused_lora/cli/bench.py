@@ -11,8 +11,8 @@ def bench(
     preset: Annotated[
         str,
         typer.Option(
-            help="quick (about a minute on a CPU), readme (the published table), full; variants (LoRA's) and latency "
-            "(merged, unmerged, other adapters), of SmolLM2."
+            help="quick (about a minute on a CPU), readme (the published table) or full; variants (SmolLM2's step with "
+            "each) or latency (its forward merged, unmerged, with other adapters)."
         ),
     ] = "quick",
     device: Device = None,

@@ -1,0 +1,77 @@
+"""Adapters folded into the weights of a whole model for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from fused_lora.adapters.holders import adapter_names, all_holders, held, named_holders
+from fused_lora.adapters.model import checked_names
+from fused_lora.adapters.wrappers import is_sharded, unwrapped
+from fused_lora.nn.by_name import ActiveAdapter, as_list
+
+
+@contextmanager
+def merged(model: nn.Module, adapter_name: str | list[str] | None = None) -> Iterator[nn.Module]:
+    """Run with an adapter folded into the weights: every layer is one GEMM, and `model.state_dict()` is that of the
+    plain model.
+
+    On leaving, also by an exception, every base weight and the active adapters are restored bit for bit.
+
+    Args:
+        model: a model with adapters, none of them merged, not sharded and not offloaded.
+        adapter_name: the adapter to merge, or a list of some; None takes the active ones.
+    Raises: ValueError for an unknown adapter, none active, a layer that is merged already, a sharded model, weights
+        that are elsewhere, or a merged weight that is not finite.
+    """
+    root = unwrapped(model)
+    if is_sharded(model):
+        raise ValueError(
+            "model must not be sharded to be merged, no process has the whole weights: save_adapter and merge a plain "
+            "copy; got a sharded one"
+        )
+    layers, wrappers = all_holders(root)
+    before = {name: holder.active_adapter for name, holder in named_holders(root).items()}
+    choose_to_merge(root, adapter_name)
+    try:
+        for wrapper in wrappers.values():
+            wrapper.merged = True
+        for name, layer in layers.items():
+            layer.shows_plain = True
+            if layer.active_adapter is not None:
+                try:
+                    layer.merge()
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+        yield model
+    finally:
+        for layer in layers.values():
+            layer.shows_plain = False
+            if layer.merged:
+                layer.unmerge()
+        for wrapper in wrappers.values():
+            wrapper.merged = False
+        for name, holder in named_holders(root).items():
+            holder.active_adapter = before[name]
+
+
+def choose_to_merge(root: nn.Module, adapter_name: ActiveAdapter) -> None:
+    """Have the adapter act that is to be merged, the active one if the name is None, without touching requires_grad, so
+    an optimizer sees no change. Raises: ValueError as `merged`, but for values that are not finite; nothing changes
+    then."""
+    layers, holders = all_holders(root)[0], named_holders(root)
+    checked_names(root, adapter_name)
+    if adapter_name is None and all(holder.active_adapter is None for holder in holders.values()):
+        raise ValueError(f"adapter_name must be one of {adapter_names(root)} while no adapter is active; got None")
+    chosen = {name: holder.active_adapter for name, holder in holders.items()}
+    if adapter_name is not None:
+        chosen = {name: held(adapter_name, holder) for name, holder in holders.items()}
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name} must not be merged yet; got adapter {layer.active_adapter!r} merged")
+        try:
+            layer.check_mergeable(as_list(chosen[name]))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for name, holder in holders.items():
+        holder.active_adapter = chosen[name]
