@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from fused_lora import _C
 from fused_lora.backends import FUSED_DTYPES, GROUPED, UPDATE, Request
+from fused_lora.backends.cpu_grouped import grouped_backward_onto as grouped_backward_onto
 from fused_lora.backends.cpu_grouped import grouped_update as grouped_update
 from fused_lora.backends.cpu_grouped import grouped_update_backward as grouped_update_backward
+from fused_lora.backends.cpu_grouped import grouped_update_onto as grouped_update_onto
 from fused_lora.ops import internals
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import linear_with_bias

@@ -15,20 +15,33 @@ _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 
 def grouped_update(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, seed):
     """y [M, N] with the updates in a tensor of its own, and h [M', R]; see `grouped_reference.grouped_update`."""
-    y, (x, ldx) = y.clone(memory_format=torch.contiguous_format), _rows(x)
-    size = positions(x, rows), largest_rank(lora_A)
+    y = y.clone(memory_format=torch.contiguous_format)
+    return y, grouped_update_onto(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, seed)
+
+
+def grouped_update_onto(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, seed):
+    """h of `grouped_update`; the updates are added to y [M, N], contiguous, where it lies."""
+    (x, ldx), size = _rows(x), (positions(x, rows), largest_rank(lora_A))
     h = empty_on_cpu(size, (size[1], 1), x.dtype)
     call = _Call(lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, x.dtype)
     _C.cpu_grouped_forward(x=(x.data_ptr(), ldx), h=h.data_ptr(), y=y.data_ptr(), **call.keywords)
-    return y, h
+    return h
 
 
 def grouped_update_backward(
     dy, x, lora_A, lora_B, h, scaling, offsets, rows, dropout_p, seed, needs
 ) -> list[Tensor | None]:
     """The gradients that `needs` asks for; see `grouped_reference.grouped_update_backward`."""
-    need_x, need_A, need_B = needs[0], needs[1 : 1 + len(lora_A)], needs[1 + len(lora_A) :]
-    dx = dy.new_zeros((dy.shape[0], lora_A[0].shape[-1])) if need_x else None
+    dx = dy.new_zeros((dy.shape[0], lora_A[0].shape[-1])) if needs[0] else None
+    given = dy, x, lora_A, lora_B, h, scaling, offsets, rows, dropout_p, seed
+    return grouped_backward_onto(dx, *given, needs)
+
+
+def grouped_backward_onto(
+    dx, dy, x, lora_A, lora_B, h, scaling, offsets, rows, dropout_p, seed, needs
+) -> list[Tensor | None]:
+    """The same with dx [M, K], contiguous, or None, added to what is there."""
+    need_A, need_B = needs[1 : 1 + len(lora_A)], needs[1 + len(lora_A) :]
     dA, dB = _empty(lora_A, need_A), _empty(lora_B, need_B)
     dy, lddy = _rows(dy)
     x, ldx = (x, 0) if x is None else _rows(x)
@@ -95,6 +108,11 @@ def _shared(factors: list[Tensor], G: int) -> int:
 
 
 def _empty(factors: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None for t, need in zip(factors, needs)
-    ]
+    return [_empty_like(t) if need else None for t, need in zip(factors, needs)]
+
+
+def _empty_like(t: Tensor) -> Tensor:
+    """A contiguous tensor of t's shape and dtype."""
+    if not t.is_contiguous():
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+    return empty_on_cpu(tuple(t.shape), t.stride(), t.dtype)

@@ -16,6 +16,7 @@ from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.linear import LoRALinear, LoRALinearAround
 from fused_lora.nn.modules_to_save import ModuleToSave
 from fused_lora.ops.grouped import grouped_lora_update
+from fused_lora.ops.grouped_linear import grouped_lora_linear
 from fused_lora.variants.dora import DoRA
 
 BASE = "__base__"  # the name of no adapter, as in PEFT
@@ -137,7 +138,7 @@ class MixedLinear(Mixed, LoRALinear):
         if isinstance(self, LoRALinearAround):
             return self._mixed_update(self.base_layer(x, *args, **kwargs), x, found)
         if not any(name in self.variants for name in found.names):
-            return self._mixed_update(self._plain(x), x, found)
+            return self._mixed_linear(x, found) if found.names else self._plain(x)
         # DoRA: each row by its adapter's out_scale, rows of other adapters by 1
         y = self._mixed_update(F.linear(x, self.matrix()), x, found)
         own = [self._out_scale(name) for name in found.names]
@@ -149,15 +150,27 @@ class MixedLinear(Mixed, LoRALinear):
     def _mixed_update(self, y: Tensor, x: Tensor, found: Segments) -> Tensor:
         if not found.names:
             return y
-        factors = [self._pair(name) for name in found.names]
-        if len({t.dtype for pair in factors for t in pair}) > 1:
-            factors = [(A.float(), B.float()) for A, B in factors]
-        lora_A, lora_B = zip(*factors)
-        scaling = [float(self.scaling[name]) for name in found.names]
-        dropout_p = [self.lora_dropout[name] for name in found.names]
+        lora_A, lora_B, scaling, dropout_p = self._adapters(found)
         return grouped_lora_update(
             y, x, lora_A, lora_B, scaling, found.offsets, rows=found.rows, dropout_p=dropout_p, training=self.training
         )
+
+    def _mixed_linear(self, x: Tensor, found: Segments) -> Tensor:
+        lora_A, lora_B, scaling, dropout_p = self._adapters(found)
+        factors = self.matrix(), self.bias, lora_A, lora_B
+        return grouped_lora_linear(
+            x, *factors, scaling, found.offsets, found.rows, dropout_p if self.training else [0.0] * len(dropout_p)
+        )
+
+    def _adapters(self, found: Segments) -> tuple[list[Tensor], list[Tensor], list[float], list[float]]:
+        """A, B, scaling and dropout of each adapter of a batch, the factors in one dtype."""
+        factors = [self._pair(name) for name in found.names]
+        if len({t.dtype for pair in factors for t in pair}) > 1:
+            factors = [(A.float(), B.float()) for A, B in factors]
+        numbers, rates = self.scaling, self.lora_dropout
+        scaling = [float(numbers[name]) for name in found.names]
+        dropout_p = [rates[name] for name in found.names]
+        return [A for A, _ in factors], [B for _, B in factors], scaling, dropout_p
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         """`factors`, past Module.__getattr__ where that can be: for many adapters it would take most of the call."""

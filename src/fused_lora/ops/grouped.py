@@ -167,7 +167,9 @@ class _GroupedFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[7:]]
-        dx, *factors = _gradients(ctx, matrix(dy), needs) if any(needs) else [None] * len(needs)
+        dx, *factors = (
+            gradients(ctx.saved_tensors, ctx.settings, matrix(dy), needs) if any(needs) else [None] * len(needs)
+        )
         if dx is not None and len(ctx.lead) != 1:
             dx = dx.view(*ctx.lead, dx.shape[1])
         return dy if ctx.needs_input_grad[0] else None, dx, None, None, None, None, None, *factors
@@ -187,10 +189,17 @@ def _traced_apply(*inputs: Any) -> tuple[Tensor, Tensor]:
     return _GroupedFunction.apply(*inputs) if trains else _GroupedFunction.forward(*inputs)
 
 
-def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    """dx [M, K], dA and dB of each factor, None for those that are not needed."""
-    x, h, scaling, offsets, rows, seed, *factors = ctx.saved_tensors
-    split, ps, backend = ctx.settings
+def gradients(saved: Sequence[Any], settings: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    """dx [M, K], dA and dB of each factor, None for those that are not needed.
+
+    Args:
+        saved: x, h, scaling, offsets, rows, seed and the factors, as the forward had them; x and h may be None.
+        settings: how many factors A there are, the dropouts, the back end.
+        dy: [M, N].
+        needs: of x and each factor.
+    """
+    x, h, scaling, offsets, rows, seed, *factors = saved
+    split, ps, backend = settings
     x, lora_A, lora_B = None if x is None else matrix(x), factors[:split], factors[split:]
     if torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
         return _backward_again(dy, x, lora_A, lora_B, scaling, offsets, rows, ps, seed, needs)
