@@ -92,8 +92,8 @@ def _serving(x, weight, bias, lora_A, lora_B, offsets, rows) -> Any:
         if len(_VERDICTS) > 1024:
             _VERDICTS.clear()
         _VERDICTS[key] = _Verdict(check, bias is not None)
-    M, R = bucket(x.numel() // x.shape[-1]), max([A.shape[0] for A in lora_A])
-    request = Request(x.device, x.dtype, lora_A[0].dtype, M, *weight.shape, R, True, GROUPED)
+    M, R, (N, K) = bucket(x.numel() // x.shape[-1]), max([A.shape[0] for A in lora_A]), weight.shape
+    request = Request(x.device, x.dtype, lora_A[0].dtype, M, N, K, R, True, GROUPED)
     back_end = pick("auto", request).backend
     return back_end if hasattr(back_end, "grouped_update_onto") else None
 
