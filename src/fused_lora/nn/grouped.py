@@ -3,6 +3,7 @@
 from threading import get_ident
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
@@ -20,7 +21,8 @@ class _Ready(NamedTuple):
 
 class Projections:
     """The layers of a group: the first one that is called computes all, the others take their part if they are given
-    the very same tensor, unchanged; else they compute alone, from then on all of them.
+    the very same tensor, unchanged; else they compute alone, from then on all of them. One that is called without
+    gradients computes alone.
 
     Args:
         layers: the LoRALinears in the order of their calls, all in `parent`.
