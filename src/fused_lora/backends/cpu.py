@@ -199,7 +199,7 @@ def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling,
         sums, squares, lost = sums.split_with_sizes((N, N, 1))
         if lost.item():
             out_scale = out_scale_gradient(sums, squares, dy, x, weight, lora_B, h, bias, scaling, variant)
-        else:  # the same of each column; its operators cost a layer a tenth of its step
+        else:  # the same of each column, without the operators that look for lost ones
             out_scale = sums / variant.out_scale
         grads = grads._replace(out_scale=out_scale)
     if dgate is not None and variant.gate.dtype is not torch.float32:

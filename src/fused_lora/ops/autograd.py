@@ -119,6 +119,14 @@ def _unheard(*tensors: Tensor | None) -> bool:
     return all(t is None or type(t) in _PLAIN_TENSORS for t in tensors)
 
 
+def _seen_backward(given, needs: Gradients, variant: Variant, back_end, plan: str) -> Gradients:
+    """The back end's backward as an operator, which dispatch modes see."""
+    name = back_end.__name__.rpartition(".")[2]
+    named = f"{name}:{plan}" if plan else name
+    found = iter(torch.ops.fused_lora.backward(*given, *variant, list(needs), named))
+    return Gradients(*(next(found) if need else None for need in needs))
+
+
 @functools.cache
 def _needs(of_inputs: tuple[bool, ...]) -> Gradients:
     """Which gradients _EagerFunction's needs_input_grad asks for."""
@@ -163,10 +171,7 @@ class _EagerFunction(torch.autograd.Function):
         given = (dy, None, x, weight, lora_A, lora_B, h, None, None, scaling, dropout_p, seed)
         try:
             if dispatch_modes_active():  # who came up after the forward sees its backward, too
-                name = back_end.__name__.rpartition(".")[2]
-                named = f"{name}:{plan}" if plan else name
-                found = iter(torch.ops.fused_lora.backward(*given, *PLAIN, list(needs), named))
-                grads = Gradients(*(next(found) if need else None for need in needs))
+                grads = _seen_backward(given, needs, PLAIN, back_end, plan)
             elif any_autocast_enabled():
                 with without_autocast(dy):
                     grads = back_end.backward(*given, needs, PLAIN, plan)
@@ -182,7 +187,73 @@ class _EagerFunction(torch.autograd.Function):
         return dx, grads.lora_A, grads.lora_B, None
 
 
+@functools.cache
+def _needs_of_variant(of_inputs: tuple[bool, ...]) -> Gradients:
+    """Which gradients _EagerVariantFunction's needs_input_grad asks for."""
+    x, lora_A, lora_B, *optional, _ = of_inputs
+    return Gradients(x, False, lora_A, lora_B, False, *optional)
+
+
+class _EagerVariantFunction(torch.autograd.Function):
+    """_EagerFunction with optional tensors: y [..., N], or y and h [M, R] where the call returns h.
+
+    They come as they were given, x_lora, h_in and gate with x's leading dimensions, and are flattened in here, where it
+    makes no autograd nodes.
+    """
+
+    @staticmethod
+    def forward(ctx, x, lora_A, lora_B, x_lora, h_in, gate, out_scale, call):
+        weight, bias, grad_row_scale, seed, scaling, dropout_p, (back_end, plan), return_h = call
+        lead, flat, variant = None, x, Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
+        if x.dim() != 2:
+            lead, flat = x.shape[:-1], matrix(x)
+            variant = Variant(*[t if t is None or n > 2 else matrix(t) for n, t in enumerate(variant)])
+        y, h = back_end.forward(flat, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan)
+        y = y if lead is None else reshaped(y, (*lead, y.shape[1]))
+        _, need_A, need_B, _, _, need_gate, need_scale, _ = ctx.needs_input_grad
+        keep_x = need_scale or (need_A and x_lora is None)
+        keep_h = need_B or need_gate or need_scale
+        kept = x if keep_x else None, weight, lora_A, lora_B, h if keep_h else None
+        keep_y = (y, bias) if need_scale else (None, None)
+        ctx.save_for_backward(*kept, *keep_y, seed, x_lora, h_in, gate, out_scale, grad_row_scale)
+        ctx.call = scaling, dropout_p, back_end, plan, lead
+        if not return_h:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, h
+
+    @staticmethod
+    def backward(ctx, dy, dh=None):
+        x, weight, lora_A, lora_B, h, y, bias, seed, x_lora, h_in, gate, *ends = ctx.saved_tensors
+        scaling, dropout_p, back_end, plan, lead = ctx.call
+        if dy is None:  # nothing of y was used
+            if dh is None:
+                return (None,) * 8
+            dy = dh.new_zeros((dh.shape[0], weight.shape[0]))
+        if lead is not None:
+            dy, x, y = matrix(dy), x if x is None else matrix(x), y if y is None else matrix(y)
+            x_lora, h_in, gate = (t if t is None else matrix(t) for t in (x_lora, h_in, gate))
+        needs, variant = _needs_of_variant(ctx.needs_input_grad), Variant(x_lora, h_in, gate, *ends)
+        given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = backward_again(*given[:6], scaling, dropout_p, seed, needs, variant)
+        elif has_no_memory(dy) or (dh is not None and has_no_memory(dh)):  # plain operators, which PyTorch can batch
+            grads = reference.backward(*given, needs, variant)
+        elif dispatch_modes_active():  # who came up after the forward sees its backward, too
+            grads = _seen_backward(given, needs, variant, back_end, plan)
+        elif any_autocast_enabled():
+            with without_autocast(dy):
+                grads = back_end.backward(*given, needs, variant, plan)
+        else:
+            grads = back_end.backward(*given, needs, variant, plan)
+        dx, _, dA, dB, _, *drows, dscale = grads
+        if lead is not None:
+            dx, *drows = (t if t is None else t.view(*lead, t.shape[1]) for t in (dx, *drows))
+        return dx, dA, dB, *drows, dscale, None
+
+
 eager_apply, _linear_apply = function_apply(_EagerFunction), function_apply(LoRALinearFunction)
+eager_variant_apply = function_apply(_EagerVariantFunction)
 
 
 def linear_apply(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -190,7 +261,9 @@ def linear_apply(*inputs: Any) -> tuple[Tensor, Tensor]:
     return LoRALinearFunction.apply(*inputs) if is_dynamo_compiling() else _linear_apply(*inputs)
 
 
-def nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
+def nobody_listens(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, *optional: Tensor
+) -> bool:
     """Whether this is plain eager mode over a frozen layer: no tracing, torch.compile, torch.func, selective
     checkpointing or other dispatch mode, no tensor subclass. Otherwise calls go through torch.ops.fused_lora.*, which
     all of those see."""
@@ -201,6 +274,7 @@ def nobody_listens(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bi
         and type(lora_B) in _PLAIN_TENSORS
         and (bias is None or (type(bias) in _PLAIN_TENSORS and not bias.requires_grad))
         and not weight.requires_grad
+        and all(type(t) in _PLAIN_TENSORS for t in optional)
         and not (is_dynamo_compiling() or dispatch_modes_active() or transforms_active() or is_tracing())
     )
 

@@ -95,21 +95,23 @@ def runs(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
 _TensorGuards = _private("_C._dynamo.guards.TensorGuards")
 
 
-def alike(x: Tensor, *tensors: Tensor) -> Callable[..., bool] | None:
+def alike(x: Tensor, *tensors: Tensor, rows: int = 1) -> Callable[..., bool] | None:
     """A check, for 0.5 us a call, whether as many other tensors are each like the one given here; None where PyTorch
     has none.
 
-    They are alike in type, dtype, device, requires_grad, sizes and strides, but for x's leading dimensions, of which
-    only the number counts; and in what PyTorch does with them: the same autocast, dispatch modes, tracing and
-    torch.func transforms. No tensor must come twice. It is what guards the code that torch.compile makes.
+    They are alike in type, dtype, device, requires_grad, sizes and strides, but for the leading dimensions of the first
+    `rows` of them, x among these, of which only the number counts; and in what PyTorch does with them: the same
+    autocast, dispatch modes, tracing and torch.func transforms. No tensor must come twice. It is what guards the code
+    that torch.compile makes.
     """
     if _TensorGuards is None:
         return None
-    free = [None] * (x.dim() - 1)
-    sizes, strides = [[*free, x.shape[-1]]], [[*free, x.stride(-1)]]
-    for t in tensors:
-        sizes.append(list(t.shape))
-        strides.append(list(t.stride()))
+    sizes: list[list[int | None]] = []
+    strides: list[list[int | None]] = []
+    for n, t in enumerate((x, *tensors)):
+        free: list[int | None] = [None] * (t.dim() - 1)
+        sizes.append([*free, t.shape[-1]] if n < rows else list(t.shape))
+        strides.append([*free, t.stride(-1)] if n < rows else list(t.stride()))
     try:
         return _TensorGuards(x, *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     except (TypeError, RuntimeError):  # it wants other arguments

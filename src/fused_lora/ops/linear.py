@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,14 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from fused_lora.backends import Serving, bucket, forget, pick
-from fused_lora.ops.autograd import eager_apply, linear_apply, matrix, needs_plain_operators, nobody_listens
+from fused_lora.ops.autograd import (
+    eager_apply,
+    eager_variant_apply,
+    linear_apply,
+    matrix,
+    needs_plain_operators,
+    nobody_listens,
+)
 from fused_lora.ops.checks import check_variant, fault
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import alike, any_autocast_enabled, autocasts
@@ -80,24 +87,30 @@ def lora_linear(
     plain = not return_h and (
         x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None
     )
-    serving = None
+    serving, variant = None, PLAIN if plain else Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
     if plain and not is_dynamo_compiling():
         serving = eager_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend)
+    elif not is_dynamo_compiling():
+        serving = _variant_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, return_h)
     if serving is not None:
         seed = draw_seed(x, dropout_p) if dropout_p > 0.0 and training else None
-        return eager_apply(x, lora_A, lora_B, (weight, bias, seed, scaling, dropout_p, serving))
+        if plain:
+            return eager_apply(x, lora_A, lora_B, (weight, bias, seed, scaling, dropout_p, serving))
+        if return_h:
+            gate, scaling = _folded(x, gate, scaling), 1.0
+        call = weight, bias, grad_row_scale, seed, scaling, dropout_p, serving, return_h
+        made: Any = eager_variant_apply(x, lora_A, lora_B, x_lora, h_in, gate, out_scale, call)
+        return (made[0], made[1].view(*x.shape[:-1], lora_A.shape[0])) if return_h else made
     error = fault(x, weight, lora_A, lora_B, bias, dropout_p, backend)
     if error is not None:
         raise error
-    variant = Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
     if not plain:
         check_variant(x, weight, lora_A, variant)
     dropout_p = dropout_p if training else 0.0
     if needs_plain_operators(x, weight, lora_A, lora_B):
         return _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, variant, return_h)
-    if return_h:  # h without the factor: fold it into the gate
-        gate = x.new_full((*x.shape[:-1], 1), scaling, dtype=torch.float32) if gate is None else gate * scaling
-        variant, scaling = variant._replace(gate=gate), 1.0
+    if return_h:
+        variant, scaling = variant._replace(gate=_folded(x, gate, scaling)), 1.0
     rows = [t if t is None else matrix(t) for t in variant[:3]]
     settings = draw_seed(x, dropout_p), (scaling, dropout_p, backend)
     y, h = linear_apply(x, weight, lora_A, lora_B, bias, *rows, *variant[3:], *settings)
@@ -152,9 +165,60 @@ def eager_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> Servin
     return serving
 
 
+# By what a verdict could differ in from layer to layer; factors and gates are made anew in each call by some variants.
+_VARIANT_VERDICTS: dict[tuple, _Verdict] = {}
+
+
+def _variant_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, return_h) -> Serving | None:
+    """`eager_serving` of a call with optional tensors."""
+    tensors = [t for t in variant if t is not None]
+    row_scale = variant.grad_row_scale
+    if not nobody_listens(x, weight, lora_A, lora_B, bias, *tensors) or (
+        row_scale is not None and row_scale.requires_grad
+    ):
+        return None
+    rows = [t for t in variant[:3] if t is not None]
+    others = [t for t in (weight, lora_A, lora_B, bias, *variant[3:]) if t is not None]
+    given = [t is None for t in (bias, *variant)]
+    key = (x.dtype, x.requires_grad, weight.shape, lora_A.shape, return_h, *given)
+    verdict = _VARIANT_VERDICTS.get(key)
+    if (
+        verdict is None
+        or backend != verdict.backend
+        or not verdict.alike(x, *rows, *others)
+        or any(t.shape[:-1] != x.shape[:-1] for t in rows)
+        or type(dropout_p) not in (float, int)
+        or not 0.0 <= dropout_p < 1.0
+        or not (weight.is_cpu or aligned(weight))
+    ):
+        error = fault(x, weight, lora_A, lora_B, bias, dropout_p, backend)
+        if error is not None:
+            raise error
+        check_variant(x, weight, lora_A, variant)
+        dense = all(t.layout is torch.strided for t in (x, *rows, *others))
+        usual = dense and (weight.is_cpu or aligned(weight)) and not needs_plain_operators(x, weight, lora_A, lora_B)
+        check = alike(x, *rows, *others, rows=1 + len(rows)) if usual else None
+        if check is None:
+            return None
+        if len(_VARIANT_VERDICTS) > 4096:
+            _VARIANT_VERDICTS.clear()
+        verdict = _VARIANT_VERDICTS[key] = _Verdict(check, bias is not None, backend, {})
+    many = bucket(x.numel() // x.shape[-1])
+    if many not in verdict.servings:
+        asked = variant._replace(gate=x) if return_h else variant  # the scaling becomes a gate
+        verdict.servings[many] = pick(backend, request_of(x, weight, lora_A, asked))
+    return verdict.servings[many]
+
+
+def _folded(x: Tensor, gate: Tensor | None, scaling: float) -> Tensor:
+    """The gate with the scaling in it, so that h comes without."""
+    return x.new_full((*x.shape[:-1], 1), scaling, dtype=torch.float32) if gate is None else gate * scaling
+
+
 def forget_verdicts() -> None:
     """Ask anew who serves each call, see `backends.forget`."""
     _VERDICTS.clear()
+    _VARIANT_VERDICTS.clear()
     forget()
 
 
