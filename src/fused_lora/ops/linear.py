@@ -179,8 +179,8 @@ def _variant_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend, varian
         return None
     rows = [t for t in variant[:3] if t is not None]
     others = [t for t in (weight, lora_A, lora_B, bias, *variant[3:]) if t is not None]
-    given = [t is None for t in (bias, *variant)]
-    key = (x.dtype, x.requires_grad, weight.shape, lora_A.shape, return_h, *given)
+    given = [None if t is None else t.requires_grad for t in (x, lora_A, lora_B, bias, *variant)]
+    key = (x.dtype, x.dim(), weight.shape, lora_A.shape, lora_A.dtype, return_h, *given)
     verdict = _VARIANT_VERDICTS.get(key)
     if (
         verdict is None
