@@ -59,10 +59,16 @@ def link(folder: Path) -> Path:
 
 
 def build_bringup(source: Path, folder: Path) -> Path:
-    """bench/bringup's program over the objects of `source`, a csrc folder that is built."""
-    files = [Path(shutil.copy(file, folder)) for file in sorted((ROOT / "bench" / "bringup").iterdir())]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        own = list(pool.map(lambda file: compile_file(source, file), [f for f in files if f.suffix == ".cpp"]))
-    objects = [o for o in (source / "cuda").rglob("*.o") if not o.name.startswith("bindings")]
-    subprocess.run(["c++", *map(str, own + objects), "-o", str(folder / "bringup"), "-lpthread"], check=True)
-    return folder / "bringup"
+    """bench/bringup's program, compiled in `folder` if it is not there yet, over the objects of `source`, a csrc folder
+    that is built; beside that folder."""
+    files = [folder / file.name for file in sorted((ROOT / "bench" / "bringup").iterdir())]
+    if not files[0].exists():
+        for file in files:
+            shutil.copy(ROOT / "bench" / "bringup" / file.name, file)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda file: compile_file(source, file), [f for f in files if f.suffix == ".cpp"]))
+    own = [f"{file}.o" for file in files if file.suffix == ".cpp"]
+    objects = [str(o) for o in (source / "cuda").rglob("*.o") if not o.name.startswith("bindings")]
+    program = source.parent / "bringup"
+    subprocess.run(["c++", *own, *objects, "-o", str(program), "-lpthread"], check=True)
+    return program

@@ -276,13 +276,12 @@ def climb(driver, *rungs):
 def test_bringup_says_which_kernel_is_wrong_and_where(library, tmp_path):
     """bench/bringup, what a GPU runs first: the rungs that take seconds here, over right kernels and over a wrong
     one."""
-    rungs = ("base", "small", "wgrad", "drivers")
-    said, status = climb(build_bringup(library.parent / "csrc", library.parent), *rungs)
-    assert status == 0 and said.count(", 0 wrong\n") == 4 and said.endswith("4 rungs, 0 not right\n"), said
+    said, status = climb(build_bringup(library.parent / "csrc", library.parent), "small", "wgrad", "drivers")
+    assert status == 0 and said.count(", 0 wrong\n") == 3 and said.endswith("3 rungs, 0 not right\n"), said
     # every row of the second chunk of 64 columns
     line = "ptx::tma_store(out, s.out[group], at.row, at.col + chunk * 64);"
     changed(library, tmp_path, "consumer.cuh", line, f"if (at.col + chunk * 64 != 64) {line}")
-    driver = build_bringup(tmp_path / "csrc", tmp_path)
+    driver = build_bringup(tmp_path / "csrc", library.parent)
     said, status = climb(driver, "base", "small")
     assert status == 1 and said.endswith("2 rungs, 1 not right\n"), said
     assert "y, bf16, M=129 N=136 K=72 R=0, tiles 256 wide: 8256 of 17544 elements wrong\n" in said, said
