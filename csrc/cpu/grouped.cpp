@@ -150,68 +150,66 @@ template <class Block> class Walker {
   char *scattered_, *low_;  // [kRows, kPanel], or null without `rows`; [kRows, R_g], or null where that is R
 };
 
-template <class Block> void forward(const CpuGroupedForwardParams& p) {
+// out[rows] += low thin with low = s_g * in[rows] down, where dropout's mask is in's, or out's in the backward. The
+// factors are A^T and B^T, or B and A in the backward.
+struct RowsPass {
+  bool backward;
+  const void* in;           // [M, cols_in], row stride ld_in
+  const void* const* down;  // [G]
+  const void* const* thin;  // [G]
+  void* low;                // [M', R], or null: not kept
+  void* out;                // [M, cols_out], contiguous; or null: low alone
+  int64_t ld_in, cols_in, cols_out;
+};
+
+template <class Block> void by_rows(const CpuGroups& p, const RowsPass& pass, int threads) {
   using Factor = typename Block::Factor;
-  const int threads = threads_of(p);
   const std::vector<Piece> work = pieces(p, threads);
   const Rows rows(p);
   run_tasks(static_cast<int64_t>(work.size()), threads, [&](int64_t i) {
     const auto [g, begin, end] = work[static_cast<size_t>(i)];
     const int64_t R = p.ranks[g];
+    const bool turned = !pass.backward;
     Buffers buffers;
-    const Factor down(buffers, p.A[g], p.adapter_dtype, p.K, R, round_up(R, Block::kRanks), true),  // A^T
-        thin(buffers, p.B[g], p.adapter_dtype, R, p.N, round_up(p.N, Block::kColumns), true);       // B^T
+    const Factor down(buffers, pass.down[g], p.adapter_dtype, pass.cols_in, R, round_up(R, Block::kRanks), turned),
+        thin(buffers, pass.out ? pass.thin[g] : nullptr, p.adapter_dtype, R, pass.cols_out,
+             round_up(pass.cols_out, Block::kColumns), turned);
     down.fill(), thin.fill();
     Walker<Block> walker(p, R, end - begin, buffers);
-    const Dropout dropout = dropout_of(p, g);
-    const float factor = p.scaling[g] * (Block::kMaskScales ? 1.0f : dropout.scale());
+    const Dropout dropout = dropout_of(p, g), none{};
+    const Dropout &of_in = pass.backward ? none : dropout, &of_out = pass.backward ? dropout : none;
+    const float factor = p.scaling[g] * (Block::kMaskScales ? 1.0f : of_in.scale());
     for (int64_t m = begin; m < end;) {
       const Span at = rows.block(m, end);
       walker.block.clear_low();
-      for (int64_t k = 0; k < p.K; k += kPanel) {
-        const int64_t cols = std::min(kPanel, p.K - k);
-        const float* keep = walker.draw(dropout, at, k, cols);
-        walker.block.shrink(walker.panel(p.x, p.ldx, keep, at, k, cols), down, k, at.rows, cols);
+      for (int64_t k = 0; k < pass.cols_in; k += kPanel) {
+        const int64_t cols = std::min(kPanel, pass.cols_in - k);
+        const float* keep = walker.draw(of_in, at, k, cols);
+        walker.block.shrink(walker.panel(pass.in, pass.ld_in, keep, at, k, cols), down, k, at.rows, cols);
       }
       walker.block.scale_low(factor, at.rows);
-      walker.store_low(p.h, at);
-      for (int64_t n = 0; n < p.N; n += kPanel)
-        walker.expand(thin, nullptr, p.y, p.N, at, n, std::min(kPanel, p.N - n));
+      if (pass.low) walker.store_low(pass.low, at);
+      for (int64_t n = 0; thin && n < pass.cols_out; n += kPanel) {
+        const int64_t cols = std::min(kPanel, pass.cols_out - n);
+        walker.expand(thin, walker.draw(of_out, at, n, cols), pass.out, pass.cols_out, at, n, cols);
+      }
       m += at.rows;
     }
   });
 }
 
-// dh [M', R] in x's dtype, and the update of dx.
-template <class Block> void by_rows(const CpuGroupedBackwardParams& p, void* dh, int threads) {
-  using Factor = typename Block::Factor;
-  const std::vector<Piece> work = pieces(p, threads);
-  const Rows rows(p);
-  run_tasks(static_cast<int64_t>(work.size()), threads, [&](int64_t i) {
-    const auto [g, begin, end] = work[static_cast<size_t>(i)];
-    const int64_t R = p.ranks[g];
-    Buffers buffers;
-    const Factor down(buffers, p.B[g], p.adapter_dtype, p.N, R, round_up(R, Block::kRanks), false),
-        thin(buffers, p.dx ? p.A[g] : nullptr, p.adapter_dtype, R, p.K, round_up(p.K, Block::kColumns), false);
-    down.fill(), thin.fill();
-    Walker<Block> walker(p, R, end - begin, buffers);
-    const Dropout dropout = dropout_of(p, g);
-    for (int64_t m = begin; m < end;) {
-      const Span at = rows.block(m, end);
-      walker.block.clear_low();
-      for (int64_t n = 0; n < p.N; n += kPanel) {
-        const int64_t cols = std::min(kPanel, p.N - n);
-        walker.block.shrink(walker.panel(p.dy, p.lddy, nullptr, at, n, cols), down, n, at.rows, cols);
-      }
-      walker.block.scale_low(p.scaling[g], at.rows);
-      if (dh) walker.store_low(dh, at);
-      for (int64_t k = 0; thin && k < p.K; k += kPanel) {
-        const int64_t cols = std::min(kPanel, p.K - k);
-        walker.expand(thin, walker.draw(dropout, at, k, cols), p.dx, p.K, at, k, cols);
-      }
-      m += at.rows;
-    }
-  });
+template <class Block> void forward(const CpuGroupedForwardParams& p) {
+  by_rows<Block>(p,
+                 {.backward = false,
+                  .in = p.x,
+                  .down = p.A,
+                  .thin = p.B,
+                  .low = p.h,
+                  .out = p.y,
+                  .ld_in = p.ldx,
+                  .cols_in = p.K,
+                  .cols_out = p.N},
+                 threads_of(p));
 }
 
 // Columns n .. n + cols of one gradient, the sum over groups g .. end.
@@ -273,7 +271,16 @@ template <class Block> void backward(const CpuGroupedBackwardParams& p) {
   const Lines kept(p.dA ? static_cast<size_t>(M * p.R * item_size(p.dtype)) : 0);
   void* dh = p.dA ? kept.data() : nullptr;
   if (p.dA && M && !dh) throw std::bad_alloc();
-  if (p.dA || p.dx) by_rows<Block>(p, dh, threads);
+  const RowsPass dx{.backward = true,
+                    .in = p.dy,
+                    .down = p.B,
+                    .thin = p.A,
+                    .low = dh,
+                    .out = p.dx,
+                    .ld_in = p.lddy,
+                    .cols_in = p.N,
+                    .cols_out = p.K};
+  if (p.dA || p.dx) by_rows<Block>(p, dx, threads);
   const std::vector<Strip> work = strips(p);
   run_tasks(static_cast<int64_t>(work.size()), threads,
             [&](int64_t i) { gradient<Block>(p, dh, work[static_cast<size_t>(i)]); });

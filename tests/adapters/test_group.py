@@ -68,13 +68,13 @@ def step(model, x=None):
 
 def calls(model) -> list[int]:
     """Counts the group's Functions among the nodes of a forward's graph."""
-    names, seen, todo = [], set(), [model(rows()).grad_fn]
-    while todo:
-        node = todo.pop()
+    names, seen, ahead = [], set(), [model(rows()).grad_fn]
+    while ahead:
+        node = ahead.pop()
         if node is not None and node not in seen:
             seen.add(node)
             names.append(type(node).__name__)
-            todo += [following for following, _ in node.next_functions]
+            ahead += [following for following, _ in node.next_functions]
     return names.count("_ProjectionsBackward")
 
 

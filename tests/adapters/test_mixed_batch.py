@@ -211,6 +211,20 @@ def test_bad_input_is_named(model, tokens):
 
 
 @torch.no_grad()
+def test_merging_in_a_mixed_batch_is_refused(model, tokens):
+    """Else the rows of every adapter would get the merged one, too."""
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    words = r"merging and a batch of several adapters exclude each other; got \['a'\]"
+    with adapters_per_sample(model, BATCH):
+        with pytest.raises(ValueError, match=words):
+            model.model.layers[0].self_attn.q_proj.merge()
+        with pytest.raises(ValueError, match=words), fused_lora.merged(model):
+            pass
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    with fused_lora.merged(model):
+        pass
+
+
 def test_adapters_come_and_go_while_serving(tokens):
     """Nothing of a deleted adapter stays behind, and one of the same name is another."""
     model = apply_lora(llama(hidden=32), r=2, adapter_name="a").eval()

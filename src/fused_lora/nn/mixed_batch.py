@@ -128,6 +128,14 @@ class Mixed:
     mixed: MixedBatch
     plain_class: type
 
+    def check_mergeable(self, adapter_names: list[str]) -> None:
+        """Raises ValueError for any: the rows of other adapters would get it, too."""
+        if adapter_names:
+            raise ValueError(
+                f"merging and a batch of several adapters exclude each other; got {adapter_names} to merge in a batch "
+                f"of {list(self.mixed.distinct)}"
+            )
+
 
 class MixedLinear(Mixed, LoRALinear):
     """The forward of a LoRALinear of any kind: the base product, and one update by groups of rows."""

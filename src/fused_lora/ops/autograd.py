@@ -1,6 +1,5 @@
 """The autograd Function of the op: what is saved for the backward, and nothing more."""
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -9,16 +8,14 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 
 from fused_lora.ops import reference, schema  # schema registers torch.ops.fused_lora
 from fused_lora.ops.internals import (
-    any_autocast_enabled,
     dispatch_modes_active,
     function_apply,
     has_no_memory,
     is_tracing,
     reshaped,
     transforms_active,
-    without_autocast,
 )
-from fused_lora.ops.reference import PLAIN, Gradients, Variant, backward_again
+from fused_lora.ops.reference import Gradients, Variant, backward_again
 
 _PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
@@ -119,141 +116,7 @@ def _unheard(*tensors: Tensor | None) -> bool:
     return all(t is None or type(t) in _PLAIN_TENSORS for t in tensors)
 
 
-def _seen_backward(given, needs: Gradients, variant: Variant, back_end, plan: str) -> Gradients:
-    """The back end's backward as an operator, which dispatch modes see."""
-    name = back_end.__name__.rpartition(".")[2]
-    named = f"{name}:{plan}" if plan else name
-    found = iter(torch.ops.fused_lora.backward(*given, *variant, list(needs), named))
-    return Gradients(*(next(found) if need else None for need in needs))
-
-
-@functools.cache
-def _needs(of_inputs: tuple[bool, ...]) -> Gradients:
-    """Which gradients _EagerFunction's needs_input_grad asks for."""
-    x, lora_A, lora_B, _ = of_inputs
-    return Gradients(x, False, lora_A, lora_B, False, False, False, False, False)
-
-
-class _EagerFunction(torch.autograd.Function):
-    """LoRALinearFunction for plain LoRA over a frozen layer where nobody listens to the dispatcher: straight to the
-    back end and plan of `call`, which serve the backward, too.
-
-    After a GEMM has emptied the caches, each step on the way costs microseconds: the dispatcher and its Python bridge,
-    a second output, a context set up apart, and every argument that autograd looks at. So `call` carries what needs no
-    gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, x, lora_A, lora_B, call):
-        weight, bias, seed, scaling, dropout_p, serving = call
-        back_end, plan = serving
-        lead, flat = None, x
-        if x.dim() != 2:
-            lead, flat = x.shape[:-1], matrix(x)
-        y, h = back_end.forward(flat, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, PLAIN, plan)
-        _, need_A, need_B, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, h if need_B else None, seed)
-        ctx.call = scaling, dropout_p, back_end, plan, lead
-        return y if lead is None else reshaped(y, (*lead, y.shape[1]))
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
-        scaling, dropout_p, back_end, plan, lead = ctx.call
-        if lead is not None:
-            N, K = weight.shape
-            dy, x = dy.reshape(-1, N), x if x is None else x.reshape(-1, K)
-        needs = _needs(ctx.needs_input_grad)
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = backward_again(dy, None, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
-            dx = grads.x if lead is None or grads.x is None else grads.x.view(*lead, grads.x.shape[1])
-            return dx, grads.lora_A, grads.lora_B, None
-        given = (dy, None, x, weight, lora_A, lora_B, h, None, None, scaling, dropout_p, seed)
-        try:
-            if dispatch_modes_active():  # who came up after the forward sees its backward, too
-                grads = _seen_backward(given, needs, PLAIN, back_end, plan)
-            elif any_autocast_enabled():
-                with without_autocast(dy):
-                    grads = back_end.backward(*given, needs, PLAIN, plan)
-            else:
-                grads = back_end.backward(*given, needs, PLAIN, plan)
-        except RuntimeError:  # a batched dy has no address; asked only now, since each look costs
-            if not has_no_memory(dy):
-                raise
-            grads = reference.backward(*given, needs)
-        dx = grads.x
-        if lead is not None and dx is not None:
-            dx = dx.view(*lead, dx.shape[1])
-        return dx, grads.lora_A, grads.lora_B, None
-
-
-@functools.cache
-def _needs_of_variant(of_inputs: tuple[bool, ...]) -> Gradients:
-    """Which gradients _EagerVariantFunction's needs_input_grad asks for."""
-    x, lora_A, lora_B, *optional, _ = of_inputs
-    return Gradients(x, False, lora_A, lora_B, False, *optional)
-
-
-class _EagerVariantFunction(torch.autograd.Function):
-    """_EagerFunction with optional tensors: y [..., N], or y and h [M, R] where the call returns h.
-
-    They come as they were given, x_lora, h_in and gate with x's leading dimensions, and are flattened in here, where it
-    makes no autograd nodes.
-    """
-
-    @staticmethod
-    def forward(ctx, x, lora_A, lora_B, x_lora, h_in, gate, out_scale, call):
-        weight, bias, grad_row_scale, seed, scaling, dropout_p, (back_end, plan), return_h = call
-        lead, flat, variant = None, x, Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
-        if x.dim() != 2:
-            lead, flat = x.shape[:-1], matrix(x)
-            variant = Variant(*[t if t is None or n > 2 else matrix(t) for n, t in enumerate(variant)])
-        y, h = back_end.forward(flat, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan)
-        y = y if lead is None else reshaped(y, (*lead, y.shape[1]))
-        _, need_A, need_B, _, _, need_gate, need_scale, _ = ctx.needs_input_grad
-        keep_x = need_scale or (need_A and x_lora is None)
-        keep_h = need_B or need_gate or need_scale
-        kept = x if keep_x else None, weight, lora_A, lora_B, h if keep_h else None
-        keep_y = (y, bias) if need_scale else (None, None)
-        ctx.save_for_backward(*kept, *keep_y, seed, x_lora, h_in, gate, out_scale, grad_row_scale)
-        ctx.call = scaling, dropout_p, back_end, plan, lead
-        if not return_h:
-            return y
-        ctx.set_materialize_grads(False)
-        return y, h
-
-    @staticmethod
-    def backward(ctx, dy, dh=None):
-        x, weight, lora_A, lora_B, h, y, bias, seed, x_lora, h_in, gate, *ends = ctx.saved_tensors
-        scaling, dropout_p, back_end, plan, lead = ctx.call
-        if dy is None:  # nothing of y was used
-            if dh is None:
-                return (None,) * 8
-            dy = dh.new_zeros((dh.shape[0], weight.shape[0]))
-        if lead is not None:
-            dy, x, y = matrix(dy), x if x is None else matrix(x), y if y is None else matrix(y)
-            x_lora, h_in, gate = (t if t is None else matrix(t) for t in (x_lora, h_in, gate))
-        needs, variant = _needs_of_variant(ctx.needs_input_grad), Variant(x_lora, h_in, gate, *ends)
-        given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = backward_again(*given[:6], scaling, dropout_p, seed, needs, variant)
-        elif has_no_memory(dy) or (dh is not None and has_no_memory(dh)):  # plain operators, which PyTorch can batch
-            grads = reference.backward(*given, needs, variant)
-        elif dispatch_modes_active():  # who came up after the forward sees its backward, too
-            grads = _seen_backward(given, needs, variant, back_end, plan)
-        elif any_autocast_enabled():
-            with without_autocast(dy):
-                grads = back_end.backward(*given, needs, variant, plan)
-        else:
-            grads = back_end.backward(*given, needs, variant, plan)
-        dx, _, dA, dB, _, *drows, dscale = grads
-        if lead is not None:
-            dx, *drows = (t if t is None else t.view(*lead, t.shape[1]) for t in (dx, *drows))
-        return dx, dA, dB, *drows, dscale, None
-
-
-eager_apply, _linear_apply = function_apply(_EagerFunction), function_apply(LoRALinearFunction)
-eager_variant_apply = function_apply(_EagerVariantFunction)
+_linear_apply = function_apply(LoRALinearFunction)
 
 
 def linear_apply(*inputs: Any) -> tuple[Tensor, Tensor]:

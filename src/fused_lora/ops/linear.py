@@ -10,16 +10,10 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from fused_lora.backends import Serving, bucket, forget, pick
-from fused_lora.ops.autograd import (
-    eager_apply,
-    eager_variant_apply,
-    linear_apply,
-    matrix,
-    needs_plain_operators,
-    nobody_listens,
-)
+from fused_lora.ops.autograd import linear_apply, matrix, needs_plain_operators, nobody_listens
 from fused_lora.ops.checks import check_variant, fault
 from fused_lora.ops.dropout import dropout_threshold
+from fused_lora.ops.eager import eager_apply, eager_variant_apply
 from fused_lora.ops.internals import alike, any_autocast_enabled, autocasts
 from fused_lora.ops.reference import PLAIN, Variant, composition
 from fused_lora.ops.schema import aligned, request_of

@@ -8,17 +8,11 @@ import torch
 from torch import Tensor
 
 from fused_lora.backends import Serving, cpu
-from fused_lora.ops import reference
 from fused_lora.ops.autograd import matrix
-from fused_lora.ops.internals import (
-    any_autocast_enabled,
-    dispatch_modes_active,
-    function_apply,
-    has_no_memory,
-    reshaped,
-)
+from fused_lora.ops.eager import unusual_backward
+from fused_lora.ops.internals import any_autocast_enabled, function_apply, reshaped
 from fused_lora.ops.linear import draw_seed, eager_serving
-from fused_lora.ops.reference import PLAIN, Gradients, backward_again
+from fused_lora.ops.reference import PLAIN, Gradients
 
 
 class Projection(NamedTuple):
@@ -118,19 +112,12 @@ _apply = function_apply(_Projections)
 def _gradients(dy, dx, x, kept, call, needs) -> tuple:
     """dx, with one layer's added to it, dA and dB."""
     (weight, lora_A, lora_B, h, seed), (scaling, dropout_p, serving) = kept, call
-    if torch.is_grad_enabled():  # create_graph=True
-        grads = backward_again(dy, None, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
-    elif has_no_memory(dy):  # plain operators, which PyTorch can batch
-        grads = reference.backward(dy, None, x, weight, lora_A, lora_B, h, None, None, scaling, dropout_p, seed, needs)
-    elif dispatch_modes_active() or any_autocast_enabled():  # who came up after the forward sees its backward, too
-        given = dy, None, x, weight, lora_A, lora_B, h, None, None, scaling, dropout_p, seed
-        found = iter(torch.ops.fused_lora.backward(*given, *PLAIN, list(needs), f"cpu:{serving.plan}"))
-        grads = Gradients(*(next(found) if need else None for need in needs))
-    elif dx is not None:
+    given = dy, None, x, weight, lora_A, lora_B, h, None, None, scaling, dropout_p, seed
+    grads = unusual_backward(given, needs, PLAIN, serving)
+    if grads is None and dx is not None:
         grads = cpu.backward_onto(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
         return dx, grads.lora_A, grads.lora_B
-    else:
-        given = dy, None, x, weight, lora_A, lora_B, h, None, None, scaling, dropout_p, seed
+    if grads is None:
         grads = cpu.backward(*given, needs, PLAIN, serving.plan)
     total = grads.x if dx is None or grads.x is None else dx + grads.x
     return total, grads.lora_A, grads.lora_B
