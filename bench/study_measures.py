@@ -1,6 +1,7 @@
 """What is measured of a model: losses, samples, and what became of a few of its weights."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def diversity(model, tokenizer) -> float:
         )[:, inputs.shape[1] :]
     shares = []
     for samples in out.split(SAMPLES):
-        pairs = [pair for row in samples.tolist() for pair in zip(row, row[1:])]
+        pairs = [pair for row in samples.tolist() for pair in pairwise(row)]
         shares.append(len(set(pairs)) / len(pairs))
     return sum(shares) / len(shares)
 

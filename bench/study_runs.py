@@ -49,6 +49,7 @@ class Study:
         self.before["diversity"] = measures.diversity(model, tokenizer)
         self.weights = {n: model.get_submodule(n).weight.detach().float() for n in measures.watched(model)}
         self.bases: dict[str, Tensor] = {}
+        self.commit = commit()  # of what this process has loaded
 
     def _blocks(self, documents: data.Data) -> Tensor:
         blocks = data.to_blocks(documents, self.tokenizer, SEQ_LEN)
@@ -79,7 +80,7 @@ class Study:
         row |= {f"{name}_before": value for name, value in self.before.items()}
         row |= dict(seconds=round(time.perf_counter() - began, 1), device=cpu_name(), threads=torch.get_num_threads())
         return row | dict(
-            commit=commit(), date=datetime.date.today().isoformat(), torch=torch.__version__, data=self.sha
+            commit=self.commit, date=datetime.date.today().isoformat(), torch=torch.__version__, data=self.sha
         )
 
     def _closer(self, trained: "Trained") -> dict[str, float]:
