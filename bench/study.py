@@ -1,11 +1,12 @@
 """The claims of LoRA's literature at the size of one laptop core: SmolLM2-135M on Python's standard library.
 
 Usage: python bench/study.py run [--minutes N] [--only CONDITION]   does what is missing, run by run
+       python bench/study.py report                                 writes the table and the plot of docs/study.md
 
 The protocol, fixed before the first run:
 
-* Every run trains a fresh copy of the packaged model on the same 4,096 tokens' worth of blocks of 128 (which blocks is
-  the seed's choice), 16 steps of 2 blocks, or 4 steps of 8 in the two conditions of the batch-size question.
+* Every run trains a fresh copy of the packaged model on 8,192 tokens in blocks of 128 (which ones is the seed's
+  choice): 32 steps of 2 blocks, or 8 steps of 8 in the two conditions of the batch-size question.
 * The base is bf16, adapters and their optimizers fp32, alpha 32 with the scaling alpha/r. Full fine-tuning keeps fp32
   weights, of which AdamW changes all (embeddings and norms too), and computes with their bf16 rounding.
 * All: warm-up over an eighth of the steps, then a constant rate; gradient norm clipped to 1 (LoRA-RITE: by its own
@@ -29,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import study_report
 import torch
 from study_plan import CONDITIONS, next_run
 from study_runs import Study
@@ -81,8 +83,11 @@ def run(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run",))
+    parser.add_argument("command", choices=("run", "report"))
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--only", choices=[c.name for c in CONDITIONS])
     given = parser.parse_args()
-    run(ROWS, minutes=given.minutes, only=given.only)
+    if given.command == "run":
+        run(ROWS, minutes=given.minutes, only=given.only)
+    else:
+        study_report.write(read_rows(ROWS), ROOT / "docs" / "study.md")

@@ -6,9 +6,7 @@ from typing import Any, NamedTuple
 
 ATTENTION, MLP = "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj"
 SEEDS = (0, 1, 2)  # the first is the sweep's
-# LEAD, 14:45: 16 steps say nothing. 16384 tokens (64 steps); your loop has priority over all other work; if it is not
-# done by 16:20 it goes on later (it resumes). Delete this comment once read.
-TOKENS_A_RUN, SEQ_LEN = 16384, 128
+TOKENS_A_RUN, SEQ_LEN = 8192, 128
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,8 @@ MAIN = (
     Condition("LoRA-Pro r=16", (-7, -6, -5), optimizer="pro"),
     Condition("Riemannian r=16", optimizer="riemannian"),
     Condition("LoRA-FA r=16", optimizer="lora-fa"),
-    Condition("PeriodicLoRA r=16", merges=(16, 32, 48), rewarm=4),
-    Condition("Chain of LoRA r=16", merges=(21, 43)),
+    Condition("PeriodicLoRA r=16", merges=(8, 16, 24), rewarm=2),
+    Condition("Chain of LoRA r=16", merges=(11, 21)),
 )
 BATCHES = (Condition("full, batch 8", FULL, full=True, batch=8), Condition("LoRA r=16, batch 8", batch=8))
 CONDITIONS = MAIN + BATCHES

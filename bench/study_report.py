@@ -1,0 +1,161 @@
+"""The study's tables and plot from its rows."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from study_plan import CONDITIONS, MAIN, SEEDS, Condition, best_rate
+
+from fused_lora.analysis import pareto
+from fused_lora.files import write_whole
+
+BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
+REFERENCE = "LoRA r=16"
+Rows = Sequence[dict[str, Any]]
+
+
+def chosen(rows: Rows, name: str) -> list[dict[str, Any]]:
+    """A condition's runs at its best rate that did not diverge, by seed."""
+    lr = best_rate(rows, name)
+    found = [r for r in rows if r["condition"] == name and r["lr"] == lr and r["code"] is not None]
+    return sorted(found, key=lambda r: r["seed"])
+
+
+def changes(rows: Rows, name: str, text: str) -> dict[int, float]:
+    """By seed, how much the loss on a text changed."""
+    return {r["seed"]: r[text] - r[f"{text}_before"] for r in chosen(rows, name)}
+
+
+def against(rows: Rows, name: str, text: str, other: str) -> list[float]:
+    """Differences of two conditions' losses in the seeds that both have; the same seed is the same training text."""
+    own, others = changes(rows, name, text), changes(rows, other, text)
+    return [own[seed] - others[seed] for seed in sorted(own.keys() & others.keys())]
+
+
+def spread(values: Sequence[float], digits: int = 3, sign: str = "+") -> str:
+    """Mean, least and largest of some values."""
+    if not values:
+        return "–"
+    number = f"{sign}.{digits}f"
+    if len(values) == 1:
+        return f"{values[0]:{number}}"
+    return f"{mean(values):{number}} ({min(values):{number}} … {max(values):{number}})"
+
+
+def table(rows: Rows) -> str:
+    """A line a condition: what it learnt and forgot, against LoRA at the same seeds, and what became of the weights."""
+    lines = [
+        "| condition | trained | rate | runs | code | English | code, less LoRA r=16's | English, less LoRA r=16's "
+        "| distinct pairs | perturbation rank | intruders a weight | s a run |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for condition in CONDITIONS:
+        own = chosen(rows, condition.name)
+        if not own:
+            continue
+        closer = [r for r in own if "intruders" in r]
+        figures = [spread([r[key] for r in closer], *how) for key, how in _CLOSER.items()]
+        same = condition.name == REFERENCE
+        differences = ["" if same else spread(against(rows, condition.name, t, REFERENCE)) for t in ("code", "english")]
+        cells = [condition.name, f"{own[0]['parameters'] / 1e6:.2f} M", f"{own[0]['lr']:g}", str(len(own))]
+        cells += [spread([*changes(rows, condition.name, text).values()]) for text in ("code", "english")]
+        cells += [*differences, *figures, f"{mean(r['seconds'] for r in own):.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+_CLOSER: dict[str, tuple[int, str]] = {"diversity": (2, ""), "perturbation_rank": (3, ""), "intruders": (2, "")}
+
+
+def sweep(rows: Rows) -> str:
+    """A line a condition: the validation loss less that before training, at each rate of the sweep."""
+    rates = sorted({r["lr"] for r in rows})
+    lines = [f"| condition | {' | '.join(f'{lr:g}' for lr in rates)} |", f"|---|{'---|' * len(rates)}"]
+    for condition in CONDITIONS:
+        swept = {r["lr"]: r for r in rows if r["condition"] == condition.name and r["seed"] == SEEDS[0]}
+        if swept:
+            best = best_rate(rows, condition.name)
+            cells = [_swept(swept[lr], lr == best) if lr in swept else "" for lr in rates]
+            lines.append(f"| {condition.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _swept(row: dict[str, Any], best: bool) -> str:
+    if row["validation"] is None:
+        return "diverged"
+    change = f"{row['validation'] - row['validation_before']:+.3f}"
+    return f"**{change}**" if best else change
+
+
+def section(rows: Rows) -> str:
+    """What stands between the marks of the page. Raises: ValueError without rows."""
+    if not rows:
+        raise ValueError("rows must hold a run at least; got none")
+    first = rows[0]
+    hours = sum(r["seconds"] for r in rows) / 3600
+    devices = ", ".join(sorted({f"{r['device']}, {r['threads']} thread(s)" for r in rows}))
+    dates, commits = sorted({r["date"] for r in rows}), sorted({r["commit"] for r in rows})
+    versions, texts = sorted({r["torch"] for r in rows}), sorted({r["data"] for r in rows})
+    head = (
+        f"{len(rows)} runs of {first['tokens']:,} tokens each, {hours:.1f} hours in sum; {devices}; torch "
+        f"{', '.join(versions)}; commit {', '.join(commits)}; {dates[0]} to {dates[-1]}; texts {', '.join(texts)}. "
+        f"Before training: code {first['code_before']:.3f}, English {first['english_before']:.3f} nats a token, "
+        f"validation {first['validation_before']:.3f}, distinct pairs {first['diversity_before']:.2f}."
+    )
+    lacking = [line for condition in CONDITIONS if (line := _lacking(rows, condition))]
+    parts = [head, table(rows), "![Learning against forgetting](study.png)", sweep(rows)]
+    return "\n\n".join([*parts, *[f"Not run yet: {'; '.join(lacking)}."] * bool(lacking)])
+
+
+def _lacking(rows: Rows, condition: Condition) -> str:
+    """What the plan has of a condition and the rows have not."""
+    swept = sum(r["condition"] == condition.name and r["seed"] == SEEDS[0] for r in rows)
+    if swept < len(condition.halves):
+        return f"{condition.name} ({swept} of {len(condition.halves)} rates)"
+    lr = best_rate(rows, condition.name)
+    seeds = {r["seed"] for r in rows if r["condition"] == condition.name and r["lr"] == lr}
+    return f"{condition.name} ({len(seeds)} of {len(SEEDS)} seeds)" if len(seeds) < len(SEEDS) and lr else ""
+
+
+def plot(rows: Rows) -> bytes:
+    """A PNG: a point a condition of batch 2, how much the loss on English rose against how much that on code fell, the
+    means of the seeds with least and largest; a line through those that none beats in both."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [c.name for c in MAIN if chosen(rows, c.name)]
+    learnt = {name: [-value for value in changes(rows, name, "code").values()] for name in names}
+    forgot = {name: [*changes(rows, name, "english").values()] for name in names}
+    figure, axes = pyplot.subplots(figsize=(8.5, 5.5), layout="constrained")
+    for i, name in enumerate(names):
+        x, y = mean(forgot[name]), mean(learnt[name])
+        bars = {f"{axis}err": [[at - min(v)], [max(v) - at]] for axis, at, v in _axes(x, y, forgot[name], learnt[name])}
+        axes.errorbar(x, y, **bars, fmt="os^Dv"[i % 5], label=name, color=pyplot.get_cmap("tab20")(i), linewidth=0.8)
+    front = pareto([mean(learnt[n]) for n in names], [mean(forgot[n]) for n in names])
+    line = [(mean(forgot[names[i]]), mean(learnt[names[i]])) for i in front]
+    axes.plot(*zip(*line), color="#888888", linewidth=1, zorder=0, label="not beaten in both")
+    axes.set_xlabel("forgetting: rise of the loss on English, nats a token")
+    axes.set_ylabel("learning: fall of the loss on code, nats a token")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    image = BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    pyplot.close(figure)
+    return image.getvalue()
+
+
+def _axes(x: float, y: float, xs: Sequence[float], ys: Sequence[float]) -> list[tuple[str, float, Sequence[float]]]:
+    return [("x", x, xs), ("y", y, ys)]
+
+
+def write(rows: Rows, page: Path) -> None:
+    """Put the tables between the marks of a page, and the plot beside it. Raises: ValueError if it lacks the marks."""
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{page} must hold one {BEGIN} before one {END}")
+    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    write_whole({page: f"{head}\n{section(rows)}\n{tail}".encode(), page.with_suffix(".png"): plot(rows)})
