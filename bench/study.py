@@ -12,15 +12,16 @@ The protocol, fixed before the first run:
 * All: warm-up over an eighth of the steps, then a constant rate; gradient norm clipped to 1 (LoRA-RITE: by its own
   measure); no weight decay, no dropout.
 * Learning rates: for each condition three half powers of ten around what its source advises (LoRA-RITE four), with
-  seed 0, and one more where the best lies at an edge. The best is that of the lowest loss on the *validation* text.
-  Then seeds 1 and 2 at that rate. Seeds change the start of the adapter and the blocks.
+  seed 0, and further ones, three at most, while the best lies at an edge. The best is that of the lowest loss on the
+  *validation* text. Then seeds 1 and 2 at that rate, at the very end 3 and 4. Seeds change the start of the adapter
+  and the blocks.
 * Reported: the loss on the *code* text (learning) and on the *English* text (forgetting), which no choice looks at.
   Validation and code are held-out files of the standard library, alternately; the English text is prose from the
   proceedings of the Library of Congress's Workshop on Electronic Texts of 1992, a work of the US government.
-* The runs of seeds 1 and 2 also measure samples (distinct pairs of tokens, 6 samples of 12 tokens of 2 prompts) and
+* The runs of seeds above 0 also measure samples (distinct pairs of tokens, 6 samples of 12 tokens of 2 prompts) and
   the change of two kinds of weights in two layers: perturbation rank at 90 % and intruders among the top 10 (0.5).
-* Order: all sweeps, then the seeds, then the two conditions of batch 8. A run whose loss or gradient is not finite has
-  diverged, and counts as worse than any other.
+* Order: all sweeps, then the seeds, then the two conditions of batch 8, then seeds 3 and 4 of everything. A run whose
+  loss or gradient is not finite has diverged, and counts as worse than any other.
 """
 
 import argparse

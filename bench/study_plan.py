@@ -1,11 +1,14 @@
 """What the study runs, in which order, and which learning rate a condition is reported at."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 ATTENTION, MLP = "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj"
-SEEDS = (0, 1, 2)  # the first is the sweep's
+SEEDS = (0, 1, 2, 3, 4)  # the first is the sweep's
+EXTENSIONS = 3  # rates that a sweep may grow by
+FIRST_SEEDS = 3  # what every condition has before any gets more
 TOKENS_A_RUN, SEQ_LEN = 8192, 128
 
 
@@ -73,8 +76,9 @@ def best_rate(rows: Iterable[dict[str, Any]], name: str) -> float | None:
 
 
 def next_run(rows: Sequence[dict[str, Any]], stages: Sequence[Sequence[Condition]] = (MAIN, BATCHES)) -> Run | None:
-    """The first run of the plan that has no row: for each stage the sweeps, one more rate where the best lies at an
-    edge, then the other seeds at the best rate. A condition whose runs all diverged ends there."""
+    """The first run of the plan that has no row: for each stage the sweeps, further rates while the best lies at
+    an edge, then the next seeds at the best rate; at last the other seeds. A condition whose runs all diverged ends
+    there."""
     done = {(r["condition"], r["lr"], r["seed"]) for r in rows}
     for stage in stages:
         planned = [Run(c, rate(half), SEEDS[0]) for c in stage for half in c.halves]
@@ -85,19 +89,25 @@ def next_run(rows: Sequence[dict[str, Any]], stages: Sequence[Sequence[Condition
             lr = _extension(rows, condition)
             if lr is not None:
                 return Run(condition, lr, SEEDS[0])
-        for seed in SEEDS[1:]:
-            for condition in stage:
-                lr = best_rate(rows, condition.name)
-                if lr is not None and (condition.name, lr, seed) not in done:
-                    return Run(condition, lr, seed)
-    return None
+        missing = _repeats(rows, stage, SEEDS[1:FIRST_SEEDS])
+        if missing:
+            return missing[0]
+    missing = _repeats(rows, [c for stage in stages for c in stage], SEEDS[FIRST_SEEDS:])
+    return missing[0] if missing else None
+
+
+def _repeats(rows: Sequence[dict[str, Any]], conditions: Iterable[Condition], seeds: Iterable[int]) -> list[Run]:
+    """Runs at the best rates that have no row, seed by seed."""
+    done = {(r["condition"], r["lr"], r["seed"]) for r in rows}
+    best = {c: lr for c in conditions if (lr := best_rate(rows, c.name)) is not None}
+    return [Run(c, lr, seed) for seed in seeds for c, lr in best.items() if (c.name, lr, seed) not in done]
 
 
 def _extension(rows: Sequence[dict[str, Any]], condition: Condition) -> float | None:
-    """The rate beyond the edge of a grid that the best one lies at; one is added once."""
+    """The rate beyond the edge that the best one lies at, if the sweep may grow."""
     swept = {r["lr"] for r in rows if r["condition"] == condition.name and r["seed"] == SEEDS[0]}
     best = best_rate(rows, condition.name)
-    if best is None or len(swept) > len(condition.halves):
+    if best is None or len(swept) >= len(condition.halves) + EXTENSIONS or min(swept) < best < max(swept):
         return None
-    low, high = min(condition.halves), max(condition.halves)
-    return {rate(low): rate(low - 1), rate(high): rate(high + 1)}.get(best)
+    half = round(2 * math.log10(best))
+    return rate(half - 1 if best == min(swept) else half + 1)
