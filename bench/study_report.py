@@ -89,6 +89,36 @@ def _swept(row: dict[str, Any], best: bool) -> str:
     return f"**{change}**" if best else change
 
 
+def comparisons(rows: Rows) -> str:
+    """The figures that the claims are about: differences of the same seeds, and ratios of the best rates."""
+    lines = ["| compared | mean (least … largest) over seeds |", "|---|---|"]
+    for name, text, other in _PAIRS:
+        values = against(rows, name, text, other)
+        if values:
+            better = sum(value < 0 for value in values)
+            figure = f"{spread(values)}, lower in {better} of {len(values)}"
+            lines.append(f"| loss on {'code' if text == 'code' else 'English'}: {name} less {other} | {figure} |")
+    for name, other in _RATES:
+        rates = best_rate(rows, name), best_rate(rows, other)
+        if all(rates):
+            lines.append(f"| best rate: {name} over {other} | {rates[0] / rates[1]:.3g} |")
+    return "\n".join(lines)
+
+
+_PAIRS = (
+    ("LoRA r=4", "code", "LoRA r=64"),
+    (REFERENCE, "code", "full"),
+    (REFERENCE, "english", "full"),
+    ("attention only r=33", "code", "MLP only r=20"),
+    ("attention only r=33", "english", "MLP only r=20"),
+    ("rsLoRA r=64", "code", "LoRA r=64"),
+    ("LoRA r=16, batch 8", "code", "full, batch 8"),
+    ("LoRA r=16, batch 8", "code", REFERENCE),
+    ("full, batch 8", "code", "full"),
+)
+_RATES = ((REFERENCE, "full"), ("LoRA r=16, batch 8", "full, batch 8"), ("LoRA r=4", "LoRA r=64"))
+
+
 def section(rows: Rows) -> str:
     """What stands between the marks of the page. Raises: ValueError without rows."""
     if not rows:
@@ -105,7 +135,7 @@ def section(rows: Rows) -> str:
         f"validation {first['validation_before']:.3f}, distinct pairs {first['diversity_before']:.2f}."
     )
     lacking = [line for condition in CONDITIONS if (line := _lacking(rows, condition))]
-    parts = [head, table(rows), "![Learning against forgetting](study.png)", sweep(rows)]
+    parts = [head, table(rows), "![Learning against forgetting](study.png)", comparisons(rows), sweep(rows)]
     return "\n\n".join([*parts, *[f"Not run yet: {'; '.join(lacking)}."] * bool(lacking)])
 
 

@@ -151,3 +151,6 @@ def test_the_tables_say_what_the_rows_say():
     assert "| LoRA r=16 | | diverged | **-0.500** | -0.400 |" in study_report.sweep([*own, *full]).replace(
         "|  |", "| |"
     )
+    compared = study_report.comparisons([*own, *full])
+    assert "| loss on code: LoRA r=16 less full | -0.050 (-0.200 … +0.100), lower in 1 of 2 |" in compared
+    assert "| best rate: LoRA r=16 over full | 31.6 |" in compared
