@@ -151,7 +151,8 @@ def _lacking(rows: Rows, condition: Condition) -> str:
 
 def plot(rows: Rows) -> bytes:
     """A PNG: a point a condition of batch 2, how much the loss on English rose against how much that on code fell, the
-    means of the seeds with least and largest; a line through those that none beats in both."""
+    means of the seeds with least and largest; a thick line through those that none beats in both, and a thin one a
+    condition through the runs of its sweep, as far as they lie near."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -160,14 +161,17 @@ def plot(rows: Rows) -> bytes:
     names = [c.name for c in MAIN if chosen(rows, c.name)]
     learnt = {name: [-value for value in changes(rows, name, "code").values()] for name in names}
     forgot = {name: [*changes(rows, name, "english").values()] for name in names}
-    figure, axes = pyplot.subplots(figsize=(8.5, 5.5), layout="constrained")
-    for i, name in enumerate(names):
-        x, y = mean(forgot[name]), mean(learnt[name])
-        bars = {f"{axis}err": [[at - min(v)], [max(v) - at]] for axis, at, v in _axes(x, y, forgot[name], learnt[name])}
-        axes.errorbar(x, y, **bars, fmt="os^Dv"[i % 5], label=name, color=pyplot.get_cmap("tab20")(i), linewidth=0.8)
-    front = pareto([mean(learnt[n]) for n in names], [mean(forgot[n]) for n in names])
-    line = [(mean(forgot[names[i]]), mean(learnt[names[i]])) for i in front]
-    axes.plot(*zip(*line), color="#888888", linewidth=1, zorder=0, label="not beaten in both")
+    at = {name: (mean(forgot[name]), mean(learnt[name])) for name in names}
+    figure, axes = pyplot.subplots(figsize=(9.5, 5.5), layout="constrained")
+    for i, (name, (x, y)) in enumerate(at.items()):
+        look = dict(color=pyplot.get_cmap("tab20")(i), linewidth=0.8)
+        axes.errorbar(x, y, _around(y, learnt[name]), _around(x, forgot[name]), "os^Dv"[i % 5], label=name, **look)
+        axes.plot(*_swept_points(rows, name), marker=".", markersize=3, alpha=0.4, **look)
+    front = [at[names[i]] for i in pareto([at[name][1] for name in names], [at[name][0] for name in names])]
+    axes.plot(*zip(*front), color="#888888", linewidth=2.5, alpha=0.5, zorder=0, label="not beaten in both")
+    for limits, values, below, above in ((axes.set_xlim, forgot, 0.02, 0.06), (axes.set_ylim, learnt, 0.04, 0.02)):
+        middles = [mean(v) for v in values.values()]
+        limits(min(middles) - below, max(middles) + above)
     axes.set_xlabel("forgetting: rise of the loss on English, nats a token")
     axes.set_ylabel("learning: fall of the loss on code, nats a token")
     axes.grid(alpha=0.3)
@@ -178,8 +182,16 @@ def plot(rows: Rows) -> bytes:
     return image.getvalue()
 
 
-def _axes(x: float, y: float, xs: Sequence[float], ys: Sequence[float]) -> list[tuple[str, float, Sequence[float]]]:
-    return [("x", x, xs), ("y", y, ys)]
+def _around(middle: float, values: Sequence[float]) -> list[list[float]]:
+    """How far the values reach below and above."""
+    return [[middle - min(values)], [max(values) - middle]]
+
+
+def _swept_points(rows: Rows, name: str) -> tuple[list[float], list[float]]:
+    """Rise on English and fall on code of a sweep's runs, by rate."""
+    swept = [r for r in rows if r["condition"] == name and r["seed"] == SEEDS[0] and r["code"] is not None]
+    swept.sort(key=lambda r: r["lr"])
+    return [r["english"] - r["english_before"] for r in swept], [r["code_before"] - r["code"] for r in swept]
 
 
 def write(rows: Rows, page: Path) -> None:
