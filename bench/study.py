@@ -22,6 +22,7 @@ The protocol, fixed before the first run:
   the change of two kinds of weights in two layers: perturbation rank at 90 % and intruders among the top 10 (0.5).
 * Order: all sweeps, then the seeds, then the two conditions of batch 8, then seeds 3 and 4 of everything. A run whose
   loss or gradient is not finite has diverged, and counts as worse than any other.
+* The control, LoRA at the rate that many of its variants took, was added once the first two stages had been looked at.
 """
 
 import argparse

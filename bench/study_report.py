@@ -105,6 +105,7 @@ def comparisons(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+_AT_ITS_RATE = ("DoRA r=16", "LoRA-FA r=16", "PeriodicLoRA r=16", "Chain of LoRA r=16", "MLP only r=20")
 _PAIRS = (
     ("LoRA r=4", "code", "LoRA r=64"),
     (REFERENCE, "code", "full"),
@@ -112,6 +113,7 @@ _PAIRS = (
     ("attention only r=33", "code", "MLP only r=20"),
     ("attention only r=33", "english", "MLP only r=20"),
     ("rsLoRA r=64", "code", "LoRA r=64"),
+    *((name, "code", "LoRA r=16 at 0.001") for name in _AT_ITS_RATE),
     ("LoRA r=16, batch 8", "code", "full, batch 8"),
     ("LoRA r=16, batch 8", "code", REFERENCE),
     ("full, batch 8", "code", "full"),
