@@ -154,3 +154,9 @@ def test_the_tables_say_what_the_rows_say():
     compared = study_report.comparisons([*own, *full])
     assert "| loss on code: LoRA r=16 less full | -0.050 (-0.200 … +0.100), lower in 1 of 2 |" in compared
     assert "| best rate: LoRA r=16 over full | 31.6 |" in compared
+
+
+def test_the_published_page_is_what_the_rows_say():
+    text = (BENCH.parent / "docs" / "study.md").read_text()
+    body = text[text.index(study_report.BEGIN) + len(study_report.BEGIN) : text.index(study_report.END)]
+    assert body == f"\n{study_report.section(study.read_rows(study.ROWS))}\n"
