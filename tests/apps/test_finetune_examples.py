@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fused_lora import apply_lora, data, save_adapter
 from fused_lora.finetune import checkpoint, job, loop
-from fused_lora.jsonl import IGNORED
+from fused_lora.rows import IGNORED
 
 LETTERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 

@@ -35,6 +35,14 @@ def finetune(
     cut: Annotated[
         bool, typer.Option("--cut", help="Cut examples that are longer than --seq-len, rather than refuse them.")
     ] = Settings.cut,
+    packing: Annotated[
+        bool,
+        typer.Option(
+            "--packing/--no-packing",
+            help="Fill blocks with several documents or examples, none of which sees another. Without it documents "
+            "follow each other in one row and an example is a row.",
+        ),
+    ] = Settings.packing,
     output: Annotated[
         str, typer.Option(help="Directory for the adapter, its figures and checkpoint.")
     ] = "fused-lora-finetune",

@@ -25,10 +25,11 @@ from fused_lora import data
 from fused_lora.adapters import apply_lora, peft_format, save_adapter
 from fused_lora.files import check_space, claimed, remove_leftovers, write_json, write_whole
 from fused_lora.finetune import checkpoint
+from fused_lora.finetune.borders import check_kept_apart
 from fused_lora.finetune.loop import Run, predicted
 from fused_lora.finetune.settings import Settings
-from fused_lora.jsonl import inputs_of
 from fused_lora.models import DTYPES, check_name, context_of, is_text, load_model, packaged_model
+from fused_lora.rows import first_text, inputs_of
 
 PLOT, SUMMARY, WHOLE = "loss.png", "summary.json", "model"
 _OURS = (checkpoint.NAME, checkpoint.METRICS, PLOT, SUMMARY, peft_format.CONFIG_NAME, peft_format.WEIGHTS_NAME)
@@ -158,8 +159,12 @@ def _load(settings: Settings, say: Callable[[str], None]) -> tuple[Any, Any, Ten
     """(model, tokenizer, blocks to train on, held-out blocks that are measured)."""
     train, held_out = data.read(settings.data, settings.eval_data, settings.text_field, say)
     model, tokenizer = load_model(settings.model or packaged_model(), DTYPES[settings.dtype], settings.device)
-    blocks = data.to_blocks(train, tokenizer, settings.seq_len, settings.cut)
-    measured = data.to_blocks(held_out, tokenizer, settings.seq_len, settings.cut)
+    if settings.packing:
+        check_kept_apart(model)
+    blocks, measured = (
+        data.to_blocks(documents, tokenizer, settings.seq_len, settings.cut, settings.packing)
+        for documents in (train, held_out)
+    )
     measured = data.spread(measured, settings.eval_tokens)
     known, largest = (
         model.get_input_embeddings().num_embeddings,
@@ -201,7 +206,7 @@ def _default_prompt(tokenizer, measured: Tensor, settings: Settings, context: in
     """The first held-out tokens, of an example those before its answer; Python code where that is the data, and where
     the tokens are no words."""
     before = int((measured[0] >= 0).nonzero()[0])
-    first = measured[0, : min(before or 32, (context or 64) // 2)]
+    first = first_text(measured[0])[: min(before or 32, (context or 64) // 2)]
     words = tokenizer.decode(inputs_of(first[first != data.IGNORED]))
     return words if settings.data and words.strip() else _PYTHON_PROMPT
 

@@ -19,8 +19,8 @@ from fused_lora import data
 from fused_lora.finetune import checkpoint
 from fused_lora.finetune.optimizers import make_optimizer
 from fused_lora.finetune.settings import Settings
-from fused_lora.jsonl import IGNORED, inputs_of, labels_of
 from fused_lora.models import context_of, out_of_memory
+from fused_lora.rows import IGNORED, inputs_of, labels_of, positions_of
 from fused_lora.schedules import MergeSchedule
 
 
@@ -31,8 +31,10 @@ def predicted(blocks: Tensor) -> int:
 
 def loss_sum(model: nn.Module, blocks: Tensor) -> Tensor:
     """Sum of -log p over the predicted tokens of the blocks [n, L], in fp32. Filling lies behind the text, where no
-    token attends to it."""
-    logits = model(input_ids=inputs_of(blocks), use_cache=False).logits[:, :-1].float()
+    token attends to it; where a block holds several texts, position_ids that begin anew keep them apart."""
+    positions = positions_of(blocks)
+    apart = {} if positions is None else {"position_ids": positions}
+    logits = model(input_ids=inputs_of(blocks), use_cache=False, **apart).logits[:, :-1].float()
     labels = labels_of(blocks[:, 1:])
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 

@@ -27,6 +27,8 @@ class Settings:
             data.
         text_field: field of a JSONL line that holds its text; lines of prompt and completion, or messages, have none.
         cut: examples that are longer than seq_len are cut off there, rather than refused.
+        packing: documents or examples share blocks of seq_len tokens, and none sees another. Without it a document
+            goes on where the one before it ends and sees it, and an example has a row of its own.
         rank, alpha, dropout, target_modules, rslora: of the adapter, as in `apply_lora`.
         variant: lora, rslora, dora, or allora, whose alpha is the rank.
         allora_eta: of ALLoRA.
@@ -51,6 +53,7 @@ class Settings:
     eval_data: tuple[str, ...] = ()
     text_field: str = "text"
     cut: bool = False
+    packing: bool = False
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
