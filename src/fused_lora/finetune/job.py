@@ -3,7 +3,8 @@ plot.
 
 Into the output directory: adapter_config.json and adapter_model.safetensors (PEFT's format), checkpoint.safetensors,
 metrics.jsonl (a line a step), summary.json, loss.png. After merges the adapter holds all stages; where the whole model
-has trained, it stands in model/ instead of an adapter.
+has trained, it stands in model/ instead of an adapter. Under torchrun or `accelerate launch` the processes train
+together and the first one writes; settings, figures and files are those of one process.
 """
 
 import math
@@ -12,7 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from fused_lora import data
 from fused_lora.adapters import apply_lora, peft_format, save_adapter
 from fused_lora.files import check_space, claimed, remove_leftovers, write_json, write_whole
-from fused_lora.finetune import checkpoint
+from fused_lora.finetune import checkpoint, processes
 from fused_lora.finetune.borders import check_kept_apart
 from fused_lora.finetune.loop import Run, predicted
 from fused_lora.finetune.settings import Settings
@@ -70,27 +71,42 @@ def finetune(
     import matplotlib  # noqa: F401  their lack shows here, not after the training
     import transformers  # noqa: F401
 
-    with claimed(output, say):
-        going_on = _going_on(output, settings, resume, overwrite)
-        remove_leftovers(output, _OURS)
+    with processes.joined(settings.device), ExitStack() as claim:
+        processes.check_shares(settings.batch_size * settings.grad_accum)
+        if processes.rank():
+            say, tick = (lambda _: None), (lambda _: None)
+        going_on = processes.by_first(lambda: _claim(claim, output, settings, resume, overwrite, say))
         model, tokenizer, blocks, measured = _load(settings, say)
         prompt = prompt or _default_prompt(tokenizer, measured, settings, context_of(model))
         of_base = complete(model, tokenizer, prompt)  # shows here whether the prompt and generate() serve
         torch.manual_seed(settings.seed)
         model.requires_grad_(True) if settings.full else apply_lora(model, settings.lora())
-        _check_space(output, model, settings)
+        processes.part_ways(settings.seed)
+        processes.by_first(lambda: _check_space(output, model, settings))
         run = Run(settings, output, model.train(), blocks, measured, say, tick)
         if going_on:
             run.restore()
         else:
             run.start(output / name for name in _OURS)
         run.train(save_every, eval_every)
-        _save(run, model, tokenizer, output)
-        summary = _summary(run, prompt, time.perf_counter() - began)
-        summary |= {"completion": complete(model, tokenizer, prompt), "completion_of_base": of_base}
-        write_json(output / SUMMARY, summary)
-        write_whole({output / PLOT: plot(run.rows)})
-    return summary
+
+        def finish() -> dict:
+            _save(run, model, tokenizer, output)
+            summary = _summary(run, prompt, time.perf_counter() - began)
+            summary |= {"completion": complete(model, tokenizer, prompt), "completion_of_base": of_base}
+            write_json(output / SUMMARY, summary)
+            write_whole({output / PLOT: plot(run.rows)})
+            return summary
+
+        return processes.by_first(finish)
+
+
+def _claim(claim: ExitStack, output: Path, settings: Settings, resume: bool, overwrite: bool, say) -> bool:
+    """Keep the output for this run, and say whether it has a checkpoint to resume from."""
+    claim.enter_context(claimed(output, say))
+    going_on = _going_on(output, settings, resume, overwrite)
+    remove_leftovers(output, _OURS)
+    return going_on
 
 
 def _check_options(resume: bool, overwrite: bool, save_every: int, eval_every: int, prompt: str | None) -> None:
@@ -99,11 +115,6 @@ def _check_options(resume: bool, overwrite: bool, save_every: int, eval_every: i
             raise ValueError(f"{name} must be an int >= 0; got {every}")
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; got both")
-    processes = os.environ.get("WORLD_SIZE", "")  # of torchrun and accelerate launch
-    if processes not in ("", "1"):
-        raise ValueError(
-            f"finetune must run as one process, several would write one output; got WORLD_SIZE={processes}"
-        )
     if prompt is not None and (not prompt or not is_text(prompt)):
         raise ValueError(f"--prompt must be UTF-8 text that is not empty; got {prompt!r}")
 
