@@ -12,6 +12,7 @@ from tiny_llama import TOKENS, llama, randomise
 
 import fused_lora
 from fused_lora import LoraConfig, LoRALinear, apply_lora, load_adapter, save_adapter, set_adapter
+from fused_lora.variants.allora import ScaledSteps
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -188,6 +189,10 @@ def test_allora_s_files(tmp_path):
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
     with fused_lora.merged(model):
         torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
+    assert "allora_mode" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    save_adapter(apply_lora(llama(), 4, target_modules=["q_proj"], allora_eta=1.5, allora_mode="update"), tmp_path)
+    layer = load_adapter(llama(), tmp_path).model.layers[0].self_attn.q_proj
+    assert layer.allora_mode == {"default": "update"} and isinstance(layer.variants["default"], ScaledSteps)
 
 
 def test_a_file_says_dora_exact(tmp_path):

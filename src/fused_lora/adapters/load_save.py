@@ -128,8 +128,8 @@ def load_adapter(
         layers, saved = holders_of(root, adapter_name)
         for name, layer in layers.items():
             given = config.layer(pattern_name(name, layer))
-            same = given.lora_alpha, given.lora_dropout, given.use_rslora, given.dora_exact, given.allora_eta
-            layer.set_hyperparameters(adapter_name, *same)
+            variant = given.dora_exact, given.allora_eta, given.allora_mode
+            layer.set_hyperparameters(adapter_name, given.lora_alpha, given.lora_dropout, given.use_rslora, *variant)
         with torch.no_grad():
             for key, tensor in tensors_of(layers, saved, adapter_name).items():
                 fill(tensor, values[key])

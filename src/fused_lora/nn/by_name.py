@@ -4,11 +4,12 @@ import math
 
 from torch import Tensor, nn
 
-from fused_lora.config import LayerConfig, unknown_name
+from fused_lora.config import unknown_name
+from fused_lora.layer_config import LayerConfig
 from fused_lora.nn.adapter_tensors import AdapterDropout, AdapterTensors, set_trainable
 from fused_lora.ops.update import joined
 from fused_lora.variants import AdapterVariant, LayerLink, LayerVariant
-from fused_lora.variants.allora import ALLoRA
+from fused_lora.variants.allora import ALLoRA, ScaledSteps
 from fused_lora.variants.dora import DoRA
 
 ActiveAdapter = str | list[str] | None
@@ -40,6 +41,7 @@ class AdaptersByName(nn.Module):
         self.use_rslora: dict[str, bool] = {}
         self.dora_exact: dict[str, bool] = {}
         self.allora_eta: dict[str, float | None] = {}
+        self.allora_mode: dict[str, str] = {}
         self.init_lora_weights: dict[str, bool | str] = {}  # PEFT's word for how each started
         self.active_adapter: ActiveAdapter = None  # a list of two or more
         self.variants: dict[str, AdapterVariant] = {}  # of adapters that are no plain LoRA
@@ -70,6 +72,7 @@ class AdaptersByName(nn.Module):
         use_rslora: bool,
         dora_exact: bool = False,
         allora_eta: float | None = None,
+        allora_mode: str = "gradient",
     ) -> None:
         """Set what an adapter is but for its rank and whether it is DoRA, which its tensors say.
 
@@ -77,17 +80,20 @@ class AdaptersByName(nn.Module):
         """
         self._check_known(adapter_name)
         use_dora = adapter_name in self.lora_magnitude_vector
-        given = lora_alpha, lora_dropout, use_rslora, use_dora, dora_exact, allora_eta
+        given = lora_alpha, lora_dropout, use_rslora, use_dora, dora_exact, allora_eta, allora_mode
         self._set_config(adapter_name, LayerConfig(self.r[adapter_name], *given))
 
     def _set_config(self, adapter_name: str, config: LayerConfig) -> None:
         self.r[adapter_name], self.lora_alpha[adapter_name] = config.r, config.lora_alpha
         self.lora_dropout[adapter_name] = float(config.lora_dropout)
         self.use_rslora[adapter_name], self.scaling[adapter_name] = config.use_rslora, config.scaling
-        self.dora_exact[adapter_name], self.allora_eta[adapter_name] = config.dora_exact, config.allora_eta
+        self.dora_exact[adapter_name] = config.dora_exact
+        self.allora_eta[adapter_name], self.allora_mode[adapter_name] = config.allora_eta, config.allora_mode
         self.variants.pop(adapter_name, None)
         if config.use_dora:
             self.variants[adapter_name] = DoRA(adapter_name, config.dora_exact)
+        elif config.allora_eta is not None and config.allora_mode == "update":
+            self.variants[adapter_name] = ScaledSteps(adapter_name, config.allora_eta, self.lora_A, self.lora_B)
         elif config.allora_eta is not None:
             self.variants[adapter_name] = ALLoRA(adapter_name, config.allora_eta)
 
@@ -96,7 +102,7 @@ class AdaptersByName(nn.Module):
         name = adapter_name
         plain = self.r[name], self.lora_alpha[name], self.lora_dropout[name], self.use_rslora[name]
         use_dora = name in self.lora_magnitude_vector
-        return LayerConfig(*plain, use_dora, self.dora_exact[name], self.allora_eta[name])
+        return LayerConfig(*plain, use_dora, self.dora_exact[name], self.allora_eta[name], self.allora_mode[name])
 
     def own_tensors(self, adapter_name: str) -> list[nn.Parameter]:
         """An adapter's A, B and, of DoRA, m."""
@@ -132,6 +138,7 @@ class AdaptersByName(nn.Module):
             self.use_rslora,
             self.dora_exact,
             self.allora_eta,
+            self.allora_mode,
             self.init_lora_weights,
         ):
             del values[adapter_name]
@@ -198,4 +205,5 @@ class AdaptersByName(nn.Module):
         said += ", use_rslora=True" if self.use_rslora[name] else ""
         said += ", use_dora=True" if name in self.lora_magnitude_vector else ""
         said += ", dora_exact=True" if self.dora_exact[name] else ""
-        return said if self.allora_eta[name] is None else f"{said}, allora_eta={self.allora_eta[name]}"
+        said += "" if self.allora_eta[name] is None else f", allora_eta={self.allora_eta[name]}"
+        return f"{said}, allora_mode='update'" if self.allora_mode[name] == "update" else said

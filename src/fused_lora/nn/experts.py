@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fused_lora.config import LayerConfig
+from fused_lora.layer_config import LayerConfig
 from fused_lora.nn.expert_layouts import Factor, shared, stacked, unstacked
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.merged_weight import check_values

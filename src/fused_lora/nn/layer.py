@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora import bases
-from fused_lora.config import LayerConfig, check_adapter_name
+from fused_lora.config import check_adapter_name
+from fused_lora.layer_config import LayerConfig
 from fused_lora.nn.by_name import AdaptersByName
 from fused_lora.nn.merged_weight import MergedUpdate, check_values, merged_weight, summed
 
@@ -44,7 +45,7 @@ class LoRALayer(AdaptersByName):
             use_rslora: scale by lora_alpha / sqrt(r) instead.
             adapter_name: the adapter's name.
             adapter_dtype: of A and B; None takes float32, over a float64 base float64.
-            variant: use_dora, dora_exact, allora_eta, as in `LoRALinear`; other layers have plain LoRA only.
+            variant: use_dora, dora_exact, allora_eta, allora_mode, as in `LoRALinear`; others have plain LoRA only.
         Returns: the layer, in the training mode of `base`.
         Raises: ValueError naming the argument, what was expected and what was given.
         """
