@@ -125,7 +125,8 @@ class LoraConfig:
             for key, value in pattern.items():
                 if as_plain_name(key) is None:
                     check_regex(f"{name} key", key, for_ends(key))
-                LayerConfig(r=value) if name == "rank_pattern" else LayerConfig(lora_alpha=value)
+                given = {"r": value, "use_dora": self.use_dora} if name == "rank_pattern" else {"lora_alpha": value}
+                LayerConfig(**given)
 
     def _check_layers(self) -> None:
         layers, patterns = self.layers_to_transform, self.layers_pattern

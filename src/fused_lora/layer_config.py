@@ -9,8 +9,8 @@ _ALLORA_MODES = ("gradient", "update")
 
 
 def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA."""
-    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+    """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA; 0 where there is no rank."""
+    return 0.0 if r == 0 else lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class LayerConfig:
 
     def _check_plain(self) -> None:
         r, alpha, dropout = self.r, self.lora_alpha, self.lora_dropout
-        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise ValueError(f"r must be an int >= 1; got {r!r}")
+        least = 0 if self.use_dora is True else 1  # DoRA's magnitudes train alone, too
+        if not isinstance(r, int) or isinstance(r, bool) or r < least:
+            raise ValueError(f"r must be an int >= {least}; got {r!r}")
         if r > _LARGEST_RANK:
             raise ValueError(f"r must be at most {_LARGEST_RANK}; got a number of {r.bit_length()} bits")
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= sys.float_info.max:

@@ -203,6 +203,24 @@ def test_a_file_says_dora_exact(tmp_path):
     assert "dora_exact" not in json.loads((tmp_path / "adapter_config.json").read_text())
 
 
+def test_files_of_modules_that_train_magnitudes_alone(tmp_path):
+    """They hold m alone, come back, into a model that has the adapter, too, and PEFT refuses a rank of 0."""
+    model = randomise(ours(rank_pattern={"q_proj": 0})).eval()
+    save_adapter(model, tmp_path)
+    keys = {
+        key.removeprefix("base_model.model.model.layers.1.")
+        for key in load_file(tmp_path / "adapter_model.safetensors")
+    }
+    assert {key for key in keys if "q_proj" in key} >= {"self_attn.q_proj.lora_magnitude_vector"}
+    assert not any("q_proj.lora_A" in key or "q_proj.lora_B" in key for key in keys)
+    again = load_adapter(llama(), tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    torch.nn.init.ones_(again.model.layers[0].self_attn.q_proj.lora_magnitude_vector["default"])
+    assert torch.equal(logits(load_adapter(again, tmp_path)), logits(model))
+    with pytest.raises(ValueError, match="`r` should be a positive integer"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

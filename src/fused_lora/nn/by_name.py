@@ -29,6 +29,8 @@ def as_list(active: ActiveAdapter) -> list[str]:
 class AdaptersByName(nn.Module):
     """A module with A, B and settings of LoRA adapters by name, of which none, one or several act."""
 
+    file_keys = ("lora_A.weight", "lora_B.weight")  # of A and B in PEFT's file, after the layer's name
+
     def _start_empty(self) -> None:
         """No adapters yet."""
         self.lora_A, self.lora_B = AdapterTensors(), AdapterTensors()
@@ -104,17 +106,31 @@ class AdaptersByName(nn.Module):
         use_dora = name in self.lora_magnitude_vector
         return LayerConfig(*plain, use_dora, self.dora_exact[name], self.allora_eta[name], self.allora_mode[name])
 
+    def named_tensors(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """An adapter's A and B, if it has a rank, and, of DoRA, m, by their keys in PEFT's file after the layer's
+        name."""
+        keys = (*self.file_keys, "lora_magnitude_vector")
+        held = dict(zip(keys, (self.lora_A, self.lora_B, self.lora_magnitude_vector), strict=True))
+        ranked = self.r[adapter_name] > 0
+        return {
+            key: tensors[adapter_name]
+            for key, tensors in held.items()
+            if adapter_name in tensors and (ranked or key == "lora_magnitude_vector")
+        }
+
     def own_tensors(self, adapter_name: str) -> list[nn.Parameter]:
-        """An adapter's A, B and, of DoRA, m."""
-        held = (self.lora_A, self.lora_B, self.lora_magnitude_vector)
-        return [tensors[adapter_name] for tensors in held if adapter_name in tensors]
+        """An adapter's A, B and m, as far as it has them."""
+        return list(self.named_tensors(adapter_name).values())
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """An adapter's A and B for a forward, brought here where they are offloaded."""
-        lora_A = self.lora_A[adapter_name]
+        """An adapter's A and B for a forward, brought here where they are offloaded; zeros of rank 1 where its rank is
+        0, since the op wants a rank."""
+        lora_A, lora_B = self.lora_A[adapter_name], self.lora_B[adapter_name]
         if lora_A.is_meta:  # offloaded, or a model without values
-            return self.lora_A(adapter_name), self.lora_B(adapter_name)
-        return lora_A, self.lora_B[adapter_name]
+            lora_A, lora_B = self.lora_A(adapter_name), self.lora_B(adapter_name)
+        if lora_A.shape[0] == 0:
+            return lora_A.new_zeros(1, lora_A.shape[1]), lora_B.new_zeros(lora_B.shape[0], 1)
+        return lora_A, lora_B
 
     def magnitude(self, adapter_name: str) -> Tensor:
         """A DoRA adapter's m [N] for a forward, brought here where it is offloaded."""
@@ -177,6 +193,8 @@ class AdaptersByName(nn.Module):
         """Start an adapter afresh: A from U(-1/sqrt(K), 1/sqrt(K)) with K inputs to an element of h, B zero. Raises:
         ValueError if it is unknown or merged."""
         self._check_resettable(adapter_name)
+        if self.r[adapter_name] == 0:
+            return
         nn.init.kaiming_uniform_(self.lora_A[adapter_name], a=math.sqrt(5))
         nn.init.zeros_(self.lora_B[adapter_name])
 

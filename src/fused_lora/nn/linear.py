@@ -32,7 +32,7 @@ class LoRALinear(WithMagnitudes):
 
     Args:
         in_features, out_features: K and N.
-        r: rank R of the first adapter.
+        r: rank R of the first adapter; 0 with use_dora trains the magnitudes alone.
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: dropout on the low-rank path's input while training, in [0, 1).
         use_rslora: scale by lora_alpha / sqrt(r) instead.
