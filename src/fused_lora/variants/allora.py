@@ -100,7 +100,9 @@ class ScaledSteps:
         _watch(self)
 
     def update(self, layer: Any, x: Tensor) -> Update:
-        """See LayerVariant."""
+        """See LayerVariant. Raises: ValueError where no optimizer can hold B."""
+        if torch.is_grad_enabled():
+            self.check()
         name = self.adapter_name
         lora_A, lora_B = layer.factors(name)
         return Update(lora_A, lora_B, layer.scaling[name], 0.0, {})
@@ -110,18 +112,22 @@ class ScaledSteps:
 
     @property
     def lora_B(self) -> Tensor:
-        """B as it is trained, whole or DTensor. Raises: ValueError for FSDP1's, which is a piece of a vector."""
-        lora_B = self._Bs[self.adapter_name]
+        """B, whole or a DTensor."""
+        return self._Bs[self.adapter_name]
+
+    def check(self) -> None:
+        """Raises ValueError for FSDP1's B, a view in the forward and a piece of a vector in an optimizer."""
+        lora_B = self.lora_B
         if not isinstance(lora_B, nn.Parameter) or lora_B.dim() != 2:
             raise ValueError(
-                "allora_mode='update' and FullyShardedDataParallel, which gives optimizers no B, exclude each other: "
-                f"shard by fully_shard; got a B of shape {list(lora_B.shape)}"
+                "allora_mode='update', which needs an optimizer with B, and FullyShardedDataParallel exclude each "
+                f"other: shard by fully_shard; got a B of {type(lora_B)} and shape {list(lora_B.shape)}"
             )
-        return lora_B
 
     @torch.no_grad()
     def begin(self) -> None:
         """Remember B as it is before a step."""
+        self.check()
         lora_B = self.lora_B
         norms = product_norms(self._As[self.adapter_name], lora_B)
         self._before = lora_B.to(norms.dtype, copy=True), torch.rsqrt(1.0 + self.eta**2 * norms)
