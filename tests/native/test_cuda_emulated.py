@@ -17,6 +17,7 @@ import subprocess
 import pytest
 import torch
 from emulated_cuda import TOOLKIT, build, build_bringup, compile_file, link
+from infinities import check_infinity
 
 from fused_lora import backends
 from fused_lora.backends import cuda
@@ -215,18 +216,7 @@ def test_bitwise_determinism(schedule):
 )
 @pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "bias", "dy"])
 def test_an_infinity_meets_no_padding(schedule, poison, name, M, R, dropout_p):
-    """Ones with an infinity among them: the truth's infinities, and no NaN (of an infinity times padding's zeros) but
-    the truth's own."""
-    p = exact_problem(M, 40, 136, R, torch.bfloat16)
-    for tensor in (p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.dy):
-        tensor.fill_(1.0)
-    masked = dict(dropout_p=dropout_p, seed=dropout_seed() if dropout_p else None)
-    kept = dropout_mask(dropout_seed(), M, 136, dropout_p or 0.0)[3].nonzero()[0] if name == "x" else 2
-    getattr(p, name)[(kept,) if name == "bias" else (3, kept)] = float("inf")
-    exact = truth(p, **masked)
-    for key, got in run(p, backend="cuda", **masked).items():
-        assert torch.equal(got.isposinf() | exact[key].isnan(), exact[key].isposinf() | exact[key].isnan()), key
-        assert not (got.isnan() & ~exact[key].isnan()).any(), f"{key} has a NaN of its own"
+    check_infinity("cuda", (M, 40, 136, R), torch.bfloat16, name, dropout_p)
 
 
 LARGE, SMALL = (600, 520, 328, 16), (65, 136, 1000, 16)
