@@ -9,7 +9,14 @@ from fused_lora.adapters import peft_config, peft_format
 from fused_lora.adapters.conventions import moved_layers, task_type_of
 from fused_lora.adapters.holders import Layers, Wrappers, adapter_names, holders_of, live_keys, module_names, tensors_of
 from fused_lora.adapters.hub import adapter_directory
-from fused_lora.adapters.model import check_addable, check_may_train, check_not_merged, install, set_adapter
+from fused_lora.adapters.model import (
+    check_addable,
+    check_may_train,
+    check_not_merged,
+    check_not_mixed,
+    install,
+    set_adapter,
+)
 from fused_lora.adapters.places import parameter_names, walk
 from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.starts import check_start, start
@@ -112,6 +119,7 @@ def load_adapter(
         check_no_peft(model)
         check_may_train(model, [adapter_name])
         check_not_merged(root, "an adapter is read again")
+        check_not_mixed(root, "reading an adapter")
     else:
         check_addable(model)
     directory = adapter_directory(directory, revision, subfolder)

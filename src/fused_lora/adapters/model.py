@@ -5,7 +5,7 @@ from contextlib import suppress
 from torch import nn
 
 from fused_lora.adapters.conventions import for_model
-from fused_lora.adapters.holders import adapter_names, all_holders, held
+from fused_lora.adapters.holders import adapter_names, all_holders, held, named_holders
 from fused_lora.adapters.peft_config import from_peft, is_peft_config
 from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.starts import check_start, start
@@ -16,6 +16,7 @@ from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, lora_layer
 from fused_lora.nn.by_name import ActiveAdapter, as_list
 from fused_lora.nn.experts import LoRAParameter, pattern_name
+from fused_lora.nn.mixed_batch import Mixed
 from fused_lora.nn.modules_to_save import ModuleToSave
 
 
@@ -120,6 +121,7 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
         nothing changes then.
     """
     root = unwrapped(model)
+    check_not_mixed(root, "set_adapter")
     check_may_train(model, checked_names(root, adapter_name))
     layers, wrappers = all_holders(root)
     for name, layer in layers.items():
@@ -181,6 +183,7 @@ def check_addable(model: nn.Module) -> None:
     check_no_peft(model)
     check_open(model)
     check_not_merged(model, "an adapter is added")
+    check_not_mixed(model, "adding an adapter")
 
 
 def check_not_merged(model: nn.Module, what: str) -> None:
@@ -188,6 +191,16 @@ def check_not_merged(model: nn.Module, what: str) -> None:
     for name, layer in all_holders(model)[0].items():
         if layer.merged:
             raise ValueError(f"{name} must be unmerged before {what}; got adapter {layer.active_adapter!r} merged")
+
+
+def check_not_mixed(model: nn.Module, what: str) -> None:
+    """Raises ValueError inside a context of several adapters in a batch, which excludes `what`."""
+    for holder in named_holders(model).values():
+        if isinstance(holder, Mixed):
+            raise ValueError(
+                f"{what} and adapters_per_sample or adapters_per_token exclude each other, leave their context first; "
+                f"got a batch of {list(holder.mixed.distinct)}"
+            )
 
 
 def install(root: nn.Module, plan: Plan, config: LoraConfig, adapter_name: str) -> None:
