@@ -25,6 +25,7 @@ class Device(NamedTuple):
 PLAN_WORDS = (
     ("one_launch", "one_launch", True),
     ("prefetch", "prefetch", True),
+    ("narrow", "narrow", True),
     ("one_read", "one_read", True),
     ("two_reads", "one_read", False),
 )
@@ -123,6 +124,7 @@ def forward_plan(
     *,
     one_launch: bool = False,
     prefetch: bool = False,
+    narrow: bool = False,
 ) -> ForwardPlan:
     """What makes h [M, R] from x [M, K], and y [M, N].
 
@@ -131,10 +133,11 @@ def forward_plan(
         one_launch: lora_gemm_shrink where it can serve and is expected to pay; its operands' rows must then start on 16
             bytes.
         prefetch: in lora_gemm where it is possible.
+        narrow: tiles of lora_gemm are 128 columns wide where they would be 256.
     """
     if one_launch and not dropout and (both := gemm_shrink_config(M, N, K, R, itemsize, device)):
         return ForwardPlan(lora_gemm_shrink=both)
-    gemm = gemm_config(M, N, K, R, itemsize, False, device, prefetch)
+    gemm = gemm_config(M, N, K, R, itemsize, False, device, prefetch, narrow)
     return ForwardPlan(shrink=shrink_config(M, K, R, itemsize, device), lora_gemm=gemm)
 
 
@@ -154,6 +157,7 @@ def backward_plan(
     plain: bool = True,
     one_launch: bool = False,
     prefetch: bool = False,
+    narrow: bool = False,
     one_read: bool | None = None,
 ) -> BackwardPlan:
     """What makes the needed ones of dx [M, K], dA [R, K] and dB [N, R] from dy [M, N], and dh [M, R] for the first two.
@@ -170,7 +174,7 @@ def backward_plan(
         return BackwardPlan(
             low_gradient=low_gradient_config(M, N, R, itemsize, device),
             wgrad_B=wgrad_config(M, N, R, itemsize, device) if dB else None,
-            lora_gemm=gemm_config(M, K, N, R, itemsize, dropout, device, prefetch) if dx else None,
+            lora_gemm=gemm_config(M, K, N, R, itemsize, dropout, device, prefetch, narrow) if dx else None,
             wgrad_A=wgrad_A,
         )
     dy_pass = dy_pass_config(M, N, R, itemsize, device, one_read) if dh and dB else None
@@ -183,7 +187,7 @@ def backward_plan(
         dy_pass=dy_pass,
         shrink=shrink_config(M, N, R, itemsize, device) if dh and dy_pass is None else None,
         wgrad_B=wgrad_config(M, N, R, itemsize, device) if dB and dy_pass is None else None,
-        lora_gemm=gemm_config(M, K, N, R, itemsize, dropout, device, prefetch) if dx else None,
+        lora_gemm=gemm_config(M, K, N, R, itemsize, dropout, device, prefetch, narrow) if dx else None,
         wgrad_A=wgrad_A,
     )
 
@@ -202,7 +206,15 @@ def _stages(shared_bytes: int, bytes_per_stage: int, most: int) -> int:
 
 
 def gemm_config(
-    M: int, N: int, K: int, R: int, itemsize: int, dropout: bool, device: Device, prefetch: bool = False
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    itemsize: int,
+    dropout: bool,
+    device: Device,
+    prefetch: bool = False,
+    narrow: bool = False,
 ) -> GemmConfig:
     """Tiles of lora_gemm for out [M, N] = left [M, K] @ right + low [M, R] @ thin.
 
@@ -215,7 +227,7 @@ def gemm_config(
         BLOCK_M, BLOCK_N, BLOCK_K, warps, most = 64, 64, 32, 4, 3
     elif M <= 64:
         BLOCK_M, BLOCK_N, BLOCK_K, warps, most = _power_of_two(M, 16, 64), 64, 128, 4, 5
-    elif device.tma and not dropout and _cdiv(M, 128) * _cdiv(N, 256) * 2 > device.sms:
+    elif device.tma and not (dropout or narrow) and _cdiv(M, 128) * _cdiv(N, 256) * 2 > device.sms:
         BLOCK_M, BLOCK_N, warps, most = 128, 256, 8, 3
     elif _cdiv(M, 128) * _cdiv(N, 128) * 2 > device.sms:
         BLOCK_M, BLOCK_N, warps, most = 128, 128, 8 if device.tma or dropout else 4, 4

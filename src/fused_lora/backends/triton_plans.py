@@ -25,7 +25,7 @@ def plans(request: Request) -> tuple[str, ...]:
     if request.optional:
         return ("",)
     made = {_launches(request, ""): ""}
-    for plan in ("one_launch", "one_launch+two_reads", "prefetch", "one_read", "two_reads"):
+    for plan in ("one_launch", "one_launch+two_reads", "prefetch", "narrow", "one_read", "two_reads"):
         if _impossible_word(request, plan) is None:
             made.setdefault(_launches(request, plan), plan)
     return tuple(made.values())
