@@ -131,7 +131,7 @@ def test_who_fails_in_the_race_is_found_and_the_others_race_again(cache, one_cas
 def test_plans_of_a_back_end_share_a_process_until_one_fails(cache, one_case, judge, monkeypatch):
     """What is right is computed once for all of them, and again for the process that follows a fault."""
     first, second, reference = job.candidates_for(CASE, CPU)
-    asked = lambda: [candidate or do for do, candidate, _ in judge.asked]  # noqa: E731
+    asked = lambda: [candidate or do for do, candidate, _ in judge.asked]
     tuning.tune()
     assert asked() == ["prepare", first, second, "prepare", reference, "race"]
     real = judge.ask
