@@ -2,7 +2,7 @@
 # Everything that needs a GPU: build, kernels one by one, tests, sanitizer, benches; a short table last, JSON in OUT.
 #
 #   OUT=results bash bench/gpu_check.sh              all of it
-#   PARTS="build bringup" bash bench/gpu_check.sh    some of it: build bringup tests sanitizer racecheck bench profile sweep readme full llama
+#   PARTS="build bringup" bash bench/gpu_check.sh    some of it: build bringup tests sanitizer racecheck bench plans profile sweep readme full llama
 #
 # Each call fits ten minutes: what is right first (the default), then the benches, a call each. FUSED_LORA_PTXAS names another assembler, with which the
 # whole is worth a second run; FUSED_LORA_SPIN_LIMIT=50000000 makes a wait that hangs say where (docs/install.md).
@@ -96,6 +96,9 @@ sanitize() { # sanitize TOOL: the exact tests of the compiled kernels; racecheck
     tests/backends/test_backends.py -k "exact_integers and cuda"
 }
 
+# What the heuristics choose, and what differs from it in one respect.
+PLANS=triton,triton:prefetch,triton:one_launch,cuda,cuda:h_shrink,cuda:wgrad_apart,cuda:dh_shrink,cuda:serial
+
 export -f bring_up tests_here run_tests many sanitize
 export PYTHON OUT
 
@@ -113,13 +116,15 @@ for name in $PARTS; do
     tests) part tests 300 run_tests ;;
     sanitizer) part memcheck 160 sanitize memcheck && part synccheck 160 sanitize synccheck ;;
     racecheck) part racecheck 300 sanitize racecheck ;;
-    bench) part bench 120 "$PYTHON" -m fused_lora bench --device cuda --preset quick --candidates frozen,addmm,triton,cuda --budget 2 --output "$OUT" ;;
+    bench) part bench 180 "$PYTHON" -m fused_lora bench --device cuda --preset quick --candidates "frozen,addmm,$PLANS" --budget 2 --output "$OUT" ;;
+    plans) # every plan of both back ends, each checked first, at the sizes that decide; what is done is kept: again for the rest
+      FUSED_LORA_CACHE=$OUT part plans 540 "$PYTHON" -m fused_lora tune --device cuda --rows 16,512,2048,8192 --r 16,64 --time-limit 60 ;;
     readme) part readme 540 "$PYTHON" -m fused_lora bench --device cuda --preset readme --budget 2 --output "$OUT" --plot "$OUT" --resume ;;
     profile) part profile 120 "$PYTHON" bench/profile_kernels.py "$OUT/profile.json" ;;
     sweep) part sweep 300 "$PYTHON" bench/sweep_triton.py "$OUT/sweep.json" ;;
     full) part full 540 "$PYTHON" -m fused_lora bench --device cuda --preset full --budget 1 --output "$OUT" --resume ;;  # again until all rows are there
     llama) part llama 400 "$PYTHON" bench/bench_llama.py "$OUT/llama.json" ;;
-    *) echo "PARTS must be among build bringup tests sanitizer racecheck bench profile sweep readme full llama; got $name" >&2 && exit 2 ;;
+    *) echo "PARTS must be among build bringup tests sanitizer racecheck bench plans profile sweep readme full llama; got $name" >&2 && exit 2 ;;
   esac
 done
 

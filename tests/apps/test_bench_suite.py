@@ -189,6 +189,7 @@ def test_a_missing_package_is_found_before_the_timing(nothing_is_timed, monkeypa
         ("--device cuda:999", "device 'cuda:999' needs a GPU that PyTorch sees; there are "),
         ("--preset slow", "preset must be one of quick, readme, full, variants, latency; got 'slow'"),
         ("--candidates fast", "candidates must be among .*; got fast"),
+        ("--candidates slow:around", "candidates must be among .*; got slow:around"),
         ("--candidates=", "candidates must be among .*; got ''"),
         ("--candidates fused,,", "candidates must be among .*; got '', ''"),
         ("--threads 0", "threads must be from 1 to [0-9]+, the CPUs of this machine; got 0"),

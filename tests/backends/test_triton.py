@@ -13,7 +13,9 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_lora import backends
 from fused_lora.backends import triton as backend
+from fused_lora.backends import triton_plans
 from fused_lora.ops.reference import PLAIN, Gradients
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
 from fused_lora.triton_kernels import device as device_module
@@ -271,6 +273,42 @@ def test_one_read_of_dy_and_two_give_the_same_values(on_triton, poison, R):
     for plan in (recorded, opposite):
         assert_exact(run_planned(p, forward_plan, plan), truth(p))
     assert (plans[0].dy_pass is not None) == (R == 8)
+
+
+@pytest.mark.skipif(LACKS_TMA, reason="needs TMA")
+def test_plans_by_name(on_triton, poison, monkeypatch):
+    """Every word and what goes together; what cannot be followed is refused by name, and a call whose x no descriptor
+    takes has two launches instead of one."""
+    if not torch.cuda.is_available():
+        for module in (backend, triton_plans):
+            monkeypatch.setattr(module, "facts", lambda device: Device(tma=True, sms=4, shared_bytes=232448))
+    M, N, K = (8192, 1024, 1024) if torch.cuda.is_available() else (264, 264, 264)
+    p = exact_problem(M, N, K, 16, torch.float16, device=on_triton.device)
+    request = backends.Request(p.x.device, p.x.dtype, p.x.dtype, backends.bucket(M), N, K, 16, True, ())
+    launched, exact = [], truth(p)
+    monkeypatch.setattr(backend, "lora_gemm_shrink", lambda *a, **k: launched.append(1) or lora_gemm_shrink(*a, **k))
+    words = {"one_launch", "one_launch+two_reads", "prefetch", "narrow", "one_read", "two_reads"}
+    assert {"", "one_launch", "prefetch"} <= set(backend.plans(request)) <= words | {""}
+    counts = {"one_launch+one_read": 1, "one_launch+prefetch+two_reads": 2, "narrow+one_read+prefetch": 0}
+    for plan, one_launches in counts.items():
+        launched.clear()
+        assert_exact(run(p, backend=f"triton:{plan}"), exact)
+        assert len(launched) == one_launches, plan
+    launched.clear()
+    wide = torch.zeros((M, K + 1), dtype=p.x.dtype, device=p.x.device)
+    wide[:, 1:] = p.x
+    displaced = dataclasses.replace(p, x=wide[:, 1:])
+    assert_exact(run(displaced, backend="triton:one_launch+two_reads", needs=(False,) * 4), exact)
+    assert not launched
+    for plan, says in (
+        ("one_read+two_reads", "both"),
+        ("2", "of the words one_launch"),
+        ("one_launch", "one_launch, which"),
+    ):
+        with pytest.raises(ValueError, match=f"plan must .*{says}.*; got '"):
+            backends.pick(f"triton:{plan}", request._replace(R=64))
+    with pytest.raises(ValueError, match="plan must be left out with gate; got 'two_reads'"):
+        backends.pick("triton:two_reads", request._replace(optional=("gate",)))
 
 
 def test_slabs_are_added_in_groups(on_triton):

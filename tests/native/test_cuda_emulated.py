@@ -104,7 +104,7 @@ def test_small_m(schedule, poison, M, rows):
     for i, (N, K, R) in enumerate([(8, 64, 1), (136, 1000, 16), (264, 136, 12), (392, 1160, 64), (2056, 512, 40)]):
         code = cuda._C.dtype_codes["bfloat16"]
         plan = cuda._C.cuda_forward_plan(M=M, N=N, K=K, R=R, dtype=code, adapter_dtype=code, dropout=False, sms=SMS)
-        assert plan["h"] == "small" and plan["small"]["rows"] == rows
+        assert plan["plan"].startswith("small+h_inside") and plan["small"]["rows"] == rows
         seen.add(plan["small"]["splits"])
         schedule(resident_blocks=8 if i % 2 else 2, delay=200, freeze=500, seed=i + 1)
         for dtype, adapter, bias in ((torch.bfloat16, None, True), (torch.float16, torch.float32, False)):
@@ -113,6 +113,35 @@ def test_small_m(schedule, poison, M, rows):
     assert seen >= ({1, 2, 4} if rows > 64 else {1, 2, 4, 8})
     p = random_problem(M, 264, 1160, 16, torch.bfloat16)
     assert_close(run(p, backend="cuda", needs=(False,) * 4), run(p, backend="reference", needs=(False,) * 4), truth(p))
+
+
+# Each value of each field, with each of those beside it that changes the same launch.
+PLANS = [
+    ("small+h_inside+dx128+dh_inside+wgrad_warpgroup+serial", 64),
+    ("y128+h_inside+dx128+dh_inside+wgrad_apart+overlap", 32),
+    ("y256+h_inside+dx256+dh_inside+wgrad_warpgroup+serial", 12),
+    ("y128+h_shrink+dx256+dh_inside+wgrad_apart+serial", 64),
+    ("y256+h_shrink+dx128+dh_shrink+wgrad_apart+overlap", 32),
+    ("y128+h_gemm+dx256+dh_shrink+overlap", 12),
+    ("y256+h_gemm+dx128+dh_gemm+serial", 64),
+    ("y256+h_inside+dx256+dh_gemm+overlap", 32),
+    ("h_shrink+dh_shrink+overlap", 100),
+]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_every_plan(library, schedule, poison, dropout_p):
+    overlapped = ctypes.CDLL(str(library)).emulator_last_launch_overlapped
+    masked = dict(dropout_p=dropout_p, seed=dropout_seed() if dropout_p else None)
+    for i, (plan, R) in enumerate(PLANS):
+        dtype, adapter = ((torch.bfloat16, None), (torch.float16, torch.float32))[i % 2]
+        p = exact_problem(65 if "small" in plan else 300, 136, 264, R, dtype, adapter, seed=i)
+        if dropout_p and ("small" in plan or "h_gemm" in plan.split("+")):
+            with pytest.raises(ValueError, match="plan must not say (small|h_gemm) with dropout"):
+                run(p, backend=f"cuda:{plan}", **masked)
+            continue
+        assert_exact(run(p, backend=f"cuda:{plan}", **masked), truth(p, **masked))
+        assert overlapped() == ("overlap" in plan)
 
 
 @pytest.mark.parametrize("R", [16, 31, 64, 100, 256])

@@ -11,7 +11,7 @@ import torch
 
 from fused_lora.bench import plot as picture
 from fused_lora.bench import report, results, runner
-from fused_lora.bench.candidates import candidates_on
+from fused_lora.bench.candidates import candidates_on, is_plan
 from fused_lora.bench.cases import Case
 from fused_lora.bench.cases import preset as cases_of
 from fused_lora.bench.latency import run_latency
@@ -46,8 +46,9 @@ def run(
             and renamed after every case.
         plot: PNG file to write, or a directory.
         threads: CPU threads; torch's choice where None.
-        candidates: names out of `candidates_on(device)`; all where None, but PEFT where it is not installed. frozen is
-            always timed. A wrong or failing candidate is reported and dropped from a case, see `results.faults`.
+        candidates: names out of `candidates_on(device)`, all of them where None, but PEFT where it is not installed; or
+            a back end with a plan, "cpu:around". frozen is always timed. A wrong or failing candidate is reported and
+            dropped from a case, see `results.faults`.
         budget_s: seconds of timing a case.
         train_step: time a SmolLM2 training step too; by default with every preset but quick, on the CPU.
         resume: keep the cases that are in `output` already, if it comes from this device, these versions and this
@@ -143,7 +144,7 @@ def _names(kind: str, candidates: list[str] | None) -> list[str]:
     known = candidates_on(kind)
     if candidates is None:
         return [n for n in known if n != "peft" or importlib.util.find_spec("peft")]
-    unknown = [n for n in candidates if n not in known]
+    unknown = [n for n in candidates if n not in known and not is_plan(n, kind)]
     if unknown or not candidates:
         raise ValueError(
             f"candidates must be among {', '.join(known)}; got {', '.join(n or repr(n) for n in unknown) or 'none'}"

@@ -297,6 +297,8 @@ extern "C" __attribute__((visibility("default"))) void emulator_configure(int sm
   settings = {sms, resident_blocks, delay, freeze, static_cast<uint64_t>(seed)};
 }
 
+extern "C" __attribute__((visibility("default"))) int emulator_last_launch_overlapped() { return emulator::overlaps; }
+
 extern "C" {
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
