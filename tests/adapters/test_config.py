@@ -10,7 +10,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from fused_lora import LoraConfig, LoRALinear, apply_lora
-from fused_lora.config import LayerConfig, NamePatterns, matches
+from fused_lora.config import NamePatterns, matches
+from fused_lora.layer_config import LayerConfig
 
 PLAIN = ("layers.0.q", "layers.1.q", "layers.10.q", "layers11q", "xlayers.1.q", "a.layers.1.q", "q", "a-b.q", "aXb.q")
 

@@ -81,9 +81,11 @@ def test_the_groups_of_loraplus_keep_their_ratio(tiny, run, settings_of, tmp_pat
 @pytest.mark.parametrize(
     "change, match",
     [
-        (dict(optimizer="lion"), "optimizer must be one of .*'adamw'.*; got 'lion'"),
+        (dict(optimizer="lyon"), "optimizer must be one of .*'adamw'.*; got 'lyon' .did you mean 'lion'"),
         (dict(variant="doar"), "did you mean 'dora'"),
         (dict(schedule="stairs"), "schedule must be one of"),
+        (dict(final_share=1.5), r"final_share must be a number in \[0, 1\]; got 1.5"),
+        (dict(schedule="constant", final_share=0.1), "--schedule constant and --final-share 0.1 exclude each other"),
         (dict(merge_every=-1), "merge_every must be an int >= 0; got -1"),
         (dict(full=True, variant="dora"), "--full and --variant dora exclude each other"),
         (dict(full=True, optimizer="rite"), "--full and --optimizer rite exclude each other"),
@@ -111,6 +113,10 @@ def test_a_recipe_sets_what_is_not_given(call, refused, tiny_options, tmp_path):
     call("finetune", *tiny_options, *quick, *given)
     settings = json.loads((tmp_path / "b/summary.json").read_text())["settings"]
     assert (settings["alpha"], settings["warmup"], settings["lr"]) == (8.0, 1, 0.003)
+    assert (settings["optimizer"], settings["schedule"], settings["final_share"]) == ("lion", "cosine", 0.01)
+    call("finetune", *tiny_options, *quick, *given, "--schedule", "constant", "--overwrite")
+    settings = json.loads((tmp_path / "b/summary.json").read_text())["settings"]
+    assert (settings["schedule"], settings["final_share"]) == ("constant", 0.0), "whose end the recipe does not know"
     line = refused(2, "finetune", *tiny_options, "--recipe", "regret", "--output", tmp_path / "c")
     assert "--recipe must be one of" in line
     line = refused(2, "finetune", *tiny_options, "--full", "--recipe", "biderman", "--output", tmp_path / "c")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fused_lora.adapters.peft_format import adapter_keys, saved_key
+from fused_lora.adapters.peft_format import file_key
 from fused_lora.adapters.places import walk
 from fused_lora.adapters.wrappers import plain_key
 from fused_lora.nn.by_name import ActiveAdapter, as_list, one_or_list
@@ -85,10 +85,10 @@ def tensors_of(
     """The adapter's own tensors, not copies but of factors that experts share, by their keys in the file."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors.update(zip(adapter_keys(name, layer), layer.file_tensors(adapter_name)))
+        tensors |= {file_key(name, key): tensor for key, tensor in layer.file_tensors(adapter_name).items()}
     for name, wrapper in saved.items():
         for key, tensor in wrapper.modules_to_save[adapter_name].state_dict().items():
-            tensors[saved_key(name, plain_key(key))] = tensor
+            tensors[file_key(name, plain_key(key))] = tensor
     return tensors
 
 

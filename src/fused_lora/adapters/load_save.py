@@ -128,8 +128,8 @@ def load_adapter(
         layers, saved = holders_of(root, adapter_name)
         for name, layer in layers.items():
             given = config.layer(pattern_name(name, layer))
-            same = given.lora_alpha, given.lora_dropout, given.use_rslora, given.dora_exact, given.allora_eta
-            layer.set_hyperparameters(adapter_name, *same)
+            variant = given.dora_exact, given.allora_eta, given.allora_mode
+            layer.set_hyperparameters(adapter_name, given.lora_alpha, given.lora_dropout, given.use_rslora, *variant)
         with torch.no_grad():
             for key, tensor in tensors_of(layers, saved, adapter_name).items():
                 fill(tensor, values[key])
@@ -214,16 +214,15 @@ def _expected(plan: Plan, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """The shapes that a file for this plan must have."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in plan.linears.items():
-        kind = layer_class(module)
-        key_A, key_B, key_m = peft_format.adapter_keys(name, kind)
-        shapes[key_A], shapes[key_B] = kind.shapes_over(module, config.layer(name).r)
-        if config.use_dora:
-            shapes[key_m] = shapes[key_B][:1]
+        kind, own = layer_class(module), config.layer(name)
+        named = kind.file_shapes(kind.shapes_over(module, own.r), own)
+        shapes |= {peft_format.file_key(name, key): shape for key, shape in named.items()}
     for name, target in plan.parameters.items():
-        key_A, key_B, _ = peft_format.adapter_keys(name, LoRAParameter)
-        shapes[key_A], shapes[key_B] = target.adapter_shapes(config.layer(pattern_name(name, target)).r)
+        own = config.layer(pattern_name(name, target))
+        named = LoRAParameter.file_shapes(target.adapter_shapes(own.r), own)
+        shapes |= {peft_format.file_key(name, key): shape for key, shape in named.items()}
     for name, saved in plan.saved.items():
         original = saved.original_module if isinstance(saved, ModuleToSave) else saved
         for key, tensor in original.state_dict().items():
-            shapes[peft_format.saved_key(name, plain_key(key))] = tuple(tensor.shape)
+            shapes[peft_format.file_key(name, plain_key(key))] = tuple(tensor.shape)
     return shapes

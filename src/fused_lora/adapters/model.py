@@ -40,6 +40,7 @@ def apply_lora(
     use_dora: bool = False,
     dora_exact: bool = False,
     allora_eta: float | None = None,
+    allora_mode: str = "gradient",
     config: LoraConfig | None = None,
 ) -> nn.Module:
     """Put a fresh LoRA adapter on a model's linear layers, in place, and freeze everything else.
@@ -52,8 +53,8 @@ def apply_lora(
         model: any module, in wrappers or not; DistributedDataParallel and FSDP come after adapters.
         r, lora_alpha, lora_dropout, use_rslora: as in `LoRALinear`.
         target_modules, rank_pattern, alpha_pattern, modules_to_save, exclude_modules, target_parameters,
-            layers_to_transform, layers_pattern, task_type, init_lora_weights, use_dora, dora_exact, allora_eta: as in
-            `LoraConfig`.
+            layers_to_transform, layers_pattern, task_type, init_lora_weights, use_dora, dora_exact, allora_eta,
+            allora_mode: as in `LoraConfig`.
         adapter_name: its name, without dots.
         config: a LoraConfig, or PEFT's own, instead of all that but adapter_name; it may stand in the place of r, too.
     Returns: model.
@@ -75,7 +76,7 @@ def apply_lora(
         "task_type": task_type,
         "init_lora_weights": init_lora_weights,
     }
-    given |= dict(use_dora=use_dora, dora_exact=dora_exact, allora_eta=allora_eta)
+    given |= dict(use_dora=use_dora, dora_exact=dora_exact, allora_eta=allora_eta, allora_mode=allora_mode)
     if config is None and (isinstance(r, LoraConfig) or is_peft_config(r)):
         lora_config = _config(given, r, unwrapped(model))
     else:

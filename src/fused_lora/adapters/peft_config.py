@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from fused_lora.adapters.wrappers import plain_class
-from fused_lora.config import LoraConfig, lora_scaling
+from fused_lora.config import LoraConfig
+from fused_lora.layer_config import lora_scaling
 from fused_lora.name_patterns import matches
 from fused_lora.nn.experts import LoRAParameter, pattern_name
 from fused_lora.nn.layer import LoRALayer
@@ -36,8 +37,10 @@ _WITHOUT_EFFECT = {
     "layers_pattern",
     "megatron_core",
 }
-_SAID_ONCE = ("lora_dropout", "use_rslora", "use_dora", "dora_exact", "allora_eta")  # for all layers of an adapter
-_OURS = {"dora_exact": False, "allora_eta": None}  # which PEFT's LoraConfig has not, and what they are without us
+# for all layers of an adapter
+_SAID_ONCE = ("lora_dropout", "use_rslora", "use_dora", "dora_exact", "allora_eta", "allora_mode")
+# which PEFT's LoraConfig has not, and what they are without us
+_OURS = {"dora_exact": False, "allora_eta": None, "allora_mode": "gradient"}
 _NONE_IF_EMPTY = ("modules_to_save", "exclude_modules", "target_parameters")
 _OFF: tuple = (None, False, "none", [], {})
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # which a file's values make one

@@ -12,20 +12,13 @@ from torch import Tensor
 from fused_lora.adapters.peft_config import CONFIG_NAME
 from fused_lora.adapters.wrappers import plain_key, whole_tensor
 from fused_lora.files import write_whole
-from fused_lora.nn.layer import LoRALayer
 
 WEIGHTS_NAME, PICKLE_NAME = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 
 
-def adapter_keys(name: str, layer: LoRALayer | type[LoRALayer]) -> tuple[str, str, str]:
-    """The keys of A and B and, if it is DoRA, m of the layer of this name and kind."""
-    key_A, key_B = layer.file_keys
-    return f"{_PREFIX}{name}.{key_A}", f"{_PREFIX}{name}.{key_B}", f"{_PREFIX}{name}.lora_magnitude_vector"
-
-
-def saved_key(name: str, key: str) -> str:
-    """The key of the entry `key` in the state dict of the modules_to_save module of this name."""
+def file_key(name: str, key: str) -> str:
+    """The key of a tensor of a layer, or of an entry in the state dict of a modules_to_save module, of this name."""
     return f"{_PREFIX}{name}.{key}"
 
 

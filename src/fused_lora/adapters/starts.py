@@ -65,6 +65,8 @@ def start(root: nn.Module, adapter_name: str, init: bool | str) -> None:
     layers: Layers = holders_of(root, adapter_name)[0] if init is not True else {}
     for layer in layers.values():
         layer.init_lora_weights[adapter_name] = init
+        if layer.r[adapter_name] == 0:
+            continue
         lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         with torch.no_grad():
             if init in _BY_PEFT:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fused_lora.adapters.holders import Layers, adapter_names, all_holders
 from fused_lora.adapters.model import check_addable
 from fused_lora.adapters.wrappers import unwrapped
-from fused_lora.config import LayerConfig, check_adapter_name, unknown_name
+from fused_lora.config import check_adapter_name, unknown_name
+from fused_lora.layer_config import LayerConfig
 from fused_lora.nn import LoRALayer
 from fused_lora.nn.conv import LoRAConv
 from fused_lora.nn.experts import LoRAParameter

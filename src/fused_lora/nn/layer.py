@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora import bases
-from fused_lora.config import LayerConfig, check_adapter_name
+from fused_lora.config import check_adapter_name
+from fused_lora.layer_config import LayerConfig
 from fused_lora.nn.by_name import AdaptersByName
 from fused_lora.nn.merged_weight import MergedUpdate, check_values, merged_weight, summed
 
@@ -18,7 +19,6 @@ class LoRALayer(AdaptersByName):
     `state_dict()` is the plain layer's (merged weight, no adapters), so that saving a merged model writes a plain one.
     """
 
-    file_keys = ("lora_A.weight", "lora_B.weight")  # of A and B in PEFT's file, after the layer's name
     fan_in_fan_out = False  # whether the base weight lies transposed, [K, N]
 
     @classmethod
@@ -44,7 +44,7 @@ class LoRALayer(AdaptersByName):
             use_rslora: scale by lora_alpha / sqrt(r) instead.
             adapter_name: the adapter's name.
             adapter_dtype: of A and B; None takes float32, over a float64 base float64.
-            variant: use_dora, dora_exact, allora_eta, as in `LoRALinear`; other layers have plain LoRA only.
+            variant: use_dora, dora_exact, allora_eta, allora_mode, as in `LoRALinear`; others have plain LoRA only.
         Returns: the layer, in the training mode of `base`.
         Raises: ValueError naming the argument, what was expected and what was given.
         """
@@ -101,9 +101,15 @@ class LoRALayer(AdaptersByName):
         """The shapes of A and B of rank r in this layer."""
         return self.shapes_over(self, r)
 
-    def file_tensors(self, adapter_name: str) -> list[Tensor]:
-        """`own_tensors` as PEFT's file has them: not copies, unless they lie otherwise here."""
-        return [tensor.detach() for tensor in self.own_tensors(adapter_name)]
+    @classmethod
+    def file_shapes(cls, shapes: tuple[tuple[int, ...], tuple[int, ...]], config: LayerConfig) -> dict[str, Any]:
+        """The shapes of an adapter's `file_tensors`, of those of A and B."""
+        named: dict[str, Any] = dict(zip(cls.file_keys, shapes)) if config.r else {}
+        return named | ({"lora_magnitude_vector": shapes[1][:1]} if config.use_dora else {})
+
+    def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """`named_tensors` as PEFT's file has them: not copies, unless they lie otherwise here."""
+        return {key: tensor.detach() for key, tensor in self.named_tensors(adapter_name).items()}
 
     def base(self) -> Any:
         """The module that has the base weight: the base layer where it is kept, else this one."""
@@ -197,8 +203,8 @@ class LoRALayer(AdaptersByName):
         else:
             quantised.check_mergeable()
         for name in adapter_names:
-            for what, tensor in zip(("lora_A", "lora_B", "lora_magnitude_vector"), self.own_tensors(name)):
-                check_values(what, tensor)
+            for key, tensor in self.named_tensors(name).items():
+                check_values(key.partition(".")[0], tensor)
             self._factors(name)
         if self.link is not None:
             self.link.merged_updates(self)

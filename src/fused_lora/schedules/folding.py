@@ -79,7 +79,7 @@ def set_rank(layer: LoRALayer, adapter_name: str, r: int) -> Replaced:
     eta = getattr(layer.variants.get(adapter_name), "eta", None)  # ALLoRA's, whose scaling is 1
     hyper = layer.lora_dropout[adapter_name], layer.use_rslora[adapter_name]
     alpha = layer.lora_alpha[adapter_name] if eta is None else r
-    layer.set_hyperparameters(adapter_name, alpha, *hyper, allora_eta=eta)
+    layer.set_hyperparameters(adapter_name, alpha, *hyper, allora_eta=eta, allora_mode=layer.allora_mode[adapter_name])
     layer.reset_lora_parameters(adapter_name)
     return replaced
 
