@@ -12,6 +12,7 @@ from fused_lora.layer_config import LayerConfig
 from fused_lora.name_patterns import NamePatterns, as_plain_name, check_regex, for_ends, layer_number, matches
 
 _STARTS = ("gaussian", "orthogonal", "pissa", "olora")
+_BIASES = ("none", "all", "lora_only")
 _TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 
 
@@ -58,6 +59,8 @@ class LoraConfig:
         task_type: "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" put the head of such a model, classifier, score or
             qa_outputs, among modules_to_save; other types of PEFT's change nothing. None, with "all-linear", does so
             for a model whose class says what it is for.
+        bias: which biases of the base train with the adapter, in place: "none", with "lora_only" those of the layers
+            that have the adapter, or "all". One adapter of a model can train them, and they stay when it goes.
         init_lora_weights: True for a random A and a zero B, "gaussian" for another random A, False for a random B as
             well; by PEFT, if it is installed, "orthogonal", and "pissa" and "olora", which take A and B out of the base
             weights and leave the rest in them.
@@ -84,6 +87,7 @@ class LoraConfig:
     dora_exact: bool = False
     allora_eta: float | None = None
     allora_mode: str = "gradient"
+    bias: str = "none"
 
     def __post_init__(self):
         object.__setattr__(self, "lora_alpha", self._layer(self.r, self.lora_alpha).lora_alpha)
@@ -94,6 +98,10 @@ class LoraConfig:
         if task_type is not None and task_type not in _TASK_TYPES:
             raise unknown_name("task_type", task_type, _TASK_TYPES)
         object.__setattr__(self, "task_type", task_type)
+        if self.bias not in _BIASES:
+            raise unknown_name("bias", self.bias, _BIASES)
+        if self.bias != "none" and self.target_parameters:
+            raise ValueError(f"bias and target_parameters exclude each other; got bias={self.bias!r} and both")
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in _STARTS:
             raise ValueError(f"init_lora_weights must be a bool or one of {_STARTS}; got {self.init_lora_weights!r}")
 

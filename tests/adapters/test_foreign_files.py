@@ -104,7 +104,6 @@ def test_a_resized_vocabulary_is_named(tmp_path):
     "options, message",
     [
         ({"trainable_token_indices": [1]}, r"trainable_token_indices is not supported and must be off; got"),
-        ({"bias": "lora_only"}, r"bias is not supported and must be off; got 'lora_only'"),
         ({"lora_bias": True, "targets": ["q_proj"]}, r"lora_bias is not supported and must be off; got True"),
     ],
 )

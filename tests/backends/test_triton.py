@@ -4,10 +4,13 @@ a program, and the plans that configs.py makes on request only."""
 import dataclasses
 import importlib
 import itertools
+import types
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_lora import backends
@@ -15,6 +18,7 @@ from fused_lora.backends import triton as backend
 from fused_lora.backends import triton_plans
 from fused_lora.ops.reference import PLAIN, Gradients
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
+from fused_lora.triton_kernels import device as device_module
 from fused_lora.triton_kernels.configs import (
     BackwardPlan,
     Device,
@@ -175,6 +179,35 @@ def test_flags_belong_to_one_launch():
     torch.cuda.synchronize()
     for turn, got in made:
         assert_exact(got, exact[turn])
+
+
+def test_an_old_assembler_on_hopper_is_told_once(monkeypatch):
+    """By what first asks for a device's facts, whatever their number; not where another assembler is named."""
+    fake = types.SimpleNamespace(
+        utils=types.SimpleNamespace(
+            get_device_properties=lambda index: {"multiprocessor_count": 132, "max_shared_mem": 232448}
+        ),
+        get_current_target=lambda: types.SimpleNamespace(backend="cuda", arch=90),
+    )
+    monkeypatch.setattr(
+        device_module.triton, "runtime", types.SimpleNamespace(driver=types.SimpleNamespace(active=fake))
+    )
+    for release, path, times in (
+        ("3.6.0+git1", "", 1),
+        ("3.6.0+git1", "/usr/bin/ptxas", 0),
+        ("3.9.0", "", 0),
+        ("3.10rc1", "", 0),
+    ):
+        monkeypatch.setattr(triton, "__version__", release)
+        monkeypatch.setenv("TRITON_PTXAS_PATH", path)
+        facts.cache_clear(), device_module.warn_of_an_old_assembler.cache_clear()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert facts(torch.device("cuda", 0)) == facts(torch.device("cuda", 1)) == Device(True, 132, 232448)
+        assert len(told) == times and all(
+            "install Triton 3.9 or newer, or set TRITON_PTXAS_PATH" in str(w.message) for w in told
+        )
+    facts.cache_clear(), device_module.warn_of_an_old_assembler.cache_clear()
 
 
 RANKS = [1, 8, 12, 16, 64, 256]

@@ -53,8 +53,9 @@ def built(tmp_path_factory):
 
 def traits(kernel: str) -> tuple[int, int, bool, bool, bool]:
     """Of a mangled lora_gemm_kernel: columns and rank of a tile, whether backward, with dropout, making dA and dB."""
-    found = re.search(r"Li(128|256)ELi(\d+)ELb(\d)ELb(\d)E\w*?GradientsByE(\d)E", kernel)
-    width, rank, backward, dropout, gradients = map(int, found.groups())
+    said = re.search(r"TraitsI\w+?Li(128|256)ELi(\d+)ELb(\d)ELb(\d)E\w*?GradientsByE(\d)E", kernel)
+    width, rank, backward, dropout, gradients = map(int, said.groups())
+    assert not gradients or (backward and rank and (not dropout or width == 128 or rank == 16)), kernel
     return width, rank, bool(backward), bool(dropout), bool(gradients)
 
 

@@ -188,6 +188,7 @@ def config_of(
         modules_to_save=saved,
         task_type=task_type if saved else None,
         init_lora_weights=first.init_lora_weights[adapter_name],
+        bias=first.trains_bias[adapter_name],
     )
     reachable = {name for name in others if not config.excludes(name)}
     return replace(
@@ -233,7 +234,6 @@ def config_bytes(config: LoraConfig, model: nn.Module) -> bytes:
     content = {
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": vars(model).get("name_or_path") or None,
-        "bias": "none",
         "fan_in_fan_out": any(module.fan_in_fan_out for module in model.modules() if isinstance(module, LoRALayer)),
         "inference_mode": True,
         "peft_type": "LORA",

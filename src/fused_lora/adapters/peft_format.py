@@ -81,7 +81,9 @@ def _sort_keys(path: Path, stored: list[str], expected: Mapping) -> tuple[dict[s
     found: dict[str, str] = {}
     others: dict[str, str] = {}
     for key in stored:
-        plain = _plain(key)
+        plain, once = _plain(key), key.replace(".modules_to_save", "")
+        if once != key and once in stored:
+            continue  # which PEFT writes twice with bias="all"
         if plain not in expected:
             others[key] = base_name(plain)
         elif plain in found:

@@ -45,6 +45,7 @@ class AdaptersByName(nn.Module):
         self.allora_eta: dict[str, float | None] = {}
         self.allora_mode: dict[str, str] = {}
         self.init_lora_weights: dict[str, bool | str] = {}  # PEFT's word for how each started
+        self.trains_bias: dict[str, str] = {}  # PEFT's word for which biases of the model's train with each
         self.active_adapter: ActiveAdapter = None  # a list of two or more
         self.variants: dict[str, AdapterVariant] = {}  # of adapters that are no plain LoRA
         self.link: LayerLink | None = None  # what acts instead of the active adapter
@@ -156,6 +157,7 @@ class AdaptersByName(nn.Module):
             self.allora_eta,
             self.allora_mode,
             self.init_lora_weights,
+            self.trains_bias,
         ):
             del values[adapter_name]
         self.variants.pop(adapter_name, None)

@@ -166,7 +166,7 @@ class LoRALayer(AdaptersByName):
             self.lora_magnitude_vector[adapter_name] = nn.Parameter(m, requires_grad=False)
         self._set_config(adapter_name, config)
         self.reset_lora_parameters(adapter_name)
-        self.init_lora_weights[adapter_name] = True
+        self.init_lora_weights[adapter_name], self.trains_bias[adapter_name] = True, "none"
         if first:
             self.set_adapter(adapter_name)
 
