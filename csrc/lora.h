@@ -185,7 +185,7 @@ struct CudaForwardParams {
   const void* bias;  // [N], dtype, or null
   void* h;           // [M, R], row stride R rounded up to 8, dtype
   void* y;           // [M, N], contiguous, dtype
-  void* workspace;   // forward_plan(...).bytes of heuristics.h, aligned to 16 bytes, any contents; nobody else's until
+  void* workspace;   // forward_plan(...).bytes of cuda/plans.h, aligned to 16 bytes, any contents; nobody else's until
                      // the stream is through
   int64_t workspace_bytes;
   int64_t M, N, K, R, ldx, ldw;
@@ -210,7 +210,7 @@ struct CudaBackwardParams {
   void* dA;         // [R, K], contiguous, adapter_dtype
   void* dB;         // [N, R], contiguous, adapter_dtype
   void* dbias;      // [N], contiguous, dtype
-  void* workspace;  // backward_plan(...).bytes of heuristics.h, as above
+  void* workspace;  // backward_plan(...).bytes of cuda/plans.h, as above
   int64_t workspace_bytes;
   int64_t M, N, K, R, lddy, ldx, ldw, ldh;
   Dtype dtype, adapter_dtype;

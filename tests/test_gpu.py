@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from fused_lora import _C, lora_linear
+from fused_lora import _C, backends, lora_linear
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -65,6 +65,15 @@ def test_several_tiles_a_program(name, M, N, K, width, R, dropout_p):
     assert_exact(run(p, backend=name, **settings), exact)
     p = random_problem(M, N, K, R, torch.bfloat16, torch.float32, device="cuda")
     assert_close(run(p, backend=name, **settings), run(p, backend="reference", **settings), truth(p, **settings))
+
+
+@pytest.mark.parametrize("case", [(8192, 1024, 4096, 16, 0.0), (300, 512, 256, 100, 0.0), *CASES[3:]])
+def test_every_plan_that_is_measured(name, case):
+    (p,), settings, (exact,) = problems(case, 1)
+    M, N, K, R, _ = case
+    request = backends.Request(p.x.device, p.x.dtype, p.x.dtype, backends.bucket(M), N, K, R, aligned=True, optional=())
+    for candidate in backends.candidates((name,), request):
+        assert_exact(run(p, backend=candidate, **settings), exact)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -21,7 +21,8 @@ def facts(device: torch.device) -> Device:
     """What the choices in configs.py depend on; a CPU is the interpreter's."""
     if device.type == "cpu":
         return _INTERPRETER
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    index = device.index if device.index is not None else torch.accelerator.current_device_index()
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
     target = triton.runtime.driver.active.get_current_target()
     if target.backend == "cuda" and target.arch == 90:
         warn_of_an_old_assembler(triton.__version__)

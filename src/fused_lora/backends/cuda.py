@@ -94,17 +94,17 @@ def refusal(request: Request) -> str | None:
 def plans(request: Request) -> tuple[str, ...]:
     """See `backends`: the heuristics' own plan; each way to make h with each way to make dh, dA and dB; one by one, the
     other width of tiles, or tiles instead of the kernel for few rows; and kernels that don't overlap."""
-    code = _CODE[request.dtype]
-    common = _request((max(request.M, 1), *request[4:7]), (code, code)) | dict(
-        dropout=False, sms=_sms(request.device.index)
-    )
+    sizes, code = (max(request.M, 1), request.N, request.K, request.R), _CODE[request.dtype]
+    call = _request(sizes, (code, code)) | dict(dropout=False, sms=_sms(request.device.index))
     needs = dict(need_x=True, need_A=True, need_B=True, need_bias=False, deterministic=False)
-    forward, backward = _C.cuda_forward_plan(**common), _C.cuda_backward_plan(**common, **needs)
-    own = {*forward["plan"].split("+"), *backward["plan"].split("+")}
-    others = lambda *words: [word for word in words if word not in own]  # noqa: E731
+    done = _C.cuda_forward_plan(**call)["plan"] + "+" + _C.cuda_backward_plan(**call, **needs)["plan"]
+
+    def others(*words: str) -> list[str]:
+        return [word for word in words if word not in done.split("+")]
+
     parts = itertools.product(["", *others("h_shrink")], ["", *others("wgrad_apart", "dh_shrink")])
-    singles = others("y128", "y256")[: 1 if "small" in own else 2] + others("dx128", "dx256", "serial")
-    return *("+".join(filter(None, part)) for part in parts), *singles
+    alone = others("y128", "y256")[:1] + others("dx128", "dx256", "serial")
+    return *("+".join(filter(None, part)) for part in parts), *alone
 
 
 def check_plan(request: Request, plan: str) -> None:
