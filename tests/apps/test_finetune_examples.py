@@ -196,7 +196,7 @@ def test_what_is_refused_leaves_nothing_behind(pairs, refused, tmp_path, monkeyp
     assert "environment variable RANK expected" in line and not (tmp_path / "out").exists()
 
 
-def test_cut_on_the_command_line(pairs, call, tmp_path):
+def test_cut_and_packing_on_the_command_line(pairs, call, tmp_path):
     quick = [
         "--model",
         pairs[0],
@@ -211,5 +211,6 @@ def test_cut_on_the_command_line(pairs, call, tmp_path):
         "--prompt",
         "the",
     ]
-    call("finetune", *quick, "--seq-len", "12", "--cut", "--output", tmp_path / "out")
-    assert json.loads((tmp_path / "out/summary.json").read_text())["settings"]["cut"] is True
+    call("finetune", *quick, "--seq-len", "12", "--cut", "--packing", "--output", tmp_path / "out")
+    settings = json.loads((tmp_path / "out/summary.json").read_text())["settings"]
+    assert settings["cut"] is True and settings["packing"] is True

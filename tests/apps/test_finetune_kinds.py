@@ -13,7 +13,9 @@ from fused_lora.finetune import job
 from fused_lora.finetune.settings import OPTIMIZERS, Settings
 
 KINDS = {name: dict(optimizer=name) for name in OPTIMIZERS[1:]}
-KINDS |= {name: dict(variant=name) for name in ("rslora", "dora", "allora")}
+KINDS["rslora"] = dict(variant="rslora")
+KINDS["dora"] = dict(variant="dora", rslora=True)
+KINDS["allora"] = dict(variant="allora", alpha=4.0)
 KINDS["merges"] = dict(merge_every=2)
 KINDS["merges, rite, bf16"] = dict(merge_every=2, optimizer="rite", dtype="bf16")
 KINDS["full"] = dict(full=True)
@@ -95,7 +97,10 @@ def test_the_groups_of_loraplus_keep_their_ratio(tiny, run, settings_of, tmp_pat
         (dict(full=True, dtype="bf16"), "--full, which trains the weights in fp32, and --dtype bf16 exclude"),
         (dict(merge_every=3, variant="dora"), "--merge-every and --variant dora exclude each other"),
         (dict(merge_every=3, optimizer="lora-fa"), "--merge-every and --optimizer lora-fa exclude each other"),
-        (dict(variant="allora", dropout=0.1), "lora_dropout must be 0 with allora_eta"),
+        (dict(variant="allora", dropout=0.1), "--dropout 0.1 and --variant allora exclude each other"),
+        (dict(variant="allora", alpha=8.0), "--alpha 8 and --variant allora, whose scale is 1, exclude each other"),
+        (dict(variant="allora", rslora=True), "--rslora and --variant allora, whose scale is 1, exclude each other"),
+        (dict(allora_eta=2.0), "--allora-eta and --variant lora exclude each other"),
     ],
 )
 def test_settings_that_exclude_each_other(change, match):

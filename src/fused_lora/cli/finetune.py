@@ -47,7 +47,9 @@ def finetune(
         str, typer.Option(help="Directory for the adapter, its figures and checkpoint.")
     ] = "fused-lora-finetune",
     rank: Annotated[int, typer.Option(help="Rank of the update.")] = Settings.rank,
-    alpha: Annotated[float, typer.Option(help="The update is scaled by alpha / rank.")] = Settings.alpha,
+    alpha: Annotated[
+        float, typer.Option(help="The update is scaled by alpha / rank; by 1 with --variant allora.")
+    ] = Settings.alpha,
     dropout: Annotated[float, typer.Option(help="Dropout on the low-rank path, in [0, 1).")] = Settings.dropout,
     target_modules: Annotated[
         str, typer.Option(help="all-linear, names with commas between, or a regular expression.")

@@ -108,9 +108,10 @@ def load_checkpoint(
             parameter.copy_(tensors[f"adapter.{name}"])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(tensors["rng.cpu"][processes.rank()])
+    own = processes.rank()  # cloned: PyTorch reads a state from where the storage begins
+    torch.set_rng_state(tensors["rng.cpu"][own].clone())
     if "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"][processes.rank()], next(iter(parameters.values())).device)
+        torch.cuda.set_rng_state(tensors["rng.cuda"][own].clone(), next(iter(parameters.values())).device)
     return state["step"]
 
 

@@ -27,12 +27,14 @@ def launched() -> tuple[int, int]:
 def joined(device: str) -> Iterator[None]:
     """With the other processes for the time of a run, on a GPU of this process's own.
 
-    Raises: ValueError if the launcher's environment does not say where they meet.
+    Raises: ValueError if the launcher's environment does not say where they meet, or device names one GPU for all.
     """
     if launched()[1] == 1 or dist.is_initialized():
         yield
         return
     on_gpu = device.startswith("cuda")
+    if ":" in device:
+        raise ValueError(f"--device must be cpu or cuda with several processes, a GPU for each; got {device}")
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
     dist.init_process_group("nccl" if on_gpu else "gloo")

@@ -30,7 +30,7 @@ class Settings:
         packing: documents or examples share blocks of seq_len tokens, and none sees another. Without it a document
             goes on where the one before it ends and sees it, and an example has a row of its own.
         rank, alpha, dropout, target_modules, rslora: of the adapter, as in `apply_lora`.
-        variant: lora, rslora, dora, or allora, whose alpha is the rank.
+        variant: lora, rslora, dora, or allora, whose scale is 1: alpha is the rank there, whatever its default.
         allora_eta: of ALLoRA.
         full: train the whole model, without an adapter.
         optimizer: adamw, loraplus, rite, pro, riemannian, lora-fa or lion.
@@ -120,7 +120,12 @@ class Settings:
 
     def _check_together(self) -> None:
         """Raises ValueError for settings that exclude each other."""
+        allora, scaled = self.variant == "allora", self.alpha not in (Settings.alpha, self.rank)
         excluded = [
+            (allora and self.rslora, "--rslora and --variant allora, whose scale is 1,"),
+            (allora and scaled, f"--alpha {self.alpha:g} and --variant allora, whose scale is 1,"),
+            (allora and self.dropout > 0, f"--dropout {self.dropout} and --variant allora"),
+            (not allora and self.allora_eta != Settings.allora_eta, f"--allora-eta and --variant {self.variant}"),
             (self.full and self.variant != "lora", f"--full and --variant {self.variant}"),
             (self.full and self.rslora, "--full and --rslora"),
             (self.full and self.dropout > 0, f"--full and --dropout {self.dropout}"),
