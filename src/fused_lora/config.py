@@ -64,7 +64,7 @@ class LoraConfig:
         init_lora_weights: True for a random A and a zero B, "gaussian" for another random A, False for a random B as
             well; by PEFT, if it is installed, "orthogonal", and "pissa" and "olora", which take A and B out of the base
             weights and leave the rest in them.
-        use_dora, dora_exact, allora_eta, allora_mode: as in `LoRALinear`.
+        use_dora, dora_exact, allora_eta, allora_mode, lora_bias: as in `LoRALinear`.
     Raises: ValueError naming the field, what was expected and what was given.
     Source: Hugging Face PEFT's LoraConfig.
     """
@@ -88,6 +88,7 @@ class LoraConfig:
     allora_eta: float | None = None
     allora_mode: str = "gradient"
     bias: str = "none"
+    lora_bias: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "lora_alpha", self._layer(self.r, self.lora_alpha).lora_alpha)
@@ -102,6 +103,8 @@ class LoraConfig:
             raise unknown_name("bias", self.bias, _BIASES)
         if self.bias != "none" and self.target_parameters:
             raise ValueError(f"bias and target_parameters exclude each other; got bias={self.bias!r} and both")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ValueError(f"lora_bias must be False with init_lora_weights={self.init_lora_weights!r}; got True")
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in _STARTS:
             raise ValueError(f"init_lora_weights must be a bool or one of {_STARTS}; got {self.init_lora_weights!r}")
 
@@ -182,7 +185,7 @@ class LoraConfig:
         return self._layer(r, lora_alpha)
 
     def _layer(self, r: int, lora_alpha: float) -> LayerConfig:
-        same = ("lora_dropout", "use_rslora", "use_dora", "dora_exact", "allora_eta", "allora_mode")
+        same = ("lora_dropout", "use_rslora", "use_dora", "dora_exact", "allora_eta", "allora_mode", "lora_bias")
         return LayerConfig(r, lora_alpha, **{name: getattr(self, name) for name in same})
 
     @property

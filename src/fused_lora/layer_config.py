@@ -25,14 +25,17 @@ class LayerConfig:
     dora_exact: bool = False
     allora_eta: float | None = None
     allora_mode: str = "gradient"
+    lora_bias: bool = False
 
     def __post_init__(self):
         self._check_plain()
-        for name in ("use_dora", "dora_exact"):
+        for name in ("use_dora", "dora_exact", "lora_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be a bool; got {getattr(self, name)!r}")
         if self.dora_exact and not self.use_dora:
             raise ValueError("dora_exact must be False without use_dora; got True")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias and use_dora exclude each other; got both")
         if self.allora_mode not in _ALLORA_MODES:
             raise ValueError(f"allora_mode must be one of {_ALLORA_MODES}; got {self.allora_mode!r}")
         if self.allora_eta is not None:
@@ -66,6 +69,7 @@ class LayerConfig:
             ("lora_dropout", self.lora_dropout, 0),
             ("use_rslora", self.use_rslora, False),
             ("use_dora", self.use_dora, False),
+            ("lora_bias", self.lora_bias, False),
         ):
             if value != want:
                 what = f"r, {want}, for a scaling of 1" if name == "lora_alpha" else repr(want)

@@ -154,7 +154,6 @@ def test_positions_as_before():
         (PeftConfig(target_modules=["q"], alora_invocation_tokens=[1]), {}, r"alora_invocation_tokens is not"),
         (PeftConfig(target_modules=["q"], init_lora_weights="eva"), {}, r"config: init_lora_weights must be a bool or"),
         (PeftConfig(), {}, r"config: target_modules must be a list or a regular expression; got None"),
-        (PeftConfig(target_modules=["q"], lora_bias=True, bias="none"), {}, r"config: lora_bias is not supported"),
         (IA3Config(target_modules=["q"]), {}, r"config: peft_type must be 'LORA'; got 'IA3'"),
         (PeftConfig(target_modules=["p"]), {}, r"target_modules must be one of \['k', 'q'\]; got 'p'"),
         (LoraConfig(), {"lora_alpha": 16}, r"config and lora_alpha exclude each other; got both, lora_alpha=16"),

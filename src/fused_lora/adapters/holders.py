@@ -103,7 +103,9 @@ def biases_in(model: nn.Module, which: str, targets: Collection[str]) -> dict[st
     for place in walk(model) if which != "none" else ():
         module, name = place.module, place.name
         has = isinstance(module, LoRALayer) or name in targets
-        bias = (module.base() if isinstance(module, LoRALayer) else module)._parameters.get("bias")
+        bias = module._parameters.get("bias")
+        if isinstance(module, LoRALayer):
+            bias = module._pristine_bias if module._pristine_bias is not None else module.base()._parameters.get("bias")
         if bias is not None and not place.inside and (which == "all" or name in targets):
             found[file_key(name, "base_layer.bias" if has else "bias")] = bias
     return found

@@ -191,14 +191,13 @@ def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adap
                 f"adapter {adapter_name!r} exists with factors that the experts of {name} share, the file has one for "
                 "each; load under a new name"
             )
-        if (dora := adapter_name in layer.lora_magnitude_vector) != config.use_dora:
-            raise ValueError(
-                f"adapter {adapter_name!r} exists with use_dora={dora}; got {config.use_dora}, load under a new name"
-            )
-        if (which := layer.trains_bias[adapter_name]) != config.bias:
-            raise ValueError(
-                f"adapter {adapter_name!r} exists with bias={which!r}; got {config.bias!r}, load under a new name"
-            )
+        has = layer.config(adapter_name)
+        kinds = {"use_dora": has.use_dora, "lora_bias": has.lora_bias, "bias": layer.trains_bias[adapter_name]}
+        for field, is_so in kinds.items():
+            if is_so != (wanted := getattr(config, field)):
+                raise ValueError(
+                    f"adapter {adapter_name!r} exists with {field}={is_so!r}; got {wanted!r}, load under a new name"
+                )
         r, new_r = layer.r[adapter_name], config.layer(pattern_name(name, layer)).r
         if r != new_r:
             raise ValueError(

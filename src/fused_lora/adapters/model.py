@@ -44,6 +44,7 @@ def apply_lora(
     allora_eta: float | None = None,
     allora_mode: str = "gradient",
     bias: str = "none",
+    lora_bias: bool = False,
     config: LoraConfig | None = None,
 ) -> nn.Module:
     """Put a fresh LoRA adapter on a model's linear layers, in place, and freeze everything else.
@@ -57,7 +58,7 @@ def apply_lora(
         r, lora_alpha, lora_dropout, use_rslora: as in `LoRALinear`.
         target_modules, rank_pattern, alpha_pattern, modules_to_save, exclude_modules, target_parameters,
             layers_to_transform, layers_pattern, task_type, init_lora_weights, use_dora, dora_exact, allora_eta,
-            allora_mode, bias: as in `LoraConfig`.
+            allora_mode, bias, lora_bias: as in `LoraConfig`.
         adapter_name: its name, without dots.
         config: a LoraConfig, or PEFT's own, instead of all that but adapter_name; it may stand in the place of r, too.
     Returns: model.
@@ -79,7 +80,8 @@ def apply_lora(
         "task_type": task_type,
         "init_lora_weights": init_lora_weights,
     }
-    given |= dict(use_dora=use_dora, dora_exact=dora_exact, allora_eta=allora_eta, allora_mode=allora_mode, bias=bias)
+    given |= dict(use_dora=use_dora, dora_exact=dora_exact, allora_eta=allora_eta, allora_mode=allora_mode)
+    given |= dict(bias=bias, lora_bias=lora_bias)
     if config is None and (isinstance(r, LoraConfig) or is_peft_config(r)):
         lora_config = _config(given, r, unwrapped(model))
     else:

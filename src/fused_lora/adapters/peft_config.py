@@ -38,7 +38,7 @@ _WITHOUT_EFFECT = {
     "megatron_core",
 }
 # for all layers of an adapter
-_SAID_ONCE = ("lora_dropout", "use_rslora", "use_dora", "dora_exact", "allora_eta", "allora_mode")
+_SAID_ONCE = ("lora_dropout", "use_rslora", "use_dora", "dora_exact", "allora_eta", "allora_mode", "lora_bias")
 # which PEFT's LoraConfig has not, and what they are without us
 _OURS = {"dora_exact": False, "allora_eta": None, "allora_mode": "gradient"}
 _NONE_IF_EMPTY = ("modules_to_save", "exclude_modules", "target_parameters")

@@ -25,7 +25,7 @@ def file_key(name: str, key: str) -> str:
 def _plain(key: str) -> str:
     """A file's key as PEFT writes it today: others write the adapter's name, the names of wrappers, or no prefix."""
     key = plain_key(key.removeprefix("module.").removeprefix(_PREFIX))
-    key = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", key)
+    key = re.sub(r"\.(lora_[AB])\.[^.]+\.(weight|bias)$", r".\1.\2", key)
     key = re.sub(r"\.lora_magnitude_vector\..*$", ".lora_magnitude_vector", key)
     return _PREFIX + re.sub(r"(^|\.)modules_to_save\.[^.]+\.", r"\1", key)
 

@@ -121,6 +121,10 @@ def _combined(
                 f"adapters must be plain LoRA to be combined, the sum of DoRA adapters is none; got {adapter!r}, DoRA "
                 f"in {name}"
             )
+        if adapter in layer.lora_bias:
+            raise ValueError(
+                f"adapters must have no lora_bias to be combined; got {adapter!r}, which has one in {name}"
+            )
     if any(t.is_meta for lora_A, lora_B, _ in given for t in (lora_A, lora_B)):
         raise ValueError(f"adapters must have values to be combined; got {name} on the meta device")
     shape_A, shape_B = layer.adapter_shapes(rank)

@@ -50,7 +50,8 @@ class LoRALinearAround(LoRALinear):
             y = added(self.base_layer(x, *args, **kwargs), x, lora_A, lora_B, scaling, dropout_p)
         for lora_A, lora_B, scaling, dropout_p in others:
             y = added(y, x, lora_A, lora_B, scaling, dropout_p)
-        return y
+        bias = self.out_bias()
+        return y if bias is None else (y + bias).to(y.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
         """The base's result for x, less its bias."""

@@ -10,6 +10,7 @@ from fused_lora.nn.adapter_tensors import AdapterDropout, AdapterTensors, set_tr
 from fused_lora.ops.update import joined
 from fused_lora.variants import AdapterVariant, LayerLink, LayerVariant
 from fused_lora.variants.allora import ALLoRA, ScaledSteps
+from fused_lora.variants.bias_of_b import BiasOfB
 from fused_lora.variants.dora import DoRA
 
 ActiveAdapter = str | list[str] | None
@@ -35,6 +36,7 @@ class AdaptersByName(nn.Module):
         """No adapters yet."""
         self.lora_A, self.lora_B = AdapterTensors(), AdapterTensors()
         self.lora_magnitude_vector = AdapterTensors()  # [N], of DoRA adapters
+        self.lora_bias = AdapterTensors()  # [N], of adapters whose B has a bias
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float | Tensor] = {}
@@ -51,6 +53,7 @@ class AdaptersByName(nn.Module):
         self.link: LayerLink | None = None  # what acts instead of the active adapter
         self.shows_plain = False  # inside `merged(model)`: state_dict() is the plain layer's, merged or not
         self._pristine: nn.Parameter | None = None  # the base weight while a merged one stands in its place
+        self._pristine_bias: nn.Parameter | None = None  # the base bias, where that is merged, too
 
     def _variant(self) -> LayerVariant | None:
         """The variant that acts, if any."""
@@ -82,8 +85,8 @@ class AdaptersByName(nn.Module):
         Raises: ValueError for an unknown adapter or a value out of range.
         """
         self._check_known(adapter_name)
-        use_dora = adapter_name in self.lora_magnitude_vector
-        given = lora_alpha, lora_dropout, use_rslora, use_dora, dora_exact, allora_eta, allora_mode
+        use_dora, lora_bias = adapter_name in self.lora_magnitude_vector, adapter_name in self.lora_bias
+        given = lora_alpha, lora_dropout, use_rslora, use_dora, dora_exact, allora_eta, allora_mode, lora_bias
         self._set_config(adapter_name, LayerConfig(self.r[adapter_name], *given))
 
     def _set_config(self, adapter_name: str, config: LayerConfig) -> None:
@@ -99,19 +102,22 @@ class AdaptersByName(nn.Module):
             self.variants[adapter_name] = ScaledSteps(adapter_name, config.allora_eta, self.lora_A, self.lora_B)
         elif config.allora_eta is not None:
             self.variants[adapter_name] = ALLoRA(adapter_name, config.allora_eta)
+        elif config.lora_bias:
+            self.variants[adapter_name] = BiasOfB(adapter_name)
 
     def config(self, adapter_name: str) -> LayerConfig:
         """What an adapter is in this layer."""
         name = adapter_name
         plain = self.r[name], self.lora_alpha[name], self.lora_dropout[name], self.use_rslora[name]
-        use_dora = name in self.lora_magnitude_vector
-        return LayerConfig(*plain, use_dora, self.dora_exact[name], self.allora_eta[name], self.allora_mode[name])
+        use_dora, lora_bias = name in self.lora_magnitude_vector, name in self.lora_bias
+        allora = self.allora_eta[name], self.allora_mode[name]
+        return LayerConfig(*plain, use_dora, self.dora_exact[name], *allora, lora_bias)
 
     def named_tensors(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """An adapter's A and B, if it has a rank, and, of DoRA, m, by their keys in PEFT's file after the layer's
-        name."""
-        keys = (*self.file_keys, "lora_magnitude_vector")
-        held = dict(zip(keys, (self.lora_A, self.lora_B, self.lora_magnitude_vector), strict=True))
+        """An adapter's A and B, if it has a rank, the bias of B and DoRA's m, as far as it has them, by their keys in
+        PEFT's file after the layer's name."""
+        keys = (*self.file_keys, "lora_B.bias", "lora_magnitude_vector")
+        held = dict(zip(keys, (self.lora_A, self.lora_B, self.lora_bias, self.lora_magnitude_vector), strict=True))
         ranked = self.r[adapter_name] > 0
         return {
             key: tensors[adapter_name]
@@ -120,7 +126,7 @@ class AdaptersByName(nn.Module):
         }
 
     def own_tensors(self, adapter_name: str) -> list[nn.Parameter]:
-        """An adapter's A, B and m, as far as it has them."""
+        """An adapter's A, B, bias of B and m, as far as it has them."""
         return list(self.named_tensors(adapter_name).values())
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -138,13 +144,24 @@ class AdaptersByName(nn.Module):
         m = self.lora_magnitude_vector[adapter_name]
         return self.lora_magnitude_vector(adapter_name) if m.is_meta else m
 
+    def out_bias(self) -> Tensor | None:
+        """What the biases of B of the active adapters add, [N], brought here where they are offloaded; None for
+        nothing."""
+        total: Tensor | None = None
+        for name in self.active_adapters:
+            if name in self.lora_bias:
+                own = self.lora_bias[name]
+                term = (self.lora_bias(name) if own.is_meta else own) * self.scaling[name]
+                total = term if total is None else total + term
+        return total
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, it is so no more. Raises: ValueError if it is unknown or merged."""
         self._check_known(adapter_name)
         active = self.active_adapters
         if adapter_name in active:
             self.set_adapter([name for name in active if name != adapter_name])
-        for tensors in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
+        for tensors in (self.lora_A, self.lora_B, self.lora_bias, self.lora_magnitude_vector):
             if adapter_name in tensors:
                 del tensors[adapter_name]
         for values in (
@@ -199,6 +216,8 @@ class AdaptersByName(nn.Module):
             return
         nn.init.kaiming_uniform_(self.lora_A[adapter_name], a=math.sqrt(5))
         nn.init.zeros_(self.lora_B[adapter_name])
+        if adapter_name in self.lora_bias:
+            nn.init.zeros_(self.lora_bias[adapter_name])
 
     def _acting(self) -> list[Summand]:
         """A, B, scaling and dropout of the active adapters."""
@@ -224,6 +243,7 @@ class AdaptersByName(nn.Module):
         said = f"r={self.r[name]}, lora_alpha={self.lora_alpha[name]}, lora_dropout={self.lora_dropout[name]}"
         said += ", use_rslora=True" if self.use_rslora[name] else ""
         said += ", use_dora=True" if name in self.lora_magnitude_vector else ""
+        said += ", lora_bias=True" if name in self.lora_bias else ""
         said += ", dora_exact=True" if self.dora_exact[name] else ""
         said += "" if self.allora_eta[name] is None else f", allora_eta={self.allora_eta[name]}"
         return f"{said}, allora_mode='update'" if self.allora_mode[name] == "update" else said

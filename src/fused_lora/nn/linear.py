@@ -17,6 +17,13 @@ from fused_lora.ops.update import lora_update
 from fused_lora.variants import LayerVariant, Update
 
 
+def summed_bias(bias: Tensor | None, more: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The sum of two biases [N], in the dtype of the first, or in x's."""
+    if bias is None or more is None:
+        return bias if more is None else more.to(dtype)
+    return (bias + more).to(bias.dtype)
+
+
 class LoRALinear(WithMagnitudes):
     """A frozen linear layer with LoRA adapters by name.
 
@@ -48,6 +55,7 @@ class LoRALinear(WithMagnitudes):
         allora_mode: "gradient" is that, and the paper's; "update", which is ours and not the paper's, leaves gradients
             alone and has row n of what each step of a torch.optim.Optimizer does to B count
             1 / sqrt(1 + eta^2 |(BA)_n|) times, see `fused_lora.variants.allora.ScaledSteps`.
+        lora_bias: whether B has a bias [N], zero at the start: scaling times it is added to y.
     Raises: ValueError naming the argument, what was expected and what was given.
     Source: Hu et al., arXiv 2106.09685; initialisation as in loralib and Hugging Face PEFT; rsLoRA: arXiv 2312.03732;
         DoRA: arXiv 2402.09353; ALLoRA: arXiv 2410.09692.
@@ -73,12 +81,14 @@ class LoRALinear(WithMagnitudes):
         dora_exact: bool = False,
         allora_eta: float | None = None,
         allora_mode: str = "gradient",
+        lora_bias: bool = False,
     ):
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1; got {value!r}")
         check_adapter_name(adapter_name)
-        config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora, use_dora, dora_exact, allora_eta, allora_mode)
+        variant: Any = use_dora, dora_exact, allora_eta, allora_mode, lora_bias
+        config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora, *variant)
         super().__init__()
         self._adopt(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
         self._add(adapter_name, config, adapter_dtype)
@@ -101,7 +111,8 @@ class LoRALinear(WithMagnitudes):
         subclass with a forward of its own, one with hooks or with a quantised or sharded weight) is kept as
         `base_layer` and called.
 
-        Args: linear; the rest, also use_dora, dora_exact, allora_eta and allora_mode, as in the class.
+        Args: linear; the rest, also use_dora, dora_exact, allora_eta, allora_mode and lora_bias, as in the
+            class.
         Returns: the layer, in the training mode of `linear`.
         Raises: ValueError naming the argument, what was expected and what was given.
         """
@@ -168,7 +179,7 @@ class LoRALinear(WithMagnitudes):
     def _varied(self, x: Tensor, variant: LayerVariant) -> Tensor:
         """The layer with a variant's update."""
         update = variant.update(self, x)
-        y = self._updated(x, self.bias, update)
+        y = self._updated(x, summed_bias(self.bias, update.bias, x.dtype), update)
         return y if update.more is None else y + self._updated(x, None, update.more)
 
     def _updated(self, x: Tensor, bias: Tensor | None, update: Update) -> Tensor:
@@ -186,7 +197,8 @@ class LoRALinear(WithMagnitudes):
         if self._dora_acts():
             return self._in_turn(x, self._plain(x), lambda x: F.linear(x, self.matrix()))
         (lora_A, lora_B, scaling, dropout_p), *others = self._summands()
-        y: Any = lora_linear(x, self.matrix(), lora_A, lora_B, scaling, bias=self.bias, dropout_p=dropout_p)
+        bias = summed_bias(self.bias, self.out_bias(), x.dtype)
+        y: Any = lora_linear(x, self.matrix(), lora_A, lora_B, scaling, bias=bias, dropout_p=dropout_p)
         for lora_A, lora_B, scaling, dropout_p in others:
             y = lora_update(y, x, lora_A, lora_B, scaling, dropout_p=dropout_p)
         return y

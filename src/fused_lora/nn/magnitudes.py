@@ -66,6 +66,8 @@ class WithMagnitudes(LoRALayer):
             variant = self.variants.get(name)
             if not isinstance(variant, DoRA):
                 y = added(y, x, lora_A, lora_B, scaling, dropout_p)
+                if name in self.lora_bias:
+                    y = (y + self.lora_bias[name] * scaling).to(y.dtype)
                 continue
             g = variant.scale(self, lora_A, lora_B)
             if dropout_p > 0.0:

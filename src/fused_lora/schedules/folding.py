@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from fused_lora import bases
 from fused_lora.nn.layer import LoRALayer
-from fused_lora.variants.allora import ALLoRA
+from fused_lora.variants.allora import ALLoRA, ScaledSteps
 
 Replaced = dict[nn.Parameter, nn.Parameter]  # the new Parameter of each old one
 
@@ -25,7 +25,7 @@ def check_foldable(root: nn.Module, layers: Mapping[str, LoRALayer], adapter_nam
                 f"quantised weight and would be lost; got {type(layer.base().weight).__name__}"
             )
         variant = layer.link or layer.variants.get(adapter_name)
-        if variant is not None and not isinstance(variant, ALLoRA):  # whose forward is LoRA's
+        if variant is not None and not isinstance(variant, ALLoRA | ScaledSteps):  # whose forward is LoRA's
             kind = type(variant).__name__
             raise ValueError(f"the adapter of {name} must be plain LoRA to be folded into the weight; got {kind}")
         try:
