@@ -1,7 +1,6 @@
 """A benchmark from arguments to files: what can be refused is refused before the first measurement."""
 
 import importlib.util
-import itertools
 import math
 import os
 import re
@@ -85,18 +84,7 @@ def run(
     if preset not in ("variants", "latency") and (candidates is None or "peft" in names):
         document["host"] = runner.host_cost(kind, min(budget_s, 10.0), [n for n in names if n != "compile"])
         report.print_host(document["host"])
-    if steps:
-        for workload in variants_on(kind) if preset == "variants" else (smollm2_on(kind),):
-            rows = list(itertools.chain(*run_steps(workload, budget_s=6 * budget_s)))
-            report.print_steps(workload.title, rows)
-            document["train_step"] += rows
-    if preset == "variants":
-        for rows in run_mixed(mixed_cases(), kind, budget_s):
-            report.print_mixed(rows)
-            document["mixed"] += rows
-    if latency:
-        document["latency"] = list(itertools.chain(*run_latency(kind, budget_s=6 * budget_s)))
-        report.print_latency(document["latency"])
+    _time_models(document, steps, budget_s, output)
     if output is not None:
         write_json(output, document)
         report.print_written(output)
@@ -104,6 +92,30 @@ def run(
         picture.write_plot(document, plot)
         report.print_written(plot)
     return document
+
+
+def _time_models(document: dict, steps: bool, budget_s: float, output: Path | None) -> None:
+    """Steps of a language model and what else the preset has, batch by batch."""
+    kind, preset = document["environment"]["kind"], document["preset"]
+
+    def add(name: str, rows: list[dict]) -> None:
+        document[name] += rows
+        if output is not None:
+            write_json(output, document)
+
+    if steps:
+        for workload in variants_on(kind) if preset == "variants" else (smollm2_on(kind),):
+            for rows in run_steps(workload, budget_s=6 * budget_s):
+                report.print_steps(workload.title, rows)
+                add("train_step", rows)
+    if preset == "variants":
+        for rows in run_mixed(mixed_cases(), kind, budget_s):
+            report.print_mixed(rows)
+            add("mixed", rows)
+    if preset == "latency":
+        for rows in run_latency(kind, budget_s=6 * budget_s):
+            report.print_latency(rows)
+            add("latency", rows)
 
 
 def _time_cases(document: dict, cases: list[Case], budget_s: float, output: Path | None) -> None:
