@@ -15,6 +15,7 @@ from fused_lora import backends
 from fused_lora.backends import Request, bucket, tuned
 from fused_lora.bench.cases import Case
 from fused_lora.files import claimed, write_json
+from fused_lora.hardware import gpu_clocks
 from fused_lora.ops.linear import forget_verdicts
 from fused_lora.tuning.jail import Jail
 from fused_lora.tuning.problems import DROPOUTS, cases_for
@@ -132,6 +133,8 @@ class _Trial:
             self._faults[name, case.dtype] += figures.get("fault", "not tried") not in ("not tried", "does not fit")
         sizes = dict(M=bucket(case.M), N=case.N, K=case.K, R=case.R, dropout=case.dropout, rows=case.M)
         row = dict(dtype=_name(case.dtype), adapter_dtype=_name(_ADAPTER_DTYPE)) | sizes
+        if self._device.type == "cuda":
+            row |= gpu_clocks(self._device.index)
         return row | dict(frozen=times.pop("frozen", {}), candidates=found | times)
 
     def _ask(self, jail: str, case: Case, limit_s: float, **request: Any) -> dict:
