@@ -1,6 +1,7 @@
 """A run of the bench from arguments to files: what can be refused is refused first, what was measured is kept."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -30,6 +31,22 @@ def tiny(monkeypatch):
 @pytest.fixture
 def nothing_is_timed(monkeypatch):
     monkeypatch.setattr(runner, "run_case", lambda *a, **k: pytest.fail("timed before the refusal"))
+
+
+def test_peft_comes_without_the_words_of_what_it_imports(monkeypatch, tmp_path, caplog):
+    """Their loggers are silent while it is imported, and as they were then."""
+    (tmp_path / "peft.py").write_text(
+        "import logging\n"
+        "logging.getLogger('torchao').warning('Failed to load _C_cutlass_90a')\n"
+        "logging.getLogger('another').warning('worth a word')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "peft")
+    before = logging.getLogger("torchao").level
+    candidates.import_peft()
+    assert [record.getMessage() for record in caplog.records] == ["worth a word"]
+    assert logging.getLogger("torchao").level == before
 
 
 def test_run_writes_json_and_plot(tiny, tmp_path, capsys):

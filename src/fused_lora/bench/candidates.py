@@ -3,6 +3,8 @@
 A candidate is made for one problem and gives its forward, x -> y, and its trained leaves (A, B).
 """
 
+import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -101,6 +103,24 @@ def _linear(p: Problem) -> nn.Linear:
     if p.bias is not None:
         linear.bias = nn.Parameter(p.bias, requires_grad=False)
     return linear
+
+
+# Whose warnings at PEFT's import tell of optional parts that are not there.
+_TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+
+
+def import_peft() -> None:
+    """PEFT, if it is installed, without what the packages that it imports say of their own optional parts."""
+    if importlib.util.find_spec("peft") is None:
+        return
+    loggers = {logger: logger.level for logger in map(logging.getLogger, _TALKATIVE)}
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        importlib.import_module("peft")
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
 
 
 def peft(p: Problem, dropout: float) -> Made:

@@ -11,7 +11,7 @@ import torch
 
 from fused_lora.bench import plot as picture
 from fused_lora.bench import report, results, runner
-from fused_lora.bench.candidates import candidates_on, is_plan
+from fused_lora.bench.candidates import candidates_on, import_peft, is_plan
 from fused_lora.bench.cases import Case
 from fused_lora.bench.cases import preset as cases_of
 from fused_lora.bench.latency import run_latency
@@ -81,6 +81,8 @@ def run(
     report.print_environment(document["environment"])
     if "peft" not in names and candidates is None:
         report.say("without PEFT, which is not installed: pip install 'fused-lora[peft]'\n")
+    if steps or latency or preset == "variants" or "peft" in names:
+        import_peft()
     _time_cases(document, cases, budget_s, output)
     if preset not in ("variants", "latency") and (candidates is None or "peft" in names):
         document["host"] = runner.host_cost(kind, min(budget_s, 10.0), [n for n in names if n != "compile"])
