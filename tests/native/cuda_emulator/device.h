@@ -31,8 +31,8 @@ struct Thread {
   std::function<bool()> ready;   // empty: runnable
   int spins = 0;                 // waits in a loop since its warp last met in __syncwarp
   bool saw_flag = false;         // since its last fence.proxy.async, another block's ordinary stores
-  std::vector<uint32_t> stored_shared;    // words of its own ordinary stores since then: offsets
-  std::vector<uintptr_t> stored_global;   // and addresses
+  std::vector<uint32_t> stored_shared;   // words of its own ordinary stores since then: offsets
+  std::vector<uintptr_t> stored_global;  // and addresses
 
   struct Copy {
     void* to;
@@ -83,7 +83,7 @@ struct Block {
   Rendezvous warpgroups[8];
   Warp warps[32];
   std::vector<uint16_t> writers;  // of each word of shared memory: who stored it last and has not fenced, plus one
-  int frozen[8] = {};  // passes for which a warpgroup does not run
+  int frozen[8] = {};             // passes for which a warpgroup does not run
 };
 
 struct Cluster {
@@ -92,7 +92,7 @@ struct Cluster {
 };
 
 Thread& self();
-bool running();                            // whether a thread of a kernel is
+bool running();                                   // whether a thread of a kernel is
 [[noreturn]] void fail(const char* format, ...);  // ends the launch with an error that says so
 void yield();
 void wait_until(std::function<bool()> ready);

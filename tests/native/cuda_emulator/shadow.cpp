@@ -14,7 +14,7 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
-std::unordered_map<uintptr_t, const Thread*> global;  // words of global memory, by address / 4
+std::unordered_map<uintptr_t, const Thread*> global;   // words of global memory, by address / 4
 std::vector<std::pair<uintptr_t, uintptr_t>> watched;  // first and past the last word of what a launch has maps of
 
 }  // namespace
