@@ -12,6 +12,12 @@ from fused_lora.layer_config import LayerConfig
 from fused_lora.name_patterns import NamePatterns, as_plain_name, check_regex, for_ends, layer_number, matches
 
 _STARTS = ("gaussian", "orthogonal", "pissa", "olora")
+_OTHER_STARTS = {  # PEFT's, and what they need beside the model
+    "eva": "batches of data",
+    "corda": "batches of data",
+    "lora_ga": "gradients of a loss",
+    "loftq": "a base that it quantises",
+}
 _BIASES = ("none", "all", "lora_only")
 _TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 
@@ -106,7 +112,11 @@ class LoraConfig:
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise ValueError(f"lora_bias must be False with init_lora_weights={self.init_lora_weights!r}; got True")
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in _STARTS:
-            raise ValueError(f"init_lora_weights must be a bool or one of {_STARTS}; got {self.init_lora_weights!r}")
+            needs = _OTHER_STARTS.get(self.init_lora_weights) if isinstance(self.init_lora_weights, str) else None
+            why = f", which needs {needs}: let PEFT make the adapter, and load_adapter or fuse it" if needs else ""
+            raise ValueError(
+                f"init_lora_weights must be a bool or one of {_STARTS}; got {self.init_lora_weights!r}{why}"
+            )
 
     def _check_names(self) -> None:
         """Check the lists of names and take copies of them."""

@@ -174,6 +174,9 @@ def test_biases_of_b_are_peft_s(tmp_path):
         assert not any("lora" in key for key in ours.state_dict())
         ours.double().float()
     assert all(torch.equal(p, kept[name]) for name, p in ours.named_parameters()) and torch.equal(ours(x), y)
+    apply_lora(ours, 2, target_modules=["first"], use_dora=True, adapter_name="dora")
+    with pytest.raises(ValueError, match="first: lora_bias and DoRA exclude each other in one merge; got adapters"):
+        fused_lora.merge_and_unload(ours, ["default", "dora"])
 
 
 def test_biases_of_b_in_half_precision_and_at_the_start():

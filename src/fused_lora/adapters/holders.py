@@ -111,6 +111,11 @@ def biases_in(model: nn.Module, which: str, targets: Collection[str]) -> dict[st
     return found
 
 
+def biased_adapters(layers: Layers) -> dict[str, str]:
+    """PEFT's `bias` of the adapters with which biases of the base train; there should be one."""
+    return {name: which for layer in layers.values() for name, which in layer.trains_bias.items() if which != "none"}
+
+
 def trained_biases(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     """`biases_in` of an adapter that the model has."""
     layers = holders_of(model, adapter_name)[0]

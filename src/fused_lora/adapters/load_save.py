@@ -11,6 +11,8 @@ from fused_lora.adapters.holders import (
     Layers,
     Wrappers,
     adapter_names,
+    all_holders,
+    biased_adapters,
     biases_in,
     holders_of,
     live_keys,
@@ -235,7 +237,9 @@ def base_tensors(root: nn.Module, state_dict: dict[str, Tensor] | None = None) -
 
 def _bias_keys(root: nn.Module) -> set[str]:
     """The keys of the model's state dict at which there are biases of the base that train with an adapter."""
-    trained = {id(bias) for name in adapter_names(root) for bias in trained_biases(root, name).values()}
+    trained = {
+        id(bias) for name in biased_adapters(all_holders(root)[0]) for bias in trained_biases(root, name).values()
+    }
     named = root.named_parameters(remove_duplicate=False) if trained else ()
     return {plain_key(key) for key, parameter in named if id(parameter) in trained}
 

@@ -5,7 +5,7 @@ from contextlib import suppress
 from torch import nn
 
 from fused_lora.adapters.conventions import for_model
-from fused_lora.adapters.holders import adapter_names, all_holders, held, named_holders, trained_biases
+from fused_lora.adapters.holders import adapter_names, all_holders, biased_adapters, held, named_holders, trained_biases
 from fused_lora.adapters.peft_config import from_peft, is_peft_config
 from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.starts import check_start, start
@@ -139,7 +139,7 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
         layer.set_adapter(held(adapter_name, layer))
     for wrapper in wrappers.values():
         wrapper.set_adapter(held(adapter_name, wrapper))
-    for name in adapter_names(root):
+    for name in biased_adapters(layers):
         for bias in trained_biases(root, name).values():
             set_trainable(bias, name in as_list(adapter_name))
 
@@ -196,8 +196,7 @@ def check_addable(model: nn.Module) -> None:
 
 def check_one_bias(root: nn.Module, config: LoraConfig) -> None:
     """Raises ValueError if a new adapter is to train biases that another trains, the base has one of each."""
-    others = {name: layer.trains_bias for layer in all_holders(root)[0].values() for name in layer.trains_bias}
-    trained = {name: which[name] for name, which in others.items() if which[name] != "none"}
+    trained = biased_adapters(all_holders(root)[0])
     if config.bias != "none" and trained:
         raise ValueError(f"bias must be 'none' for all adapters but one; got {config.bias!r} beside {trained}")
 

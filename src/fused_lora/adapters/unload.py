@@ -12,10 +12,10 @@ from fused_lora.adapters.holders import (
     active_adapters,
     adapter_names,
     all_holders,
+    biased_adapters,
     held,
     holders_of,
     named_holders,
-    trained_biases,
 )
 from fused_lora.adapters.merging import choose_to_merge
 from fused_lora.adapters.model import check_not_merged, check_not_mixed
@@ -47,7 +47,7 @@ def switch_off(model: nn.Module) -> dict[str, ActiveAdapter]:
     root = unwrapped(model)
     check_not_merged(root, "adapters are switched off")
     check_not_mixed(root, "disable_adapter")
-    if any(trained_biases(root, name) for name in active_adapters(root)):
+    if not biased_adapters(all_holders(root)[0]).keys().isdisjoint(active_adapters(root)):
         warnings.warn("biases that trained with an adapter stay as trained while it is switched off", stacklevel=4)
     holders = named_holders(root)
     before = {name: holder.active_adapter for name, holder in holders.items()}

@@ -67,6 +67,8 @@ class MergeableLayer(AdaptersByName):
             self._factors(name)
             if name in self.lora_bias and self.base().bias is None:
                 raise ValueError(f"adapter {name!r} has lora_bias, which only a base with a bias can take up; got none")
+        if all(any(name in held for name in adapter_names) for held in (self.lora_bias, self.lora_magnitude_vector)):
+            raise ValueError(f"lora_bias and DoRA exclude each other in one merge; got adapters {adapter_names}")
         if self.link is not None:
             self.link.merged_updates(self)
 
