@@ -10,7 +10,7 @@ import torch
 
 from fused_lora.bench import plot as picture
 from fused_lora.bench import report, results, runner
-from fused_lora.bench.candidates import candidates_on
+from fused_lora.bench.candidates import candidates_on, import_peft, is_plan
 from fused_lora.bench.cases import Case
 from fused_lora.bench.cases import preset as cases_of
 from fused_lora.bench.latency import run_latency
@@ -45,8 +45,9 @@ def run(
             and renamed after every case.
         plot: PNG file to write, or a directory.
         threads: CPU threads; torch's choice where None.
-        candidates: names out of `candidates_on(device)`; all where None, but PEFT where it is not installed. frozen is
-            always timed. A wrong or failing candidate is reported and dropped from a case, see `results.faults`.
+        candidates: names out of `candidates_on(device)`, all of them where None, but PEFT where it is not installed; or
+            a back end with a plan, "cpu:around". frozen is always timed. A wrong or failing candidate is reported and
+            dropped from a case, see `results.faults`.
         budget_s: seconds of timing a case.
         train_step: time a SmolLM2 training step too; by default with every preset but quick, on the CPU.
         resume: keep the cases that are in `output` already, if it comes from this device, these versions and this
@@ -79,6 +80,8 @@ def run(
     report.print_environment(document["environment"])
     if "peft" not in names and candidates is None:
         report.say("without PEFT, which is not installed: pip install 'fused-lora[peft]'\n")
+    if steps or latency or preset == "variants" or "peft" in names:
+        import_peft()
     _time_cases(document, cases, budget_s, output)
     if preset not in ("variants", "latency") and (candidates is None or "peft" in names):
         document["host"] = runner.host_cost(kind, min(budget_s, 10.0), [n for n in names if n != "compile"])
@@ -155,7 +158,7 @@ def _names(kind: str, candidates: list[str] | None) -> list[str]:
     known = candidates_on(kind)
     if candidates is None:
         return [n for n in known if n != "peft" or importlib.util.find_spec("peft")]
-    unknown = [n for n in candidates if n not in known]
+    unknown = [n for n in candidates if n not in known and not is_plan(n, kind)]
     if unknown or not candidates:
         raise ValueError(
             f"candidates must be among {', '.join(known)}; got {', '.join(n or repr(n) for n in unknown) or 'none'}"
