@@ -15,6 +15,7 @@
 #include "bf16_dot.h"
 #include "kernels.h"
 #include "simd.h"
+#include "transpose_avx512.h"
 
 #ifdef FUSED_LORA_AMX
 
@@ -70,35 +71,6 @@ BF16_DOT_INLINE void store_pair(uint16_t* to, __m512i even, __m512i odd) {
   const __m512i e = _mm512_permutexvar_epi64(order, even), o = _mm512_permutexvar_epi64(order, odd);
   _mm512_store_si512(to, _mm512_unpacklo_epi16(e, o));
   _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(e, o));
-}
-
-// a[i][j] -> a[j][i] of 32 bits each.
-BF16_DOT_INLINE void transpose16(__m512i* a) {
-  __m512i b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-    }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i even = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88), odd = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd),
-                  even8 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88),
-                  odd8 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
-    b[j] = _mm512_shuffle_i32x4(even, even8, 0x88);
-    b[j + 8] = _mm512_shuffle_i32x4(even, even8, 0xdd);
-    b[j + 4] = _mm512_shuffle_i32x4(odd, odd8, 0x88);
-    b[j + 12] = _mm512_shuffle_i32x4(odd, odd8, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = b[i];
 }
 
 // Blocks or pairs of n rows or columns, in units of 32.

@@ -158,10 +158,12 @@ template <class Block> void OnBlocks<Block>::by_rows(const CpuGroups& p, const R
 template <class Block>
 void OnBlocks<Block>::gradient(const CpuGroupedBackwardParams& p, const void* dh, const Strip& strip) {
   const auto [is_A, first, end, n, cols] = strip;
-  const int64_t R = p.ranks[first], Rp = round_up(R, Block::kRanks), size = Rp * kPanel;
+  const int64_t R = p.ranks[first], Rp = round_up(R, Block::kRanks), width = round_up(cols, Block::kGathered),
+                size = Rp * width;
+  const bool several = end - first > 1;
   const Rows rows(p);
   Buffers buffers;
-  float *slab = buffers.take(size), *sum = buffers.take(size), *turned = buffers.take(size);
+  float *slab = buffers.take(size), *sum = several ? buffers.take(size) : slab;
   std::fill_n(sum, size, 0.0f);
   int64_t most = 0;
   for (int64_t g = first; g < end; ++g) most = std::max(most, p.offsets[g + 1] - p.offsets[g]);
@@ -169,25 +171,31 @@ void OnBlocks<Block>::gradient(const CpuGroupedBackwardParams& p, const void* dh
   for (int64_t g = first; g < end; ++g) {
     if (p.offsets[g] == p.offsets[g + 1]) continue;
     const Dropout dropout = dropout_of(p, g);
-    std::fill_n(slab, size, 0.0f);
+    if (several) std::fill_n(slab, size, 0.0f);
     for (int64_t m = p.offsets[g]; m < p.offsets[g + 1];) {
       const Span at = rows.block(m, p.offsets[g + 1]);
       walker.gather_by(is_A ? dh : p.h, at);
       const float* keep = is_A ? walker.draw(dropout, at, n, cols) : nullptr;
       const auto panel = walker.panel(is_A ? p.x : p.dy, is_A ? p.ldx : p.lddy, keep, at, n, cols);
-      walker.block.wgrad(panel, slab, kPanel, 0, at.rows, cols);
+      walker.block.wgrad(panel, slab, width, 0, at.rows, cols);
       m += at.rows;
     }
     const float factor = is_A && !Block::kMaskScales ? dropout.scale() : 1.0f;
-    for (int64_t i = 0; i < size; ++i) sum[i] += factor * slab[i];
+    if (several)
+      for (int64_t i = 0; i < size; ++i) sum[i] += factor * slab[i];
+    else if (factor != 1.0f)
+      for (int64_t i = 0; i < size; ++i) slab[i] *= factor;
   }
   if (is_A) {
     for (int64_t r = 0; r < R; ++r)
-      store_row(sum + r * kPanel, at(p.dA[first], r * p.K + n, p.adapter_dtype), p.adapter_dtype, cols);
+      store_row(sum + r * width, at(p.dA[first], r * p.K + n, p.adapter_dtype), p.adapter_dtype, cols);
     return;
   }
-  load_transposed(sum, Dtype::f32, turned, Rp, kPanel, Rp);
-  store_slab(turned, Rp, at(p.dB[first], n * R, p.adapter_dtype), p.adapter_dtype, cols, R);
+  char* dst = at(p.dB[first], n * R, p.adapter_dtype);
+  const bool as_it_lies = p.adapter_dtype == Dtype::f32 && R == Rp && cols == width;
+  float* turned = as_it_lies ? reinterpret_cast<float*>(dst) : buffers.take(size);
+  load_transposed(sum, Dtype::f32, turned, Rp, width, Rp);
+  if (!as_it_lies) store_slab(turned, Rp, dst, p.adapter_dtype, cols, R);
 }
 
 template <class Walk> void forward(const CpuGroupedForwardParams& p) {

@@ -188,8 +188,8 @@ def _batch_rows(
         rows[name] = Spread.of(series.seconds()).facts("step", "ms", 1e3) | dict(rounds=series.clean)
         rows[name] |= ratio_facts("ratio", ratio(series, times["frozen"]))
         rows[name] |= dict(loss=losses[name], model_mib=model_mib[name])
-        if name in peak_mib:
-            rows[name] |= dict(step_mib=ready[name][1], memory_ratio=peak_mib[name] / peak_mib["frozen"])
+        if (step_mib := ready[name][1]) is not None:
+            rows[name] |= dict(step_mib=step_mib, memory_ratio=peak_mib[name] / peak_mib["frozen"])
         peer = Candidate(PEERS.get(candidates[name].kind, "peft"), candidates[name].dropout).name
         if peer in times:
             rows[name] |= ratio_facts("times_peft", ratio(times[peer], series))
