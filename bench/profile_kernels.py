@@ -20,6 +20,7 @@ from fused_lora.bench import Case, environment
 from fused_lora.bench.candidates import candidates_on
 from fused_lora.bench.timing import copies
 from fused_lora.files import write_json
+from fused_lora.hardware import gpu_clocks
 from fused_lora.testing import random_problem
 
 CASES = [
@@ -98,7 +99,7 @@ def main() -> None:
     console, document = Console(), dict(environment=environment("cuda"), cases=[])
     for case in given.case or [parse(text) for text in CASES]:
         found = profile(case, names)
-        document["cases"].append(dict(case=case.name, candidates=found))
+        document["cases"].append(dict(case=case.name, candidates=found) | gpu_clocks(torch.cuda.current_device()))
         write_json(given.output, document)
         table = Table("candidate", "kernel", "calls", "us", title=case.name, title_justify="left", box=None)
         for name, rows in found.items():

@@ -92,7 +92,8 @@ def variants(document: dict) -> str:
         if "fault" in r:
             return [r["fault"], "–", "–", "–", "–"]
         times_peft = f"{r['times_peft']:.2f}" if "times_peft" in r else "–"
-        return [f"{r['step_ms']:.0f}", f"{r['ratio']:.2f}", f"{r['over_lora']:.2f}", times_peft, f"{r['step_mib']:.0f}"]
+        mib = f"{r['step_mib']:.0f}" if "step_mib" in r else "–"
+        return [f"{r['step_ms']:.0f}", f"{r['ratio']:.2f}", f"{r['over_lora']:.2f}", times_peft, mib]
 
     head = ["sequences × tokens", "candidate", "ms", "over frozen", "over LoRA (fused)", "times as fast as PEFT's own"]
     rows = document["train_step"]

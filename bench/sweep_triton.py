@@ -31,6 +31,7 @@ from fused_lora.bench import environment
 from fused_lora.bench.runner import check
 from fused_lora.bench.timing import Spread, captured, copies, interleave
 from fused_lora.files import write_json
+from fused_lora.hardware import gpu_clocks
 from fused_lora.triton_kernels.configs import Device
 from fused_lora.triton_kernels.device import facts
 
@@ -147,7 +148,7 @@ def sweep(output: Path, seconds: float, console: Console) -> None:
             if time.monotonic() > end:
                 left_out.append("M={} N={} K={} R={} {}".format(*case, group))
                 continue
-            rows += timed(setting, group, budget_s=1.5)
+            rows += [row | gpu_clocks(0) for row in timed(setting, group, budget_s=1.5)]
             write_json(output, dict(environment=environment("cuda"), rows=rows))
     show(rows, console)
     console.print("no time for:", "; ".join(left_out) or "nothing, all is there")

@@ -1,5 +1,6 @@
 """What bench/sweep_triton.py times: for each group, every way to compute the same results with the Triton kernels.
 
+backward         dx, dA and dB by each of the back end's plans, the launches together
 forward, dx      y and h, dx and dh: one launch, or shrink + lora_gemm; and lora_gemm alone from a given h, dh
 dh dB            dy_pass against shrink + wgrad
 shrink, wgrad    h from x, dA from x and dh
@@ -13,6 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fused_lora.backends import Request, bucket, triton
+from fused_lora.ops.reference import PLAIN, Gradients
 from fused_lora.testing import Problem, random_problem
 from fused_lora.triton_kernels import configs
 from fused_lora.triton_kernels.configs import Device, GemmConfig, ShrinkConfig, WgradConfig
@@ -22,7 +25,8 @@ from fused_lora.triton_kernels.lora_gemm_shrink import lora_gemm_shrink
 from fused_lora.triton_kernels.shrink import shrink
 from fused_lora.triton_kernels.wgrad import wgrad
 
-GROUPS = ["dh dB", "forward", "dx", "shrink", "wgrad"]
+GROUPS = ["backward", "dh dB", "forward", "dx", "shrink", "wgrad"]
+OF_DY = ("backward", "dx", "dh dB")
 Variant = Callable[[Tensor], dict[str, Tensor]]  # from x or dy, whichever the group reads
 
 
@@ -44,15 +48,16 @@ class Setting:
 
     def given(self, group: str) -> Tensor:
         """What the group reads, and must find cold."""
-        return self.p.dy if group in ("dx", "dh dB") else self.p.x
+        return self.p.dy if group in OF_DY else self.p.x
 
     def truth(self, group: str) -> dict[str, Tensor]:
         """What the group's variants compute, in fp64 from the same inputs and intermediates."""
         x, weight, A, B, dy, h, dh = (
             t.double() for t in (self.p.x, self.p.weight, self.p.lora_A, self.p.lora_B, self.p.dy, self.h, self.dh)
         )
-        frozen = dy @ weight if group in ("dx", "dh dB") else x @ weight.t()
+        frozen = dy @ weight if group in OF_DY else x @ weight.t()
         made = {
+            "backward": lambda: {"dx": frozen + dh @ A, "dA": dh.t() @ x, "dB": dy.t() @ h},
             "forward": lambda: {"y": frozen + h @ B.t(), "h": h},
             "dx": lambda: {"dx": frozen + dh @ A, "dh": dh},
             "dh dB": lambda: {"dh": dh, "dB": dy.t() @ h},
@@ -169,10 +174,26 @@ def _both_from_dy(s: Setting) -> dict[str, Variant]:
     return {"shrink + wgrad": two} | made
 
 
+def _whole_backward(s: Setting) -> dict[str, Variant]:
+    """dx, dA and dB from dy, by the plans that `fused-lora tune` tries."""
+    p, (M, N, K, R) = s.p, s.sizes
+    request = Request(p.x.device, p.x.dtype, p.lora_A.dtype, bucket(M), N, K, R, aligned=True, optional=())
+    needs = Gradients(x=True, lora_A=True, lora_B=True, bias=False)
+
+    def made(dy, plan):
+        given = (p.x, p.weight, p.lora_A, p.lora_B, s.h, None, None, p.scaling, 0.0, None)
+        found = triton.backward(dy, None, *given, needs, PLAIN, plan)
+        return {"dx": found.x, "dA": found.lora_A, "dB": found.lora_B}
+
+    return {f"plan {plan or 'of the heuristics'}": partial(made, plan=plan) for plan in triton.plans(request)}
+
+
 def variants(s: Setting, group: str) -> dict[str, Variant]:
     """Every way to compute the group's results, by name, and the frozen layer's GEMM."""
     p, (M, _, K, R) = s.p, s.sizes
-    frozen = {"frozen": lambda left: {"frozen": left @ (p.weight if group in ("dx", "dh dB") else p.weight.t())}}
+    frozen = {"frozen": lambda left: {"frozen": left @ (p.weight if group in OF_DY else p.weight.t())}}
+    if group == "backward":
+        return frozen | _whole_backward(s)
     if group in ("forward", "dx"):
         return frozen | _big_product(s, group == "forward")
     if group == "dh dB":

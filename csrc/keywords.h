@@ -53,6 +53,9 @@ template <class... T> bool put_tuple(PyObject* value, T&... to) {
 }
 
 inline bool put_value(Dropout& to, PyObject* value) { return put_tuple(value, to.seed, to.threshold); }
+inline bool put_value(CudaPlan& to, PyObject* value) {
+  return put_tuple(value, to.y, to.h, to.dx, to.dh, to.wgrad, to.launches);
+}
 
 // Fills the members: put<P, &P::h> from a number, put<P, &P::x, &P::ldx> from a tuple of two.
 template <class Params, auto... members> bool put(Params& params, PyObject* value) {

@@ -25,7 +25,7 @@ namespace fused_lora {
 
 enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 
-enum class Status : int { ok = 0, bad_dtype, bad_shape, bad_alignment, unsupported_device, launch_failed };
+enum class Status : int { ok = 0, bad_dtype, bad_shape, bad_alignment, bad_plan, unsupported_device, launch_failed };
 
 inline const char* message(Status status) {
   switch (status) {
@@ -33,6 +33,7 @@ inline const char* message(Status status) {
     case Status::bad_dtype: return "dtype code must be 0 (fp32), 1 (fp16) or 2 (bf16)";
     case Status::bad_shape: return "sizes must be M >= 0 and N, K, R >= 1";
     case Status::bad_alignment: return "pointer or row stride is not aligned as this kernel needs";
+    case Status::bad_plan: return "sizes, plan and workspace must go together as csrc/cuda/plans.h has them";
     case Status::unsupported_device: return "this device cannot run this kernel";
     case Status::launch_failed: return "the kernel launch failed";
   }
@@ -163,6 +164,17 @@ struct CpuGroupedBackwardParams : CpuGroups {
 Status cpu_grouped_forward(const CpuGroupedForwardParams& p);
 Status cpu_grouped_backward(const CpuGroupedBackwardParams& p);
 
+// CUDA, how a call is computed where there is more than one right way; 0, any, leaves a field to the heuristics.
+// cuda/plans.h has the words for it and says what excludes what.
+struct CudaPlan {
+  enum class Product : int { any, small, n128, n256 } y;        // by lora_gemm_small, or by tiles of so many columns
+  enum class Low : int { any, inside, shrink, gemm } h;         // in y's launch, or by a kernel of its own
+  Product dx;                                                   // never small
+  Low dh;                                                       // in dx's launch, or by a kernel of its own
+  enum class Weights : int { any, apart, warpgroup } wgrad;     // dA, dB: after dx, or in its launch
+  enum class Launches : int { any, overlap, serial } launches;  // whether a kernel may start while the last one ends
+};
+
 // CUDA, the whole forward on one stream: y = x W^T + h B^T + bias and h. Pointers and row strides aligned to 16 bytes
 // unless said otherwise.
 struct CudaForwardParams {
@@ -173,15 +185,16 @@ struct CudaForwardParams {
   const void* bias;  // [N], dtype, or null
   void* h;           // [M, R], row stride R rounded up to 8, dtype
   void* y;           // [M, N], contiguous, dtype
-  void* workspace;   // forward_plan(...).bytes of heuristics.h, aligned to 16 bytes, any contents; nobody else's until
+  void* workspace;   // forward_plan(...).bytes of cuda/plans.h, aligned to 16 bytes, any contents; nobody else's until
                      // the stream is through
   int64_t workspace_bytes;
   int64_t M, N, K, R, ldx, ldw;
   Dtype dtype, adapter_dtype;
   float scaling;
   Dropout dropout;  // seed on the device
-  int device;       // the caller's current device
-  void* stream;     // cudaStream_t
+  CudaPlan plan;
+  int device;    // the caller's current device
+  void* stream;  // cudaStream_t
 };
 
 // CUDA, the whole backward on one stream. A null output is not computed. Each sum over K or N has a fixed order, and so
@@ -197,15 +210,16 @@ struct CudaBackwardParams {
   void* dA;         // [R, K], contiguous, adapter_dtype
   void* dB;         // [N, R], contiguous, adapter_dtype
   void* dbias;      // [N], contiguous, dtype
-  void* workspace;  // backward_plan(...).bytes of heuristics.h, as above
+  void* workspace;  // backward_plan(...).bytes of cuda/plans.h, as above
   int64_t workspace_bytes;
   int64_t M, N, K, R, lddy, ldx, ldw, ldh;
   Dtype dtype, adapter_dtype;
   float scaling;
   Dropout dropout;     // seed on the device
-  bool deterministic;  // dA and dB in a fixed order of summation, too, by a pass over x and dy of their own
-  int device;          // the caller's current device
-  void* stream;        // cudaStream_t
+  bool deterministic;  // dA and dB in a fixed order of summation, too: apart, whatever the plan says
+  CudaPlan plan;
+  int device;    // the caller's current device
+  void* stream;  // cudaStream_t
 };
 
 Status cuda_forward(const CudaForwardParams& p);

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from fused_lora import _C, lora_linear
+from fused_lora import _C, backends, lora_linear
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -17,7 +17,9 @@ CASES = [
     (300, 512, 256, 100, 0.0),
     (16, 512, 1024, 16, 0.0),
     (600, 256, 512, 16, 0.25),
+    (1000, 512, 256, 32, 0.0),  # rank tiles with the swizzle of 64 bytes
 ]
+DTYPES = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -63,14 +65,25 @@ def test_several_tiles_a_program(name, M, N, K, width, R, dropout_p):
             )
     (p,), settings, (exact,) = problems((M, N, K, R, dropout_p), 1)
     assert_exact(run(p, backend=name, **settings), exact)
-    p = random_problem(M, N, K, R, torch.bfloat16, torch.float32, device="cuda")
-    assert_close(run(p, backend=name, **settings), run(p, backend="reference", **settings), truth(p, **settings))
+    for dtype in DTYPES:
+        p = random_problem(M, N, K, R, dtype, torch.float32, device="cuda")
+        assert_close(run(p, backend=name, **settings), run(p, backend="reference", **settings), truth(p, **settings))
 
 
+@pytest.mark.parametrize("case", [(8192, 1024, 4096, 16, 0.0), (300, 512, 256, 100, 0.0), *CASES[3:]])
+def test_every_plan_that_is_measured(name, case):
+    (p,), settings, (exact,) = problems(case, 1)
+    M, N, K, R, _ = case
+    request = backends.Request(p.x.device, p.x.dtype, p.x.dtype, backends.bucket(M), N, K, R, aligned=True, optional=())
+    for candidate in backends.candidates((name,), request):
+        assert_exact(run(p, backend=candidate, **settings), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_graph_replays_see_new_inputs(name, case):
-    """No flag, counter or sum of an earlier replay is left; the results of each replay are its own."""
-    made, settings, exact = problems(case)
+def test_graph_replays_see_new_inputs(name, case, dtype):
+    """No flag, counter, sum or result of an earlier replay is left; the results of each replay are its own."""
+    made, settings, exact = problems(case, dtype=dtype)
     p = dataclasses.replace(made[0], x=made[0].x.clone(), dy=made[0].dy.clone())
     assert_exact(run(p, backend=name, **settings), exact[0])
     graph = torch.cuda.CUDAGraph()
@@ -78,6 +91,8 @@ def test_graph_replays_see_new_inputs(name, case):
         got = run(p, backend=name, **settings)
     for turn in (1, 2, 0, 0, 1):
         p.x.copy_(made[turn].x), p.dy.copy_(made[turn].dy)
+        for result in got.values():
+            result.fill_(float("nan"))
         graph.replay()
         assert_exact(got, exact[turn])
 

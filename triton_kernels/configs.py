@@ -1,10 +1,11 @@
 """Which launches serve a call, with which tiles and splits: pure functions of sizes, dtype and device properties, so
 that they are tested without a GPU.
 
-No table by GPU name and no tuning at call time. A figure behind a choice names the device and the date. What no GPU has
-timed yet is planned on request only: one_launch (lora_gemm_shrink, in whose flags a fault would hang) and prefetch
-(lora_gemm's first low-rank tiles are loaded before the loop over K). Both are compiled for every target and right in
-the interpreter; bench/sweep_triton.py asks for them and times them.
+No table by GPU name and no tuning at call time. A figure behind a choice names the device and the date. A caller may
+say the words of PLAN_WORDS, the rest is chosen here. What no GPU has timed yet is planned on request only: one_launch
+(lora_gemm_shrink, in whose flags a fault would hang) and prefetch (lora_gemm's first low-rank tiles are loaded before
+the loop over K). Both are compiled for every target and right in the interpreter; `fused-lora tune` and
+bench/sweep_triton.py ask for them and time them.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,16 @@ class Device(NamedTuple):
     tma: bool  # has the tensor memory accelerator (compute capability >= 9.0)
     sms: int  # multiprocessors, or compute units
     shared_bytes: int  # shared memory that one program may use
+
+
+# (word, the argument of forward_plan or backward_plan that it stands for, its value)
+PLAN_WORDS = (
+    ("one_launch", "one_launch", True),
+    ("prefetch", "prefetch", True),
+    ("narrow", "narrow", True),
+    ("one_read", "one_read", True),
+    ("two_reads", "one_read", False),
+)
 
 
 class _Config:
@@ -113,6 +124,7 @@ def forward_plan(
     *,
     one_launch: bool = False,
     prefetch: bool = False,
+    narrow: bool = False,
 ) -> ForwardPlan:
     """What makes h [M, R] from x [M, K], and y [M, N].
 
@@ -121,10 +133,11 @@ def forward_plan(
         one_launch: lora_gemm_shrink where it can serve and is expected to pay; its operands' rows must then start on 16
             bytes.
         prefetch: in lora_gemm where it is possible.
+        narrow: tiles of lora_gemm are 128 columns wide where they would be 256.
     """
     if one_launch and not dropout and (both := gemm_shrink_config(M, N, K, R, itemsize, device)):
         return ForwardPlan(lora_gemm_shrink=both)
-    gemm = gemm_config(M, N, K, R, itemsize, False, device, prefetch)
+    gemm = gemm_config(M, N, K, R, itemsize, False, device, prefetch, narrow)
     return ForwardPlan(shrink=shrink_config(M, K, R, itemsize, device), lora_gemm=gemm)
 
 
@@ -144,12 +157,15 @@ def backward_plan(
     plain: bool = True,
     one_launch: bool = False,
     prefetch: bool = False,
+    narrow: bool = False,
+    one_read: bool | None = None,
 ) -> BackwardPlan:
     """What makes the needed ones of dx [M, K], dA [R, K] and dB [N, R] from dy [M, N], and dh [M, R] for the first two.
 
     Args:
         dx, dA, dB: whether each is needed.
         plain: whether the op has no optional tensors; else low_gradient makes dh.
+        one_read: dh and dB come from dy_pass, or each from a read of dy of its own; None: whichever should be faster.
         The others as in `forward_plan`.
     """
     dh = dx or dA
@@ -158,17 +174,20 @@ def backward_plan(
         return BackwardPlan(
             low_gradient=low_gradient_config(M, N, R, itemsize, device),
             wgrad_B=wgrad_config(M, N, R, itemsize, device) if dB else None,
-            lora_gemm=gemm_config(M, K, N, R, itemsize, dropout, device, prefetch) if dx else None,
+            lora_gemm=gemm_config(M, K, N, R, itemsize, dropout, device, prefetch, narrow) if dx else None,
             wgrad_A=wgrad_A,
         )
-    if one_launch and dx and not dB and not dropout and (both := gemm_shrink_config(M, K, N, R, itemsize, device)):
-        return BackwardPlan(lora_gemm_shrink=both, wgrad_A=wgrad_A)
-    dy_pass = dy_pass_config(M, N, R, itemsize, device) if dh and dB else None
+    dy_pass = dy_pass_config(M, N, R, itemsize, device, one_read) if dh and dB else None
+    if one_launch and dx and dy_pass is None and not dropout:
+        both = gemm_shrink_config(M, K, N, R, itemsize, device)
+        if both is not None:
+            wgrad_B = wgrad_config(M, N, R, itemsize, device) if dB else None
+            return BackwardPlan(lora_gemm_shrink=both, wgrad_B=wgrad_B, wgrad_A=wgrad_A)
     return BackwardPlan(
         dy_pass=dy_pass,
         shrink=shrink_config(M, N, R, itemsize, device) if dh and dy_pass is None else None,
         wgrad_B=wgrad_config(M, N, R, itemsize, device) if dB and dy_pass is None else None,
-        lora_gemm=gemm_config(M, K, N, R, itemsize, dropout, device, prefetch) if dx else None,
+        lora_gemm=gemm_config(M, K, N, R, itemsize, dropout, device, prefetch, narrow) if dx else None,
         wgrad_A=wgrad_A,
     )
 
@@ -187,7 +206,15 @@ def _stages(shared_bytes: int, bytes_per_stage: int, most: int) -> int:
 
 
 def gemm_config(
-    M: int, N: int, K: int, R: int, itemsize: int, dropout: bool, device: Device, prefetch: bool = False
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    itemsize: int,
+    dropout: bool,
+    device: Device,
+    prefetch: bool = False,
+    narrow: bool = False,
 ) -> GemmConfig:
     """Tiles of lora_gemm for out [M, N] = left [M, K] @ right + low [M, R] @ thin.
 
@@ -200,7 +227,7 @@ def gemm_config(
         BLOCK_M, BLOCK_N, BLOCK_K, warps, most = 64, 64, 32, 4, 3
     elif M <= 64:
         BLOCK_M, BLOCK_N, BLOCK_K, warps, most = _power_of_two(M, 16, 64), 64, 128, 4, 5
-    elif device.tma and not dropout and _cdiv(M, 128) * _cdiv(N, 256) * 2 > device.sms:
+    elif device.tma and not (dropout or narrow) and _cdiv(M, 128) * _cdiv(N, 256) * 2 > device.sms:
         BLOCK_M, BLOCK_N, warps, most = 128, 256, 8, 3
     elif _cdiv(M, 128) * _cdiv(N, 128) * 2 > device.sms:
         BLOCK_M, BLOCK_N, warps, most = 128, 128, 8 if device.tma or dropout else 4, 4
@@ -221,8 +248,8 @@ def gemm_config(
 
 
 def gemm_shrink_config(M: int, N: int, K: int, R: int, itemsize: int, device: Device) -> GemmConfig | None:
-    """Tiles of lora_gemm_shrink, the one launch that makes low too; None where shrink and lora_gemm are the better
-    choice.
+    """Tiles of lora_gemm_shrink, the one launch that makes low too; None where it cannot serve, or shrink and lora_gemm
+    are the better choice.
 
     It takes TMA, the large tile, tiles for every multiprocessor, so that few wait for the first column, and a rank
     block that leaves three stages of shared memory. On an H100 a probe of this form took 396 us, shrink and lora_gemm
@@ -274,9 +301,11 @@ def wgrad_config(M: int, C: int, R: int, itemsize: int, device: Device) -> Wgrad
     return WgradConfig(BLOCK_M, BLOCK_C, BLOCK_R, stages, 4, _cdiv(M, rows_per_split), rows_per_split)
 
 
-def dy_pass_config(M: int, N: int, R: int, itemsize: int, device: Device) -> WgradConfig | None:
+def dy_pass_config(
+    M: int, N: int, R: int, itemsize: int, device: Device, wanted: bool | None = None
+) -> WgradConfig | None:
     """Tiles and splits of dy_pass, two programs a multiprocessor; None where shrink and wgrad, which read dy twice, are
-    the better choice.
+    the better choice, unless it is `wanted`, and beyond 32 ranks.
 
     That is where the fp32 slabs, 8 R (1 / BLOCK_C + 1 / rows of a split) bytes for an element of dy written and read,
     pass two fifths of dy's own bytes: in bf16 from about R = 20 on, and for narrow N (8192 x 1024 at R = 16 takes a
@@ -291,7 +320,7 @@ def dy_pass_config(M: int, N: int, R: int, itemsize: int, device: Device) -> Wgr
     rows_per_split = _cdiv(_cdiv(M, splits), BLOCK_M) * BLOCK_M
     splits = _cdiv(M, rows_per_split)
     slab_bytes = 8 * R * ((blocks > 1) / BLOCK_C + (splits > 1) / rows_per_split)
-    if R > BLOCK_R or slab_bytes > 0.4 * itemsize:
+    if R > BLOCK_R or wanted is False or (wanted is None and slab_bytes > 0.4 * itemsize):
         return None
     beside = BLOCK_C * BLOCK_R * itemsize + 2 * BLOCK_M * BLOCK_R * 4  # the B tile; h and dh tiles on their way
     stages = 1 + _stages(device.shared_bytes // 2 - beside, BLOCK_M * BLOCK_C * itemsize, 3)

@@ -20,20 +20,17 @@ Matrix seed_bits() {
 }
 
 // What heuristics.h plans, with tiles of the width that the case asks for.
-GemmConfig config_for(const Case& c, int64_t out_cols, bool makes_low, bool dropout, bool backward) {
-  const int sms = multiprocessors();
-  GemmConfig config = gemm_config({.M = c.sizes.M,
-                                   .N = out_cols,
-                                   .R = c.sizes.R,
-                                   .sms = sms,
-                                   .makes_low = makes_low,
-                                   .dropout = dropout,
-                                   .backward = backward});
-  config.kind.block_n = c.block_n;
-  config.col_tiles = static_cast<int>(ceil_div(out_cols, c.block_n));
-  const int64_t tiles = int64_t{config.row_tiles} * config.col_tiles;
-  config.grid = static_cast<int>(std::min<int64_t>(tiles, sms / kGemmCluster)) * kGemmCluster;
-  return config;
+GemmConfig config_for(const Case& c, int64_t out_cols, bool makes_low, bool dropout, bool backward,
+                      GradientsBy gradients = GradientsBy::none) {
+  return gemm_config({.M = c.sizes.M,
+                      .N = out_cols,
+                      .R = c.sizes.R,
+                      .sms = multiprocessors(),
+                      .makes_low = makes_low,
+                      .dropout = dropout,
+                      .backward = backward,
+                      .gradients = gradients,
+                      .block_n = c.block_n});
 }
 
 void run_gemm(const GemmConfig& config, const GemmParams& p, Device& control) {
@@ -106,8 +103,9 @@ void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool
   const Device dy(layer.dy, c.dtype), W(layer.W, c.dtype), A(layer.A, c.dtype), B(layer.B, c.dtype, Rp);
   const Device x(layer.x, c.dtype), saved_h(h, c.dtype, Rp);
   Device out(M, K, c.dtype), low(M, R, c.dtype, Rp), dA(R, K, Dtype::f32), dB(N, R, Dtype::f32);
-  const GemmConfig config = config_for(c, K, true, dropout, true);
-  const bool gradients = config.kind.gradients();  // not with every mask
+  const GradientsBy wanted = need_A || need_B ? GradientsBy::warpgroup : GradientsBy::none;
+  const GemmConfig config = config_for(c, K, true, dropout, true, wanted);
+  const bool gradients = config.kind.gradients != GradientsBy::none;  // not with every mask
   Device control = control_for(config);
   const GemmParams p{.left = dy.get(),
                      .right = W.get(),

@@ -15,6 +15,7 @@
 #include "bf16_dot.h"
 #include "kernels.h"
 #include "simd.h"
+#include "transpose_avx512.h"
 
 #ifdef FUSED_LORA_AMX
 
@@ -76,16 +77,19 @@ BF16_DOT_INLINE void store_pair(uint16_t* to, __m512i even, __m512i odd) {
 inline int64_t sides(int64_t n) { return (n + kSide - 1) / kSide; }
 
 // amx_pack.cpp
-// blocks[sides(rows)][sides(cols)] = src[rows, cols (row stride ld)].
-void to_blocks(const uint16_t* src, int64_t ld, uint16_t* blocks, int64_t rows, int64_t cols);
+// blocks[sides(rows)][sides(cols)] = src[rows, cols (row stride ld)]; with `at` row i is at[i] of src.
+void to_blocks(const uint16_t* src, int64_t ld, uint16_t* blocks, int64_t rows, int64_t cols,
+               const int64_t* at = nullptr);
 // The same of src * scale[cols], rounded once.
 void to_scaled_blocks(const uint16_t* src, int64_t ld, const float* scale, uint16_t* blocks, int64_t rows,
                       int64_t cols);
-// The same into `whole` and, with dropout of rows row0.., into `dropped`; bits[rows, sides(cols)]: what it keeps.
+// The same into `whole` and, with dropout of rows row0.. (+ at) and columns col0.., a multiple of 64, into `dropped`;
+// bits[rows, sides(cols)]: what it keeps.
 // `whole` and `bits` may be null. Drawn here, while x is on its way from memory: apart it would take 4 % of a layer's
 // time more.
 void to_dropped_blocks(const uint16_t* src, int64_t ld, const Dropout& dropout, int64_t row0, uint16_t* whole,
-                       uint16_t* dropped, uint32_t* bits, int64_t rows, int64_t cols);
+                       uint16_t* dropped, uint32_t* bits, int64_t rows, int64_t cols, int64_t col0 = 0,
+                       const int64_t* at = nullptr);
 // pairs of src[depth, cols (row stride ld)], panels of 32 columns `panel` bf16 apart: [cols / 32][depth / 32][2 tiles].
 void pair_panels(const void* src, Dtype dtype, int64_t ld, uint16_t* pairs, int64_t panel, int64_t depth, int64_t cols);
 // The same of src^T, where src is [cols, depth (row stride ld)].
@@ -99,9 +103,16 @@ void transpose_low(const uint16_t* low, int64_t Rp, uint16_t* tiles, int64_t row
 // `steps * kBlock` apart.
 void shrink_amx(const uint16_t* blocks, const uint16_t* down, float factor, uint16_t* low, int64_t Rp, int64_t rows,
                 int64_t steps, int64_t R);
-// slab[R rounded up to 16, 32 * steps] += lowT blocks[n][steps] for lowT of transpose_low; pairs: [n][4 tiles] scratch.
-void wgrad_amx(const uint16_t* blocks, const uint16_t* lowT, float* slab, uint16_t* pairs, int64_t n, int64_t steps,
-               int64_t R);
+// to[R, cols (row stride ld)], or turned [cols, R (row stride ld)], = factor * lowT blocks[n][steps] (+ to where add),
+// for lowT of transpose_low; pairs: [n][4 tiles] scratch.
+struct AmxSums {
+  float* to;
+  int64_t ld, cols;
+  bool turned, add;
+  float factor;
+};
+void wgrad_amx(const uint16_t* blocks, const uint16_t* lowT, const AmxSums& sums, uint16_t* pairs, int64_t n,
+               int64_t steps, int64_t R);
 // out[cols] += sum over the 32 * n rows of blocks[n][steps].
 void column_sums_amx(const uint16_t* blocks, float* out, int64_t n, int64_t steps);
 
@@ -120,6 +131,7 @@ struct AmxGemm {
   Dtype thin_dtype;
   float scale;
   bool by_rows;
+  const int64_t* rows = nullptr;  // [M], which rows of a larger `out` these are; null: all in their order
 };
 // What its tasks need, for products of at most g's sizes: columns are split first, rows where threads are left.
 struct AmxScratch {

@@ -36,6 +36,7 @@ struct Block {
   const float* out_scale;  // [cols] or null
   uint16_t* out;
   int64_t ldo, rows, cols;
+  const int64_t* at;      // row i of it is at[i] of out; or null
   const uint16_t* ahead;  // what to bring into L2 meanwhile, lines of 64 bytes a step
   int64_t lines;
 };
@@ -61,7 +62,7 @@ BF16_DOT_INLINE void store_block(const Block& b, const float* base, const float*
     by_hi = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), b.out_scale + 16);
   }
   for (int64_t i = 0; i < b.rows; ++i) {
-    uint16_t* out = b.out + i * b.ldo;
+    uint16_t* out = b.out + (b.at ? b.at[i] : i) * b.ldo;
     __m512 lo, hi;
     if (base) {
       lo = _mm512_load_ps(base + kSide * i), hi = _mm512_load_ps(base + kSide * i + 16);
@@ -162,10 +163,11 @@ BF16_DOT void task(const AmxGemm& g, Range rows, Range cols, uint16_t* group, fl
                       .ld_keep = sides(g.N),
                       .bias = g.bias ? g.bias + n0 + n * kSide : nullptr,
                       .out_scale = g.out_scale ? g.out_scale + n0 + n * kSide : nullptr,
-                      .out = g.out + m * g.N + n0 + n * kSide,
+                      .out = g.out + (g.rows ? 0 : m * g.N) + n0 + n * kSide,
                       .ldo = g.N,
                       .rows = std::min(kSide, rows.end - m),
                       .cols = std::min(kSide, width - n * kSide),
+                      .at = g.rows ? g.rows + m : nullptr,
                       .ahead = left + all * kBlock + n * near * lines * kSide,
                       .lines = lines},
                      scratch);

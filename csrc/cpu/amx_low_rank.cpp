@@ -1,12 +1,14 @@
 // The low-rank products on AMX tiles: shrink, wgrad, and the column sums of dbias.
 //
 //   shrink   low = factor * blocks down       h = s drop(x) A^T     dh = s dy B
-//   wgrad    slab += lowT blocks              dA = dh^T drop(x)     dB^T = h^T dy
+//   wgrad    sums += lowT blocks              dA = dh^T drop(x)     dB^T = h^T dy, or turned: dB
 //
 // Layouts as in amx.h. Tiles: shrink holds 32 rows by 32 ranks of sums, or by 16 ranks twice, of even and odd steps;
 // wgrad holds 16 ranks by 64 columns, whose 64 columns of x are brought into pairs once for all ranks (4 KiB a block).
-// Numerics: fp32 sums in the order of the depth; a call of wgrad starts at zero and joins the slab at its end, so that
+// Numerics: fp32 sums in the order of the depth; a call of wgrad starts at zero and joins its sums at its end, so that
 // errors grow with a block of rows and not with all of M.
+#include <algorithm>
+
 #include "amx.h"
 
 #ifdef FUSED_LORA_AMX
@@ -22,6 +24,26 @@ BF16_DOT_INLINE void store_low(const float* sums, __m512 factor, uint16_t* low, 
   for (int64_t i = 0; i < 16; ++i) {
     const __m512 scaled = _mm512_maskz_mul_ps(i < rows ? there : 0, factor, _mm512_load_ps(sums + 16 * i));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + i * Rp), (__m256i)_mm512_cvtneps_pbh(scaled));
+  }
+}
+
+// What a tile has summed up, ranks r.. by columns k.., goes out: as it lies, or its transpose.
+BF16_DOT_INLINE void store_sums(const float* tile, const AmxSums& out, int64_t r, int64_t R, int64_t k) {
+  const int64_t ranks = std::min<int64_t>(16, R - r), cols = std::min<int64_t>(16, out.cols - k);
+  const __m512 factor = _mm512_set1_ps(out.factor);
+  __m512i rows[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_load_si512(tile + 16 * i);
+  if (out.turned) transpose16(rows);
+  const int64_t height = out.turned ? cols : ranks;
+  const __mmask16 there = first16(out.turned ? ranks : cols);
+  float* to = out.to + (out.turned ? k * out.ld + r : r * out.ld + k);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i, to += out.ld) {
+    if (i >= height) break;
+    __m512 sum = _mm512_mul_ps(factor, (__m512)rows[i]);
+    if (out.add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(there, to));
+    _mm512_mask_storeu_ps(to, there, sum);
   }
 }
 
@@ -59,10 +81,9 @@ BF16_DOT void shrink_amx(const uint16_t* blocks, const uint16_t* down, float fac
   }
 }
 
-BF16_DOT void wgrad_amx(const uint16_t* blocks, const uint16_t* lowT, float* slab, uint16_t* pairs, int64_t n,
+BF16_DOT void wgrad_amx(const uint16_t* blocks, const uint16_t* lowT, const AmxSums& out, uint16_t* pairs, int64_t n,
                         int64_t steps, int64_t R) {
   alignas(64) float sums[4][256];
-  const int64_t ld = steps * kSide;
   for (int64_t k = 0; k < steps; k += 2) {
     const int64_t wide = k + 1 < steps ? 2 : 1;
     for (int64_t m = 0; m < n; ++m)
@@ -85,11 +106,7 @@ BF16_DOT void wgrad_amx(const uint16_t* blocks, const uint16_t* lowT, float* sla
       }
       tile_store<0>(sums[0], 64), tile_store<1>(sums[1], 64);
       tile_store<2>(sums[2], 64), tile_store<3>(sums[3], 64);
-      for (int64_t i = 0; i < 16; ++i)
-        for (int64_t j = 0; j < 2 * wide; ++j) {
-          float* to = slab + (r + i) * ld + k * kSide + 16 * j;
-          _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_load_ps(sums[j] + 16 * i)));
-        }
+      for (int64_t j = 0; j < 2 * wide; ++j) store_sums(sums[j], out, r, R, k * kSide + 16 * j);
     }
   }
 }

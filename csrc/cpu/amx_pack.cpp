@@ -29,35 +29,6 @@ BF16_DOT_INLINE __m512i load32(const float* p, int64_t n) {
                                       _mm512_maskz_loadu_ps(first16(n), p));
 }
 
-// a[i][j] -> a[j][i] of 32 bits each.
-BF16_DOT_INLINE void transpose16(__m512i* a) {
-  __m512i b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-    }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i even = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88), odd = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd),
-                  even8 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88),
-                  odd8 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
-    b[j] = _mm512_shuffle_i32x4(even, even8, 0x88);
-    b[j + 8] = _mm512_shuffle_i32x4(even, even8, 0xdd);
-    b[j + 4] = _mm512_shuffle_i32x4(odd, odd8, 0x88);
-    b[j + 12] = _mm512_shuffle_i32x4(odd, odd8, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = b[i];
-}
-
 template <class T>
 BF16_DOT void pair_panels_of(const T* src, int64_t ld, uint16_t* pairs, int64_t panel, int64_t depth, int64_t cols) {
   for (int64_t k = 0; k < depth; k += kSide)
@@ -98,10 +69,11 @@ BF16_DOT void pair_panels_transposed_of(const T* src, int64_t ld, uint16_t* pair
 
 }  // namespace
 
-BF16_DOT void to_blocks(const uint16_t* src, int64_t ld, uint16_t* blocks, int64_t rows, int64_t cols) {
+BF16_DOT void to_blocks(const uint16_t* src, int64_t ld, uint16_t* blocks, int64_t rows, int64_t cols,
+                        const int64_t* at) {
   const int64_t steps = sides(cols), whole = cols / kSide;
   for (int64_t m = 0; m < sides(rows) * kSide; ++m) {
-    const uint16_t* row = src + m * ld;
+    const uint16_t* row = src + (at && m < rows ? at[m] : m) * ld;
     uint16_t* to = blocks + m / kSide * steps * kBlock + m % kSide * kSide;
     const int64_t filled = m < rows ? whole : 0;
     for (int64_t k = 0; k < filled; ++k) {
@@ -132,16 +104,18 @@ BF16_DOT void to_scaled_blocks(const uint16_t* src, int64_t ld, const float* sca
 }
 
 BF16_DOT void to_dropped_blocks(const uint16_t* src, int64_t ld, const Dropout& dropout, int64_t row0, uint16_t* whole,
-                                uint16_t* dropped, uint32_t* bits, int64_t rows, int64_t cols) {
+                                uint16_t* dropped, uint32_t* bits, int64_t rows, int64_t cols, int64_t col0,
+                                const int64_t* at) {
   const int64_t steps = sides(cols);
   const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
   const __m512i threshold = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold));
   for (int64_t m = 0; m < sides(rows) * kSide; ++m) {
-    const uint16_t* row = src + m * ld;
+    const int64_t from = at && m < rows ? at[m] : m;
+    const uint16_t* row = src + from * ld;
     const int64_t place = m / kSide * steps * kBlock + m % kSide * kSide, there = m < rows ? cols : 0;
     for (int64_t k = 0; k < steps; k += 2) {
       __mmask32 keep[2];
-      draw64(seed, threshold, row0 + m, k * kSide, keep);
+      draw64(seed, threshold, row0 + from, col0 + k * kSide, keep);
       for (int64_t j = k; j < std::min(k + 2, steps); ++j) {
         _mm_prefetch(row + j * kSide + 1024, _MM_HINT_T0);
         const __m512i line = load32(row + j * kSide, there - j * kSide);

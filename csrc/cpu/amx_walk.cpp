@@ -167,6 +167,11 @@ struct Gradient {
   bool ranks_first;
   Slabs slabs{dst != nullptr, round_up(R, kSide) * round_up(width, kSide)};
 
+  AmxSums of_thread(int t) {
+    const int64_t cols = round_up(width, kSide);
+    return {.to = slabs[t], .ld = cols, .cols = cols, .turned = false, .add = true, .factor = 1.0f};
+  }
+
   // Columns [begin, end) of dst = the slabs' sum * factor (* c[width]).
   void store(float factor, const float* c, Range columns) const {
     const int64_t ld = round_up(width, kSide);
@@ -311,7 +316,7 @@ class Backward {
     if (!p.dB) return;
     if (!between) load_h(static_cast<const uint16_t*>(p.h) + (m0 + m) * p.R, p.R, own.h, Rp, rows);
     transpose_low(own.h, Rp, own.lowT, round_up(rows, kSide));
-    wgrad_amx(left, own.lowT, dB.slabs[t], own.pairs, sides(rows), N_steps, p.R);
+    wgrad_amx(left, own.lowT, dB.of_thread(t), own.pairs, sides(rows), N_steps, p.R);
   }
 
   // What the optional tensors do to 32 rows of dh, of dh_c and of h; the first is row `row` of the call, row i of own.
@@ -341,7 +346,7 @@ class Backward {
     if (keep) to_dropped_blocks(x, p.ldx, p.dropout, m0 + m, nullptr, own.x, keep, rows, p.K);
     else to_blocks(x, p.ldx, own.x, rows, p.K);
     transpose_low(own.dh_c ? own.dh_c : low + m * Rp, Rp, own.lowT, round_up(rows, kSide));
-    wgrad_amx(own.x, own.lowT, dA.slabs[t], own.pairs, sides(rows), K_steps, p.R);
+    wgrad_amx(own.x, own.lowT, dA.of_thread(t), own.pairs, sides(rows), K_steps, p.R);
   }
 
   const CpuBackwardParams& p;

@@ -8,6 +8,7 @@
 #include "elements.h"
 #include "kernels.h"
 #include "simd.h"
+#include "transpose_avx512.h"
 
 namespace fused_lora::cpu {
 namespace {
@@ -72,6 +73,25 @@ INLINE void load_transposed_as(const void* src, float* out, int64_t rows, int64_
       }
     }
 }
+
+#ifdef FUSED_LORA_TRANSPOSE_AVX512
+// The same of fp32, 16 x 16 at a time.
+TRANSPOSE void load_transposed_avx512(const float* src, float* out, int64_t rows, int64_t cols, int64_t ldo) {
+  const auto first = [](int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1 << n) - 1); };
+  for (int64_t m = 0; m < ldo; m += 16)
+    for (int64_t n = 0; n < cols; n += 16) {
+      const __mmask16 from = first(cols - n), to = first(ldo - m);
+      __m512i tile[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        tile[i] = m + i < rows ? _mm512_maskz_loadu_epi32(from, src + (m + i) * cols + n) : _mm512_setzero_si512();
+      transpose16(tile);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        if (n + i < cols) _mm512_mask_storeu_epi32(out + (n + i) * ldo + m, to, tile[i]);
+    }
+}
+#endif
 
 }  // namespace
 
@@ -159,6 +179,10 @@ void load_matrix(const void* src, Dtype dtype, float* out, int64_t rows, int64_t
 }
 
 void load_transposed(const void* src, Dtype dtype, float* out, int64_t rows, int64_t cols, int64_t ldo) {
+#ifdef FUSED_LORA_TRANSPOSE_AVX512
+  if (dtype == Dtype::f32 && avx512())
+    return load_transposed_avx512(static_cast<const float*>(src), out, rows, cols, ldo);
+#endif
   widest([=]() INLINED {
     switch (dtype) {
       case Dtype::f32: return load_transposed_as<F32>(src, out, rows, cols, ldo);

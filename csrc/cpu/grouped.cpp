@@ -8,11 +8,9 @@
 // and each its own rank. A second round of tasks, one for a panel of columns of one gradient, walks all the rows of
 // its group, so sums have one order whatever the number of threads is. Tasks go to whichever thread is free.
 // Rows that lie in a run are read and updated in place; scattered ones, a block's panel at a time, through a copy.
-#include <atomic>
-
+#include "grouped.h"
 #include "block_bf16.h"
 #include "block_fp32.h"
-#include "walk.h"
 
 namespace fused_lora::cpu {
 namespace {
@@ -41,42 +39,6 @@ class Rows {
  private:
   const int64_t* rows_;
 };
-
-// Runs task(i) for i = 0 .. n - 1 on up to `threads` threads. Their memory is their own, and there may be none left.
-template <class Task> void run_tasks(int64_t n, int threads, const Task& task) {
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> no_memory{false};
-  parallel(static_cast<int>(std::min<int64_t>(n, threads)), [&](int) {
-    for (int64_t i = next++; i < n && !no_memory; i = next++) try {
-        task(i);
-      } catch (const std::bad_alloc&) {
-        no_memory = true;
-      }
-  });
-  if (no_memory) throw std::bad_alloc();
-}
-
-// Some positions of a group.
-struct Piece {
-  int64_t g, begin, end;
-};
-
-// Pieces of all groups: so many that every thread has some, and none smaller than a block.
-std::vector<Piece> pieces(const CpuGroups& p, int threads) {
-  std::vector<Piece> found;
-  const int64_t M = p.offsets[p.G];
-  const int64_t most = threads > 1 ? round_up((M + 4 * threads - 1) / (4 * threads), kRows) : std::max<int64_t>(M, 1);
-  for (int64_t g = 0; g < p.G; ++g)
-    for (int64_t m = p.offsets[g]; m < p.offsets[g + 1]; m += most)
-      found.push_back({g, m, std::min(p.offsets[g + 1], m + most)});
-  return found;
-}
-
-int threads_of(const CpuGroups& p) { return threads_worth(p.offsets[p.G] * (p.N + p.K) * p.R, p.threads); }
-
-Dropout dropout_of(const CpuGroups& p, int64_t g) {
-  return {p.seed, p.thresholds ? static_cast<uint32_t>(p.thresholds[g]) : 0};
-}
 
 // What a thread multiplies the rows of groups of rank R with: a Block, and a copy for rows that are scattered.
 template <class Block> class Walker {
@@ -150,19 +112,13 @@ template <class Block> class Walker {
   char *scattered_, *low_;  // [kRows, kPanel], or null without `rows`; [kRows, R_g], or null where that is R
 };
 
-// out[rows] += low thin with low = s_g * in[rows] down, where dropout's mask is in's, or out's in the backward. The
-// factors are A^T and B^T, or B and A in the backward.
-struct RowsPass {
-  bool backward;
-  const void* in;           // [M, cols_in], row stride ld_in
-  const void* const* down;  // [G]
-  const void* const* thin;  // [G]
-  void* low;                // [M', R], or null: not kept
-  void* out;                // [M, cols_out], contiguous; or null: low alone
-  int64_t ld_in, cols_in, cols_out;
+template <class Block> struct OnBlocks {
+  static constexpr int64_t kWidth = kPanel;  // columns of a strip
+  static void by_rows(const CpuGroups& p, const RowsPass& pass, int threads);
+  static void gradient(const CpuGroupedBackwardParams& p, const void* dh, const Strip& strip);
 };
 
-template <class Block> void by_rows(const CpuGroups& p, const RowsPass& pass, int threads) {
+template <class Block> void OnBlocks<Block>::by_rows(const CpuGroups& p, const RowsPass& pass, int threads) {
   using Factor = typename Block::Factor;
   const std::vector<Piece> work = pieces(p, threads);
   const Rows rows(p);
@@ -198,45 +154,16 @@ template <class Block> void by_rows(const CpuGroups& p, const RowsPass& pass, in
   });
 }
 
-template <class Block> void forward(const CpuGroupedForwardParams& p) {
-  by_rows<Block>(p,
-                 {.backward = false,
-                  .in = p.x,
-                  .down = p.A,
-                  .thin = p.B,
-                  .low = p.h,
-                  .out = p.y,
-                  .ld_in = p.ldx,
-                  .cols_in = p.K,
-                  .cols_out = p.N},
-                 threads_of(p));
-}
-
-// Columns n .. n + cols of one gradient, the sum over groups g .. end.
-struct Strip {
-  bool is_A;
-  int64_t g, end, n, cols;
-};
-
-std::vector<Strip> strips(const CpuGroupedBackwardParams& p) {
-  std::vector<Strip> found;
-  const auto add = [&](bool is_A, void* const* dst, bool shared, int64_t width) {
-    for (int64_t g = 0; dst && g < (shared ? 1 : p.G); ++g)
-      for (int64_t n = 0; dst[g] && n < width; n += kPanel)
-        found.push_back({is_A, g, shared ? p.G : g + 1, n, std::min(kPanel, width - n)});
-  };
-  add(true, p.dA, p.shared_A, p.K);
-  add(false, p.dB, p.shared_B, p.N);
-  return found;
-}
-
 // A strip of dA [R, K] or dB [N, R].
-template <class Block> void gradient(const CpuGroupedBackwardParams& p, const void* dh, const Strip& strip) {
+template <class Block>
+void OnBlocks<Block>::gradient(const CpuGroupedBackwardParams& p, const void* dh, const Strip& strip) {
   const auto [is_A, first, end, n, cols] = strip;
-  const int64_t R = p.ranks[first], Rp = round_up(R, Block::kRanks), size = Rp * kPanel;
+  const int64_t R = p.ranks[first], Rp = round_up(R, Block::kRanks), width = round_up(cols, Block::kGathered),
+                size = Rp * width;
+  const bool several = end - first > 1;
   const Rows rows(p);
   Buffers buffers;
-  float *slab = buffers.take(size), *sum = buffers.take(size), *turned = buffers.take(size);
+  float *slab = buffers.take(size), *sum = several ? buffers.take(size) : slab;
   std::fill_n(sum, size, 0.0f);
   int64_t most = 0;
   for (int64_t g = first; g < end; ++g) most = std::max(most, p.offsets[g + 1] - p.offsets[g]);
@@ -244,28 +171,47 @@ template <class Block> void gradient(const CpuGroupedBackwardParams& p, const vo
   for (int64_t g = first; g < end; ++g) {
     if (p.offsets[g] == p.offsets[g + 1]) continue;
     const Dropout dropout = dropout_of(p, g);
-    std::fill_n(slab, size, 0.0f);
+    if (several) std::fill_n(slab, size, 0.0f);
     for (int64_t m = p.offsets[g]; m < p.offsets[g + 1];) {
       const Span at = rows.block(m, p.offsets[g + 1]);
       walker.gather_by(is_A ? dh : p.h, at);
       const float* keep = is_A ? walker.draw(dropout, at, n, cols) : nullptr;
       const auto panel = walker.panel(is_A ? p.x : p.dy, is_A ? p.ldx : p.lddy, keep, at, n, cols);
-      walker.block.wgrad(panel, slab, kPanel, 0, at.rows, cols);
+      walker.block.wgrad(panel, slab, width, 0, at.rows, cols);
       m += at.rows;
     }
     const float factor = is_A && !Block::kMaskScales ? dropout.scale() : 1.0f;
-    for (int64_t i = 0; i < size; ++i) sum[i] += factor * slab[i];
+    if (several)
+      for (int64_t i = 0; i < size; ++i) sum[i] += factor * slab[i];
+    else if (factor != 1.0f)
+      for (int64_t i = 0; i < size; ++i) slab[i] *= factor;
   }
   if (is_A) {
     for (int64_t r = 0; r < R; ++r)
-      store_row(sum + r * kPanel, at(p.dA[first], r * p.K + n, p.adapter_dtype), p.adapter_dtype, cols);
+      store_row(sum + r * width, at(p.dA[first], r * p.K + n, p.adapter_dtype), p.adapter_dtype, cols);
     return;
   }
-  load_transposed(sum, Dtype::f32, turned, Rp, kPanel, Rp);
-  store_slab(turned, Rp, at(p.dB[first], n * R, p.adapter_dtype), p.adapter_dtype, cols, R);
+  char* dst = at(p.dB[first], n * R, p.adapter_dtype);
+  const bool as_it_lies = p.adapter_dtype == Dtype::f32 && R == Rp && cols == width;
+  float* turned = as_it_lies ? reinterpret_cast<float*>(dst) : buffers.take(size);
+  load_transposed(sum, Dtype::f32, turned, Rp, width, Rp);
+  if (!as_it_lies) store_slab(turned, Rp, dst, p.adapter_dtype, cols, R);
 }
 
-template <class Block> void backward(const CpuGroupedBackwardParams& p) {
+template <class Walk> void forward(const CpuGroupedForwardParams& p) {
+  const RowsPass y{.backward = false,
+                   .in = p.x,
+                   .down = p.A,
+                   .thin = p.B,
+                   .low = p.h,
+                   .out = p.y,
+                   .ld_in = p.ldx,
+                   .cols_in = p.K,
+                   .cols_out = p.N};
+  Walk::by_rows(p, y, threads_of(p));
+}
+
+template <class Walk> void backward(const CpuGroupedBackwardParams& p) {
   const int threads = threads_of(p);
   const int64_t M = p.offsets[p.G];
   const Lines kept(p.dA ? static_cast<size_t>(M * p.R * item_size(p.dtype)) : 0);
@@ -280,10 +226,10 @@ template <class Block> void backward(const CpuGroupedBackwardParams& p) {
                     .ld_in = p.lddy,
                     .cols_in = p.N,
                     .cols_out = p.K};
-  if (p.dA || p.dx) by_rows<Block>(p, dx, threads);
-  const std::vector<Strip> work = strips(p);
+  if (p.dA || p.dx) Walk::by_rows(p, dx, threads);
+  const std::vector<Strip> work = strips(p, Walk::kWidth);
   run_tasks(static_cast<int64_t>(work.size()), threads,
-            [&](int64_t i) { gradient<Block>(p, dh, work[static_cast<size_t>(i)]); });
+            [&](int64_t i) { Walk::gradient(p, dh, work[static_cast<size_t>(i)]); });
 }
 
 Status check(const CpuGroups& p) {
@@ -299,15 +245,21 @@ namespace fused_lora {
 using namespace cpu;
 
 Status cpu_grouped_forward(const CpuGroupedForwardParams& p) {
-  const Status status = check(static_cast<const CpuGroups&>(p));
-  if (status == Status::ok) in_bf16(p.dtype) ? forward<BlockBf16>(p) : forward<BlockFp32>(p);
-  return status;
+  if (const Status status = check(static_cast<const CpuGroups&>(p)); status != Status::ok) return status;
+#ifdef FUSED_LORA_AMX
+  if (p.dtype == Dtype::bf16 && features.amx) return forward<OnTiles>(p), Status::ok;
+#endif
+  in_bf16(p.dtype) ? forward<OnBlocks<BlockBf16>>(p) : forward<OnBlocks<BlockFp32>>(p);
+  return Status::ok;
 }
 
 Status cpu_grouped_backward(const CpuGroupedBackwardParams& p) {
-  const Status status = check(static_cast<const CpuGroups&>(p));
-  if (status == Status::ok) in_bf16(p.dtype) ? backward<BlockBf16>(p) : backward<BlockFp32>(p);
-  return status;
+  if (const Status status = check(static_cast<const CpuGroups&>(p)); status != Status::ok) return status;
+#ifdef FUSED_LORA_AMX
+  if (p.dtype == Dtype::bf16 && features.amx) return backward<OnTiles>(p), Status::ok;
+#endif
+  in_bf16(p.dtype) ? backward<OnBlocks<BlockBf16>>(p) : backward<OnBlocks<BlockFp32>>(p);
+  return Status::ok;
 }
 
 }  // namespace fused_lora

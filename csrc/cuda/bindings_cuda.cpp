@@ -35,6 +35,7 @@ constexpr Keyword<F> kForward[] = {
     {"dtypes", put<F, &F::dtype, &F::adapter_dtype>},
     {"scaling", put<F, &F::scaling>},
     {"dropout", put<F, &F::dropout>},
+    {"plan", put<F, &F::plan>},
     {"device", put<F, &F::device>},
     {"stream", put<F, &F::stream>},
 };
@@ -57,6 +58,7 @@ constexpr Keyword<D> kBackward[] = {
     {"scaling", put<D, &D::scaling>},
     {"dropout", put<D, &D::dropout>},
     {"deterministic", put<D, &D::deterministic>},
+    {"plan", put<D, &D::plan>},
     {"device", put<D, &D::device>},
     {"stream", put<D, &D::stream>},
 };

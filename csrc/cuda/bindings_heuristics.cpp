@@ -1,5 +1,6 @@
 // The choices of heuristics.h for Python: in every build, for tests, workspaces and `python -m fused_lora info`.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 
@@ -34,7 +35,7 @@ py::dict describe(const GemmConfig& c) {
   d["rank_tile"] = c.kind.rank_tile;
   d["one_launch"] = c.kind.rank_tile > 0;
   d["dropout"] = c.kind.dropout;
-  d["gradients"] = c.kind.gradients();
+  d["gradients"] = c.kind.gradients != GradientsBy::none;
   d["threads"] = 128 * c.kind.warpgroups();
   return d;
 }
@@ -63,11 +64,19 @@ py::dict describe(const SmallConfig& c) {
 py::tuple describe(const Region& r) { return py::make_tuple(r.offset, r.bytes); }
 
 py::dict lora_gemm_config(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int sms, bool makes_low, bool dropout,
-                          bool backward) {
+                          bool backward, bool gradients, int block_n) {
   half_dtype(dtype);
   require(K >= 1, "K must be at least 1");
-  const GemmConfig c = gemm_config(
-      {.M = M, .N = N, .R = R, .sms = sms, .makes_low = makes_low, .dropout = dropout, .backward = backward});
+  require(block_n == 0 || block_n == 128 || block_n == 256, "block_n must be 128, 256, or 0 for the faster");
+  const GemmConfig c = gemm_config({.M = M,
+                                    .N = N,
+                                    .R = R,
+                                    .sms = sms,
+                                    .makes_low = makes_low,
+                                    .dropout = dropout,
+                                    .backward = backward,
+                                    .gradients = gradients ? GradientsBy::warpgroup : GradientsBy::none,
+                                    .block_n = block_n});
   require(c.valid,
           "sizes must be 1 <= M, N < 2**31 - 512 and 0 <= R <= 256, with at least 2 SMs and fewer than 2**31 tiles");
   return describe(c);
@@ -80,7 +89,19 @@ py::tuple lora_gemm_tile(int t, int row_tiles, int col_tiles, bool column_first)
   return py::make_tuple(tile.row, tile.col);
 }
 
-py::dict plan_forward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int adapter_dtype, bool dropout, int sms) {
+// A CudaPlan from its values in order.
+CudaPlan plan_of(const PlanValues& v) {
+  return {CudaPlan::Product(v[0]), CudaPlan::Low(v[1]),     CudaPlan::Product(v[2]),
+          CudaPlan::Low(v[3]),     CudaPlan::Weights(v[4]), CudaPlan::Launches(v[5])};
+}
+
+void require_plan(const char* refused, const CudaPlan& plan) {
+  if (refused) throw std::invalid_argument(refused + ("; got '" + words_of(plan) + "'"));
+}
+
+py::dict plan_forward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int adapter_dtype, bool dropout, int sms,
+                      const PlanValues& plan) {
+  const CudaPlan want = plan_of(plan);
   const ForwardPlan p = forward_plan({.M = M,
                                       .N = N,
                                       .K = K,
@@ -88,15 +109,14 @@ py::dict plan_forward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int
                                       .dtype = half_dtype(dtype),
                                       .adapter_dtype = Dtype(adapter_dtype),
                                       .dropout = dropout,
-                                      .sms = sms});
-  require(p.valid, "no plan for these sizes");
-  static const char* const names[] = {"small", "gemm", "shrink", "h_gemm"};
-  py::dict d;
+                                      .sms = sms,
+                                      .plan = want});
+  require_plan(p.refused, want);
+  py::dict d, regions;
+  d["plan"] = words_of(p.plan);
   if (p.small.valid) d["small"] = describe(p.small);
   else d["gemm"] = describe(p.gemm);
-  d["h"] = names[p.h_by];
-  if (p.h_by == ForwardPlan::by_gemm) d["h_gemm"] = describe(p.h_gemm);
-  py::dict regions;
+  if (p.h_gemm.valid) d["h_gemm"] = describe(p.h_gemm);
   regions["control"] = describe(p.control);
   regions["A"] = describe(p.A);
   regions["B"] = describe(p.B);
@@ -106,7 +126,9 @@ py::dict plan_forward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int
 }
 
 py::dict plan_backward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int adapter_dtype, bool dropout,
-                       bool need_x, bool need_A, bool need_B, bool need_bias, bool deterministic, int sms) {
+                       bool need_x, bool need_A, bool need_B, bool need_bias, bool deterministic, int sms,
+                       const PlanValues& plan) {
+  const CudaPlan want = plan_of(plan);
   const BackwardPlan p = backward_plan({.M = M,
                                         .N = N,
                                         .K = K,
@@ -119,17 +141,15 @@ py::dict plan_backward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, in
                                         .need_B = need_B,
                                         .need_bias = need_bias,
                                         .deterministic = deterministic,
-                                        .sms = sms});
-  require(p.valid, "no plan for these sizes");
-  static const char* const names[] = {"", "gemm", "shrink", "h_gemm"};
-  py::dict d;
+                                        .sms = sms,
+                                        .plan = want});
+  require_plan(p.refused, want);
+  py::dict d, regions;
+  d["plan"] = words_of(p.plan);
   if (need_x) d["gemm"] = describe(p.gemm);
-  d["dh"] = names[p.h_by];
-  if (p.h_by == BackwardPlan::by_gemm) d["h_gemm"] = describe(p.h_gemm);
-  d["gradients_in_gemm"] = p.gradients;
-  if ((need_A || need_B) && !p.gradients) d["wgrad"] = describe(p.wgrad);
+  if (p.h_gemm.valid) d["h_gemm"] = describe(p.h_gemm);
+  if (p.plan.wgrad == CudaPlan::Weights::apart) d["wgrad"] = describe(p.wgrad);
   if (p.bias_apart) d["bias_wgrad"] = describe(p.bias_wgrad);
-  py::dict regions;
   regions["control"] = describe(p.control);
   regions["A"] = describe(p.A);
   regions["B"] = describe(p.B);
@@ -147,15 +167,25 @@ py::dict plan_backward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, in
 void bind_heuristics(py::module_& m) {
   using namespace py::literals;
   m.def("lora_gemm_config", &lora_gemm_config, py::kw_only(), "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "sms"_a,
-        "makes_low"_a = true, "dropout"_a = false, "backward"_a = false,
+        "makes_low"_a = true, "dropout"_a = false, "backward"_a = false, "gradients"_a = false, "block_n"_a = 0,
         "The tile, stages, shared memory and grid of out[M, N] = left[M, K] right + low[M, R] thin.");
   m.def("lora_gemm_tile", &lora_gemm_tile, py::kw_only(), "t"_a, "row_tiles"_a, "col_tiles"_a, "column_first"_a,
         "(row, column) of tile number t.");
   m.def("cuda_forward_plan", &plan_forward, py::kw_only(), "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a,
-        "dropout"_a, "sms"_a, "What the CUDA forward launches and the workspace it needs.");
+        "dropout"_a, "sms"_a, "plan"_a = PlanValues{}, "What the CUDA forward launches and the workspace it needs.");
   m.def("cuda_backward_plan", &plan_backward, py::kw_only(), "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a,
         "dropout"_a, "need_x"_a, "need_A"_a, "need_B"_a, "need_bias"_a, "deterministic"_a, "sms"_a,
-        "What the CUDA backward launches and the workspace it needs.");
+        "plan"_a = PlanValues{}, "What the CUDA backward launches and the workspace it needs.");
+  m.def(
+      "cuda_plan_conflict",
+      [](int64_t M, int64_t R, const PlanValues& plan) {
+        const char* const refused = plan_conflict(plan_of(plan), M, R, false);
+        return refused ? py::object(py::str(refused)) : py::none();
+      },
+      py::kw_only(), "M"_a, "R"_a, "plan"_a, "What a plan must not say at these sizes, or None.");
+  py::list words;
+  for (const auto& [word, field, value] : kPlanWords) words.append(py::make_tuple(word, field, value));
+  m.attr("cuda_plan_words") = py::tuple(words);  // (word, its field of a plan's values, its value); 0: not said
   py::dict codes;
   codes["float32"] = static_cast<int>(Dtype::f32);
   codes["float16"] = static_cast<int>(Dtype::f16);

@@ -22,10 +22,10 @@ constexpr int rank_tile_for(int64_t R) { return R <= 16 ? 16 : R <= 32 ? 32 : 64
 
 // ---- lora_gemm: out[M, N] = left[M, K] right + low[M, R] thin
 constexpr int kGemmBlockM = 128, kGemmBlockK = 64, kGemmCluster = 2;
+constexpr int64_t kInsideRank = 64;  // ranks of low that it can make itself
 
-// dA and dB inside dx's launch save a read of dy and overlap the read of x; predicted, not yet measured against wgrad's
-// launch (bench/NOTES.md).
-constexpr bool kGradientsInGemm = true;
+// Who makes dA and dB in dx's launch: nobody, or a fourth warpgroup.
+enum class GradientsBy : int { none, warpgroup };
 
 // An instance of the kernel, and the shared memory that it takes.
 struct GemmKind {
@@ -33,21 +33,21 @@ struct GemmKind {
   int rank_tile;  // columns of low that column 0 computes in the same launch: 16, 32 or 64; 0: low is given
   bool backward;  // dx: the right operands lie with their reduction dimension in rows
   bool dropout;   // backward: the low-rank term and x go through the mask; forward: low is that of the masked left
+  GradientsBy gradients = GradientsBy::none;
 
   constexpr bool operator==(const GemmKind&) const = default;
-  // Whether a warpgroup of its own makes dA and dB, too. With a mask, 256 columns and more than 16 ranks the
-  // accumulators don't fit.
-  constexpr bool gradients() const {
-    return kGradientsInGemm && backward && rank_tile > 0 && (!dropout || block_n == 128 || rank_tile == 16);
+  // Whether it could make gradients. With a mask, 256 columns and more than 16 ranks the accumulators don't fit.
+  constexpr bool fits_gradients() const {
+    return backward && rank_tile > 0 && (!dropout || block_n == 128 || rank_tile == 16);
   }
   // Whether a warpgroup of its own makes low.
   constexpr bool drops_left() const { return !backward && dropout; }
-  constexpr int warpgroups() const { return gradients() || drops_left() ? 4 : 3; }
+  constexpr int warpgroups() const { return gradients == GradientsBy::warpgroup || drops_left() ? 4 : 3; }
   constexpr int stage_bytes() const { return (kGemmBlockM + block_n + rank_tile) * kGemmBlockK * 2; }
   // Two 64 x 64 tiles on their way out, 128 rows of h or dh for the gradients, a masked left tile, the mask bits of a
   // tile, barriers, and the way to the first multiple of 1024.
   constexpr int other_bytes() const {
-    return 2 * 64 * 64 * 2 + (gradients() ? kGemmBlockM * rank_tile * 2 : 0) +
+    return 2 * 64 * 64 * 2 + (gradients != GradientsBy::none ? kGemmBlockM * rank_tile * 2 : 0) +
            (drops_left() ? kGemmBlockM * kGemmBlockK * 2 : 0) + (backward && dropout ? kGemmBlockM * block_n / 8 : 0) +
            1024 + 1024;
   }
@@ -87,24 +87,27 @@ struct GemmRequest {
   int sms;
   bool makes_low;  // in the same launch, where it can
   bool dropout, backward;
+  GradientsBy gradients = GradientsBy::none;  // where they fit
+  int block_n = 0;                            // 0: the width that is expected to be faster
 };
 
 inline GemmConfig gemm_config(const GemmRequest& request) {
-  const auto [M, N, R, sms, makes_low, dropout, backward] = request;
+  const auto [M, N, R, sms, makes_low, dropout, backward, gradients, block_n] = request;
   GemmConfig c{};
   const int64_t rows = ceil_div(M, kGemmBlockM * kGemmCluster), clusters = sms / kGemmCluster;
   if (M < 1 || N < 1 || R < 0 || R > kMaxRank || clusters < 1) return c;
-  const auto cost = [&](int64_t block_n, int64_t percent) {
-    return ceil_div(rows * ceil_div(N, block_n), clusters) * percent;
+  const auto cost = [&](int64_t width, int64_t percent) {
+    return ceil_div(rows * ceil_div(N, width), clusters) * percent;
   };
   // A 128-wide tile takes 59 % of a 256-wide one: Triton, 8192 x 4096 x 4096, 415-420 us against 352-360, H100,
   // 2026-11-23.
-  c.kind.block_n = cost(128, 59) < cost(256, 100) ? 128 : 256;
+  c.kind.block_n = block_n ? block_n : cost(128, 59) < cost(256, 100) ? 128 : 256;
   // One launch costs 3-5 % of the GEMM, a pass over x of its own 13 % (same shape, R = 16, H100, 2026-11-23). Above 64
   // ranks the accumulators don't fit.
-  c.kind.rank_tile = makes_low && R >= 1 && R <= 64 ? rank_tile_for(R) : 0;
+  c.kind.rank_tile = makes_low && R >= 1 && R <= kInsideRank ? rank_tile_for(R) : 0;
   c.kind.backward = backward;
   c.kind.dropout = dropout && (backward || c.kind.rank_tile);  // the forward's mask matters to h alone
+  c.kind.gradients = c.kind.fits_gradients() ? gradients : GradientsBy::none;
   const int64_t cols = ceil_div(N, c.kind.block_n);
   c.low_blocks = static_cast<int>(ceil_div(R, kGemmBlockK));
   if (M > INT32_MAX - 512 || N > INT32_MAX - 512 || rows * cols > INT32_MAX - 2 * clusters) return c;

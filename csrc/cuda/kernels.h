@@ -29,7 +29,7 @@ Status prepare(const PrepareParams& p, Target& target);
 
 // lora_gemm/kernel.cuh   out = alpha * left right + low thin (+ bias), in the backward the low-rank term through
 //                       the dropout mask; with kind.rank_tile also low = scale * left down, in the same launch, in the
-//                       forward of the masked left; with kind.gradients() also dB += left^T h and dA += drop(x)^T low,
+//                       forward of the masked left; with kind.gradients also dB += left^T h and dA += drop(x)^T low,
 //                       each unless null.
 struct GemmParams {
   const void* left;            // [M, K], row stride ld_left
@@ -41,7 +41,7 @@ struct GemmParams {
   void* out;                   // [M, N], row stride ld_out
   const void* h = nullptr;     // [M, R], row stride ld_h; read if dB
   const void* x = nullptr;     // [M, N], row stride ld_x; read if dA
-  float* dB = nullptr;         // [K, R], sums in no fixed order; only if kind.gradients()
+  float* dB = nullptr;         // [K, R], sums in no fixed order; only with kind.gradients
   float* dA = nullptr;         // [R, N], the same, dropout's factor included
   int* control = nullptr;      // zeros, control_bytes(config); used if kind.rank_tile
   int64_t ld_left, ld_right, ld_thin = 0, ld_down = 0, ld_low = 0, ld_out, ld_h = 0, ld_x = 0;

@@ -22,6 +22,7 @@ Status use_device(int device, int* sms);
 struct Target {
   int device;
   void* stream;
+  bool overlap = true;  // a kernel may start while the one before it ends
   int launched = 0;
 };
 
@@ -41,7 +42,7 @@ template <auto kernel> Status allow_smem(int bytes, int device) {
   return status;
 }
 
-// A call's second kernel and later ones may start while the one before them ends: each calls
+// With `overlap` a call's second kernel and later ones may start while the one before them ends: each calls
 // ptx::wait_for_previous_kernel() before it touches memory.
 template <auto kernel, class... Args> Status launch(const Grid& grid, Target& target, const Args&... args) {
   if (grid.blocks < 1 || grid.blocks > INT32_MAX) return Status::bad_shape;
@@ -60,7 +61,7 @@ template <auto kernel, class... Args> Status launch(const Grid& grid, Target& ta
     attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
     ++count;
   }
-  if (target.launched++ > 0) {
+  if (target.launched++ > 0 && target.overlap) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;

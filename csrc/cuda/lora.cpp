@@ -3,7 +3,7 @@
 //   forward    [prepare]  [shrink: h]   lora_gemm: y (and h), or lora_gemm_small: y and h
 //   backward   [prepare]  [shrink: dh]  lora_gemm: dx (and dh, dA, dB)   [wgrad: dA, dB, dbias]
 //
-// Bracketed launches only where heuristics.h plans them. What lora_gemm wants zeroed is zeroed in stream order: a
+// Bracketed launches only where plans.h plans them. What lora_gemm wants zeroed is zeroed in stream order: a
 // captured graph replays that too. Each kernel but the first may start while the one before it ends (launch.h).
 #include "kernels.h"
 #include "launch.h"
@@ -24,7 +24,7 @@ bool aligned(std::initializer_list<const void*> pointers, std::initializer_list<
   return true;
 }
 
-// low = scale * left down as a GEMM of its own, for ranks above 64 without dropout: down is its right operand.
+// low = scale * left down as a GEMM of its own, without dropout: down is its right operand.
 Status h_by_gemm(const GemmConfig& config, const ShrinkParams& p, Target& target) {
   const GemmParams gemm{.left = p.left,
                         .right = p.down,
@@ -115,7 +115,7 @@ GemmParams forward_gemm(const CudaForwardParams& p, const ForwardPlan& plan, con
 
 // The sums that lora_gemm adds dA or dB up in: the output itself if that is fp32.
 float* sums_in_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, void* out, const Region& region) {
-  if (!plan.gradients || !out) return nullptr;
+  if (!plan.gradients_inside() || !out) return nullptr;
   return p.adapter_dtype == Dtype::f32 ? static_cast<float*>(out) : at<float>(p.workspace, region);
 }
 
@@ -223,9 +223,9 @@ WgradParams bias_gradient(const CudaBackwardParams& p, const BackwardPlan& plan)
 // dA and dB after dx, from the sums of its launch or by a launch of their own; dbias with them or apart.
 Status weight_gradients(const CudaBackwardParams& p, const BackwardPlan& plan, void* dh, Target& target) {
   Status status = Status::ok;
-  if (plan.gradients && p.adapter_dtype != Dtype::f32)  // the dropout's factor is in the sums
+  if (plan.gradients_inside() && p.adapter_dtype != Dtype::f32)  // the dropout's factor is in the sums
     status = add_slabs(1, adapter_gradients(p, plan, dh, Dropout{}), target);
-  else if (!plan.gradients && (p.dA || p.dB))
+  else if (plan.plan.wgrad == CudaPlan::Weights::apart)
     status = wgrad(plan.wgrad, adapter_gradients(p, plan, dh, p.dropout), target);
   if (status == Status::ok && plan.bias_apart) status = wgrad(plan.bias_wgrad, bias_gradient(p, plan), target);
   return status;
@@ -246,20 +246,21 @@ Status cuda_forward(const CudaForwardParams& p) {
                                          .dtype = p.dtype,
                                          .adapter_dtype = p.adapter_dtype,
                                          .dropout = p.dropout.threshold > 0,
-                                         .sms = sms});
-  if (!plan.valid || p.workspace_bytes < plan.bytes)
-    return fused_dtype(p.dtype) ? Status::bad_shape : Status::bad_dtype;
+                                         .sms = sms,
+                                         .plan = p.plan});
+  if (plan.refused || p.workspace_bytes < plan.bytes)
+    return fused_dtype(p.dtype) ? Status::bad_plan : Status::bad_dtype;
   if (!aligned({p.x, p.W, p.A, p.B, p.bias, p.h, p.y, p.workspace}, {p.ldx, p.ldw})) return Status::bad_alignment;
-  Target target{p.device, p.stream};
+  Target target{p.device, p.stream, plan.plan.launches == CudaPlan::Launches::overlap};
 
   const PrepareParams prep = forward_prepare(p, plan);
   status = prepare(prep, target);
   const void* const A = prep.out_A ? prep.out_A : p.A;
   const void* const B = prep.out_B ? prep.out_B : p.B;
   if (status != Status::ok) return status;
-  if (plan.h_by == ForwardPlan::in_small) return lora_gemm_small(plan.small, forward_small(p, A, B), target);
-  if (plan.h_by == ForwardPlan::shrink) status = shrink(forward_shrink(p, A), target);
-  if (plan.h_by == ForwardPlan::by_gemm) status = h_by_gemm(plan.h_gemm, forward_shrink(p, A), target);
+  if (plan.plan.y == CudaPlan::Product::small) return lora_gemm_small(plan.small, forward_small(p, A, B), target);
+  if (plan.plan.h == CudaPlan::Low::shrink) status = shrink(forward_shrink(p, A), target);
+  if (plan.plan.h == CudaPlan::Low::gemm) status = h_by_gemm(plan.h_gemm, forward_shrink(p, A), target);
   return status == Status::ok ? lora_gemm(plan.gemm, forward_gemm(p, plan, A, B), target) : status;
 }
 
@@ -281,12 +282,13 @@ Status cuda_backward(const CudaBackwardParams& p) {
                                            .need_B = p.dB != nullptr,
                                            .need_bias = p.dbias != nullptr,
                                            .deterministic = p.deterministic,
-                                           .sms = sms});
-  if (!plan.valid || p.workspace_bytes < plan.bytes)
-    return fused_dtype(p.dtype) ? Status::bad_shape : Status::bad_dtype;
+                                           .sms = sms,
+                                           .plan = p.plan});
+  if (plan.refused || p.workspace_bytes < plan.bytes)
+    return fused_dtype(p.dtype) ? Status::bad_plan : Status::bad_dtype;
   if (!aligned({p.dy, p.x, p.W, p.A, p.B, p.h, p.dx, p.dA, p.dB, p.dbias, p.workspace}, {p.lddy, p.ldx, p.ldw, p.ldh}))
     return Status::bad_alignment;
-  Target target{p.device, p.stream};
+  Target target{p.device, p.stream, plan.plan.launches == CudaPlan::Launches::overlap};
 
   const PrepareParams prep = backward_prepare(p, plan);
   status = prepare(prep, target);
@@ -294,8 +296,8 @@ Status cuda_backward(const CudaBackwardParams& p) {
   const void* const B = prep.out_B ? prep.out_B : p.B;
   void* const dh = at(p.workspace, plan.dh);
   if (status != Status::ok) return status;
-  if (plan.h_by == BackwardPlan::shrink) status = shrink(backward_shrink(p, B, dh), target);
-  if (plan.h_by == BackwardPlan::by_gemm) status = h_by_gemm(plan.h_gemm, backward_shrink(p, B, dh), target);
+  if (plan.plan.dh == CudaPlan::Low::shrink) status = shrink(backward_shrink(p, B, dh), target);
+  if (plan.plan.dh == CudaPlan::Low::gemm) status = h_by_gemm(plan.h_gemm, backward_shrink(p, B, dh), target);
   if (status == Status::ok && p.dx) status = lora_gemm(plan.gemm, backward_gemm(p, plan, A, B, dh), target);
   return status == Status::ok ? weight_gradients(p, plan, dh, target) : status;
 }

@@ -2,6 +2,9 @@
 // heuristics.h. Sizes of regions are bytes.
 #pragma once
 
+#include <array>
+#include <string>
+
 #include "heuristics.h"
 
 namespace fused_lora {
@@ -23,40 +26,131 @@ class Layout {
   int64_t end_ = 0;
 };
 
+// ---- The words of a CudaPlan: a caller joins some of them with plus signs, and the heuristics choose the rest.
+struct PlanWord {
+  const char* word;
+  int field, value;  // of CudaPlan, in its order
+};
+using PlanValues = std::array<int, 6>;
+
+inline PlanValues values_of(const CudaPlan& p) {
+  return {static_cast<int>(p.y),  static_cast<int>(p.h),     static_cast<int>(p.dx),
+          static_cast<int>(p.dh), static_cast<int>(p.wgrad), static_cast<int>(p.launches)};
+}
+
+constexpr PlanWord kPlanWords[] = {
+    {"small", 0, static_cast<int>(CudaPlan::Product::small)},
+    {"y128", 0, static_cast<int>(CudaPlan::Product::n128)},
+    {"y256", 0, static_cast<int>(CudaPlan::Product::n256)},
+    {"h_inside", 1, static_cast<int>(CudaPlan::Low::inside)},
+    {"h_shrink", 1, static_cast<int>(CudaPlan::Low::shrink)},
+    {"h_gemm", 1, static_cast<int>(CudaPlan::Low::gemm)},
+    {"dx128", 2, static_cast<int>(CudaPlan::Product::n128)},
+    {"dx256", 2, static_cast<int>(CudaPlan::Product::n256)},
+    {"dh_inside", 3, static_cast<int>(CudaPlan::Low::inside)},
+    {"dh_shrink", 3, static_cast<int>(CudaPlan::Low::shrink)},
+    {"dh_gemm", 3, static_cast<int>(CudaPlan::Low::gemm)},
+    {"wgrad_apart", 4, static_cast<int>(CudaPlan::Weights::apart)},
+    {"wgrad_warpgroup", 4, static_cast<int>(CudaPlan::Weights::warpgroup)},
+    {"overlap", 5, static_cast<int>(CudaPlan::Launches::overlap)},
+    {"serial", 5, static_cast<int>(CudaPlan::Launches::serial)},
+};
+
+inline std::string words_of(const CudaPlan& plan) {
+  std::string words;
+  for (const auto& [word, field, value] : kPlanWords)
+    if (values_of(plan)[field] == value) words += (words.empty() ? "" : "+") + std::string(word);
+  return words;
+}
+
+// What a plan must not say at these sizes, or null. The rest is right for every call: what a call does not need, or
+// what deterministic mode forbids, is left out of it.
+constexpr const char* plan_conflict(const CudaPlan& plan, int64_t M, int64_t R, bool dropout) {
+  using Product = CudaPlan::Product;
+  using Low = CudaPlan::Low;
+  const bool warpgroup = plan.wgrad == CudaPlan::Weights::warpgroup;
+  if (plan.dx == Product::small) return "plan must not say small of dx, which has no such kernel";
+  if (plan.y == Product::small) {
+    if (M > kSmallRows || R > kSmallRank) return "plan must not say small beyond 128 rows or 64 ranks";
+    if (dropout) return "plan must not say small with dropout, which that kernel has not";
+    if (plan.h == Low::shrink || plan.h == Low::gemm)
+      return "plan must not say both small, which makes h itself, and h_shrink or h_gemm";
+  }
+  if (R > kInsideRank) {
+    if (plan.h == Low::inside) return "plan must not say h_inside beyond 64 ranks";
+    if (plan.dh == Low::inside) return "plan must not say dh_inside beyond 64 ranks";
+    if (warpgroup) return "plan must not say wgrad_warpgroup beyond 64 ranks";
+  }
+  if (dropout && plan.h == Low::gemm) return "plan must not say h_gemm with dropout, which is shrink's";
+  if (warpgroup && (plan.dh == Low::shrink || plan.dh == Low::gemm))
+    return "plan must not say both wgrad_warpgroup, which needs dh_inside, and dh_shrink or dh_gemm";
+  if (warpgroup && plan.dx == Product::n256 && dropout && R > 16)
+    return "plan must not say both wgrad_warpgroup and dx256 with dropout beyond 16 ranks: the registers are too few";
+  return nullptr;
+}
+
+// Columns of a tile, 0: the heuristics' choice.
+constexpr int width_of(CudaPlan::Product p) {
+  return p == CudaPlan::Product::n128 ? 128 : p == CudaPlan::Product::n256 ? 256 : 0;
+}
+constexpr CudaPlan::Product product_of(const GemmConfig& c) {
+  return c.kind.block_n == 128 ? CudaPlan::Product::n128 : CudaPlan::Product::n256;
+}
+constexpr bool may_be_inside(CudaPlan::Low low) { return low == CudaPlan::Low::any || low == CudaPlan::Low::inside; }
+// One launch after another as soon as possible, unless the caller says otherwise.
+constexpr CudaPlan::Launches launches_of(const CudaPlan& plan) {
+  return plan.launches == CudaPlan::Launches::serial ? CudaPlan::Launches::serial : CudaPlan::Launches::overlap;
+}
+
 struct ForwardPlan {
-  SmallConfig small;  // y and h, where `h_by` is in_small
-  GemmConfig gemm;    // y otherwise
-  GemmConfig h_gemm;  // h, where `h_by` is by_gemm
-  enum { in_small, in_gemm, shrink, by_gemm } h_by;
+  CudaPlan plan;         // of the forward's fields: what is done
+  SmallConfig small;     // y and h, where plan.y is small
+  GemmConfig gemm;       // y otherwise
+  GemmConfig h_gemm;     // h, where plan.h is gemm
   Region control, A, B;  // A and B in x's dtype with padded rows, where the caller's don't serve
   int64_t bytes;
-  bool valid;
+  const char* refused;  // why there is none, or null
 };
 
 inline bool needs_copy_A(Dtype dtype, Dtype adapter_dtype) { return dtype != adapter_dtype; }
 inline bool needs_copy_B(int64_t R, Dtype dtype, Dtype adapter_dtype) { return dtype != adapter_dtype || R % 8 != 0; }
 inline bool fused_dtype(Dtype dtype) { return dtype == Dtype::f16 || dtype == Dtype::bf16; }
+constexpr char kNoPlan[] = "no plan for these sizes";
 
 struct ForwardRequest {
   int64_t M, N, K, R;
   Dtype dtype, adapter_dtype;
   bool dropout;
   int sms;
+  CudaPlan plan = {};  // what the caller wants
 };
 
 inline ForwardPlan forward_plan(const ForwardRequest& request) {
-  const auto [M, N, K, R, dtype, adapter_dtype, dropout, sms] = request;
+  using Low = CudaPlan::Low;
+  const auto& [M, N, K, R, dtype, adapter_dtype, dropout, sms, want] = request;
   ForwardPlan p{};
-  if (!fused_dtype(dtype) || R < 1 || K < 1 || K > INT32_MAX - 512) return p;
-  if (!dropout) p.small = small_config(M, N, K, R, sms);
+  p.refused = kNoPlan;
+  if (!fused_dtype(dtype) || R < 1 || R > kMaxRank || K < 1 || K > INT32_MAX - 512) return p;
+  p.refused = plan_conflict(want, M, R, dropout);
+  if (p.refused) return p;
+  const bool may_be_small = want.y == CudaPlan::Product::small || (want.y == CudaPlan::Product::any && !dropout);
+  if (may_be_small && may_be_inside(want.h)) p.small = small_config(M, N, K, R, sms);
   if (!p.small.valid)
-    p.gemm =
-        gemm_config({.M = M, .N = N, .R = R, .sms = sms, .makes_low = true, .dropout = dropout, .backward = false});
-  p.h_by = p.small.valid           ? ForwardPlan::in_small
-           : p.gemm.kind.rank_tile ? ForwardPlan::in_gemm
-           : dropout               ? ForwardPlan::shrink
-                                   : ForwardPlan::by_gemm;
-  if (p.h_by == ForwardPlan::by_gemm)
+    p.gemm = gemm_config({.M = M,
+                          .N = N,
+                          .R = R,
+                          .sms = sms,
+                          .makes_low = may_be_inside(want.h),
+                          .dropout = dropout,
+                          .backward = false,
+                          .block_n = width_of(want.y)});
+  p.plan.launches = launches_of(want);
+  p.plan.y = p.small.valid ? CudaPlan::Product::small : product_of(p.gemm);
+  p.plan.h = p.small.valid || p.gemm.kind.rank_tile ? Low::inside
+             : want.h != Low::any                   ? want.h
+             : dropout                              ? Low::shrink
+                                                    : Low::gemm;
+  if (p.plan.h == Low::gemm)
     p.h_gemm =
         gemm_config({.M = M, .N = R, .R = 0, .sms = sms, .makes_low = false, .dropout = false, .backward = false});
   Layout layout;
@@ -64,22 +158,25 @@ inline ForwardPlan forward_plan(const ForwardRequest& request) {
   p.A = layout.take(needs_copy_A(dtype, adapter_dtype) ? R * K * 2 : 0);
   p.B = layout.take(needs_copy_B(R, dtype, adapter_dtype) ? N * padded_rank(R) * 2 : 0);
   p.bytes = layout.bytes();
-  p.valid = p.small.valid || (p.gemm.valid && (p.h_by != ForwardPlan::by_gemm || p.h_gemm.valid));
+  const bool valid = p.small.valid || (p.gemm.valid && (p.plan.h != Low::gemm || p.h_gemm.valid));
+  p.refused = valid ? nullptr : kNoPlan;
   return p;
 }
 
 struct BackwardPlan {
+  CudaPlan plan;      // of the backward's fields: what is done; any: nothing
   GemmConfig gemm;    // dx
-  GemmConfig h_gemm;  // dh, where `h_by` is by_gemm
-  enum { nobody, in_gemm, shrink, by_gemm } h_by;
-  bool bias_apart;         // dbias has a launch of its own
-  bool gradients;          // dA and dB come out of dx's launch, added up by atomics
-  WgradConfig wgrad;       // else both in one launch of their own, in a fixed order
+  GemmConfig h_gemm;  // dh, where plan.dh is gemm
+  bool bias_apart;    // dbias has a launch of its own
+  WgradConfig wgrad;  // dA and dB where plan.wgrad is apart: both in one launch of their own, in a fixed order; else
+                      // they come out of dx's launch, added up by atomics
   WgradConfig bias_wgrad;  // dbias where wgrad does not have it
   Region control, A, B, dh, dA, dB,
       dbias;  // dA and dB: fp32 sums, one slab for every split of wgrad; dbias: one for every split
   int64_t bytes;
-  bool valid;
+  const char* refused;  // why there is none, or null
+
+  bool gradients_inside() const { return gemm.kind.gradients != GradientsBy::none; }
 };
 
 struct BackwardRequest {
@@ -87,43 +184,75 @@ struct BackwardRequest {
   Dtype dtype, adapter_dtype;
   bool dropout, need_x, need_A, need_B, need_bias, deterministic;
   int sms;
+  CudaPlan plan = {};  // what the caller wants
 };
 
+// dx and what comes out of its launch.
+inline GemmConfig dx_config(const BackwardRequest& r) {
+  const CudaPlan& want = r.plan;
+  const bool inside = (r.need_A || r.need_B) && !r.deterministic && want.wgrad != CudaPlan::Weights::apart;
+  GemmRequest request{.M = r.M,
+                      .N = r.K,
+                      .R = r.R,
+                      .sms = r.sms,
+                      .makes_low = may_be_inside(want.dh),
+                      .dropout = r.dropout,
+                      .backward = true,
+                      .gradients = inside ? GradientsBy::warpgroup : GradientsBy::none,
+                      .block_n = width_of(want.dx)};
+  GemmConfig c = gemm_config(request);
+  if (inside && c.kind.gradients == GradientsBy::none && want.wgrad == CudaPlan::Weights::warpgroup) {
+    request.block_n = 128;  // where they fit
+    c = gemm_config(request);
+  }
+  return c;
+}
+
 inline BackwardPlan backward_plan(const BackwardRequest& request) {
-  const auto [M, N, K, R, dtype, adapter_dtype, dropout, need_x, need_A, need_B, need_bias, deterministic, sms] =
+  using Low = CudaPlan::Low;
+  using Weights = CudaPlan::Weights;
+  const auto& [M, N, K, R, dtype, adapter_dtype, dropout, need_x, need_A, need_B, need_bias, deterministic, sms, want] =
       request;
   BackwardPlan p{};
+  p.refused = kNoPlan;
   if (!fused_dtype(dtype) || M < 1 || N < 1 || K < 1 || R < 1 || R > kMaxRank || sms < kGemmCluster) return p;
-  p.valid = M <= INT32_MAX - 512 && N <= INT32_MAX - 512 && K <= INT32_MAX - 512;
-  p.h_by = BackwardPlan::nobody;
+  p.refused = plan_conflict(want, M, R, dropout);
+  if (p.refused) return p;
+  bool valid = M <= INT32_MAX - 512 && N <= INT32_MAX - 512 && K <= INT32_MAX - 512;
+  p.plan.launches = launches_of(want);
   if (need_x) {
-    p.gemm = gemm_config({.M = M, .N = K, .R = R, .sms = sms, .makes_low = true, .dropout = dropout, .backward = true});
-    p.valid = p.valid && p.gemm.valid;
+    p.gemm = dx_config(request);
+    p.plan.dx = product_of(p.gemm);
+    valid = valid && p.gemm.valid;
   }
   if (need_x || need_A)
-    p.h_by = p.gemm.kind.rank_tile ? BackwardPlan::in_gemm : R > 64 ? BackwardPlan::by_gemm : BackwardPlan::shrink;
-  if (p.h_by == BackwardPlan::by_gemm) {
+    p.plan.dh = p.gemm.kind.rank_tile     ? Low::inside
+                : !may_be_inside(want.dh) ? want.dh
+                : R > kInsideRank         ? Low::gemm
+                                          : Low::shrink;
+  if (p.plan.dh == Low::gemm) {
     p.h_gemm =
         gemm_config({.M = M, .N = R, .R = 0, .sms = sms, .makes_low = false, .dropout = false, .backward = true});
-    p.valid = p.valid && p.h_gemm.valid;
+    valid = valid && p.h_gemm.valid;
   }
-  p.gradients = p.gemm.kind.gradients() && !deterministic && (need_A || need_B);
-  p.bias_apart = need_bias && (p.gradients || !need_B);
+  if (need_A || need_B) p.plan.wgrad = p.gradients_inside() ? Weights::warpgroup : Weights::apart;
+  p.bias_apart = need_bias && (p.gradients_inside() || !need_B);
   const int64_t tiles = (need_A ? ceil_div(K, kWgradCols) : 0) + (need_B ? ceil_div(N, kWgradCols) : 0);
   p.wgrad = wgrad_config(M, tiles, R, sms);
   p.bias_wgrad = wgrad_config(M, ceil_div(N, kWgradCols), 0, sms);
   Layout layout;
-  const bool dh = p.h_by != BackwardPlan::nobody;
+  const bool dh = p.plan.dh != Low::any;
   p.control = layout.take(control_bytes(p.gemm));
   p.A = layout.take(need_x && needs_copy_A(dtype, adapter_dtype) ? R * K * 2 : 0);
   p.B = layout.take(dh && needs_copy_B(R, dtype, adapter_dtype) ? N * padded_rank(R) * 2 : 0);
   p.dh = layout.take(dh ? M * padded_rank(R) * 2 : 0);
   // What dx's launch adds up in fp32 goes straight to fp32 outputs.
-  const int64_t slabs = !p.gradients ? p.wgrad.splits : adapter_dtype == Dtype::f32 ? 0 : 1;
+  const int64_t slabs = !p.gradients_inside() ? p.wgrad.splits : adapter_dtype == Dtype::f32 ? 0 : 1;
   p.dA = layout.take(need_A ? slabs * R * K * 4 : 0);
   p.dB = layout.take(need_B ? slabs * N * R * 4 : 0);
   p.dbias = layout.take(need_bias ? (p.bias_apart ? p.bias_wgrad : p.wgrad).splits * N * 4 : 0);
   p.bytes = layout.bytes();
+  p.refused = valid ? nullptr : kNoPlan;
   return p;
 }
 

@@ -2,7 +2,7 @@
 //
 // Used for    h = s * drop(x) A^T (down = A [R, K]: reduction along its rows) and dh = s * dy B (down = B [N, R]:
 //             reduction down its rows), where lora_gemm does not compute them on the way: with dropout above 64
-//             ranks, for dA without dx
+//             ranks, for dA without dx, and where the plan says so
 // Types       fp16 or bf16, fp32 accumulators, rounded once; scale holds the dropout's 1 / (1 - p)
 // Tile        a block takes 32 rows and up to 64 ranks over the whole of K, in steps of 128 through 4 stages of
 //             cp.async; 4 warps: 2 row halves x 2 halves of each step, summed at the end in a fixed order. mma.sync
@@ -133,14 +133,17 @@ template <class T, int kRank, bool kDownMN> Status run(const ShrinkParams& p, Ta
   return launch<shrink_kernel<T, kRank, kDownMN>>(grid, target, args);
 }
 
-template <class T> Status choose_rank(const ShrinkParams& p, Target& target) {
-  if (!p.down_mn) return run<T, 64, false>(p, target);  // h of more than 64 ranks: lora_gemm makes the others itself
+template <class T, bool kDownMN> Status choose_rank(const ShrinkParams& p, Target& target) {
   switch (rank_tile_for(p.R)) {
-    case 16: return run<T, 16, true>(p, target);
-    case 32: return run<T, 32, true>(p, target);
-    case 64: return run<T, 64, true>(p, target);
+    case 16: return run<T, 16, kDownMN>(p, target);
+    case 32: return run<T, 32, kDownMN>(p, target);
+    case 64: return run<T, 64, kDownMN>(p, target);
     default: return Status::bad_shape;
   }
+}
+
+template <class T> Status choose_layout(const ShrinkParams& p, Target& target) {
+  return p.down_mn ? choose_rank<T, true>(p, target) : choose_rank<T, false>(p, target);
 }
 
 }  // namespace
@@ -155,8 +158,8 @@ Status shrink(const ShrinkParams& p, Target& target) {
     return Status::bad_alignment;
   if (p.down_mn && p.ld_down < padded_rank(p.R)) return Status::bad_shape;
   switch (p.dtype) {
-    case Dtype::f16: return choose_rank<__half>(p, target);
-    case Dtype::bf16: return choose_rank<__nv_bfloat16>(p, target);
+    case Dtype::f16: return choose_layout<__half>(p, target);
+    case Dtype::bf16: return choose_layout<__nv_bfloat16>(p, target);
     default: return Status::bad_dtype;
   }
 }

@@ -1,19 +1,24 @@
-"""LoraConfig, one object that says what an adapter is, and the checks of its values."""
+"""LoraConfig, one object that says what an adapter is in a model, and the checks of its values."""
 
 import difflib
-import math
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import nn
 
+from fused_lora.layer_config import LayerConfig
 from fused_lora.name_patterns import NamePatterns, as_plain_name, check_regex, for_ends, layer_number, matches
 
-_LARGEST_RANK = 2**31 - 1
 _STARTS = ("gaussian", "orthogonal", "pissa", "olora")
+_OTHER_STARTS = {  # PEFT's, and what they need beside the model
+    "eva": "batches of data",
+    "corda": "batches of data",
+    "lora_ga": "gradients of a loss",
+    "loftq": "a base that it quantises",
+}
+_BIASES = ("none", "all", "lora_only")
 _TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 
 
@@ -40,69 +45,6 @@ def check_adapter_name(name: str) -> None:
         )
 
 
-def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA."""
-    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """What an adapter is in one layer. Raises ValueError naming the value that no LoRA layer can have."""
-
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    use_dora: bool = False
-    dora_exact: bool = False
-    allora_eta: float | None = None
-
-    def __post_init__(self):
-        self._check_plain()
-        for name in ("use_dora", "dora_exact"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be a bool; got {getattr(self, name)!r}")
-        if self.dora_exact and not self.use_dora:
-            raise ValueError("dora_exact must be False without use_dora; got True")
-        if self.allora_eta is not None:
-            self._check_allora(self.allora_eta)
-
-    def _check_plain(self) -> None:
-        r, alpha, dropout = self.r, self.lora_alpha, self.lora_dropout
-        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise ValueError(f"r must be an int >= 1; got {r!r}")
-        if r > _LARGEST_RANK:
-            raise ValueError(f"r must be at most {_LARGEST_RANK}; got a number of {r.bit_length()} bits")
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= sys.float_info.max:
-            got = repr(alpha) if not isinstance(alpha, int) else f"a number of {alpha.bit_length()} bits"
-            raise ValueError(f"lora_alpha must be a finite number; got {got}")
-        if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0.0 <= dropout < 1.0:
-            raise ValueError(f"lora_dropout must be a number in [0, 1); got {dropout!r}")
-        if not isinstance(self.use_rslora, bool):
-            raise ValueError(f"use_rslora must be a bool; got {self.use_rslora!r}")
-
-    def _check_allora(self, eta) -> None:
-        """ALLoRA is defined for a scaling of 1 and without dropout; the usual lora_alpha, 8, stands for r."""
-        if not isinstance(eta, int | float) or isinstance(eta, bool) or not 0 < eta <= sys.float_info.max:
-            raise ValueError(f"allora_eta must be a finite number > 0 or None; got {eta!r}")
-        if self.lora_alpha == LayerConfig.lora_alpha:
-            object.__setattr__(self, "lora_alpha", self.r)
-        for name, value, want in (
-            ("lora_alpha", self.lora_alpha, self.r),
-            ("lora_dropout", self.lora_dropout, 0),
-            ("use_rslora", self.use_rslora, False),
-            ("use_dora", self.use_dora, False),
-        ):
-            if value != want:
-                what = f"r, {want}, for a scaling of 1" if name == "lora_alpha" else repr(want)
-                raise ValueError(f"{name} must be {what} with allora_eta={eta!r}; got {value!r}")
-
-    @property
-    def scaling(self) -> float:
-        """The factor of B A."""
-        return lora_scaling(self.r, self.lora_alpha, self.use_rslora)
-
-
 @dataclass(frozen=True)
 class LoraConfig:
     """What an adapter is: the part of PEFT's LoraConfig that this library supports, under the same names.
@@ -123,9 +65,12 @@ class LoraConfig:
         task_type: "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" put the head of such a model, classifier, score or
             qa_outputs, among modules_to_save; other types of PEFT's change nothing. None, with "all-linear", does so
             for a model whose class says what it is for.
+        bias: which biases of the base train with the adapter, in place: "none", with "lora_only" those of the layers
+            that have the adapter, or "all". One adapter of a model can train them, and they stay when it goes.
         init_lora_weights: True for a random A and a zero B, "gaussian" for another random A, False for a random B as
             well; by PEFT, if it is installed, "orthogonal", and "pissa" and "olora", which take A and B out of the base
             weights and leave the rest in them.
+        use_dora, dora_exact, allora_eta, allora_mode, lora_bias: as in `LoRALinear`.
     Raises: ValueError naming the field, what was expected and what was given.
     Source: Hugging Face PEFT's LoraConfig.
     """
@@ -147,6 +92,9 @@ class LoraConfig:
     use_dora: bool = False
     dora_exact: bool = False
     allora_eta: float | None = None
+    allora_mode: str = "gradient"
+    bias: str = "none"
+    lora_bias: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "lora_alpha", self._layer(self.r, self.lora_alpha).lora_alpha)
@@ -157,8 +105,18 @@ class LoraConfig:
         if task_type is not None and task_type not in _TASK_TYPES:
             raise unknown_name("task_type", task_type, _TASK_TYPES)
         object.__setattr__(self, "task_type", task_type)
+        if self.bias not in _BIASES:
+            raise unknown_name("bias", self.bias, _BIASES)
+        if self.bias != "none" and self.target_parameters:
+            raise ValueError(f"bias and target_parameters exclude each other; got bias={self.bias!r} and both")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ValueError(f"lora_bias must be False with init_lora_weights={self.init_lora_weights!r}; got True")
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in _STARTS:
-            raise ValueError(f"init_lora_weights must be a bool or one of {_STARTS}; got {self.init_lora_weights!r}")
+            needs = _OTHER_STARTS.get(self.init_lora_weights) if isinstance(self.init_lora_weights, str) else None
+            why = f", which needs {needs}: let PEFT make the adapter, and load_adapter or fuse it" if needs else ""
+            raise ValueError(
+                f"init_lora_weights must be a bool or one of {_STARTS}; got {self.init_lora_weights!r}{why}"
+            )
 
     def _check_names(self) -> None:
         """Check the lists of names and take copies of them."""
@@ -188,7 +146,8 @@ class LoraConfig:
             for key, value in pattern.items():
                 if as_plain_name(key) is None:
                     check_regex(f"{name} key", key, for_ends(key))
-                LayerConfig(r=value) if name == "rank_pattern" else LayerConfig(lora_alpha=value)
+                given = {"r": value, "use_dora": self.use_dora} if name == "rank_pattern" else {"lora_alpha": value}
+                LayerConfig(**given)
 
     def _check_layers(self) -> None:
         layers, patterns = self.layers_to_transform, self.layers_pattern
@@ -236,7 +195,7 @@ class LoraConfig:
         return self._layer(r, lora_alpha)
 
     def _layer(self, r: int, lora_alpha: float) -> LayerConfig:
-        same = ("lora_dropout", "use_rslora", "use_dora", "dora_exact", "allora_eta")
+        same = ("lora_dropout", "use_rslora", "use_dora", "dora_exact", "allora_eta", "allora_mode", "lora_bias")
         return LayerConfig(r, lora_alpha, **{name: getattr(self, name) for name in same})
 
     @property

@@ -12,11 +12,13 @@ import sysconfig
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from fused_lora.jsonl import IGNORED, Document, Example, read_lines, to_rows
+from fused_lora.jsonl import Document, Example, read_lines, to_rows
+from fused_lora.rows import IGNORED, packed, padded
 
 Data = list[Document | Example]  # of one kind
 _JSONL, _TABLES = (".jsonl", ".ndjson"), (".parquet", ".arrow", ".feather")
@@ -214,29 +216,48 @@ def split(documents: Data) -> tuple[Data, Data]:
     return [d for i, d in enumerate(documents) if i not in held_out], [documents[i] for i in sorted(held_out)]
 
 
-def to_blocks(documents: Data, tokenizer, seq_len: int, cut: bool = False) -> Tensor:
+def to_blocks(documents: Data, tokenizer, seq_len: int, cut: bool = False, packing: bool = False) -> Tensor:
     """The documents' tokens in one row, each document ended by the end-of-text token, cut into blocks [n, seq_len]
     int64; of examples the rows of `to_rows`.
 
     A short last block is filled up with IGNORED; a last block of one token, which predicts nothing, is left out.
 
+    Args:
+        documents, tokenizer: what becomes tokens, by what.
+        seq_len: tokens of a block.
+        cut: as in `to_rows`.
+        packing: documents and examples share blocks, each seen as if it stood alone: `packed`, a document that is
+            longer than a block as parts of seq_len tokens and a rest, which is left out if it is one token.
     Raises: ValueError if there are not two tokens, or as `to_rows`.
     """
     examples = [document for document in documents if isinstance(document, Example)]
+    rows = to_rows(examples, tokenizer, seq_len, cut) if examples else _rows_of(documents, tokenizer)
+    if packing:
+        pieces = [piece for row in rows for piece in row.split(seq_len) if len(piece) > 1]
+        return packed(pieces, seq_len) if pieces else _refuse_short(documents, rows)
     if examples:
-        return to_rows(examples, tokenizer, seq_len, cut)
-    texts = [document.text for document in documents if isinstance(document, Document)]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    tokens = torch.tensor([token for row in rows for token in (*row, *end)], dtype=torch.int64)
+        return padded(rows)
+    tokens = torch.cat(rows)
     if len(tokens) < 2:
-        names = f"{len(documents)} documents: {', '.join(document.name for document in documents[:3])}"
-        raise ValueError(f"data must hold at least 2 tokens; got {len(tokens)} in {names}")
+        return _refuse_short(documents, rows)
     if len(tokens) % seq_len == 1:
         tokens = tokens[:-1]
     blocks = torch.full((-(-len(tokens) // seq_len), seq_len), IGNORED)
     blocks.view(-1)[: len(tokens)] = tokens
     return blocks
+
+
+def _rows_of(documents: Data, tokenizer) -> list[Tensor]:
+    """The tokens of each document and the end-of-text token, if there is one."""
+    texts = [document.text for document in documents if isinstance(document, Document)]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    found = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [torch.tensor([*row, *end], dtype=torch.int64) for row in found]
+
+
+def _refuse_short(documents: Data, rows: list[Tensor]) -> NoReturn:
+    names = f"{len(documents)} documents: {', '.join(document.name for document in documents[:3])}"
+    raise ValueError(f"data must hold a text of at least 2 tokens; got {sum(map(len, rows))} in {names}")
 
 
 def trimmed(blocks: Tensor) -> Tensor:

@@ -1,9 +1,5 @@
 """JSONL files: a line is a text, or an example (a prompt and its completion, or a chat) of which the answers alone are
-learned.
-
-A token that is read and not learned stands in a row as `unlearned(token)`, below IGNORED: one tensor holds the inputs
-and the labels.
-"""
+learned."""
 
 import codecs
 import json
@@ -15,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the label that cross_entropy leaves out; fills up a short row
+from fused_lora.rows import unlearned
+
 _EXAMPLES = "a prompt and a completion, or messages"
 
 
@@ -115,23 +112,8 @@ def _without_halves(text: str) -> str:
     return text
 
 
-def unlearned(tokens: Tensor) -> Tensor:
-    """What stands in a row for tokens that are read and not learned; it is its own inverse."""
-    return IGNORED - 1 - tokens
-
-
-def inputs_of(rows: Tensor) -> Tensor:
-    """The tokens of rows, 0 for the filling."""
-    return torch.where(rows < IGNORED, unlearned(rows), rows).clamp(min=0)
-
-
-def labels_of(rows: Tensor) -> Tensor:
-    """The learned tokens of rows, IGNORED for all others."""
-    return rows.clamp(min=IGNORED)
-
-
-def to_rows(examples: list[Example], tokenizer: Any, seq_len: int, cut: bool) -> Tensor:
-    """An example a row, int64 [n, L] with L the longest's tokens, filled up with IGNORED.
+def to_rows(examples: list[Example], tokenizer: Any, seq_len: int, cut: bool) -> list[Tensor]:
+    """An example a row of at most seq_len tokens, see `rows`.
 
     A text is cut into tokens as a whole; the tokens that end in an answer are learned, and after a completion the
     end-of-text token.
@@ -168,7 +150,7 @@ def to_rows(examples: list[Example], tokenizer: Any, seq_len: int, cut: bool) ->
                 f"got none in {len(row)} tokens"
             )
         rows.append(row[:seq_len])
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+    return rows
 
 
 def _render(example: Example, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:

@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -32,7 +32,19 @@ def packaged_model() -> Path:
 
 
 def load_model(path: str | Path, dtype: torch.dtype, device: str, revision: str | None = None) -> tuple[Any, Any]:
-    """A causal language model in eval mode and its tokenizer, by transformers; code that comes with a model is not run.
+    """A causal language model as `load_bare_model` loads it, and its tokenizer.
+
+    Args, Raises: as there.
+    Returns: (model, tokenizer).
+    """
+    tokenizer = _by_transformers(
+        path, revision, lambda library, source, options: library.AutoTokenizer.from_pretrained(source, **options)
+    )
+    return load_bare_model(path, dtype, device, revision), tokenizer
+
+
+def load_bare_model(path: str | Path, dtype: torch.dtype, device: str, revision: str | None = None) -> Any:
+    """A causal language model in eval mode, by transformers; code that comes with a model is not run.
 
     The model's `name_or_path`, which an adapter's file names as its base, is the absolute path of a local model, and
     `PACKAGED` for the packaged one.
@@ -42,29 +54,43 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str, revision: str 
         dtype: of the weights.
         device: where they go.
         revision: of a model on the hub; by default its main branch.
-    Returns: (model, tokenizer).
+    Returns: the model.
     Raises: FileNotFoundError or ValueError naming what is missing, tensors included; OSError if the hub does not have
         it or is out of reach.
     """
+
+    def make(library: Any, source: str, options: dict) -> tuple[Any, dict]:
+        if "gguf_file" in options:
+            options["quantization_config"] = library.GgufConfig(dequantize=True)
+        options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        return library.AutoModelForCausalLM.from_pretrained(source, **options)
+
+    model, loading = _by_transformers(path, revision, make)
+    _check_whole(path, model, loading)
+    local = Path(path)
+    if local.exists():
+        model.name_or_path = PACKAGED if _is_packaged(local) else os.path.abspath(local)
+    return model.to(device).eval()
+
+
+def _by_transformers(path: str | Path, revision: str | None, make: Callable[[Any, str, dict], Any]) -> Any:
+    """What `make` makes of transformers, the source and the options that a path stands for, without its talk."""
     local = Path(path)
     check_name(path)
     import transformers
 
     options: dict = {"local_files_only": local.exists(), "trust_remote_code": False}
-    of_model = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     quiet: AbstractContextManager = nullcontext()
     if local.suffix == ".gguf":
-        options["gguf_file"], of_model["quantization_config"] = local.name, transformers.GgufConfig(dequantize=True)
+        options["gguf_file"] = local.name
         quiet = redirect_stderr(StringIO())  # a progress bar that has no switch
     if local.exists():
         transformers.utils.logging.disable_progress_bar()  # a download keeps its own
     elif revision is not None:
         options["revision"] = revision
-    source = str(local.parent if local.suffix == ".gguf" else path)
     try:
         with quiet, _no_report():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-            model, loading = transformers.AutoModelForCausalLM.from_pretrained(source, **options, **of_model)
+            return make(transformers, str(local.parent if local.suffix == ".gguf" else path), options)
     except OSError as error:
         raise (
             OSError(f"{path}: {error}")
@@ -77,10 +103,6 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str, revision: str 
         raise ValueError(
             f"{path} must be a causal language model that transformers loads; got {type(error).__name__}: {error}"
         ) from None
-    _check_whole(path, model, loading)
-    if local.exists():
-        model.name_or_path = PACKAGED if _is_packaged(local) else os.path.abspath(local)
-    return model.to(device).eval(), tokenizer
 
 
 def check_name(path: str | Path) -> None:

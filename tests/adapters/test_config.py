@@ -10,7 +10,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from fused_lora import LoraConfig, LoRALinear, apply_lora
-from fused_lora.config import LayerConfig, NamePatterns, matches
+from fused_lora.config import NamePatterns, matches
+from fused_lora.layer_config import LayerConfig
 
 PLAIN = ("layers.0.q", "layers.1.q", "layers.10.q", "layers11q", "xlayers.1.q", "a.layers.1.q", "q", "a-b.q", "aXb.q")
 
@@ -151,10 +152,8 @@ def test_positions_as_before():
     "config, arguments, message",
     [
         (PeftConfig(target_modules=["q"], alora_invocation_tokens=[1]), {}, r"alora_invocation_tokens is not"),
-        (PeftConfig(target_modules=["q"], init_lora_weights="eva"), {}, r"config: init_lora_weights must be a bool or"),
+        (PeftConfig(target_modules=["q"], init_lora_weights="eva"), {}, r"init_lora_weights must .* needs batches"),
         (PeftConfig(), {}, r"config: target_modules must be a list or a regular expression; got None"),
-        (PeftConfig(target_modules=["q"], bias="all"), {}, r"config: bias is not supported and must be off; got 'all'"),
-        (PeftConfig(target_modules=["q"], lora_bias=True, bias="none"), {}, r"config: lora_bias is not supported"),
         (IA3Config(target_modules=["q"]), {}, r"config: peft_type must be 'LORA'; got 'IA3'"),
         (PeftConfig(target_modules=["p"]), {}, r"target_modules must be one of \['k', 'q'\]; got 'p'"),
         (LoraConfig(), {"lora_alpha": 16}, r"config and lora_alpha exclude each other; got both, lora_alpha=16"),

@@ -192,6 +192,25 @@ def test_who_computes_alone():
     assert calls(model) == 1
 
 
+class Autocast(Three):
+    """The second projection is called under autocast."""
+
+    def forward(self, x):
+        q = self.q(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            k = self.k(x)
+        assert k.dtype is torch.bfloat16
+        return q, k.float(), self.v(x)
+
+
+def test_a_part_under_autocast_is_as_alone():
+    model, alone = net(), net(grouped=False)
+    for each in (model, alone):
+        each.three.__class__ = Autocast
+    torch.testing.assert_close(step(model), step(alone), rtol=1e-5, atol=1e-6)
+    assert calls(model) == 0  # from then on
+
+
 class Frozen(Three):
     """The second projection is called without gradients."""
 

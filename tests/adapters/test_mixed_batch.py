@@ -225,6 +225,34 @@ def test_merging_in_a_mixed_batch_is_refused(model, tokens):
         pass
 
 
+def test_other_adapters_within_a_mixed_batch_are_refused(model, tokens, tmp_path):
+    fused_lora.save_adapter(model, tmp_path, "a")
+    within = {
+        "set_adapter": lambda: fused_lora.set_adapter(model, "a"),
+        "adding an adapter": lambda: fused_lora.apply_lora(model, r=2, adapter_name="new"),
+        "reading an adapter": lambda: fused_lora.load_adapter(model, tmp_path, "a"),
+        "disable_adapter": lambda: fused_lora.disable_adapter(model).__enter__(),
+        "taking an adapter off": lambda: fused_lora.delete_adapter(model, "a"),
+    }
+    with fused_lora.adapters_per_sample(model, ["a"] * 6):
+        want = model(tokens).logits
+        for what, call in within.items():
+            words = (
+                rf"{what} and adapters_per_sample or adapters_per_token exclude each other.*; got a batch of \['a'\]"
+            )
+            with pytest.raises(ValueError, match=words):
+                call()
+        assert torch.equal(model(tokens).logits, want)
+
+
+def test_magnitudes_alone_are_refused():
+    model = fused_lora.apply_lora(torch.nn.Sequential(torch.nn.Linear(4, 4)), r=0, use_dora=True)
+    with pytest.raises(
+        ValueError, match="0: a batch of several adapters excludes DoRA of rank 0; got adapter 'default'"
+    ):
+        fused_lora.adapters_per_sample(model, ["default"]).__enter__()
+
+
 def test_adapters_come_and_go_while_serving(tokens):
     """Nothing of a deleted adapter stays behind, and one of the same name is another."""
     model = apply_lora(llama(hidden=32), r=2, adapter_name="a").eval()

@@ -90,8 +90,8 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
             lambda d: edit_config(d, use_dora=True),
             r"got 8, 4 missing: .*lora_magnitude_vector|exists with use_dora=False",
         ),
-        (lambda d: edit_config(d, lora_bias=True), r"lora_bias is not supported"),
-        (lambda d: edit_config(d, bias="all"), r"bias is not supported and must be off; got 'all'"),
+        (lambda d: edit_config(d, lora_bias=True), r"got 8, 4 missing: .*lora_B.bias|exists with lora_bias=False"),
+        (lambda d: edit_config(d, bias="some"), r"bias must be one of \['all', 'lora_only', 'none'\]; got 'some'"),
         (lambda d: edit_config(d, layers_to_transform=[0]), r"got 8, 4 unexpected|exists on other layers"),
         (lambda d: edit_config(d, layer_replication=[[0, 1]]), r"layer_replication is not supported"),
         (

@@ -12,6 +12,7 @@ from tiny_llama import TOKENS, llama, randomise
 
 import fused_lora
 from fused_lora import LoraConfig, LoRALinear, apply_lora, load_adapter, save_adapter, set_adapter
+from fused_lora.variants.allora import ScaledSteps
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -188,6 +189,10 @@ def test_allora_s_files(tmp_path):
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
     with fused_lora.merged(model):
         torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
+    assert "allora_mode" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    save_adapter(apply_lora(llama(), 4, target_modules=["q_proj"], allora_eta=1.5, allora_mode="update"), tmp_path)
+    layer = load_adapter(llama(), tmp_path).model.layers[0].self_attn.q_proj
+    assert layer.allora_mode == {"default": "update"} and isinstance(layer.variants["default"], ScaledSteps)
 
 
 def test_a_file_says_dora_exact(tmp_path):
@@ -196,6 +201,24 @@ def test_a_file_says_dora_exact(tmp_path):
     assert layer.dora_exact == {"default": True} and layer.variants["default"].exact
     save_adapter(ours(), tmp_path)
     assert "dora_exact" not in json.loads((tmp_path / "adapter_config.json").read_text())
+
+
+def test_files_of_modules_that_train_magnitudes_alone(tmp_path):
+    """They hold m alone, come back, into a model that has the adapter, too, and PEFT refuses a rank of 0."""
+    model = randomise(ours(rank_pattern={"q_proj": 0})).eval()
+    save_adapter(model, tmp_path)
+    keys = {
+        key.removeprefix("base_model.model.model.layers.1.")
+        for key in load_file(tmp_path / "adapter_model.safetensors")
+    }
+    assert {key for key in keys if "q_proj" in key} >= {"self_attn.q_proj.lora_magnitude_vector"}
+    assert not any("q_proj.lora_A" in key or "q_proj.lora_B" in key for key in keys)
+    again = load_adapter(llama(), tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    torch.nn.init.ones_(again.model.layers[0].self_attn.q_proj.lora_magnitude_vector["default"])
+    assert torch.equal(logits(load_adapter(again, tmp_path)), logits(model))
+    with pytest.raises(ValueError, match="`r` should be a positive integer"):
+        PeftModel.from_pretrained(llama(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,28 @@ def test_multihead_attention_is_no_target():
     attention = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2), "head": nn.Linear(16, 2)})
     with pytest.raises(ValueError, match=r"target attention\.out_proj: .* got .*NonDynamicallyQuantizableLinear"):
         apply_lora(attention, target_modules=["out_proj"])
+    with pytest.raises(ValueError, match="target attention: .* got torch.nn.MultiheadAttention: target_parameters can"):
+        apply_lora(attention, target_modules=["attention"])
+    with pytest.raises(ValueError, match=r"must leave out attention\.out_proj\.weight, which nn.MultiheadAtt"):
+        apply_lora(attention, target_parameters=["out_proj.weight"])
     with pytest.warns(UserWarning, match="'all-linear' leaves out out_proj of MultiheadAttention: code there reads"):
         apply_lora(attention)
     assert not isinstance(attention["attention"].out_proj, LoRALinear)
+
+
+def test_the_input_projection_of_multihead_attention_is_a_parameter():
+    torch.manual_seed(0)
+    layer, x = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2, batch_first=True)}), torch.randn(2, 5, 16)
+    layer = trained(apply_lora(layer, 2, 6, target_modules=[], target_parameters=["attention.in_proj_weight"]))
+    adapted, plain = layer["attention"], nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    plain.load_state_dict(adapted.base_layer.state_dict())
+    with torch.no_grad():
+        plain.in_proj_weight += 3 * adapted.lora_B["default"] @ adapted.lora_A["default"]
+        torch.testing.assert_close(adapted(x, x, x)[0], plain(x, x, x)[0])  # the fused path of eval mode
+    y = adapted(x, x, x)[0]
+    torch.testing.assert_close(y, plain(x, x, x)[0])
+    y.sum().backward()
+    assert all(adapted_tensor.grad.any() for adapted_tensor in adapted.own_tensors("default"))
 
 
 class Layers(nn.Module):

@@ -21,11 +21,10 @@ def trained(tiny_model, tmp_path_factory):
     from fused_lora.models import load_model
 
     directory = tmp_path_factory.mktemp("analyze")
-    model, tokenizer = load_model(tiny_model, torch.float32, "cpu")
+    model, _ = load_model(tiny_model, torch.float32, "cpu")
     randomise(apply_lora(model, 4, 8, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2}))
     save_adapter(model, directory / "adapter")
-    merge_and_unload(model).save_pretrained(directory / "merged")
-    tokenizer.save_pretrained(directory / "merged")
+    merge_and_unload(model).save_pretrained(directory / "merged")  # without a tokenizer, which nothing here needs
     return tiny_model, directory / "adapter", directory / "merged"
 
 

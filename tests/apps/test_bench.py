@@ -91,7 +91,7 @@ def test_nan_is_a_wrong_result():
         runner.check("fused", got, truth(p), torch.float32)
 
 
-@pytest.mark.parametrize("name", ["fused", "triton"])
+@pytest.mark.parametrize("name", ["fused", "triton", "cpu:around"])
 def test_dropout_is_checked_under_its_own_mask(monkeypatch, name):
     """Also where a back end is named, as on a GPU."""
     monkeypatch.setattr(
@@ -106,6 +106,14 @@ def test_dropout_is_checked_under_its_own_mask(monkeypatch, name):
     )
     _, row = runner.run_case(case, "cpu", ["frozen", name], 0.01)
     assert row["fault"] == "wrong" and "is off by" in row["why"]
+
+
+def test_a_plan_by_name():
+    """In the sort of row that a back end has; one that it does not have is dropped, with what it says."""
+    case = Case(24, 32, 40, 4, 0.0, torch.float32)
+    *_, plan, unknown = runner.run_case(case, "cpu", ["frozen", "cpu:around", "cpu:beside"], 0.01)
+    assert plan["both_us"] > 0 and plan["adapter_dtype"] == "float32"
+    assert unknown["fault"] == "failed" and "'beside'" in unknown["why"]
 
 
 def test_memory_held_for_the_backward():

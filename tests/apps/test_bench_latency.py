@@ -1,6 +1,7 @@
 """The latency table: merged, unmerged, bottleneck adapters and a prefix over one model's weights."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -66,3 +67,15 @@ def test_a_wrong_candidate_is_dropped(monkeypatch):
     assert [r["candidate"] for r in rows if "fault" in r] == ["houlsby"] and rows[5]["why"].startswith(
         "the logits must"
     )
+
+
+def test_a_batch_that_is_timed_is_in_the_file_at_once(tmp_path, monkeypatch, capsys):
+    def stopped(*args, **kwargs):
+        yield [dict(candidate="merged", sequences=1, tokens=8, fault="wrong", why="it is")]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "run_latency", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(preset="latency", output=tmp_path / "l.json")
+    assert [r["candidate"] for r in json.loads((tmp_path / "l.json").read_text())["latency"]] == ["merged"]
+    assert "merged: wrong, not timed: it is" in capsys.readouterr().out

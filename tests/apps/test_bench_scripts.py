@@ -33,9 +33,10 @@ def tiny(monkeypatch):
 
 def test_readme_has_the_variants_of_their_file(tmp_path):
     env = dict(device="A CPU", kind="cpu", threads=2, features={}, torch="2", commit="abc", date="today")
-    step = dict(sequences=1, tokens=64, step_ms=200.0, ratio=1.2, step_mib=100.0)
+    plain = dict(sequences=1, tokens=64, step_ms=200.0, ratio=1.2)
+    step = plain | dict(step_mib=100.0)
     rows = [
-        step | dict(candidate="fused", over_lora=1.0),
+        plain | dict(candidate="fused", over_lora=1.0),
         step | dict(candidate="dora", over_lora=1.25, times_peft=2.5),
     ]
     rows.append(dict(sequences=1, tokens=64, candidate="flow", fault="wrong", why="it is"))
@@ -44,6 +45,7 @@ def test_readme_has_the_variants_of_their_file(tmp_path):
     document = dict(environment=env, train_step=rows, mixed=mixed)
     text = script("readme").variants(document)
     assert "**A CPU**, 2 threads; torch 2; commit abc; today. LoRA's variants" in text
+    assert "| 1 × 64 | fused | 200 | 1.20 | 1.00 | – | – |" in text
     assert "| 1 × 64 | dora | 200 | 1.20 | 1.25 | 2.50 | 100 |" in text and "| 1 × 64 | flow | wrong | – " in text
     assert "| float32 | 32 | 3.0 | **1.07** |" in text
 

@@ -37,13 +37,14 @@ def test_a_step_of_every_candidate(quick, capsys):
 def test_a_step_of_every_variant(quick, capsys):
     """Every way is right at its start, trains, and is compared with LoRA and with the PEFT that does the same."""
     variants = steps.variants_on("cpu")
-    for workload, batch in zip(variants, (Batch(2, 8), Batch(8, 4))):
+    for workload, batch in zip(variants, (Batch(2, 8, weighed=False), Batch(8, 4))):
         small = Workload("small", BASE, (batch,), kinds=workload.kinds)
         (rows,) = run_steps(small, budget_s=0, least=1)
         assert [r["candidate"] for r in rows] == list(workload.kinds)
         for r in rows:
             assert "fault" not in r, r
             assert r["over_lora"] > 0 and abs(r["loss"] - rows[0]["loss"]) < 1e-3
+            assert ("step_mib" in r) is ("memory_ratio" in r) is batch.weighed
         assert all("times_peft" in r for r in rows if r["candidate"] in ways.PEERS)
         report.print_steps("small", rows)
     printed = capsys.readouterr().out

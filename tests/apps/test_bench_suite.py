@@ -1,6 +1,7 @@
 """A run of the bench from arguments to files: what can be refused is refused first, what was measured is kept."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -30,6 +31,22 @@ def tiny(monkeypatch):
 @pytest.fixture
 def nothing_is_timed(monkeypatch):
     monkeypatch.setattr(runner, "run_case", lambda *a, **k: pytest.fail("timed before the refusal"))
+
+
+def test_peft_comes_without_the_words_of_what_it_imports(monkeypatch, tmp_path, caplog):
+    """Their loggers are silent while it is imported, and as they were then."""
+    (tmp_path / "peft.py").write_text(
+        "import logging\n"
+        "logging.getLogger('torchao').warning('Failed to load _C_cutlass_90a')\n"
+        "logging.getLogger('another').warning('worth a word')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "peft")
+    before = logging.getLogger("torchao").level
+    candidates.import_peft()
+    assert [record.getMessage() for record in caplog.records] == ["worth a word"]
+    assert logging.getLogger("torchao").level == before
 
 
 def test_run_writes_json_and_plot(tiny, tmp_path, capsys):
@@ -189,6 +206,7 @@ def test_a_missing_package_is_found_before_the_timing(nothing_is_timed, monkeypa
         ("--device cuda:999", "device 'cuda:999' needs a GPU that PyTorch sees; there are "),
         ("--preset slow", "preset must be one of quick, readme, full, variants, latency; got 'slow'"),
         ("--candidates fast", "candidates must be among .*; got fast"),
+        ("--candidates slow:around", "candidates must be among .*; got slow:around"),
         ("--candidates=", "candidates must be among .*; got ''"),
         ("--candidates fused,,", "candidates must be among .*; got '', ''"),
         ("--threads 0", "threads must be from 1 to [0-9]+, the CPUs of this machine; got 0"),

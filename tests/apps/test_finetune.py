@@ -96,6 +96,9 @@ def test_learning_rate():
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[8] == pytest.approx(0.5) and rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[11] < 0.05
     assert training.learning_rate(0, Settings(lr=1.0, warmup=0)) == 1.0
+    for schedule in ("cosine", "linear"):
+        ends = Settings(lr=2.0, warmup=4, steps=12, schedule=schedule, final_share=0.1)
+        assert [training.learning_rate(step, ends) for step in (4, 8, 12)] == pytest.approx([2.0, 1.1, 0.2])
 
 
 def test_a_gradient_that_overflows_in_fp16_skips_its_step(tiny, run, settings_of, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fused_lora import apply_lora, data, save_adapter
 from fused_lora.finetune import checkpoint, job, loop
-from fused_lora.jsonl import IGNORED
+from fused_lora.rows import IGNORED
 
 LETTERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -193,10 +193,10 @@ def test_what_is_refused_leaves_nothing_behind(pairs, refused, tmp_path, monkeyp
         assert not (tmp_path / "out").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = refused(2, "finetune", "--model", pairs[0], "--data", pairs[1], "--output", tmp_path / "out")
-    assert "must run as one process" in line and "WORLD_SIZE=2" in line and not (tmp_path / "out").exists()
+    assert "environment variable RANK expected" in line and not (tmp_path / "out").exists()
 
 
-def test_cut_on_the_command_line(pairs, call, tmp_path):
+def test_cut_and_packing_on_the_command_line(pairs, call, tmp_path):
     quick = [
         "--model",
         pairs[0],
@@ -211,5 +211,6 @@ def test_cut_on_the_command_line(pairs, call, tmp_path):
         "--prompt",
         "the",
     ]
-    call("finetune", *quick, "--seq-len", "12", "--cut", "--output", tmp_path / "out")
-    assert json.loads((tmp_path / "out/summary.json").read_text())["settings"]["cut"] is True
+    call("finetune", *quick, "--seq-len", "12", "--cut", "--packing", "--output", tmp_path / "out")
+    settings = json.loads((tmp_path / "out/summary.json").read_text())["settings"]
+    assert settings["cut"] is True and settings["packing"] is True

@@ -13,7 +13,9 @@ from fused_lora.finetune import job
 from fused_lora.finetune.settings import OPTIMIZERS, Settings
 
 KINDS = {name: dict(optimizer=name) for name in OPTIMIZERS[1:]}
-KINDS |= {name: dict(variant=name) for name in ("rslora", "dora", "allora")}
+KINDS["rslora"] = dict(variant="rslora")
+KINDS["dora"] = dict(variant="dora", rslora=True)
+KINDS["allora"] = dict(variant="allora", alpha=4.0)
 KINDS["merges"] = dict(merge_every=2)
 KINDS["merges, rite, bf16"] = dict(merge_every=2, optimizer="rite", dtype="bf16")
 KINDS["full"] = dict(full=True)
@@ -81,9 +83,11 @@ def test_the_groups_of_loraplus_keep_their_ratio(tiny, run, settings_of, tmp_pat
 @pytest.mark.parametrize(
     "change, match",
     [
-        (dict(optimizer="lion"), "optimizer must be one of .*'adamw'.*; got 'lion'"),
+        (dict(optimizer="lyon"), "optimizer must be one of .*'adamw'.*; got 'lyon' .did you mean 'lion'"),
         (dict(variant="doar"), "did you mean 'dora'"),
         (dict(schedule="stairs"), "schedule must be one of"),
+        (dict(final_share=1.5), r"final_share must be a number in \[0, 1\]; got 1.5"),
+        (dict(schedule="constant", final_share=0.1), "--schedule constant and --final-share 0.1 exclude each other"),
         (dict(merge_every=-1), "merge_every must be an int >= 0; got -1"),
         (dict(full=True, variant="dora"), "--full and --variant dora exclude each other"),
         (dict(full=True, optimizer="rite"), "--full and --optimizer rite exclude each other"),
@@ -93,7 +97,10 @@ def test_the_groups_of_loraplus_keep_their_ratio(tiny, run, settings_of, tmp_pat
         (dict(full=True, dtype="bf16"), "--full, which trains the weights in fp32, and --dtype bf16 exclude"),
         (dict(merge_every=3, variant="dora"), "--merge-every and --variant dora exclude each other"),
         (dict(merge_every=3, optimizer="lora-fa"), "--merge-every and --optimizer lora-fa exclude each other"),
-        (dict(variant="allora", dropout=0.1), "lora_dropout must be 0 with allora_eta"),
+        (dict(variant="allora", dropout=0.1), "--dropout 0.1 and --variant allora exclude each other"),
+        (dict(variant="allora", alpha=8.0), "--alpha 8 and --variant allora, whose scale is 1, exclude each other"),
+        (dict(variant="allora", rslora=True), "--rslora and --variant allora, whose scale is 1, exclude each other"),
+        (dict(allora_eta=2.0), "--allora-eta and --variant lora exclude each other"),
     ],
 )
 def test_settings_that_exclude_each_other(change, match):
@@ -111,6 +118,10 @@ def test_a_recipe_sets_what_is_not_given(call, refused, tiny_options, tmp_path):
     call("finetune", *tiny_options, *quick, *given)
     settings = json.loads((tmp_path / "b/summary.json").read_text())["settings"]
     assert (settings["alpha"], settings["warmup"], settings["lr"]) == (8.0, 1, 0.003)
+    assert (settings["optimizer"], settings["schedule"], settings["final_share"]) == ("lion", "cosine", 0.01)
+    call("finetune", *tiny_options, *quick, *given, "--schedule", "constant", "--overwrite")
+    settings = json.loads((tmp_path / "b/summary.json").read_text())["settings"]
+    assert (settings["schedule"], settings["final_share"]) == ("constant", 0.0), "whose end the recipe does not know"
     line = refused(2, "finetune", *tiny_options, "--recipe", "regret", "--output", tmp_path / "c")
     assert "--recipe must be one of" in line
     line = refused(2, "finetune", *tiny_options, "--full", "--recipe", "biderman", "--output", tmp_path / "c")

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from fused_lora import data
-from fused_lora.jsonl import IGNORED, Document, inputs_of, labels_of, unlearned
+from fused_lora.jsonl import Document
+from fused_lora.rows import IGNORED, inputs_of, labels_of, unlearned
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ('user', 'assistant', 'system') %}{{ raise_exception('no such role') }}"

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from infinities import check_infinity
 
 from fused_lora import lora_linear
 from fused_lora.ops.dropout import dropout_mask
@@ -35,6 +36,12 @@ def test_exact_integers(backend, poison, bias):
     for shape, (dtype, adapter) in itertools.product(sizes(backend, SHAPES + LARGE_RANKS), cases(backend)):
         p = exact_problem(*shape, dtype, adapter, bias=bias, device=backend.device)
         assert_exact(run(p, backend=backend.name), truth(p))
+
+
+def test_an_infinity_meets_no_padding(backend, poison):
+    """Fewer ranks than any tile has, and M, N and K past the last one's beginning."""
+    for name, dropout_p in (("x", 0.0), ("x", 0.5), ("lora_A", 0.5), ("lora_B", 0.0), ("dy", 0.0), ("dy", 0.5)):
+        check_infinity(backend.name, (17, 40, 72, 12), backend.dtypes[0], name, dropout_p, backend.device)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])

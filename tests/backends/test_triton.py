@@ -3,16 +3,21 @@ a program, and the plans that configs.py makes on request only."""
 
 import dataclasses
 import importlib
-import itertools
+import types
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_lora import backends
 from fused_lora.backends import triton as backend
+from fused_lora.backends import triton_plans
 from fused_lora.ops.reference import PLAIN, Gradients
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
+from fused_lora.triton_kernels import device as device_module
 from fused_lora.triton_kernels.configs import (
     BackwardPlan,
     Device,
@@ -93,7 +98,7 @@ def test_programs_that_walk_over_several_tiles(on_triton, poison, prefetch, drop
     forward, backward = with_small_tiles(forward_plan), with_small_tiles(backward_plan)
     dropout = dict(dropout_p=dropout_p, seed=torch.tensor([7], device=on_triton.device) if dropout_p else None)
     for R in (1, 16, 40):
-        p = exact_problem(90, 72, 40, R, on_triton.dtypes[0], torch.float32, device=on_triton.device)
+        p = exact_problem(70, 40, 40, R, on_triton.dtypes[0], torch.float32, device=on_triton.device)
         assert_exact(run_planned(p, forward, backward, **dropout), truth(p, **dropout))
 
 
@@ -125,7 +130,8 @@ def one_launch_backward(M, N, K, R, itemsize, dropout, dx, dA, dB, device):
 def test_low_in_the_same_launch(on_triton, poison, M, N, K):
     """y and h, dx and dh (seen through dA), by programs that each take several tiles, the first column's first."""
     dtype = torch.float16
-    for R, adapter in itertools.product((1, 8, 12, 16, 32), (dtype, torch.float32)):
+    for i, R in enumerate((1, 8, 12, 16, 32)):
+        adapter = (dtype, torch.float32)[(i + M) % 2]  # another one at each of the sizes with tails
         p = exact_problem(M, N, K, R, dtype, adapter, device=on_triton.device)
         aligned = R % 8 == 0  # rows of B [N, R] must start on 16 bytes
         backward = one_launch_backward if aligned else backward_plan
@@ -175,6 +181,35 @@ def test_flags_belong_to_one_launch():
         assert_exact(got, exact[turn])
 
 
+def test_an_old_assembler_on_hopper_is_told_once(monkeypatch):
+    """By what first asks for a device's facts, whatever their number; not where another assembler is named."""
+    fake = types.SimpleNamespace(
+        utils=types.SimpleNamespace(
+            get_device_properties=lambda index: {"multiprocessor_count": 132, "max_shared_mem": 232448}
+        ),
+        get_current_target=lambda: types.SimpleNamespace(backend="cuda", arch=90),
+    )
+    monkeypatch.setattr(
+        device_module.triton, "runtime", types.SimpleNamespace(driver=types.SimpleNamespace(active=fake))
+    )
+    for release, path, times in (
+        ("3.6.0+git1", "", 1),
+        ("3.6.0+git1", "/usr/bin/ptxas", 0),
+        ("3.9.0", "", 0),
+        ("3.10rc1", "", 0),
+    ):
+        monkeypatch.setattr(triton, "__version__", release)
+        monkeypatch.setenv("TRITON_PTXAS_PATH", path)
+        facts.cache_clear(), device_module.warn_of_an_old_assembler.cache_clear()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert facts(torch.device("cuda", 0)) == facts(torch.device("cuda", 1)) == Device(True, 132, 232448)
+        assert len(told) == times and all(
+            "install Triton 3.9 or newer, or set TRITON_PTXAS_PATH" in str(w.message) for w in told
+        )
+    facts.cache_clear(), device_module.warn_of_an_old_assembler.cache_clear()
+
+
 RANKS = [1, 8, 12, 16, 64, 256]
 
 
@@ -185,12 +220,16 @@ def small_dy_pass(M, R, splits):
 
 
 @pytest.mark.parametrize(
-    "M, N, splits", [(1, 5, 1), (50, 32, 3), (83, 77, 1), (83, 77, 3)], ids=["one", "splits", "blocks", "both"]
+    "turn, M, N, splits",
+    [(0, 1, 5, 1), (1, 50, 32, 3), (2, 83, 77, 1), (3, 83, 77, 3)],
+    ids=["one", "splits", "blocks", "both"],
 )
-def test_dy_pass(on_triton, poison, M, N, splits):
+def test_dy_pass(on_triton, poison, turn, M, N, splits):
     """dh and dB, stored directly or through slabs, with tails in every direction, rows of a wider dy, B transposed in
-    memory."""
-    for R, (dtype, adapter) in itertools.product(RANKS, [(d, a) for d in on_triton.dtypes for a in {d, torch.float32}]):
+    memory. Each rank meets the dtypes in turn: another one at each size."""
+    kinds = [(d, a) for d in on_triton.dtypes for a in dict.fromkeys((d, torch.float32))]
+    for i, R in enumerate(RANKS):
+        dtype, adapter = kinds[(i + turn) % len(kinds)]
         p = exact_problem(M, N, 24, R, dtype, adapter, device=on_triton.device)
         want, h = truth(p), run(p, backend="reference")["h"]
         wide = torch.full((M + 2, N + 3), float("nan"), dtype=dtype, device=on_triton.device)
@@ -238,6 +277,42 @@ def test_one_read_of_dy_and_two_give_the_same_values(on_triton, poison, R):
     for plan in (recorded, opposite):
         assert_exact(run_planned(p, forward_plan, plan), truth(p))
     assert (plans[0].dy_pass is not None) == (R == 8)
+
+
+@pytest.mark.skipif(LACKS_TMA, reason="needs TMA")
+def test_plans_by_name(on_triton, poison, monkeypatch):
+    """Every word and what goes together; what cannot be followed is refused by name, and a call whose x no descriptor
+    takes has two launches instead of one."""
+    if not torch.cuda.is_available():
+        for module in (backend, triton_plans):
+            monkeypatch.setattr(module, "facts", lambda device: Device(tma=True, sms=4, shared_bytes=232448))
+    M, N, K = (8192, 1024, 1024) if torch.cuda.is_available() else (264, 264, 264)
+    p = exact_problem(M, N, K, 16, torch.float16, device=on_triton.device)
+    request = backends.Request(p.x.device, p.x.dtype, p.x.dtype, backends.bucket(M), N, K, 16, True, ())
+    launched, exact = [], truth(p)
+    monkeypatch.setattr(backend, "lora_gemm_shrink", lambda *a, **k: launched.append(1) or lora_gemm_shrink(*a, **k))
+    words = {"one_launch", "one_launch+two_reads", "prefetch", "narrow", "one_read", "two_reads"}
+    assert {"", "one_launch", "prefetch"} <= set(backend.plans(request)) <= words | {""}
+    counts = {"one_launch+one_read": 1, "one_launch+prefetch+two_reads": 2, "narrow+one_read+prefetch": 0}
+    for plan, one_launches in counts.items():
+        launched.clear()
+        assert_exact(run(p, backend=f"triton:{plan}"), exact)
+        assert len(launched) == one_launches, plan
+    launched.clear()
+    wide = torch.zeros((M, K + 1), dtype=p.x.dtype, device=p.x.device)
+    wide[:, 1:] = p.x
+    displaced = dataclasses.replace(p, x=wide[:, 1:])
+    assert_exact(run(displaced, backend="triton:one_launch+two_reads", needs=(False,) * 4), exact)
+    assert not launched
+    for plan, says in (
+        ("one_read+two_reads", "both"),
+        ("2", "of the words one_launch"),
+        ("one_launch", "one_launch, which"),
+    ):
+        with pytest.raises(ValueError, match=f"plan must .*{says}.*; got '"):
+            backends.pick(f"triton:{plan}", request._replace(R=64))
+    with pytest.raises(ValueError, match="plan must be left out with gate; got 'two_reads'"):
+        backends.pick("triton:two_reads", request._replace(optional=("gate",)))
 
 
 def test_slabs_are_added_in_groups(on_triton):

@@ -70,14 +70,22 @@ def test_what_has_not_run_on_a_gpu_is_planned_on_request_only():
     forward = forward_plan(*sizes, False, device, one_launch=True)
     assert forward.lora_gemm_shrink and forward.shrink is forward.lora_gemm is None
     assert forward_plan(*sizes, True, device, one_launch=True) == forward_plan(*sizes, True, device)
-    for dx, dA, dB, dropout in itertools.product((False, True), repeat=4):
+    for dx, dA, dB, dropout, one_read in itertools.product((False, True), repeat=5):
         given = (*sizes, dropout, dx, dA, dB, device)
-        backward = backward_plan(*given, one_launch=True)
-        if dx and not dB and not dropout:
-            assert backward.lora_gemm_shrink and backward.shrink is backward.lora_gemm is None
-            assert (backward.wgrad_A is not None) == dA
+        backward = backward_plan(*given, one_launch=True, one_read=one_read)
+        if dx and not (dB and one_read) and not dropout:
+            assert backward.lora_gemm_shrink and backward.shrink is backward.lora_gemm is backward.dy_pass is None
+            assert (backward.wgrad_A is not None, backward.wgrad_B is not None) == (dA, dB)
         else:
-            assert backward == backward_plan(*given)
+            assert backward == backward_plan(*given, one_read=one_read)
+    for R, reads in (
+        (32, True),
+        (16, False),
+        (16, None),
+        (64, True),
+    ):  # the other choice than the usual, where it can be
+        backward = backward_plan(8192, 4096, 4096, R, 2, False, True, True, True, device, one_read=reads)
+        assert (backward.dy_pass is None) == (backward.shrink is not None) == (R == 64 or reads is False)
 
 
 @pytest.mark.parametrize("R", [16, 64])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from two_processes import TARGETS, Decoder, adapted, batch, loss_of, outcomes, run_checks, steps, trained, whole
@@ -267,7 +267,58 @@ def replicated_and_merged_in_stages(directory: Path) -> None:
     assert all(map(torch.equal, own, model.state_dict().values()))
 
 
+# ranks of 0 train magnitudes alone
+DORA = dict(use_dora=True, rank_pattern={"o": 0, "up": 2})
+
+
+def dora_replicated(directory: Path) -> None:
+    for lora in (DORA, DORA | dict(dora_exact=True)):
+        equal_to_one_process(DistributedDataParallel(adapted(**lora)), **lora)
+
+
+def dora_sharded(directory: Path) -> None:
+    """In blocks of which one is compiled and one checkpointed, what is saved offloaded; then layer by layer."""
+
+    def offloaded(model):
+        with torch.autograd.graph.save_on_cpu():
+            my_loss(model)
+
+    model = adapted(**DORA)
+    model.blocks[0].compile(backend="eager")
+    model.blocks[1].forward = partial(checkpoint, model.blocks[1].forward, use_reentrant=False)
+    equal_to_one_process(sharded(model), offloaded, **DORA)
+    lora = DORA | dict(dora_exact=True)
+    model = adapted(**lora)
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            fully_shard(layer, reshard_after_forward=False)
+    equal_to_one_process(sharded(model), **lora)
+
+
+def dora_s_files_of_shards(directory: Path) -> None:
+    mine, model = directory / f"dora{dist.get_rank()}", sharded(adapted(**DORA))
+    model(batch(0)[0])
+    save_adapter(model, mine)
+    torch.testing.assert_close(load_adapter(Decoder(), mine)(batch(0)[0]), adapted(**DORA)(batch(0)[0]))
+    save_adapter(adapted(2, **DORA), mine)
+    load_adapter(model, mine)
+    torch.testing.assert_close(model(batch(0)[0]), adapted(2, **DORA)(batch(0)[0]))
+
+
+def allora_scales_steps_of_shards(directory: Path) -> None:
+    lora = dict(allora_eta=2.0, allora_mode="update")
+    equal_to_one_process(DistributedDataParallel(adapted(**lora)), **lora)
+    equal_to_one_process(sharded(adapted(**lora)), **lora)
+    flat = FullyShardedDataParallel(adapted(**lora), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="allora_mode='update'.* and FullyShardedDataParallel exclude each other"):
+        my_loss(flat)
+
+
 CHECKS = [
+    dora_replicated,
+    dora_sharded,
+    dora_s_files_of_shards,
+    allora_scales_steps_of_shards,
     replicated,
     replicated_and_merged_in_stages,
     another_adapter_is_refused_once_replicated,

@@ -25,6 +25,7 @@ class Case(NamedTuple):
     accumulation: int = 1
     autocast: bool = False
     dropout: float = 0.0
+    dora: bool = False
 
 
 CASES = [
@@ -37,6 +38,8 @@ CASES = [
     Case("not reentrant", autocast=True, dropout=0.1),
     Case("not reentrant", offload=True, accumulation=2),
     Case("not reentrant", offload=True, compiled=True, accumulation=2),
+    Case("not reentrant", offload=True, dora=True),
+    Case("reentrant", offload=True, accumulation=2, autocast=True, dora=True),
 ]
 
 
@@ -46,19 +49,19 @@ def llama(dtype):
     return LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=1, max_position_embeddings=32)).to(dtype)
 
 
-def ours(dtype, dropout):
-    return apply_lora(llama(dtype), r=4, lora_alpha=16, target_modules=TARGETS, lora_dropout=dropout)
+def ours(dtype, dropout, dora):
+    return apply_lora(llama(dtype), 4, 16, TARGETS, lora_dropout=dropout, use_dora=dora)
 
 
-def peer(dtype, dropout):
-    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS, lora_dropout=dropout)
+def peer(dtype, dropout, dora):
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS, lora_dropout=dropout, use_dora=dora)
     return peft.get_peft_model(llama(dtype), config)
 
 
 @cache
 def curve(make, case: Case, dtype=torch.float32) -> torch.Tensor:
     """The losses of three steps, each over as many batches as are accumulated."""
-    model = make(dtype, case.dropout).train()
+    model = make(dtype, case.dropout, case.dora).train()
     trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
@@ -102,13 +105,14 @@ def one_thread_and_no_graphs():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(f"{k}={v}" for k, v in case._asdict().items() if v))
 def test_it_trains(case):
     got = curve(ours, case)
+    usual = Case(accumulation=case.accumulation, dora=case.dora)
     if case.dropout:
-        plain = Case(accumulation=case.accumulation, autocast=case.autocast, dropout=case.dropout)
+        plain = usual._replace(autocast=case.autocast, dropout=case.dropout)
         want = curve(ours, plain)
         assert not torch.equal(want, curve(ours, plain._replace(dropout=0.0)))
     else:
-        want = curve(peer, Case(accumulation=case.accumulation, autocast=case.autocast))
-    exact = curve(peer, Case(accumulation=case.accumulation), torch.float64)
-    rounding = (curve(peer, Case(accumulation=case.accumulation, autocast=case.autocast)) - exact).abs().max()
+        want = curve(peer, usual._replace(autocast=case.autocast))
+    exact = curve(peer, usual, torch.float64)
+    rounding = (curve(peer, usual._replace(autocast=case.autocast)) - exact).abs().max()
     assert (got - want).abs().max() <= 2 * rounding + 1e-6
-    assert (curve(peer, Case(accumulation=case.accumulation)) - exact).abs().max() < 1e-4  # the bound means something
+    assert (curve(peer, usual) - exact).abs().max() < 1e-4  # the bound means something

@@ -197,7 +197,8 @@ class Compiler:
         compile(sum_groups_kernel, "*" + thin, ROWS=c.rows_per_split, **SUM_GROUPS_TILE)
 
     def everything(self) -> list[dict]:
-        for R, dropout, thin in CASES:
+        # sm_80 is as sm_89 with more shared memory: the least, the middle and the most of it.
+        for R, dropout, thin in CASES[::2] if self.target.arch == 80 else CASES:
             what, masked = f"R={R} {thin} dropout={dropout}", dict(DROPOUT=dropout)
             self.thin_kernels(what, R, thin, masked | ({} if dropout else {"seed_ptr": None}))
             self.gemms(what, R, thin, dropout)

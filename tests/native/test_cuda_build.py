@@ -1,39 +1,31 @@
 """The CUDA sources through nvcc, and what the machine code must and must not hold; needs the CUDA toolkit but
 no GPU."""
 
-import functools
-import importlib.util
 import os
 import re
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from machine_code import (
+    CUOBJDUMP,
+    NVCC,
+    Product,
+    highest_register,
+    innermost_loops,
+    kernels,
+    products,
+    reachable,
+    successors,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 SOURCES = {source.relative_to(CUDA).with_suffix("").as_posix(): source for source in sorted(CUDA.rglob("*.cu"))}
 GEMMS = ("lora_gemm/bf16", "lora_gemm/f16")
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin"]
-NVCC = (
-    (os.environ.get("CUDA_HOME") and shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"], "bin"))))
-    or shutil.which("nvcc")
-    or shutil.which("/usr/local/cuda/bin/nvcc")
-)
-
-
-def _cuobjdump() -> str | None:
-    """NVIDIA's disassembler: the toolkit's, or the one that Triton brings."""
-    triton = importlib.util.find_spec("triton")
-    folders = [os.environ.get("PATH", ""), *([str(Path(NVCC).resolve().parent)] if NVCC else [])]
-    folders += [str(Path(triton.origin).parent / "backends" / "nvidia" / "bin")] if triton else []
-    return shutil.which("cuobjdump", path=os.pathsep.join(folders))
-
-
-CUOBJDUMP = _cuobjdump()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc (the CUDA toolkit)")
 needs_disassembler = pytest.mark.skipif(
     NVCC is None or CUOBJDUMP is None, reason="needs nvcc and cuobjdump (the CUDA toolkit, or Triton's copy)"
@@ -59,33 +51,17 @@ def built(tmp_path_factory):
         return dict(zip(jobs, results))
 
 
-@functools.cache
-def kernels(cubin: Path) -> dict[str, list[tuple[int, str]]]:
-    """{mangled name: [(address, instruction)]} of a cubin."""
-    # cuobjdump calls nvdisasm beside it
-    env = os.environ | {"PATH": f"{Path(CUOBJDUMP).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    text = subprocess.run([CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, check=True, env=env).stdout
-    found = {}
-    for function in re.split(r"\n\s*Function : ", text)[1:]:
-        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", function)
-        found[function.split("\n", 1)[0].strip()] = [(int(address, 16), instruction) for address, instruction in lines]
-    return found
+def traits(kernel: str) -> tuple[int, int, bool, bool, bool]:
+    """Of a mangled lora_gemm_kernel: columns and rank of a tile, whether backward, with dropout, making dA and dB."""
+    said = re.search(r"TraitsI\w+?Li(128|256)ELi(\d+)ELb(\d)ELb(\d)E\w*?GradientsByE(\d)E", kernel)
+    width, rank, backward, dropout, gradients = map(int, said.groups())
+    assert not gradients or (backward and rank and (not dropout or width == 128 or rank == 16)), kernel
+    return width, rank, bool(backward), bool(dropout), bool(gradients)
 
 
-def innermost_loops(code: list[tuple[int, str]], holding: str) -> list[list[str]]:
-    """The instructions of every loop that holds `holding` and no smaller such loop: from a conditional backward
-    branch's target to the branch.
-
-    Unconditional backward branches lead back from spin loops, which ptxas moves to the end of a kernel.
-    """
-    spans = []
-    for address, instruction in code:
-        branch = re.match(r"@!?U?P\d\s+BRA\s+0x([0-9a-f]+)", instruction)
-        if branch and int(branch[1], 16) < address:
-            spans.append((int(branch[1], 16), address))
-    spans = [(lo, hi) for lo, hi in spans if any(lo <= a <= hi and holding in i for a, i in code)]
-    inner = [s for s in spans if not any(t != s and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
-    return [[i for a, i in code if lo <= a <= hi] for lo, hi in sorted(set(inner))]
+def columns_at_once(width: int, backward: bool, dropout: bool, gradients: bool) -> int:
+    """Of a product of whole tiles: with four warpgroups ptxas refuses 256."""
+    return 128 if gradients or (dropout and not backward) else width
 
 
 @needs_nvcc
@@ -112,18 +88,16 @@ def test_gemm_machine_code(built, name):
     """Each instance: wgmma over the whole tile in its main loops, no local memory, no memory barrier in the loops, TMA
     in and out."""
     found = {k: code for k, code in kernels(built["sm_90a", name].cubin).items() if "lora_gemm_kernel" in k}
-    assert len(found) == 30  # 2 widths x (4 ranks x (forward, dx, dx through the mask) + 3 x forward of the masked x)
+    # 2 widths x (4 ranks x (forward, dx, dx through the mask) + 3 x forward of the masked x), and dx with gradients:
+    # 2 widths x 3 ranks, through the mask 4 of them
+    assert len(found) == 40
     for kernel, code in found.items():
         instructions = [i for _, i in code]
         assert not [i for i in instructions if re.search(r"\b(LDL|STL)\b", i)], f"{kernel} uses local memory"
         for needed in ("UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UTMASTG.2D", "STSM", "USETMAXREG"):
             assert any(needed in i for i in instructions), f"{kernel} has no {needed}"
-        width, rank, backward, dropout = (
-            int(n) for n in re.search(r"TraitsI\w+?Li(128|256)ELi(\d+)ELb(\d)ELb(\d)E", kernel).groups()
-        )
-        gradients = backward and rank and (not dropout or width == 128 or rank == 16)
-        four = gradients or (dropout and not backward)  # warpgroups, for which ptxas refuses products of 256 columns
-        width = 128 if four else width
+        width, rank, backward, dropout, gradients = traits(kernel)
+        width = columns_at_once(width, backward, dropout, gradients)
         assert not gradients or any("REDG.E.ADD.F32" in i for i in instructions), f"{kernel} adds up no gradients"
         loops = [loop for loop in innermost_loops(code, f"HGMMA.64x{width}x16") if sum("HGMMA" in i for i in loop) >= 4]
         assert loops, f"{kernel} has no main loop"
@@ -152,6 +126,61 @@ def test_the_roles_registers_fit_those_at_entry(built, name):
 
 
 @needs_disassembler
+@pytest.mark.parametrize("name", GEMMS)
+def test_every_role_keeps_to_its_registers(built, name):
+    """What runs before a role has its registers uses those at entry, and what runs then its own: a register past them
+    belongs to another warp."""
+    entry = dict(re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", built["sm_90a", name].notes, re.DOTALL))
+    for kernel, code in kernels(built["sm_90a", name].cubin).items():
+        follow, highest = successors(code), [highest_register(instruction) for _, instruction in code]
+        starts = [n for n, (_, instruction) in enumerate(code) if "USETMAXREG" in instruction]
+        roles = {n: reachable(follow, n) for n in starts}
+        roles[None] = set(range(len(code))).difference(*roles.values())
+        for n, part in roles.items():
+            allowed = int(entry[kernel]) if n is None else int(re.search(r"0x(\w+)$", code[n][1])[1], 16)
+            worst = max(part, key=lambda m: highest[m])
+            assert highest[worst] < allowed, f"{kernel}: {code[worst][1]} where a thread has {allowed} registers"
+            assert n is None or len(part) > 100, f"{kernel}: only {len(part)} instructions follow {code[n][1]}"
+
+
+def operand(leading_bytes: int, stride_bytes: int, swizzle_bytes: int) -> tuple[int, int]:
+    """A matrix descriptor's leading offset and its high word, by the PTX manual."""
+    return leading_bytes // 16, stride_bytes // 16 | {128: 1, 64: 2, 32: 3}[swizzle_bytes] << 30
+
+
+ROWS = operand(16, 1024, 128)  # K-major: rows of 128 bytes, eight of them 1024
+
+
+def intended(width: int, rank: int, backward: bool, dropout: bool, gradients: bool) -> set[Product]:
+    """The products of an instance of lora_gemm: right operands lie MN-major in the backward, in chunks of 64 columns
+    and 64 rows; a rank tile is one chunk of its own width."""
+    tile = columns_at_once(width, backward, dropout, gradients)
+    chunks, thin = operand(64 * 128, 1024, 128), operand(16, 8 * rank * 2, rank * 2) if rank else None
+    if not backward:
+        return {Product(n, "", ROWS, ROWS) for n in (tile, rank) if n}
+    found = {Product(tile, ".tnspB", ROWS, chunks)}
+    if rank:
+        found.add(Product(rank, ".tnspB", ROWS, thin))
+    if dropout:
+        found.add(Product(64, ".tnspB", ROWS, chunks))
+    if gradients:
+        found.add(Product(rank, ".tnspA.tnspB", chunks, thin))
+    return found
+
+
+@needs_disassembler
+@pytest.mark.parametrize("name", [*GEMMS, "lora_gemm/small"])
+def test_products_read_their_operands_as_they_lie(built, name):
+    """Every wgmma: transposed or not, and the offsets and swizzle of its descriptors."""
+    for kernel, code in kernels(built["sm_90a", name].cubin).items():
+        if name == "lora_gemm/small":
+            want = {Product(int(re.search(r"Li(\d+)E", kernel)[1]), "", ROWS, ROWS)}
+        else:
+            want = intended(*traits(kernel))
+        assert set(products(code)) == want, kernel
+
+
+@needs_disassembler
 def test_small_m_machine_code(built):
     """Each number of rows: four wgmma in the loop over K, a TMA load, reads from the cluster's other blocks, no local
     memory."""
@@ -171,7 +200,7 @@ def test_small_m_machine_code(built):
 @pytest.mark.parametrize("name", ["shrink", "wgrad"])
 def test_simple_kernels_use_tensor_cores(built, name, arch):
     found = {k: [i for _, i in code] for k, code in kernels(built[arch, name].cubin).items() if f"{name}_kernel" in k}
-    assert len(found) == {"shrink": 8, "wgrad": 10}[name]
+    assert len(found) == {"shrink": 12, "wgrad": 10}[name]
     for kernel, instructions in found.items():
         for needed in ("HMMA.16816.F32", "LDSM", "LDGSTS"):
             assert any(needed in i for i in instructions), f"{kernel} has no {needed}"
@@ -202,6 +231,29 @@ def test_the_loop_finder_finds_nested_loops():
     ]
     assert innermost_loops(code, "HGMMA") == [["HGMMA a", "@P0 BRA 0x20"]]
     assert innermost_loops(code, "MEMBAR") == [["MOV", "MEMBAR", "HGMMA a", "@P0 BRA 0x20", "HGMMA b", "@!P1 BRA 0x0"]]
+
+
+def test_registers_and_constants_are_followed_through_branches():
+    """A budget's part ends where its branches end; a descriptor's word comes through moves, pairs and a loop."""
+    code = [
+        (0, "USETMAXREG.DEALLOC.CTAPOOL 0x28"),
+        (16, "@P0 BRA 0x50"),
+        (32, "IMAD.MOV.U32 R9, RZ, RZ, -0x7fffffe0"),
+        (48, "LDS.128 R36, [R2.64+0x10]"),
+        (64, "BRA 0x0"),
+        (80, "R2UR UR7, R9"),
+        (96, "ULOP3.LUT UR6, UR8, 0x2000000, URZ, 0xfc, !UPT"),
+        (112, "UIADD3.64 UR10, UR6, 0x80, URZ"),
+        (128, "UMOV UR8, UR10"),
+        (144, "UMOV UR9, UR11"),
+        (160, "HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8].tnspB, R24"),
+        (176, "@P1 BRA 0xa0"),
+        (192, "EXIT"),
+        (208, "MOV R200, RZ"),
+    ]
+    assert reachable(successors(code), 0) == set(range(13)) and reachable(successors(code), 12) == {12}
+    assert [highest_register(code[n][1]) for n in (3, 5, 10, 13)] == [39, 9, 39, 200]
+    assert products(code) == [Product(32, ".tnspB", (512, 0x80000020), (512, 0x80000020))]
 
 
 def test_kernel_files_stay_short():

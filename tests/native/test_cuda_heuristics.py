@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from fused_lora import _C
+from fused_lora import _C, backends
 from fused_lora.backends import Request, cuda
 
 F32, F16, BF16 = (_C.dtype_codes[name] for name in ("float32", "float16", "bfloat16"))
@@ -20,13 +20,15 @@ def gemm_config(M=128, N=128, K=128, R=16, dtype=BF16, sms=132, **kind):
     return _C.lora_gemm_config(M=M, N=N, K=K, R=R, dtype=dtype, sms=sms, **kind)
 
 
-def forward_plan(M=128, N=128, K=128, R=16, dtype=BF16, adapter_dtype=BF16, dropout=False, sms=132):
-    return _C.cuda_forward_plan(M=M, N=N, K=K, R=R, dtype=dtype, adapter_dtype=adapter_dtype, dropout=dropout, sms=sms)
+def forward_plan(M=128, N=128, K=128, R=16, dtype=BF16, adapter_dtype=BF16, dropout=False, sms=132, plan=""):
+    settings = dict(dtype=dtype, adapter_dtype=adapter_dtype, dropout=dropout, sms=sms, plan=cuda._values(plan))
+    return _C.cuda_forward_plan(M=M, N=N, K=K, R=R, **settings)
 
 
 def backward_plan(needs, M=128, N=128, K=128, R=16, dtype=BF16, adapter_dtype=BF16, sms=132, **settings):
     """`needs`: of dx, dA, dB and dbias."""
     settings = dict(dropout=False, deterministic=False) | settings
+    settings["plan"] = cuda._values(settings.get("plan", ""))
     settings |= dict(zip(("need_x", "need_A", "need_B", "need_bias"), needs))
     return _C.cuda_backward_plan(M=M, N=N, K=K, R=R, dtype=dtype, adapter_dtype=adapter_dtype, sms=sms, **settings)
 
@@ -35,8 +37,12 @@ def backward_plan(needs, M=128, N=128, K=128, R=16, dtype=BF16, adapter_dtype=BF
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("makes_low", [False, True])
 def test_gemm_configs_are_legal(makes_low, dropout, backward):
+    turn = itertools.cycle(itertools.product((0, 128, 256), (False, True)))
     for (K, N), M, R, sms in itertools.product(SHAPES, ROWS, RANKS, SMS):
-        c = gemm_config(M, N, K, R, sms=sms, makes_low=makes_low, dropout=dropout, backward=backward)
+        block_n, gradients = next(turn)
+        kind = dict(makes_low=makes_low, dropout=dropout, backward=backward, gradients=gradients, block_n=block_n)
+        c = gemm_config(M, N, K, R, sms=sms, **kind)
+        assert block_n in (0, c["block_n"])
         assert c["smem_bytes"] <= _C.cuda_smem_limit == 227 * 1024
         tiles = c["stages"] * (c["block_m"] + c["block_n"] + c["rank_tile"]) * c["block_k"] * 2 + 2 * 64 * 64 * 2
         drops_left = dropout and not backward and c["one_launch"]
@@ -48,9 +54,8 @@ def test_gemm_configs_are_legal(makes_low, dropout, backward):
             + (dropout and backward) * c["block_m"] * c["block_n"] // 8
         )
         assert tiles + side < c["smem_bytes"]
-        assert c["gradients"] == (
-            backward and c["one_launch"] and (not dropout or c["block_n"] == 128 or c["rank_tile"] == 16)
-        )
+        fits = backward and c["one_launch"] and (not dropout or c["block_n"] == 128 or c["rank_tile"] == 16)
+        assert c["gradients"] == (gradients and fits)
         assert c["stages"] >= 3 and c["block_n"] in (128, 256)
         assert c["row_tiles"] * c["block_m"] * c["cluster"] >= M > (c["row_tiles"] - 1) * c["block_m"] * c["cluster"]
         assert c["col_tiles"] * c["block_n"] >= N > (c["col_tiles"] - 1) * c["block_n"]
@@ -98,13 +103,17 @@ def test_forward_plans():
         plan = forward_plan(M, N, K, R, adapter_dtype=adapter, dropout=dropout)
         check_regions(plan)
         small = M <= 128 and R <= 64 and not dropout
-        assert plan["h"] == ("small" if small else "gemm" if R <= 64 else "shrink" if dropout else "h_gemm")
+        words = plan["plan"].split("+")
+        assert words[1:] == ["h_inside" if R <= 64 else "h_shrink" if dropout else "h_gemm", "overlap"]
+        assert words[0] == ("small" if small else f"y{plan['gemm']['block_n']}")
         assert ("small" in plan) == small and ("gemm" in plan) != small
         size = {name: size for name, (_, size) in plan["regions"].items()}
         assert size["A"] == (2 * R * K if adapter == F32 else 0)
         assert size["B"] == (2 * N * (-(-R // 8) * 8) if adapter == F32 or R % 8 else 0)
-        assert (size["control"] >= 4 * (32 + -(-M // 64))) if plan["h"] == "gemm" else size["control"] == 0
-        if plan["h"] == "h_gemm":
+        one_launch = "h_inside" in words and not small
+        assert (size["control"] >= 4 * (32 + -(-M // 64))) if one_launch else size["control"] == 0
+        assert ("h_gemm" in plan) == ("h_gemm" in words)
+        if "h_gemm" in plan:
             assert plan["h_gemm"]["col_tiles"] * plan["h_gemm"]["block_n"] >= R and plan["h_gemm"]["low_blocks"] == 0
 
 
@@ -141,10 +150,15 @@ def test_backward_plans_ask_only_for_what_is_needed():
         check_regions(plan)
         size = {name: size for name, (_, size) in plan["regions"].items()}
         assert ("gemm" in plan) == need_x and plan.get("gemm", {}).get("dropout", dropout) == dropout
-        assert plan["dh"] == ("" if not (need_x or need_A) else "h_gemm" if R > 64 else "gemm" if need_x else "shrink")
+        words = plan["plan"].split("+")
+        dh = "dh_gemm" if R > 64 else "dh_inside" if need_x else "dh_shrink"
+        assert [word for word in words if word.startswith("dh_")] == [dh] * (need_x or need_A)
         assert size["dh"] == (2 * M * (-(-R // 8) * 8) if need_x or need_A else 0)
-        inside = plan["gradients_in_gemm"]
-        assert inside == ((need_A or need_B) and not deterministic and need_x and plan["gemm"]["gradients"])
+        inside = "wgrad_warpgroup" in words
+        wanted = (need_A or need_B) and not deterministic and need_x
+        fits = wanted and R <= 64 and (not dropout or plan["gemm"]["block_n"] == 128 or R <= 16)
+        assert inside == fits == plan.get("gemm", {}).get("gradients", False)
+        assert ("wgrad_apart" in words) == ((need_A or need_B) and not inside)
         assert ("wgrad" in plan) == ((need_A or need_B) and not inside)
         sums = (
             plan["wgrad"]["splits"] if "wgrad" in plan else int(inside and adapter != F32)
@@ -166,6 +180,43 @@ def test_wgrad_covers_every_row_once_and_fills_the_card():
     assert w["splits"] * 64 >= 2 * 132
 
 
+def combinations():
+    """Every plan of at most one word a field, of the launches one each in turn: they exclude nothing."""
+    fields: dict[int, list[str]] = {}
+    for word, field, _ in _C.cuda_plan_words:
+        fields.setdefault(field, [""]).append(word)
+    *others, launches = fields.values()
+    made = zip(itertools.product(*others), itertools.cycle(launches))
+    return ["+".join(filter(None, (*words, launch))) for words, launch in made]
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_plan_is_followed_or_refused_by_name(dropout):
+    """Every combination of words at sizes where each field matters: what was said is done, and only what excludes
+    something is refused."""
+    every, plans = (True,) * 4, combinations()
+    for M, R in ((64, 16), (64, 64), (300, 32), (300, 100)):
+        refused = 0
+        for plan in plans:
+            said = set(plan.split("+")) - {""}
+            sizes = dict(M=M, N=264, K=520, R=R, dropout=dropout, plan=plan)
+            try:
+                forward, backward = forward_plan(**sizes), backward_plan(every, **sizes)
+            except ValueError as error:
+                refused += 1
+                named = str(error).partition("; got ")[0].replace(",", " ").replace(":", " ").split()
+                assert said & set(named) and str(error).endswith(f"got '{plan}'"), plan
+                continue
+            done = {*forward["plan"].split("+"), *backward["plan"].split("+")}
+            assert said <= done, (plan, done)
+            check_regions(forward), check_regions(backward)
+        assert 0 < refused < len(plans)
+    # what a call does not need, and what deterministic mode forbids, is left out
+    words = backward_plan((False, True, False, False), plan="wgrad_warpgroup+dx128+dh_inside")["plan"]
+    assert words == "dh_shrink+wgrad_apart+overlap"
+    assert "wgrad_apart" in backward_plan(every, plan="wgrad_warpgroup", deterministic=True)["plan"]
+
+
 def test_what_has_no_plan_is_an_error():
     for call, match in (
         (lambda: gemm_config(dtype=F32), "dtype must be 1"),
@@ -176,6 +227,9 @@ def test_what_has_no_plan_is_an_error():
         (lambda: _C.lora_gemm_tile(t=4, row_tiles=2, col_tiles=2, column_first=True), "one of row_tiles"),
         (lambda: forward_plan(R=300), "no plan"),
         (lambda: backward_plan((True,) * 4, M=0), "no plan"),
+        (lambda: gemm_config(block_n=64), "block_n must be 128, 256"),
+        (lambda: cuda._values("y64"), "plan must be of the words small, y128.*; got 'y64'"),
+        (lambda: cuda._values("h_inside+serial+h_gemm"), "both h_inside and h_gemm; got 'h_inside.serial.h_gemm'"),
     ):
         with pytest.raises(ValueError, match=match):
             call()
@@ -215,6 +269,25 @@ def test_refusals_say_what_is_supported(built, change, says):
 def test_other_devices_are_refused(built, monkeypatch, capability, got):
     monkeypatch.setattr(cuda, "_capability", lambda index: capability)
     assert cuda.refusal(request_of()) == f"GPUs of compute capability 9.0 (H100, H200); got {got}"
+
+
+@pytest.mark.parametrize("M, R", [(1, 16), (0, 8), (128, 64), (256, 8), (8192, 16), (8192, 256)])
+def test_plans_to_measure_are_right_with_and_without_dropout(built, monkeypatch, M, R):
+    """Few, no two alike, each followed."""
+    monkeypatch.setattr(cuda, "_sms", lambda index: 132)
+    request = request_of(M=M, N=1024, K=4096, R=R)
+    plans = cuda.plans(request)
+    assert plans[0] == "" and 6 < len(plans) < 11 and len(set(plans)) == len(plans)
+    done = set()
+    for plan in plans:
+        assert backends.pick(f"cuda:{plan}" if plan else "cuda", request) == (cuda, plan)
+        sizes = dict(M=max(M, 1), N=1024, K=4096, R=R, plan=plan)
+        assert forward_plan(**sizes, dropout=True) and backward_plan((True,) * 4, **sizes, dropout=True)
+        done.add((forward_plan(**sizes)["plan"], backward_plan((True,) * 4, **sizes)["plan"]))
+    assert len(done) == len(plans)
+    assert backends.pick("cuda:dh_gemm+serial", request).plan == "dh_gemm+serial", "others on request"
+    with pytest.raises(ValueError, match="both wgrad_warpgroup.* or dh_gemm|wgrad_warpgroup beyond 64 ranks"):
+        backends.pick("cuda:dh_gemm+wgrad_warpgroup", request)
 
 
 def test_a_servable_request_is_not_refused(built):

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from fused_lora.adapters import apply_lora, load_adapter, merged, save_adapter
 from fused_lora.backends import cpu
 from fused_lora.nn import LoRALinear
-from fused_lora.nn.linear import LoRALinearAround
+from fused_lora.nn.around import LoRALinearAround
 from fused_lora.ops.reference import PLAIN
 from fused_lora.ops.schema import request_of
 

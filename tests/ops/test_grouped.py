@@ -111,6 +111,17 @@ def test_exact_and_near_enough(poison, backend, case):
             assert_close(run(p, backend=backend, **masked), run(p, backend="reference", **masked), truth(p, **masked))
 
 
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_many_rows_and_columns_of_a_group(indexed, adapter):
+    """More than one task sums up, of integers that every dtype holds; dropout of a half scales by 2."""
+    p = problem((300, 3), 40, 1060, (5, 17), dtype=torch.bfloat16, adapter=adapter, indexed=indexed, exact=True)
+    for ps, seed in (((), None), ((0.5, 0.0), SEED)):
+        got, want = (run(p, backend=backend, ps=ps, seed=seed) for backend in SERVING)
+        for name, value in got.items():
+            assert torch.equal(value, want[name]), name
+
+
 @pytest.mark.parametrize("backend", SERVING)
 @pytest.mark.parametrize("shared_A, shared_B", [(False, False), (True, False), (False, True), (True, True)])
 def test_stacked_and_shared_factors(backend, shared_A, shared_B):

@@ -9,6 +9,7 @@ from torch import nn
 
 from fused_lora import LoRALinear
 from fused_lora.optim import (
+    Lion,
     LoRAProAdamW,
     LoRARite,
     Pair,
@@ -25,6 +26,7 @@ MAKERS = {
     "loraplus": lambda model: create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.002, weight_decay=0.01),
     "riemannian": lambda model: create_riemannian_optimizer(model, torch.optim.AdamW, lr=0.01),
     "lora_fa": lambda model: create_lorafa_optimizer(model, lr=0.01),
+    "lion": lambda model: Lion([p for p in model.parameters() if p.requires_grad], lr=0.002, weight_decay=0.01),
 }
 OWN = ("rite", "pro", "pro full")
 
@@ -286,3 +288,22 @@ def test_a_sparse_gradient_is_refused(make_own):
     pairs[0].A.grad = torch.ones_like(pairs[0].A).to_sparse()
     with pytest.raises(ValueError, match="gradients must be dense; got a sparse one"):
         make_own(pairs).step()
+
+
+def test_lion_is_its_formula():
+    """Two groups, one without weight decay, over steps in which the sign of gradient and average differ."""
+    g = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(3, 4, dtype=torch.float64, generator=g)) for _ in range(2)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.0, "lr": 0.01}]
+    optimizer = Lion(groups, lr=0.1, betas=(0.9, 0.95), weight_decay=0.2)
+    wanted = [(p.detach().clone(), torch.zeros_like(p), *rates) for p, rates in zip(params, [(0.1, 0.2), (0.01, 0.0)])]
+    for _ in range(6):
+        for p, (value, average, lr, decay) in zip(params, wanted):
+            p.grad = torch.randn(p.shape, dtype=torch.float64, generator=g)
+            value.sub_(lr * (torch.sign(0.9 * average + 0.1 * p.grad) + decay * value))
+            average.copy_(0.95 * average + 0.05 * p.grad)
+        optimizer.step()
+        assert all(torch.allclose(p, value, rtol=1e-12, atol=0) for p, (value, *_) in zip(params, wanted))
+    for change, says in ((dict(lr=-1.0), "lr must be >= 0; got -1"), (dict(betas=(0.9, 1.0)), "betas must be two")):
+        with pytest.raises(ValueError, match=says):
+            Lion(params, **change)

@@ -128,6 +128,24 @@ def test_who_fails_in_the_race_is_found_and_the_others_race_again(cache, one_cas
     assert picked() == "reference"
 
 
+def test_plans_of_a_back_end_share_a_process_until_one_fails(cache, one_case, judge, monkeypatch):
+    """What is right is computed once for all of them, and again for the process that follows a fault."""
+    first, second, reference = job.candidates_for(CASE, CPU)
+    asked = lambda: [candidate or do for do, candidate, _ in judge.asked]
+    tuning.tune()
+    assert asked() == ["prepare", first, second, "prepare", reference, "race"]
+    real = judge.ask
+
+    def ask(request, limit_s):
+        answer = real(request, limit_s)
+        return dict(fault="wrong", why="") if request.get("candidate") == first else answer
+
+    monkeypatch.setattr(judge, "ask", ask)
+    judge.asked.clear()
+    tuning.tune(again=True)
+    assert asked() == ["prepare", first, "prepare", second, "prepare", reference, "race"]
+
+
 def test_a_candidate_that_keeps_failing_is_given_up(cache, judge, monkeypatch):
     cases = [Case(M, 40, 24, 4, 0.0, torch.float32) for M in (1, 2, 4, 8, 16)]
     monkeypatch.setattr(job, "cases_for", lambda *_: [*cases, Case(16, 40, 24, 4, 0.0, torch.bfloat16)])

@@ -26,7 +26,7 @@ def trained(linear=None, dtype=torch.float64, **adapter) -> LoRALinear:
     """A DoRA layer with an adapter that is far from its start."""
     torch.manual_seed(0)
     linear = nn.Linear(K, N, dtype=dtype) if linear is None else linear
-    layer = LoRALinear.from_linear(linear, R, R * S, use_dora=True, **adapter)
+    layer = LoRALinear.from_linear(linear, **dict(r=R, lora_alpha=R * S, use_dora=True) | adapter)
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for t in layer.own_tensors(layer.active_adapter):
@@ -39,9 +39,9 @@ def inputs(*lead: int, dtype=torch.float64) -> torch.Tensor:
 
 
 def formula(layer, x, factors, exact=False, dropped=None):
-    """The layer's contract on fp64 tensors A, B and m, with the matrix W + s B A formed."""
-    A, B, m = factors
+    """The layer's contract on fp64 tensors A, B and m, or m alone, with the matrix W + s B A formed."""
     W = layer.matrix().detach().double()
+    A, B, m = factors if len(factors) == 3 else (W.new_zeros(1, K), W.new_zeros(N, 1), *factors)
     V = W + S * B @ A
     n = torch.linalg.vector_norm(V, dim=1)
     g = m / (n if exact else n.detach())
@@ -56,9 +56,9 @@ def gradients(y, dy, tensors):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("exact", [False, True])
-def test_y_and_every_gradient(exact, p):
-    layer, x = trained(dora_exact=exact, lora_dropout=p), inputs(3, 5).requires_grad_()
+@pytest.mark.parametrize("exact, r", [(False, R), (True, R), (False, 0)])
+def test_y_and_every_gradient(exact, r, p):
+    layer, x = trained(dora_exact=exact, lora_dropout=p, r=r), inputs(3, 5).requires_grad_()
     own = layer.own_tensors("default")
     twins = [t.detach().double().requires_grad_() for t in own]
     dropped = None
@@ -72,6 +72,19 @@ def test_y_and_every_gradient(exact, p):
     dy = torch.randn_like(want)
     for a, b in zip(gradients(got, dy, [x, *own]), gradients(want, dy, [x, *twins]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_magnitudes_alone_train():
+    """A rank of 0 leaves nothing else to an optimizer, and among several adapters it scales those before it."""
+    layer, x = trained(r=0), inputs(9)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_magnitude_vector.default"]
+    layer.add_adapter("plain", R, R * S)
+    nn.init.normal_(layer.lora_B["plain"])
+    layer.set_adapter(["plain", "default"])
+    own = [t.detach() for name in ("plain", "default") for t in layer.own_tensors(name)]
+    g = own[2] / torch.linalg.vector_norm(layer.weight, dim=1)
+    want = g * (x @ (layer.weight + S * own[1] @ own[0]).T) + layer.bias
+    torch.testing.assert_close(layer(x), want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -94,16 +107,17 @@ def test_magnitudes_are_fp32_over_a_bf16_base():
     assert torch.equal(layer(x), F.linear(x, layer.weight))
 
 
-def test_on_each_back_end(backend):
-    """y, dx, dA, dB and dm of the op with DoRA's g, against fp64."""
-    layer, x = trained(dtype=torch.float32).to(backend.device), inputs(33, dtype=torch.float32).to(backend.device)
+@pytest.mark.parametrize("r", [R, 0])
+def test_on_each_back_end(backend, r):
+    """y, dx, dA, dB and dm of the op with DoRA's g, against fp64; without a rank y, dx and dm."""
+    layer, x = trained(dtype=torch.float32, r=r).to(backend.device), inputs(33, dtype=torch.float32).to(backend.device)
     own, x = layer.own_tensors("default"), x.requires_grad_()
+    lora_A, lora_B, scaling, _, optional, *_ = layer.variants["default"].update(layer, x)
     try:
-        pick(backend.name, request_of(x, layer.weight, own[0], Variant(out_scale=own[2])))
+        pick(backend.name, request_of(x, layer.weight, lora_A, Variant(**optional)))
     except ValueError as refused:
         pytest.skip(str(refused))
-    g = layer.variants["default"].scale(layer, *own[:2])
-    got = lora_linear(x, layer.weight, *own[:2], S, bias=layer.bias, out_scale=g, backend=backend.name)
+    got = lora_linear(x, layer.weight, lora_A, lora_B, scaling, bias=layer.bias, backend=backend.name, **optional)
     twins = [t.detach().double().requires_grad_() for t in (x, *own)]
     want = formula(layer, twins[0], twins[1:])
     dy = torch.randn_like(got)
@@ -276,15 +290,16 @@ def test_nothing_is_kept_while_a_cuda_graph_is_captured(monkeypatch):
     assert calls == [0, 1]
 
 
+@pytest.mark.parametrize("r", [R, 0])
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "hooked"])
-def test_merge_and_unmerge(kind):
+def test_merge_and_unmerge(kind, r):
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(0)
     linear = Conv1D(N, K) if kind == "conv1d" else nn.Linear(K, N)
     if kind == "hooked":
         linear.register_forward_hook(lambda *args: None)
-    layer, x = trained(linear), inputs(9, dtype=torch.float32)
+    layer, x = trained(linear, r=r), inputs(9, dtype=torch.float32)
     y, weight = layer(x), layer.base().weight
     want = formula(layer, x.double(), [t.double() for t in layer.own_tensors("default")])
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)

@@ -135,6 +135,22 @@ def test_checkpointing_recomputes_the_same(kind, pre_num):
             step()
 
 
+@pytest.mark.parametrize("left_out", [0, 1])
+@pytest.mark.parametrize("kind", ["input", "middle"])
+def test_a_layer_before_that_was_not_called_is_named(kind, left_out):
+    """Nor does what an earlier layer has handed on stand for it."""
+    model = stack()
+    link_reslora(model, kind)
+    block = model.layers[left_out]
+    block.forward = lambda x: x + block.down(torch.tanh(x[:, :1].expand(-1, 10)))
+    name, before = (f"layers.{n}.up" for n in (left_out + 1, left_out))
+    words = f"ResLoRA's {kind} shortcut of {name} takes what {before} computes, which must be called in every forward"
+    with pytest.raises(ValueError, match=words):
+        model(rows())
+    del block.forward
+    assert torch.isfinite(model(rows())).all()
+
+
 @pytest.mark.parametrize("kind", ["input", "middle"])
 def test_nothing_outlives_the_forward(kind):
     model, alive = stack(), []

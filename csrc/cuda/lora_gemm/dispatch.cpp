@@ -13,7 +13,8 @@ Status lora_gemm(const GemmConfig& c, const GemmParams& p, Target& target) {
   if (kind.dropout != (p.dropout.threshold > 0) || (kind.dropout && !p.dropout.seed) ||
       (kind.rank_tile && (p.R > kind.rank_tile || !p.control)))
     return Status::bad_shape;
-  if ((p.dA || p.dB) && (!kind.gradients() || (p.dB && !p.h) || (p.dA && !p.x))) return Status::bad_shape;
+  if ((p.dA || p.dB) && (kind.gradients == GradientsBy::none || (p.dB && !p.h) || (p.dA && !p.x)))
+    return Status::bad_shape;
   if (p.bias && p.N % 2) return Status::bad_shape;
   if (reinterpret_cast<uintptr_t>(p.bias) % 4 || p.ld_low % 2) return Status::bad_alignment;
   switch (p.dtype) {

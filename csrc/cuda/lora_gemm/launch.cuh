@@ -92,15 +92,28 @@ template <class C> Status run(const GemmConfig& c, const GemmParams& p, Target& 
                                      maps.h, maps.dh, maps.x, args);
 }
 
+template <class T, int kBlockN, int kRank, bool kBackward, bool kDropout>
+Status choose_gradients(const GemmConfig& c, const GemmParams& p, Target& target) {
+  using Without = Traits<T, kBlockN, kRank, kBackward, kDropout, GradientsBy::none>;
+  switch (c.kind.gradients) {
+    case GradientsBy::none: return run<Without>(c, p, target);
+    case GradientsBy::warpgroup:
+      if constexpr (Without::kKind.fits_gradients())
+        return run<Traits<T, kBlockN, kRank, kBackward, kDropout, GradientsBy::warpgroup>>(c, p, target);
+      else return Status::bad_shape;
+    default: return Status::bad_shape;
+  }
+}
+
 template <class T, int kBlockN, bool kBackward, bool kDropout>
 Status choose_rank(const GemmConfig& c, const GemmParams& p, Target& target) {
   switch (c.kind.rank_tile) {
     case 0:
-      if constexpr (kBackward || !kDropout) return run<Traits<T, kBlockN, 0, kBackward, kDropout>>(c, p, target);
+      if constexpr (kBackward || !kDropout) return choose_gradients<T, kBlockN, 0, kBackward, kDropout>(c, p, target);
       else return Status::bad_shape;  // the forward's mask matters to low alone
-    case 16: return run<Traits<T, kBlockN, 16, kBackward, kDropout>>(c, p, target);
-    case 32: return run<Traits<T, kBlockN, 32, kBackward, kDropout>>(c, p, target);
-    case 64: return run<Traits<T, kBlockN, 64, kBackward, kDropout>>(c, p, target);
+    case 16: return choose_gradients<T, kBlockN, 16, kBackward, kDropout>(c, p, target);
+    case 32: return choose_gradients<T, kBlockN, 32, kBackward, kDropout>(c, p, target);
+    case 64: return choose_gradients<T, kBlockN, 64, kBackward, kDropout>(c, p, target);
     default: return Status::bad_shape;
   }
 }

@@ -10,14 +10,15 @@ namespace fused_lora::gemm {
 constexpr int kMaskThreads = 96, kBlockM = kGemmBlockM, kBlockK = kGemmBlockK, kCluster = kGemmCluster;
 constexpr int kFourth = 2;  // the fourth warpgroup's number among those that read staged tiles; 0 and 1 multiply
 
-template <class T_, int kBlockN_, int kRank_, bool kBackward, bool kDropout> struct Traits {
+template <class T_, int kBlockN_, int kRank_, bool kBackward, bool kDropout, GradientsBy gradients> struct Traits {
   using T = T_;
-  static constexpr GemmKind kKind{.block_n = kBlockN_, .rank_tile = kRank_, .backward = kBackward, .dropout = kDropout};
+  static constexpr GemmKind kKind{
+      .block_n = kBlockN_, .rank_tile = kRank_, .backward = kBackward, .dropout = kDropout, .gradients = gradients};
   static constexpr int kBlockN = kBlockN_, kRank = kRank_, kStages = kKind.stages();
   static constexpr int kChunks = kBlockN / 64;     // of 64 columns, in which a tile is stored and x comes
   static constexpr int kMaskWords = kBlockN / 32;  // of one row
   static constexpr bool kRightMN = kBackward, kMasked = kBackward && kDropout, kOneLaunch = kRank > 0;
-  static constexpr bool kGradients = kKind.gradients(), kDropsLeft = kKind.drops_left();
+  static constexpr bool kGradients = gradients != GradientsBy::none, kDropsLeft = kKind.drops_left();
   static constexpr bool kMakesLow = kOneLaunch && !kDropsLeft;  // in the warpgroups that multiply
   static constexpr int kThreads = 128 * kKind.warpgroups();
   static constexpr int kConsumers = kKind.warpgroups() - 1;  // warpgroups that read a staged tile
@@ -33,6 +34,7 @@ template <class T_, int kBlockN_, int kRank_, bool kBackward, bool kDropout> str
   static_assert(kBlockN == 128 || kBlockN == 256);
   static_assert(kRank == 0 || kRank == 16 || kRank == 32 || kRank == 64);
   static_assert(!kDropsLeft || kOneLaunch);
+  static_assert(!kGradients || kKind.fits_gradients());
   static_assert(kStages >= 3 && (!kMasked || kRank || kStages >= kMaxRank / kBlockK),
                 "all low-rank blocks of a masked tile must fit into the ring");
 };

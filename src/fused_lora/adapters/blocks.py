@@ -6,8 +6,9 @@ from torch import nn
 
 from fused_lora.adapters.holders import all_holders
 from fused_lora.adapters.wrappers import is_sharded, plain_key, unwrapped
+from fused_lora.nn.around import LoRALinearAround
 from fused_lora.nn.layer import LoRALayer
-from fused_lora.nn.linear import LoRALinear, LoRALinearAround
+from fused_lora.nn.linear import LoRALinear
 
 
 class Block(NamedTuple):

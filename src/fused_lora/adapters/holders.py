@@ -1,11 +1,11 @@
 """The layers and wrappers of a model that hold adapters, and an adapter's tensors by their keys in PEFT's file."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
 
-from fused_lora.adapters.peft_format import adapter_keys, saved_key
+from fused_lora.adapters.peft_format import file_key
 from fused_lora.adapters.places import walk
 from fused_lora.adapters.wrappers import plain_key
 from fused_lora.nn.by_name import ActiveAdapter, as_list, one_or_list
@@ -79,17 +79,48 @@ def held(adapter_name: ActiveAdapter, holder: Holder) -> Any:
     return one_or_list([name for name in as_list(adapter_name) if name in own])
 
 
-def tensors_of(
-    layers: Mapping[str, LoRALayer], saved: Mapping[str, ModuleToSave], adapter_name: str
-) -> dict[str, Tensor]:
-    """The adapter's own tensors, not copies but of factors that experts share, by their keys in the file."""
+def tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What an adapter trains, not copies but of factors that experts share, by its keys in the file."""
+    layers, saved = holders_of(model, adapter_name)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors.update(zip(adapter_keys(name, layer), layer.file_tensors(adapter_name)))
+        tensors |= {file_key(name, key): tensor for key, tensor in layer.file_tensors(adapter_name).items()}
     for name, wrapper in saved.items():
         for key, tensor in wrapper.modules_to_save[adapter_name].state_dict().items():
-            tensors[saved_key(name, plain_key(key))] = tensor
-    return tensors
+            tensors[file_key(name, plain_key(key))] = tensor
+    return tensors | {key: bias.detach() for key, bias in trained_biases(model, adapter_name).items()}
+
+
+def biases_in(model: nn.Module, which: str, targets: Collection[str]) -> dict[str, nn.Parameter]:
+    """The biases of the base model that train with an adapter, by their keys in PEFT's file.
+
+    Args:
+        model: with the adapter or before it gets it.
+        which: PEFT's `bias`.
+        targets: the names of the layers that have the adapter, or will.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for place in walk(model) if which != "none" else ():
+        module, name = place.module, place.name
+        has = isinstance(module, LoRALayer) or name in targets
+        bias = module._parameters.get("bias")
+        if isinstance(module, LoRALayer):
+            bias = module._pristine_bias if module._pristine_bias is not None else module.base()._parameters.get("bias")
+        if bias is not None and not place.inside and (which == "all" or name in targets):
+            found[file_key(name, "base_layer.bias" if has else "bias")] = bias
+    return found
+
+
+def biased_adapters(layers: Layers) -> dict[str, str]:
+    """PEFT's `bias` of the adapters with which biases of the base train; there should be one."""
+    return {name: which for layer in layers.values() for name, which in layer.trains_bias.items() if which != "none"}
+
+
+def trained_biases(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """`biases_in` of an adapter that the model has."""
+    layers = holders_of(model, adapter_name)[0]
+    which = next((layer.trains_bias[adapter_name] for layer in layers.values()), "none")
+    return biases_in(model, which, layers)
 
 
 def live_keys(model: nn.Module, adapter_name: str) -> list[str]:
@@ -98,10 +129,11 @@ def live_keys(model: nn.Module, adapter_name: str) -> list[str]:
     own: list[Tensor] = [tensor for layer in layers.values() for tensor in layer.own_tensors(adapter_name)]
     for wrapper in saved.values():
         own += wrapper.modules_to_save[adapter_name].state_dict(keep_vars=True).values()
+    own += trained_biases(model, adapter_name).values()
     names = {id(tensor): plain_key(key) for key, tensor in (*model.named_parameters(), *model.named_buffers())}
     return [names[id(tensor)] for tensor in own]
 
 
 def file_keys(model: nn.Module, adapter_name: str) -> list[str]:
     """The keys of an adapter's tensors in PEFT's file, in the order of `tensors_of`."""
-    return list(tensors_of(*holders_of(model, adapter_name), adapter_name))
+    return list(tensors_of(model, adapter_name))

@@ -7,9 +7,29 @@ from torch import Tensor, nn
 
 from fused_lora.adapters import peft_config, peft_format
 from fused_lora.adapters.conventions import moved_layers, task_type_of
-from fused_lora.adapters.holders import Layers, Wrappers, adapter_names, holders_of, live_keys, module_names, tensors_of
+from fused_lora.adapters.holders import (
+    Layers,
+    Wrappers,
+    adapter_names,
+    all_holders,
+    biased_adapters,
+    biases_in,
+    holders_of,
+    live_keys,
+    module_names,
+    tensors_of,
+    trained_biases,
+)
 from fused_lora.adapters.hub import adapter_directory
-from fused_lora.adapters.model import check_addable, check_may_train, check_not_merged, install, set_adapter
+from fused_lora.adapters.model import (
+    check_addable,
+    check_may_train,
+    check_not_merged,
+    check_not_mixed,
+    check_one_bias,
+    install,
+    set_adapter,
+)
 from fused_lora.adapters.places import parameter_names, walk
 from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.starts import check_start, start
@@ -48,7 +68,7 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     layers, saved = _layers_of(root, adapter_name)
     copies = [wrapper.modules_to_save[adapter_name] for wrapper in saved.values()]
     with whole(model), fetched([*layers.values(), *copies]):
-        tensors = {key: whole_tensor(t) for key, t in tensors_of(layers, saved, adapter_name).items()}
+        tensors = {key: whole_tensor(t) for key, t in tensors_of(root, adapter_name).items()}
         for key, tensor in tensors.items():
             if tensor.is_meta:
                 raise ValueError(f"adapter {adapter_name!r} must have values to be saved; got {key} on the meta device")
@@ -112,26 +132,28 @@ def load_adapter(
         check_no_peft(model)
         check_may_train(model, [adapter_name])
         check_not_merged(root, "an adapter is read again")
+        check_not_mixed(root, "reading an adapter")
     else:
         check_addable(model)
     directory = adapter_directory(directory, revision, subfolder)
     config = peft_config.read_config(directory)
     with whole(model, writeback=True):
         plan = _plan_of_existing(root, directory, config, adapter_name) if known else _plan(root, directory, config)
-        _check_values_here(plan)
-        found = peft_format.find_tensors(directory, _expected(plan, config), lambda: base_tensors(root))
-        values = peft_format.read_tensors(directory, found)
         if not known:
             check_start(plan, config)
+            check_one_bias(root, config)
+        _check_values_here(plan)
+        found = peft_format.find_tensors(directory, _expected(root, plan, config), lambda: base_tensors(root))
+        values = peft_format.read_tensors(directory, found)
+        if not known:
             install(root, plan, config, adapter_name)
             start(root, adapter_name, config.init_lora_weights)
-        layers, saved = holders_of(root, adapter_name)
-        for name, layer in layers.items():
+        for name, layer in holders_of(root, adapter_name)[0].items():
             given = config.layer(pattern_name(name, layer))
-            same = given.lora_alpha, given.lora_dropout, given.use_rslora, given.dora_exact, given.allora_eta
-            layer.set_hyperparameters(adapter_name, *same)
+            variant = given.dora_exact, given.allora_eta, given.allora_mode
+            layer.set_hyperparameters(adapter_name, given.lora_alpha, given.lora_dropout, given.use_rslora, *variant)
         with torch.no_grad():
-            for key, tensor in tensors_of(layers, saved, adapter_name).items():
+            for key, tensor in tensors_of(root, adapter_name).items():
                 fill(tensor, values[key])
         set_adapter(root, adapter_name)
     return model
@@ -171,10 +193,13 @@ def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adap
                 f"adapter {adapter_name!r} exists with factors that the experts of {name} share, the file has one for "
                 "each; load under a new name"
             )
-        if (dora := adapter_name in layer.lora_magnitude_vector) != config.use_dora:
-            raise ValueError(
-                f"adapter {adapter_name!r} exists with use_dora={dora}; got {config.use_dora}, load under a new name"
-            )
+        has = layer.config(adapter_name)
+        kinds = {"use_dora": has.use_dora, "lora_bias": has.lora_bias, "bias": layer.trains_bias[adapter_name]}
+        for field, is_so in kinds.items():
+            if is_so != (wanted := getattr(config, field)):
+                raise ValueError(
+                    f"adapter {adapter_name!r} exists with {field}={is_so!r}; got {wanted!r}, load under a new name"
+                )
         r, new_r = layer.r[adapter_name], config.layer(pattern_name(name, layer)).r
         if r != new_r:
             raise ValueError(
@@ -205,25 +230,33 @@ def _is_elsewhere(module: nn.Module) -> bool:
 
 def base_tensors(root: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The base model's tensors by the plain model's names, from the model's state dict if that is given."""
-    own = {key for name in adapter_names(root) for key in live_keys(root, name)}
+    own = {key for name in adapter_names(root) for key in live_keys(root, name)} - _bias_keys(root)
     state = {plain_key(key): tensor for key, tensor in (state_dict or root.state_dict()).items()}
     return {peft_format.base_name(key): tensor for key, tensor in state.items() if key not in own}
 
 
-def _expected(plan: Plan, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+def _bias_keys(root: nn.Module) -> set[str]:
+    """The keys of the model's state dict at which there are biases of the base that train with an adapter."""
+    trained = {
+        id(bias) for name in biased_adapters(all_holders(root)[0]) for bias in trained_biases(root, name).values()
+    }
+    named = root.named_parameters(remove_duplicate=False) if trained else ()
+    return {plain_key(key) for key, parameter in named if id(parameter) in trained}
+
+
+def _expected(root: nn.Module, plan: Plan, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """The shapes that a file for this plan must have."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in plan.linears.items():
-        kind = layer_class(module)
-        key_A, key_B, key_m = peft_format.adapter_keys(name, kind)
-        shapes[key_A], shapes[key_B] = kind.shapes_over(module, config.layer(name).r)
-        if config.use_dora:
-            shapes[key_m] = shapes[key_B][:1]
+        kind, own = layer_class(module), config.layer(name)
+        named = kind.file_shapes(kind.shapes_over(module, own.r), own)
+        shapes |= {peft_format.file_key(name, key): shape for key, shape in named.items()}
     for name, target in plan.parameters.items():
-        key_A, key_B, _ = peft_format.adapter_keys(name, LoRAParameter)
-        shapes[key_A], shapes[key_B] = target.adapter_shapes(config.layer(pattern_name(name, target)).r)
+        own = config.layer(pattern_name(name, target))
+        named = LoRAParameter.file_shapes(target.adapter_shapes(own.r), own)
+        shapes |= {peft_format.file_key(name, key): shape for key, shape in named.items()}
     for name, saved in plan.saved.items():
         original = saved.original_module if isinstance(saved, ModuleToSave) else saved
         for key, tensor in original.state_dict().items():
-            shapes[peft_format.saved_key(name, plain_key(key))] = tuple(tensor.shape)
-    return shapes
+            shapes[peft_format.file_key(name, plain_key(key))] = tuple(tensor.shape)
+    return shapes | {key: tuple(bias.shape) for key, bias in biases_in(root, config.bias, plan.linears).items()}

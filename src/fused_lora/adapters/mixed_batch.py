@@ -10,6 +10,7 @@ from fused_lora.adapters.holders import adapter_names as names_of
 from fused_lora.adapters.holders import named_holders
 from fused_lora.adapters.wrappers import unwrapped
 from fused_lora.config import unknown_name
+from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.mixed_batch import BASE, MixedBatch, PerSample, PerToken, check_mixed, mix, unmix
 
 
@@ -80,6 +81,11 @@ def _mixed(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
     holders = named_holders(unwrapped(model))
     for name, holder in holders.items():
         check_mixed(name, holder, batch.distinct)
+        for adapter in batch.distinct if isinstance(holder, LoRALayer) else ():
+            if holder.r.get(adapter) == 0:
+                raise ValueError(
+                    f"{name}: a batch of several adapters excludes DoRA of rank 0; got adapter {adapter!r}"
+                )
     before = [(holder, mix(holder, batch)) for holder in holders.values()]
     try:
         yield

@@ -5,7 +5,7 @@ from contextlib import suppress
 from torch import nn
 
 from fused_lora.adapters.conventions import for_model
-from fused_lora.adapters.holders import adapter_names, all_holders, held
+from fused_lora.adapters.holders import adapter_names, all_holders, biased_adapters, held, named_holders, trained_biases
 from fused_lora.adapters.peft_config import from_peft, is_peft_config
 from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.starts import check_start, start
@@ -14,8 +14,10 @@ from fused_lora.adapters.weight_readers import call_all_layers
 from fused_lora.adapters.wrappers import check_no_peft, check_open, is_replicated, reshard, unwrapped
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, lora_layer
+from fused_lora.nn.adapter_tensors import set_trainable
 from fused_lora.nn.by_name import ActiveAdapter, as_list
 from fused_lora.nn.experts import LoRAParameter, pattern_name
+from fused_lora.nn.mixed_batch import Mixed
 from fused_lora.nn.modules_to_save import ModuleToSave
 
 
@@ -40,6 +42,9 @@ def apply_lora(
     use_dora: bool = False,
     dora_exact: bool = False,
     allora_eta: float | None = None,
+    allora_mode: str = "gradient",
+    bias: str = "none",
+    lora_bias: bool = False,
     config: LoraConfig | None = None,
 ) -> nn.Module:
     """Put a fresh LoRA adapter on a model's linear layers, in place, and freeze everything else.
@@ -52,8 +57,8 @@ def apply_lora(
         model: any module, in wrappers or not; DistributedDataParallel and FSDP come after adapters.
         r, lora_alpha, lora_dropout, use_rslora: as in `LoRALinear`.
         target_modules, rank_pattern, alpha_pattern, modules_to_save, exclude_modules, target_parameters,
-            layers_to_transform, layers_pattern, task_type, init_lora_weights, use_dora, dora_exact, allora_eta: as in
-            `LoraConfig`.
+            layers_to_transform, layers_pattern, task_type, init_lora_weights, use_dora, dora_exact, allora_eta,
+            allora_mode, bias, lora_bias: as in `LoraConfig`.
         adapter_name: its name, without dots.
         config: a LoraConfig, or PEFT's own, instead of all that but adapter_name; it may stand in the place of r, too.
     Returns: model.
@@ -75,7 +80,8 @@ def apply_lora(
         "task_type": task_type,
         "init_lora_weights": init_lora_weights,
     }
-    given |= dict(use_dora=use_dora, dora_exact=dora_exact, allora_eta=allora_eta)
+    given |= dict(use_dora=use_dora, dora_exact=dora_exact, allora_eta=allora_eta, allora_mode=allora_mode)
+    given |= dict(bias=bias, lora_bias=lora_bias)
     if config is None and (isinstance(r, LoraConfig) or is_peft_config(r)):
         lora_config = _config(given, r, unwrapped(model))
     else:
@@ -88,6 +94,7 @@ def apply_lora(
     lora_config = for_model(lora_config, model)
     plan = make_plan(model, lora_config, strict=True)
     check_start(plan, lora_config)
+    check_one_bias(unwrapped(model), lora_config)
     install(unwrapped(model), plan, lora_config, adapter_name)
     start(unwrapped(model), adapter_name, lora_config.init_lora_weights)
     set_adapter(model, adapter_name)
@@ -119,6 +126,7 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
         nothing changes then.
     """
     root = unwrapped(model)
+    check_not_mixed(root, "set_adapter")
     check_may_train(model, checked_names(root, adapter_name))
     layers, wrappers = all_holders(root)
     for name, layer in layers.items():
@@ -131,6 +139,9 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
         layer.set_adapter(held(adapter_name, layer))
     for wrapper in wrappers.values():
         wrapper.set_adapter(held(adapter_name, wrapper))
+    for name in biased_adapters(layers):
+        for bias in trained_biases(root, name).values():
+            set_trainable(bias, name in as_list(adapter_name))
 
 
 def checked_names(root: nn.Module, adapter_name: ActiveAdapter) -> list[str]:
@@ -180,6 +191,14 @@ def check_addable(model: nn.Module) -> None:
     check_no_peft(model)
     check_open(model)
     check_not_merged(model, "an adapter is added")
+    check_not_mixed(model, "adding an adapter")
+
+
+def check_one_bias(root: nn.Module, config: LoraConfig) -> None:
+    """Raises ValueError if a new adapter is to train biases that another trains, the base has one of each."""
+    trained = biased_adapters(all_holders(root)[0])
+    if config.bias != "none" and trained:
+        raise ValueError(f"bias must be 'none' for all adapters but one; got {config.bias!r} beside {trained}")
 
 
 def check_not_merged(model: nn.Module, what: str) -> None:
@@ -187,6 +206,16 @@ def check_not_merged(model: nn.Module, what: str) -> None:
     for name, layer in all_holders(model)[0].items():
         if layer.merged:
             raise ValueError(f"{name} must be unmerged before {what}; got adapter {layer.active_adapter!r} merged")
+
+
+def check_not_mixed(model: nn.Module, what: str) -> None:
+    """Raises ValueError inside a context of several adapters in a batch, which excludes `what`."""
+    for holder in named_holders(model).values():
+        if isinstance(holder, Mixed):
+            raise ValueError(
+                f"{what} and adapters_per_sample or adapters_per_token exclude each other, leave their context first; "
+                f"got a batch of {list(holder.mixed.distinct)}"
+            )
 
 
 def install(root: nn.Module, plan: Plan, config: LoraConfig, adapter_name: str) -> None:
@@ -198,9 +227,11 @@ def install(root: nn.Module, plan: Plan, config: LoraConfig, adapter_name: str) 
         for name, module in plan.linears.items():
             given = vars(config.layer(name))
             if isinstance(module, LoRALayer):
-                module.add_adapter(adapter_name, **given)
+                layer = module
+                layer.add_adapter(adapter_name, **given)
             else:
-                replacement[id(module)] = lora_layer(module, adapter_name=adapter_name, **given)
+                replacement[id(module)] = layer = lora_layer(module, adapter_name=adapter_name, **given)
+            layer.trains_bias[adapter_name] = config.bias
         for name, target in plan.parameters.items():
             given = vars(config.layer(pattern_name(name, target)))
             if not isinstance(target, LoRAParameter):
@@ -212,9 +243,9 @@ def install(root: nn.Module, plan: Plan, config: LoraConfig, adapter_name: str) 
             wrapper.add_adapter(adapter_name)
             replacement[id(saved)] = wrapper
     except BaseException:
-        for layer in (*plan.linears.values(), *plan.parameters.values()):
-            if isinstance(layer, LoRALayer) and adapter_name in layer.lora_A:
-                layer.delete_adapter(adapter_name)
+        for holder in (*plan.linears.values(), *plan.parameters.values()):
+            if isinstance(holder, LoRALayer) and adapter_name in holder.lora_A:
+                holder.delete_adapter(adapter_name)
         for saved in plan.saved.values():
             if isinstance(saved, ModuleToSave):
                 with suppress(KeyError):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fused_lora.adapters.places import Place, is_linear_layer, parameter_names
 from fused_lora.config import LoraConfig
@@ -61,6 +62,10 @@ def _check(module: nn.Module, parameter: str, name: str, config: LoraConfig) -> 
         raise ValueError(
             f"lora_dropout must be 0 with target_parameters, a parameter such as {name}.{parameter} has no input to "
             f"drop from; got {config.lora_dropout}"
+        )
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        raise ValueError(
+            f"target_parameters must leave out {name}.{parameter}, which nn.MultiheadAttention reads past the adapter"
         )
     try:
         parameter_shape(module, parameter)

@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from fused_lora.adapters.wrappers import plain_class
-from fused_lora.config import LoraConfig, lora_scaling
+from fused_lora.config import LoraConfig
+from fused_lora.layer_config import lora_scaling
 from fused_lora.name_patterns import matches
 from fused_lora.nn.experts import LoRAParameter, pattern_name
 from fused_lora.nn.layer import LoRALayer
@@ -36,8 +37,10 @@ _WITHOUT_EFFECT = {
     "layers_pattern",
     "megatron_core",
 }
-_SAID_ONCE = ("lora_dropout", "use_rslora", "use_dora", "dora_exact", "allora_eta")  # for all layers of an adapter
-_OURS = {"dora_exact": False, "allora_eta": None}  # which PEFT's LoraConfig has not, and what they are without us
+# for all layers of an adapter
+_SAID_ONCE = ("lora_dropout", "use_rslora", "use_dora", "dora_exact", "allora_eta", "allora_mode", "lora_bias")
+# which PEFT's LoraConfig has not, and what they are without us
+_OURS = {"dora_exact": False, "allora_eta": None, "allora_mode": "gradient"}
 _NONE_IF_EMPTY = ("modules_to_save", "exclude_modules", "target_parameters")
 _OFF: tuple = (None, False, "none", [], {})
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # which a file's values make one
@@ -185,6 +188,7 @@ def config_of(
         modules_to_save=saved,
         task_type=task_type if saved else None,
         init_lora_weights=first.init_lora_weights[adapter_name],
+        bias=first.trains_bias[adapter_name],
     )
     reachable = {name for name in others if not config.excludes(name)}
     return replace(
@@ -230,7 +234,6 @@ def config_bytes(config: LoraConfig, model: nn.Module) -> bytes:
     content = {
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": vars(model).get("name_or_path") or None,
-        "bias": "none",
         "fan_in_fan_out": any(module.fan_in_fan_out for module in model.modules() if isinstance(module, LoRALayer)),
         "inference_mode": True,
         "peft_type": "LORA",

@@ -12,27 +12,20 @@ from torch import Tensor
 from fused_lora.adapters.peft_config import CONFIG_NAME
 from fused_lora.adapters.wrappers import plain_key, whole_tensor
 from fused_lora.files import write_whole
-from fused_lora.nn.layer import LoRALayer
 
 WEIGHTS_NAME, PICKLE_NAME = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 
 
-def adapter_keys(name: str, layer: LoRALayer | type[LoRALayer]) -> tuple[str, str, str]:
-    """The keys of A and B and, if it is DoRA, m of the layer of this name and kind."""
-    key_A, key_B = layer.file_keys
-    return f"{_PREFIX}{name}.{key_A}", f"{_PREFIX}{name}.{key_B}", f"{_PREFIX}{name}.lora_magnitude_vector"
-
-
-def saved_key(name: str, key: str) -> str:
-    """The key of the entry `key` in the state dict of the modules_to_save module of this name."""
+def file_key(name: str, key: str) -> str:
+    """The key of a tensor of a layer, or of an entry in the state dict of a modules_to_save module, of this name."""
     return f"{_PREFIX}{name}.{key}"
 
 
 def _plain(key: str) -> str:
     """A file's key as PEFT writes it today: others write the adapter's name, the names of wrappers, or no prefix."""
     key = plain_key(key.removeprefix("module.").removeprefix(_PREFIX))
-    key = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", key)
+    key = re.sub(r"\.(lora_[AB])\.[^.]+\.(weight|bias)$", r".\1.\2", key)
     key = re.sub(r"\.lora_magnitude_vector\..*$", ".lora_magnitude_vector", key)
     return _PREFIX + re.sub(r"(^|\.)modules_to_save\.[^.]+\.", r"\1", key)
 
@@ -88,7 +81,9 @@ def _sort_keys(path: Path, stored: list[str], expected: Mapping) -> tuple[dict[s
     found: dict[str, str] = {}
     others: dict[str, str] = {}
     for key in stored:
-        plain = _plain(key)
+        plain, once = _plain(key), key.replace(".modules_to_save", "")
+        if once != key and once in stored:
+            continue  # which PEFT writes twice with bias="all"
         if plain not in expected:
             others[key] = base_name(plain)
         elif plain in found:

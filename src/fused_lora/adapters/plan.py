@@ -86,9 +86,13 @@ def _find_linears(
 def _check_variant(linears: dict[str, nn.Module], parameters: dict, config: LoraConfig) -> None:
     """Raises ValueError naming a target that can have plain LoRA only, if that is not what is wanted."""
     for name, module in linears.items():
-        base = module.base() if isinstance(module, LoRALayer) else module
+        kind, base = layer_class(module), module
+        if isinstance(module, LoRALayer):
+            base = module.base()
+        else:
+            kind = kind.kind_for(base)
         try:
-            layer_class(module).kind_for(base).check_variant(base, config.layer(name))
+            kind.check_variant(base, config.layer(name))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     for name, target in parameters.items():

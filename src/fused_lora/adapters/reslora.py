@@ -82,7 +82,7 @@ class ResLoRA:
         for row in rows:
             chains: dict[str, list[_Linked]] = defaultdict(list)
             for place, block in enumerate(row):
-                carrying = Carrying(place == 0, place == len(row) - 1)
+                carrying = Carrying(place == 0, place == len(row) - 1, block.layers)
                 if shortcut != "block":
                     carrying.watch(block.module)
                     self._carrying.append((carrying, block.module))
@@ -91,8 +91,8 @@ class ResLoRA:
                     if chain and not _alike(chain[-1].layer, layer):
                         chain.clear()
                     before = chain[::-1] if pre_num < 0 else chain[::-1][:pre_num]
-                    layer.link = _made(shortcut, layer, [each.layer for each in before], carrying, path, pre_num)
                     chain.append(_Linked(f"{block.name}.{path}".strip("."), layer, [each.name for each in before]))
+                    layer.link = _made(shortcut, chain[-1], [each.layer for each in before], carrying, path, pre_num)
                     self._linked.append(chain[-1])
 
     def merge(
@@ -216,12 +216,13 @@ def _alike(one: LoRALinear, other: LoRALinear) -> bool:
     )
 
 
-def _made(shortcut: str, layer, before: list, carrying: Carrying, path: str, pre_num: int) -> Shortcut:
+def _made(shortcut: str, linked: _Linked, before: list, carrying: Carrying, path: str, pre_num: int) -> Shortcut:
     if shortcut == "block":
-        return BlockShortcut(layer, before)
+        return BlockShortcut(linked.layer, before)
+    names = [linked.name, *linked.before]
     if shortcut == "input":
-        return InputShortcut(layer, before, carrying, path)
-    return MiddleShortcut(layer, before, carrying, path, None if pre_num < 0 else pre_num)
+        return InputShortcut(linked.layer, before, carrying, path, names)
+    return MiddleShortcut(linked.layer, before, carrying, path, names, None if pre_num < 0 else pre_num)
 
 
 def _link_of(linked: _Linked) -> Shortcut:

@@ -65,6 +65,8 @@ def start(root: nn.Module, adapter_name: str, init: bool | str) -> None:
     layers: Layers = holders_of(root, adapter_name)[0] if init is not True else {}
     for layer in layers.values():
         layer.init_lora_weights[adapter_name] = init
+        if layer.r[adapter_name] == 0:
+            continue
         lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         with torch.no_grad():
             if init in _BY_PEFT:
@@ -74,6 +76,9 @@ def start(root: nn.Module, adapter_name: str, init: bool | str) -> None:
                     nn.init.normal_(lora_A, std=1 / layer.r[adapter_name])
                 else:
                     nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+                    if adapter_name in layer.lora_bias:
+                        bound = 1 / math.sqrt(layer.r[adapter_name])
+                        nn.init.uniform_(layer.lora_bias[adapter_name], -bound, bound)
             if isinstance(layer, LoRALinear):
                 layer.reset_magnitude(adapter_name)
 

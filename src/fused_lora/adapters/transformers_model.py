@@ -152,7 +152,8 @@ class AdaptedModel(nn.Module):
         if len(names) == 1:
             super().save_pretrained(save_directory, is_main_process, own[names[0]], **kwargs)  # type: ignore[misc]
         for name in names if len(names) > 1 and is_main_process else []:
-            tensors = dict(zip(file_keys(self, name), own[name].values(), strict=True))
+            values = [own[name][key] for key in live_keys(self, name)]
+            tensors = dict(zip(file_keys(self, name), values, strict=True))
             write_files(folder / name, tensors, config_file(self, name))
 
     def load_state_dict(self, state_dict, strict=True, assign=False):

@@ -1,14 +1,24 @@
 """Adapters off a model again: for a while, one of them, or all, folded into the weights or not."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from fused_lora.adapters.holders import Layers, adapter_names, all_holders, held, holders_of, named_holders
+from fused_lora.adapters.holders import (
+    Layers,
+    active_adapters,
+    adapter_names,
+    all_holders,
+    biased_adapters,
+    held,
+    holders_of,
+    named_holders,
+)
 from fused_lora.adapters.merging import choose_to_merge
-from fused_lora.adapters.model import check_not_merged
+from fused_lora.adapters.model import check_not_merged, check_not_mixed
 from fused_lora.adapters.places import walk
 from fused_lora.adapters.wrappers import is_sharded, unwrapped
 from fused_lora.config import unknown_name
@@ -33,9 +43,12 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def switch_off(model: nn.Module) -> dict[str, ActiveAdapter]:
-    """Have no adapter act. Returns: what acted, by layer and wrapper."""
+    """Have no adapter act; biases that trained with one stay as trained. Returns: what acted, by layer and wrapper."""
     root = unwrapped(model)
     check_not_merged(root, "adapters are switched off")
+    check_not_mixed(root, "disable_adapter")
+    if not biased_adapters(all_holders(root)[0]).keys().isdisjoint(active_adapters(root)):
+        warnings.warn("biases that trained with an adapter stay as trained while it is switched off", stacklevel=4)
     holders = named_holders(root)
     before = {name: holder.active_adapter for name, holder in holders.items()}
     for holder in holders.values():
@@ -132,6 +145,7 @@ def _check_removable(root: nn.Module) -> None:
     if not layers and not wrappers:
         raise ValueError("model must have adapters of this library; got one without")
     check_not_merged(root, "an adapter is taken off")
+    check_not_mixed(root, "taking an adapter off")
     if is_sharded(root):
         raise ValueError(
             "model must not be sharded when adapters are taken off: save_adapter and load the base model again; got a "

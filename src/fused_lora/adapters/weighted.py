@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fused_lora.adapters.holders import Layers, adapter_names, all_holders
 from fused_lora.adapters.model import check_addable
 from fused_lora.adapters.wrappers import unwrapped
-from fused_lora.config import LayerConfig, check_adapter_name, unknown_name
+from fused_lora.config import check_adapter_name, unknown_name
+from fused_lora.layer_config import LayerConfig
 from fused_lora.nn import LoRALayer
 from fused_lora.nn.conv import LoRAConv
 from fused_lora.nn.experts import LoRAParameter
@@ -119,6 +120,10 @@ def _combined(
             raise ValueError(
                 f"adapters must be plain LoRA to be combined, the sum of DoRA adapters is none; got {adapter!r}, DoRA "
                 f"in {name}"
+            )
+        if adapter in layer.lora_bias:
+            raise ValueError(
+                f"adapters must have no lora_bias to be combined; got {adapter!r}, which has one in {name}"
             )
     if any(t.is_meta for lora_A, lora_B, _ in given for t in (lora_A, lora_B)):
         raise ValueError(f"adapters must have values to be combined; got {name} on the meta device")

@@ -13,14 +13,16 @@ one plan. One that serves requests whose `optional` is UPDATE, the low-rank half
 and one that serves those whose `optional` is GROUPED, the same with factors of its own for each segment of the rows,
     grouped_update(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, seed) -> (y, h)
     grouped_update_backward(dy, x, lora_A, lora_B, h, scaling, offsets, rows, dropout_p, seed, needs) -> gradients
-as `ops.grouped_reference` defines them.
+as `ops.grouped_reference` defines them. One whose plans are words with plus signs between, of which `plans` has the
+combinations that are worth a measurement, also has
+    check_plan(request, plan) -> ValueError if that is none for the request, saying which words exclude each other
 """
 
 import functools
 import importlib
 import itertools
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -88,7 +90,7 @@ def pick(backend: str, request: Request) -> Serving:
     first willing one of the device's line, else the named one; with its safe plan, unless another is named.
 
     Args:
-        backend: one of NAMES; or a back end and its plan, such as "cpu:inside".
+        backend: one of NAMES; or a back end and its plan, such as "cpu:inside" or "cuda:h_shrink+wgrad_apart".
         request: what decides.
     Raises: ValueError if a named back end does not support the request or has no such plan for it, saying what it
         supports.
@@ -99,10 +101,33 @@ def pick(backend: str, request: Request) -> Serving:
     refused = refusal(name, request)
     if refused is not None:
         raise ValueError(f"backend {name!r} supports {refused}")
-    plans = _module(name).plans(request)
+    module = _module(name)
+    plans = module.plans(request)
     if plan and plan not in plans:
-        raise ValueError(f"backend {name!r} supports {_named(plans)} for this call; got {plan!r}")
-    return Serving(_module(name), plan or plans[0])
+        if not hasattr(module, "check_plan"):
+            raise ValueError(f"backend {name!r} supports {_named(plans)} for this call; got {plan!r}")
+        module.check_plan(request, plan)
+    return Serving(module, plan or plans[0])
+
+
+@functools.cache
+def read_plan(plan: str, words: tuple[tuple[str, Any, Any], ...]) -> dict[Any, Any]:
+    """What a plan of words with plus signs between says: {field: value}.
+
+    Args:
+        words: (word, its field, the value that it says) of every word.
+    Raises: ValueError for what is no word, and for two of one field.
+    """
+    meanings = {word: (field, value) for word, field, value in words}
+    said: dict[Any, str] = {}
+    for word in plan.split("+") if plan else ():
+        if word not in meanings:
+            raise ValueError(f"plan must be of the words {', '.join(meanings)}, with + between; got {word!r}")
+        field = meanings[word][0]
+        if field in said:
+            raise ValueError(f"plan must not say both {said[field]} and {word}; got {plan!r}")
+        said[field] = word
+    return {field: meanings[word][1] for field, word in said.items()}
 
 
 def candidates(names: tuple[str, ...], request: Request) -> tuple[str, ...]:

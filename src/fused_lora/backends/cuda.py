@@ -6,11 +6,12 @@ dA and dB do under torch.use_deterministic_algorithms(True).
 """
 
 import functools
+import itertools
 
 import torch
 
 from fused_lora import _C
-from fused_lora.backends import Request, only_plain
+from fused_lora.backends import Request, only_plain, read_plan
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import current_device, current_stream
 from fused_lora.ops.reference import Gradients
@@ -18,6 +19,7 @@ from fused_lora.ops.reference import Gradients
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_RANK = _C.cuda_max_rank
+_FIELDS = 1 + max(field for _, field, _ in _C.cuda_plan_words)
 
 
 @functools.cache
@@ -40,15 +42,22 @@ def _request(sizes, dtypes) -> dict[str, int]:
 
 
 @functools.lru_cache(4096)
-def _forward_bytes(sizes, dtypes, dropout, sms) -> int:
-    return _C.cuda_forward_plan(**_request(sizes, dtypes), dropout=dropout, sms=sms)["bytes"]
+def _forward_bytes(sizes, dtypes, dropout, sms, plan) -> int:
+    return _C.cuda_forward_plan(**_request(sizes, dtypes), dropout=dropout, sms=sms, plan=plan)["bytes"]
 
 
 @functools.lru_cache(4096)
-def _backward_bytes(sizes, dtypes, dropout, needs, deterministic, sms) -> int:
+def _backward_bytes(sizes, dtypes, dropout, needs, deterministic, sms, plan) -> int:
     needed = dict(zip(("need_x", "need_A", "need_B", "need_bias"), needs))
     request = _request(sizes, dtypes) | needed
-    return _C.cuda_backward_plan(**request, dropout=dropout, deterministic=deterministic, sms=sms)["bytes"]
+    return _C.cuda_backward_plan(**request, dropout=dropout, deterministic=deterministic, sms=sms, plan=plan)["bytes"]
+
+
+@functools.cache
+def _values(plan: str) -> tuple[int, ...]:
+    """A plan as the compiled code takes it: a number for each field, 0 where the plan says nothing of it."""
+    said = read_plan(plan, _C.cuda_plan_words)
+    return tuple(said.get(field, 0) for field in range(_FIELDS))
 
 
 @functools.cache
@@ -83,13 +92,31 @@ def refusal(request: Request) -> str | None:
 
 
 def plans(request: Request) -> tuple[str, ...]:
-    """See `backends`."""
-    return ("",)
+    """See `backends`: the heuristics' own plan; each way to make h with each way to make dh, dA and dB; one by one, the
+    other width of tiles, or tiles instead of the kernel for few rows; and kernels that don't overlap."""
+    sizes, code = (max(request.M, 1), request.N, request.K, request.R), _CODE[request.dtype]
+    call = _request(sizes, (code, code)) | dict(dropout=False, sms=_sms(request.device.index))
+    needs = dict(need_x=True, need_A=True, need_B=True, need_bias=False, deterministic=False)
+    done = _C.cuda_forward_plan(**call)["plan"] + "+" + _C.cuda_backward_plan(**call, **needs)["plan"]
+
+    def others(*words: str) -> list[str]:
+        return [word for word in words if word not in done.split("+")]
+
+    parts = itertools.product(["", *others("h_shrink")], ["", *others("wgrad_apart", "dh_shrink")])
+    alone = others("y128", "y256")[:1] + others("dx128", "dx256", "serial")
+    return *("+".join(filter(None, part)) for part in parts), *alone
+
+
+def check_plan(request: Request, plan: str) -> None:
+    """See `backends`: any words, one of each field at the most, the heuristics choose the rest."""
+    conflict = _C.cuda_plan_conflict(M=request.M, R=request.R, plan=_values(plan))
+    if conflict is not None:
+        raise ValueError(f"{conflict}; got {plan!r}")
 
 
 def summary(request: Request, plan: str) -> str:
     """See `backends`."""
-    return "compiled CUDA kernels"
+    return f"compiled CUDA kernels, {plan}" if plan else "compiled CUDA kernels"
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
@@ -134,7 +161,8 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, 
     x, lora_A, lora_B, bias = _rows(x), _flat(lora_A), _flat(lora_B), None if bias is None else _flat(bias)
     sizes, dtypes = (M, N, K, R), (_CODE[dtype], _CODE[lora_A.dtype])
     dropout = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
-    nbytes = _forward_bytes(sizes, dtypes, dropout[1] > 0, _sms(device.index))
+    values = _values(plan)
+    nbytes = _forward_bytes(sizes, dtypes, dropout[1] > 0, _sms(device.index), values)
     workspace = _workspace(nbytes, device)  # a name, so that it lives until the launches are on the stream
     _launch(
         _C.cuda_forward,
@@ -151,6 +179,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, 
         dtypes=dtypes,
         scaling=scaling,
         dropout=dropout,
+        plan=values,
     )
     return y, h if h.shape[1] == R else h[:, :R].contiguous()
 
@@ -174,7 +203,8 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, 
     dropout = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     deterministic = torch.are_deterministic_algorithms_enabled()
     needs = (need_x, need_A, need_B, need_bias)
-    nbytes = _backward_bytes(sizes, dtypes, dropout[1] > 0, needs, deterministic, _sms(device.index))
+    values = _values(plan)
+    nbytes = _backward_bytes(sizes, dtypes, dropout[1] > 0, needs, deterministic, _sms(device.index), values)
     workspace = _workspace(nbytes, device)
     _launch(
         _C.cuda_backward,
@@ -195,5 +225,6 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, 
         scaling=scaling,
         dropout=dropout,
         deterministic=deterministic,
+        plan=values,
     )
     return Gradients(dx, None, dA, dB, dbias)

@@ -10,7 +10,8 @@ backward's shrink and scale_gradient finishes out_scale's gradient; a gradient t
 `update` is shrink and expand, without a base product; triton_grouped.py has it for groups of rows.
 
 Which launches serve a call is a plan of triton_kernels/configs.py, where the forms that no GPU has timed are planned on
-request only. Each launch is a function beside its kernel. The twin of csrc/cuda/lora.cpp.
+request only (triton_plans.py has their names). Each launch is a function beside its kernel. The twin of
+csrc/cuda/lora.cpp.
 """
 
 import torch
@@ -18,6 +19,7 @@ import triton
 
 from fused_lora.backends import FUSED_DTYPES, Request
 from fused_lora.backends.triton_grouped import grouped_update, grouped_update_backward  # noqa: F401  of this back end, too
+from fused_lora.backends.triton_plans import check_plan, of_backward, of_forward, plans  # noqa: F401
 from fused_lora.ops import reference
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.reference import PLAIN, Gradients, Variant
@@ -58,14 +60,10 @@ def refusal(request: Request) -> str | None:
     return None
 
 
-def plans(request: Request) -> tuple[str, ...]:
-    """See `backends`."""
-    return ("",)
-
-
 def summary(request: Request, plan: str) -> str:
     """See `backends`."""
-    return "Triton kernels; the compiled CUDA kernels run on request with backend='cuda' until they are measured"
+    own = f"Triton kernels, {plan}" if plan else "Triton kernels"
+    return f"{own}; the compiled CUDA kernels run on request with backend='cuda' until they are measured"
 
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan, launches=forward_plan):
@@ -82,7 +80,8 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, 
     bias = _contiguous(bias)
     x_lora, h_in, gate, out_scale, _ = variant if variant is PLAIN else _laid_out(variant)
     with current(x.device):
-        p = launches(M, N, K, R, x.element_size(), seed is not None, facts(x.device))
+        said = of_forward(plan, x, weight, lora_A) if plan else {}
+        p = launches(M, N, K, R, x.element_size(), seed is not None, facts(x.device), **said)
         if p.lora_gemm_shrink is not None:
             return lora_gemm_shrink(x, weight, lora_A, lora_B, bias, scaling, p.lora_gemm_shrink, right_nk=True)
         h, low = gated_shrink(
@@ -132,7 +131,9 @@ def backward(
     dropout, h = _dropout(dropout_p, seed), h.contiguous() if need_B else None
     dx = dh = dA = dB = None
     with current(dy.device):
-        p = launches(M, N, K, R, dy.element_size(), seed is not None, need_x, need_A, need_B, facts(dy.device))
+        said = of_backward(plan, dy, weight, lora_B) if plan else {}
+        sizes = M, N, K, R, dy.element_size(), seed is not None, need_x, need_A, need_B
+        p = launches(*sizes, facts(dy.device), **said)
         if p.lora_gemm_shrink is not None:
             dx, dh = lora_gemm_shrink(dy, weight, lora_B, lora_A, None, scaling, p.lora_gemm_shrink, right_nk=False)
         if p.dy_pass is not None:

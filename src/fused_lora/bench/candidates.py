@@ -3,6 +3,8 @@
 A candidate is made for one problem and gives its forward, x -> y, and its trained leaves (A, B).
 """
 
+import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lora import _C
+from fused_lora.backends import everyone
 from fused_lora.nn import LoRALinear
 from fused_lora.ops.linear import lora_linear
 from fused_lora.testing import Problem
@@ -102,6 +105,24 @@ def _linear(p: Problem) -> nn.Linear:
     return linear
 
 
+# Whose warnings at PEFT's import tell of optional parts that are not there.
+_TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+
+
+def import_peft() -> None:
+    """PEFT, if it is installed, without what the packages that it imports say of their own optional parts."""
+    if importlib.util.find_spec("peft") is None:
+        return
+    loggers = {logger: logger.level for logger in map(logging.getLogger, _TALKATIVE)}
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        importlib.import_module("peft")
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+
+
 def peft(p: Problem, dropout: float) -> Made:
     """PEFT's own layer with its defaults: fp32 A and B over a half-precision base."""
     from peft import LoraConfig, inject_adapter_in_model
@@ -162,6 +183,12 @@ CANDIDATES: dict[str, Callable[[Problem, float], Made]] = {
     "compile": compiled,
     "fused": fused,
 }
+
+
+def is_plan(name: str, device: str) -> bool:
+    """Whether a name is that of a device's back end with a plan, "cuda:h_shrink"; the back end checks the plan."""
+    back_end, _, plan = name.partition(":")
+    return bool(plan) and back_end in everyone(torch.device(device))
 
 
 def candidates_on(device: str) -> dict[str, Callable[[Problem, float], Made]]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_lora.bench.runner import WrongResult, prepare, ratio_facts
+from fused_lora.bench.runner import WrongResult, check, prepare, ratio_facts
 from fused_lora.bench.timing import Pass, Spread, copies, cpu_pass, gpu_pass, interleave, ratio
-from fused_lora.ops.grouped import grouped_lora_update
+from fused_lora.ops.grouped_linear import grouped_lora_linear
 from fused_lora.ops.linear import lora_linear
 
 SCALING, R = 2.0, 16
@@ -71,10 +71,12 @@ def _one_adapter(p: _Problem) -> Made:
 
 
 def _fused(p: _Problem) -> Made:
+    """What the layer runs."""
     A, B = p.leaves()
     M, G = p.x.shape[0], len(A)
     offsets = torch.arange(0, M + 1, M // G, device=p.x.device)
-    return lambda x: grouped_lora_update(F.linear(x, p.weight), x, A, B, SCALING, offsets), [*A, *B]
+    segments = [SCALING] * G, offsets, None, [0.0] * G
+    return lambda x: grouped_lora_linear(x, p.weight, None, A, B, *segments), [*A, *B]
 
 
 def _bmm(p: _Problem) -> Made:
@@ -119,23 +121,36 @@ CANDIDATES: dict[str, Callable[[_Problem], Made]] = {
 }
 
 
-def _check(name: str, made: Made, p: _Problem) -> None:
-    """y against a loop in fp64, and whatever trains has got a gradient. Raises: WrongResult."""
+def _truth(p: _Problem, count: int) -> dict[str, Tensor]:
+    """y and the gradients in fp64 by a loop over the first `count` adapters, those of the factors stacked."""
+    x, factors = p.x.detach().double().requires_grad_(), [t.double() for t in (*p.lora_A[:count], *p.lora_B[:count])]
+    A, B = ([t.requires_grad_() for t in part] for part in (factors[:count], factors[count:]))
+    y = x @ p.weight.double().t()
+    if count:
+        y = y + torch.cat([SCALING * r @ a.t() @ b.t() for r, a, b in zip(x.chunk(count), A, B)])
+    dx, *grads = torch.autograd.grad(y, [x, *A, *B], p.dy.double())
+    return dict(y=y.detach(), dx=dx) | _stacked(grads)
+
+
+def _stacked(grads: list[Tensor]) -> dict[str, Tensor]:
+    """Gradients [G, R, K] and [G, N, R] of G factors A and as many B, or of two stacks."""
+    split = len(grads) // 2
+    stack = torch.cat if grads and grads[0].dim() == 3 else torch.stack
+    return dict(dA=stack(grads[:split]), dB=stack(grads[split:])) if grads else {}
+
+
+def _check(name: str, made: Made, p: _Problem, exact: dict[str, Tensor]) -> None:
+    """y and all gradients against fp64, as `runner.check` does. Raises: WrongResult."""
     forward, leaves = made
-    y = forward(p.x.detach().requires_grad_())
+    x = p.x.detach().requires_grad_()
+    y = forward(x)
     y.backward(p.dy)
+    grads = [leaf.grad for leaf in (x, *leaves) if leaf.grad is not None]
+    if len(grads) != 1 + len(leaves):
+        raise WrongResult(f"{name}: {1 + len(leaves) - len(grads)} of {1 + len(leaves)} gradients are missing")
+    check(name, dict(y=y.detach(), dx=grads[0]) | _stacked(grads[1:]), exact, p.x.dtype)
     for leaf in leaves:
-        if leaf.grad is None or not leaf.grad.isfinite().all():
-            raise WrongResult(f"{name}: a factor has no finite gradient")
         leaf.grad = None
-    if name in ("frozen", "one adapter"):
-        return
-    rows = p.x.double().chunk(len(p.lora_A))
-    exact = torch.cat([SCALING * r @ A.double().t() @ B.double().t() for r, A, B in zip(rows, p.lora_A, p.lora_B)])
-    exact += p.x.double() @ p.weight.double().t()
-    error = ((y.double() - exact).abs().max() / exact.abs().max()).item()
-    if not error <= (limit := (64 if p.x.dtype == torch.float32 else 4) * torch.finfo(p.x.dtype).eps):
-        raise WrongResult(f"{name}: y is off by {error:.2e} of its largest element, over the limit {limit:.2e}")
 
 
 def run_mixed(cases: list[MixedCase], device: str, budget_s: float, least: int = 5) -> Iterator[list[dict]]:
@@ -155,10 +170,12 @@ def run_mixed(cases: list[MixedCase], device: str, budget_s: float, least: int =
 def _case_rows(case: MixedCase, device: str, budget_s: float, least: int) -> list[dict]:
     p = _problem(case, device)
     inputs = copies(p.x, (64 if device == "cpu" else 256) << 20)
+    exact = _truth(p, case.adapters)
+    others = {"frozen": _truth(p, 0), "one adapter": _truth(p, 1)}
 
     def make(name: str) -> Pass:
         made = CANDIDATES[name](p)
-        _check(name, made, p)
+        _check(name, made, p, others.get(name, exact))
         one = (cpu_pass if device == "cpu" else gpu_pass)(made[0], inputs, p.dy, made[1])
         one()
         return one

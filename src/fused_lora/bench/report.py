@@ -119,8 +119,8 @@ def _step_cells(r: dict, over: str) -> tuple[str, ...]:
         f"{_digits(r['step_low_ms'], 3)}-{_digits(r['step_high_ms'], 3)}",
         f"{r['ratio']:.2f}",
         f"{r['times_peft']:.2f}" if "times_peft" in r else "-",
-        f"{r['step_mib']:.0f}",
-        f"{r['over_lora' if over == 'x LoRA' else 'memory_ratio']:.2f}",
+        f"{r['step_mib']:.0f}" if "step_mib" in r else "-",
+        f"{r['over_lora']:.2f}" if over == "x LoRA" else f"{r['memory_ratio']:.2f}" if "memory_ratio" in r else "-",
     )
 
 

@@ -8,13 +8,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fused_lora.bench.candidates import Made, candidates_on
+from fused_lora.bench.candidates import Made, back_end, candidates_on, is_plan
 from fused_lora.bench.cases import Case
 from fused_lora.bench.timing import Pass, Series, Spread, copies, cpu_pass, gpu_pass, interleave, ratio
 from fused_lora.testing import Problem, random_problem, truth
 
 T = TypeVar("T")
-_SEEDED = ("fused", "triton", "cuda")  # draw their mask from a seed, as lora_linear does
+_OURS = ("fused", "triton", "cuda", "cpu")  # with any plan: A and B in fp32, the mask drawn from a seed
 _L2_TIMES = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes of inputs that no cache of the kind holds
 
 
@@ -134,13 +134,21 @@ class _Ready:
     peak: int
 
 
+def _is_ours(name: str) -> bool:
+    return name.partition(":")[0] in _OURS
+
+
+def _maker(name: str, device: str) -> Callable[[Problem, float], Made]:
+    return back_end(name) if is_plan(name, device) else candidates_on(device)[name]
+
+
 def _checked(name: str, case: Case, p: Problem, exact: dict[str, Tensor], inputs: list[Tensor]) -> _Ready:
     """Make, check, warm up and weigh one candidate: what can go wrong goes wrong here, before anything is timed."""
-    make = candidates_on(p.x.device.type)[name]
+    make = _maker(name, p.x.device.type)
     plain = make(p, 0.0)
     error = check(name, outcome(plain, p), exact, case.dtype)
     made = make(p, case.dropout) if case.dropout else plain
-    if case.dropout and name in _SEEDED:
+    if case.dropout and _is_ours(name):
         _check_dropout(name, made, p, case.dropout)
     one_pass = (gpu_pass if p.x.device.type == "cuda" else cpu_pass)(made.forward, inputs, p.dy, made.leaves)
     one_pass()
@@ -156,7 +164,7 @@ def run_case(case: Case, device: str, names: list[str], budget_s: float, least: 
     Args:
         case: the sizes.
         device: cpu or cuda.
-        names: of `candidates_on(device)`; frozen must be among them.
+        names: of `candidates_on(device)`, or of a back end's plan; frozen must be among them.
         budget_s: seconds of timing for all candidates together.
         least: rounds at the least, whatever they take.
     Raises: what the frozen layer raises, WrongResult if it is off.
@@ -176,7 +184,7 @@ def _rows(case: Case, times: dict[str, Series], ready: dict[str, _Ready]) -> dic
     for name, series in times.items():
         row = case.facts() | dict(
             candidate=name,
-            adapter_dtype="float32" if name in ("fused", "peft") else str(case.dtype)[6:],
+            adapter_dtype="float32" if name == "peft" or _is_ours(name) else str(case.dtype)[6:],
             rounds=series.clean,
             rounds_disturbed=len(series.rounds) - series.clean,
             max_error=ready[name].error,
@@ -204,7 +212,7 @@ def host_cost(device: str, budget_s: float, names: list[str]) -> list[dict]:
     exact, base = truth(p), truth(replace(p, lora_B=torch.zeros_like(p.lora_B)))
 
     def make(name: str) -> Pass:
-        made = candidates_on(device)[name](p, 0.0)
+        made = _maker(name, device)(p, 0.0)
         check(name, outcome(made, p), base if name == "frozen" else exact, dtype)
         one_pass = cpu_pass(made.forward, copies(p.x, 0), p.dy, made.leaves)
         for _ in range(200):

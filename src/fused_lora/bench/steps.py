@@ -23,11 +23,13 @@ from fused_lora.models import load_model, packaged_model
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step sees: random tokens [sequences, tokens]."""
+    """What one step sees: random tokens [sequences, tokens]. On a CPU memory costs each candidate a process of its own
+    and is measured where the batch is `weighed`."""
 
     sequences: int
     tokens: int
     checkpointing: bool = False
+    weighed: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def variants_on(device: str) -> tuple[Workload, Workload]:
     title = "SmolLM2-135M, fp32"
     kinds = ("frozen", "fused", "peft", "dora", "peft dora", "peft dora+fuse", "allora", "flow", "reslora")
     return (
-        Workload(f"{title}, variants", base, (Batch(1, 64), Batch(1, 256)), kinds=kinds),
+        Workload(f"{title}, variants", base, (Batch(1, 64), Batch(1, 256, weighed=False)), kinds=kinds),
         Workload(f"{title}, eight adapters", base, (Batch(8, 32),), kinds=("frozen", "fused", "mixed", "peft mixed")),
     )
 
@@ -136,8 +138,8 @@ def peak_on_cpu(base: Callable[[], nn.Module], candidate: Candidate, batch: Batc
 
 
 def run_steps(workload: Workload, budget_s: float = 60.0, least: int = 7) -> Iterator[list[dict]]:
-    """For each batch, a row per candidate: milliseconds a step with p20 and p80, ratios, MiB of the model and what a
-    step needs on top; or that the candidate was dropped, and why.
+    """For each batch, a row per candidate: milliseconds a step with p20 and p80, ratios, MiB of the model and, where it
+    is weighed, what a step needs on top; or that the candidate was dropped, and why.
 
     Args:
         workload: the model and its batches.
@@ -158,7 +160,7 @@ def _batch_rows(
     """Times, losses and memory of one batch, or why there are none, by candidate."""
     candidates, losses = workload.candidates(), {}
 
-    def make(name: str) -> tuple[Pass, float]:
+    def make(name: str) -> tuple[Pass, float | None]:
         model = models[name]
         step = step_of(model, batch)
         one = timed(model, step)
@@ -169,6 +171,8 @@ def _batch_rows(
             one()
             if next(model.parameters()).is_cuda:
                 return one, memory.allocated_mib(one)
+            if not batch.weighed:
+                return one, None
             threads = torch.get_num_threads()
             return one, memory.in_fresh_process(peak_on_cpu, workload.base, candidates[name], batch, threads)
         finally:  # what does not fit leaves nothing behind
@@ -178,13 +182,14 @@ def _batch_rows(
     ready, dropped = prepare(list(models), make)
     times = interleave({name: one for name, (one, _) in ready.items()}, budget_s=budget_s, least=least)
     model_mib = {name: memory.model_mib(models[name]) for name in ready}
-    peak_mib = {name: model_mib[name] + step for name, (_, step) in ready.items()}
+    peak_mib = {name: model_mib[name] + step for name, (_, step) in ready.items() if step is not None}
     rows = {}
     for name, series in times.items():
         rows[name] = Spread.of(series.seconds()).facts("step", "ms", 1e3) | dict(rounds=series.clean)
         rows[name] |= ratio_facts("ratio", ratio(series, times["frozen"]))
         rows[name] |= dict(loss=losses[name], model_mib=model_mib[name])
-        rows[name] |= dict(step_mib=ready[name][1], memory_ratio=peak_mib[name] / peak_mib["frozen"])
+        if (step_mib := ready[name][1]) is not None:
+            rows[name] |= dict(step_mib=step_mib, memory_ratio=peak_mib[name] / peak_mib["frozen"])
         peer = Candidate(PEERS.get(candidates[name].kind, "peft"), candidates[name].dropout).name
         if peer in times:
             rows[name] |= ratio_facts("times_peft", ratio(times[peer], series))

@@ -1,7 +1,6 @@
 """A benchmark from arguments to files: what can be refused is refused before the first measurement."""
 
 import importlib.util
-import itertools
 import math
 import os
 import re
@@ -11,7 +10,7 @@ import torch
 
 from fused_lora.bench import plot as picture
 from fused_lora.bench import report, results, runner
-from fused_lora.bench.candidates import candidates_on
+from fused_lora.bench.candidates import candidates_on, import_peft, is_plan
 from fused_lora.bench.cases import Case
 from fused_lora.bench.cases import preset as cases_of
 from fused_lora.bench.latency import run_latency
@@ -46,8 +45,9 @@ def run(
             and renamed after every case.
         plot: PNG file to write, or a directory.
         threads: CPU threads; torch's choice where None.
-        candidates: names out of `candidates_on(device)`; all where None, but PEFT where it is not installed. frozen is
-            always timed. A wrong or failing candidate is reported and dropped from a case, see `results.faults`.
+        candidates: names out of `candidates_on(device)`, all of them where None, but PEFT where it is not installed; or
+            a back end with a plan, "cpu:around". frozen is always timed. A wrong or failing candidate is reported and
+            dropped from a case, see `results.faults`.
         budget_s: seconds of timing a case.
         train_step: time a SmolLM2 training step too; by default with every preset but quick, on the CPU.
         resume: keep the cases that are in `output` already, if it comes from this device, these versions and this
@@ -80,22 +80,13 @@ def run(
     report.print_environment(document["environment"])
     if "peft" not in names and candidates is None:
         report.say("without PEFT, which is not installed: pip install 'fused-lora[peft]'\n")
+    if steps or latency or preset == "variants" or "peft" in names:
+        import_peft()
     _time_cases(document, cases, budget_s, output)
     if preset not in ("variants", "latency") and (candidates is None or "peft" in names):
         document["host"] = runner.host_cost(kind, min(budget_s, 10.0), [n for n in names if n != "compile"])
         report.print_host(document["host"])
-    if steps:
-        for workload in variants_on(kind) if preset == "variants" else (smollm2_on(kind),):
-            rows = list(itertools.chain(*run_steps(workload, budget_s=6 * budget_s)))
-            report.print_steps(workload.title, rows)
-            document["train_step"] += rows
-    if preset == "variants":
-        for rows in run_mixed(mixed_cases(), kind, budget_s):
-            report.print_mixed(rows)
-            document["mixed"] += rows
-    if latency:
-        document["latency"] = list(itertools.chain(*run_latency(kind, budget_s=6 * budget_s)))
-        report.print_latency(document["latency"])
+    _time_models(document, steps, budget_s, output)
     if output is not None:
         write_json(output, document)
         report.print_written(output)
@@ -103,6 +94,30 @@ def run(
         picture.write_plot(document, plot)
         report.print_written(plot)
     return document
+
+
+def _time_models(document: dict, steps: bool, budget_s: float, output: Path | None) -> None:
+    """Steps of a language model and what else the preset has, batch by batch."""
+    kind, preset = document["environment"]["kind"], document["preset"]
+
+    def add(name: str, rows: list[dict]) -> None:
+        document[name] += rows
+        if output is not None:
+            write_json(output, document)
+
+    if steps:
+        for workload in variants_on(kind) if preset == "variants" else (smollm2_on(kind),):
+            for rows in run_steps(workload, budget_s=6 * budget_s):
+                report.print_steps(workload.title, rows)
+                add("train_step", rows)
+    if preset == "variants":
+        for rows in run_mixed(mixed_cases(), kind, budget_s):
+            report.print_mixed(rows)
+            add("mixed", rows)
+    if preset == "latency":
+        for rows in run_latency(kind, budget_s=6 * budget_s):
+            report.print_latency(rows)
+            add("latency", rows)
 
 
 def _time_cases(document: dict, cases: list[Case], budget_s: float, output: Path | None) -> None:
@@ -143,7 +158,7 @@ def _names(kind: str, candidates: list[str] | None) -> list[str]:
     known = candidates_on(kind)
     if candidates is None:
         return [n for n in known if n != "peft" or importlib.util.find_spec("peft")]
-    unknown = [n for n in candidates if n not in known]
+    unknown = [n for n in candidates if n not in known and not is_plan(n, kind)]
     if unknown or not candidates:
         raise ValueError(
             f"candidates must be among {', '.join(known)}; got {', '.join(n or repr(n) for n in unknown) or 'none'}"

@@ -30,7 +30,7 @@ def analyze(
         from fused_lora.adapters.peft_config import CONFIG_NAME
         from fused_lora.analysis.report import changed, lying_turned, read_adapter, rows
         from fused_lora.files import write_whole
-        from fused_lora.models import load_model
+        from fused_lora.models import load_bare_model
 
         if plot is not None:
             import matplotlib  # noqa: F401  its lack shows here, not after the work
@@ -42,14 +42,14 @@ def analyze(
             raise ValueError(
                 f"{tuned} must hold an adapter ({CONFIG_NAME}), or --model be given to compare a whole model with"
             )
-        base = None if model is None else load_model(model, torch.float32, "cpu")[0]
+        base = None if model is None else load_bare_model(model, torch.float32, "cpu")
         weights = None if base is None else base.state_dict()
         notes: list[str] = []
         if is_adapter:
             updates, notes = read_adapter(directory, weights, lying_turned(base) if base is not None else ())
         else:
             assert weights is not None
-            updates = changed(weights, load_model(tuned, torch.float32, "cpu")[0].state_dict())
+            updates = changed(weights, load_bare_model(tuned, torch.float32, "cpu").state_dict())
         found = list(rows(updates, weights, energy, top, eps))
         _print(found, energy, top)
         for note in notes:

@@ -24,7 +24,8 @@ def bench(
     candidates: Annotated[
         str | None,
         typer.Option(
-            help="Of naive, addmm, peft, compile, fused (and triton, cuda on a GPU), with commas between; default: all."
+            help="Of naive, addmm, peft, compile, fused (and triton, cuda on a GPU), or a back end's plan such as "
+            "cuda:h_shrink+wgrad_apart, with commas between; default: all the former."
         ),
     ] = None,
     budget: Annotated[float, typer.Option(help="Seconds of timing a case.")] = 10.0,

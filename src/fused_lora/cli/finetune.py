@@ -35,11 +35,21 @@ def finetune(
     cut: Annotated[
         bool, typer.Option("--cut", help="Cut examples that are longer than --seq-len, rather than refuse them.")
     ] = Settings.cut,
+    packing: Annotated[
+        bool,
+        typer.Option(
+            "--packing/--no-packing",
+            help="Fill blocks with several documents or examples, none of which sees another. Without it documents "
+            "follow each other in one row and an example is a row.",
+        ),
+    ] = Settings.packing,
     output: Annotated[
         str, typer.Option(help="Directory for the adapter, its figures and checkpoint.")
     ] = "fused-lora-finetune",
     rank: Annotated[int, typer.Option(help="Rank of the update.")] = Settings.rank,
-    alpha: Annotated[float, typer.Option(help="The update is scaled by alpha / rank.")] = Settings.alpha,
+    alpha: Annotated[
+        float, typer.Option(help="The update is scaled by alpha / rank; by 1 with --variant allora.")
+    ] = Settings.alpha,
     dropout: Annotated[float, typer.Option(help="Dropout on the low-rank path, in [0, 1).")] = Settings.dropout,
     target_modules: Annotated[
         str, typer.Option(help="all-linear, names with commas between, or a regular expression.")
@@ -50,15 +60,20 @@ def finetune(
     full: Annotated[bool, typer.Option("--full", help="Train the whole model, without an adapter.")] = Settings.full,
     recipe: Annotated[
         str | None,
-        typer.Option(help="without-regret or biderman: alpha, layers, learning rate and schedule where not given."),
+        typer.Option(
+            help="without-regret or biderman: alpha, layers, learning rate, schedule and optimizer where not given."
+        ),
     ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="adamw, loraplus, rite, pro, riemannian or lora-fa.")
+        str, typer.Option(help="adamw, loraplus, rite, pro, riemannian, lora-fa or lion.")
     ] = Settings.optimizer,
     merge_every: Annotated[
         int, typer.Option(help="Steps between merges into the weights, each with a fresh adapter after it; 0: none.")
     ] = Settings.merge_every,
     schedule: Annotated[str, typer.Option(help="cosine, linear or constant after the warm-up.")] = Settings.schedule,
+    final_share: Annotated[
+        float, typer.Option(help="Of the peak learning rate, to which cosine and linear fall.")
+    ] = Settings.final_share,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = Settings.lr,
     warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = Settings.warmup,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Settings.steps,
@@ -91,12 +106,15 @@ def finetune(
 ) -> None:
     """Train a LoRA adapter on text; perplexity on held-out text before and after.
 
-    The defaults take a few minutes on two CPU cores.
+    The defaults take a few minutes on two CPU cores. Under torchrun or accelerate launch the processes share each
+    step's blocks, and the run is the one that a single process makes.
     """
     options = locals()
     with errors():
         given(model=model, output=output)
-        from fused_lora.finetune import job
+        from fused_lora.finetune import job, processes
+
+        out.quiet = processes.launched()[0] > 0  # one of several speaks
 
         values = {field.name: options[field.name] for field in dataclasses.fields(Settings)}
         values |= {"data": tuple(data or ()), "eval_data": tuple(eval_data or ()), "device": default_device(device)}
@@ -109,6 +127,8 @@ def finetune(
 
             sources = {name: context.get_parameter_source(name) for name in values}
             chosen = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+            if "schedule" in chosen:  # whose end the recipe does not know
+                chosen.add("final_share")
             values |= {name: v for name, v in recipe_values(recipe, values).items() if name not in chosen}
         settings = Settings(**values)
         directory = Path(output)

@@ -4,7 +4,7 @@ is ever unpickled.
 adapter.<parameter>                tensors that train or have trained, in their own dtype
 optimizer.<state>.<parameter>      the optimizer's state, AdamW's step, exp_avg and exp_avg_sq
 schedule.<entry>                   a merge schedule's state: counts, base weights, past stages
-rng.cpu, rng.cuda                  PyTorch's generators, uint8
+rng.cpu, rng.cuda                  PyTorch's generators, uint8 [processes, size]
 metadata["fused_lora"]             JSON: format, step, settings, scaler
 """
 
@@ -17,6 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from fused_lora.files import write_whole
+from fused_lora.finetune import processes
 from fused_lora.schedules import MergeSchedule
 
 NAME, METRICS = "checkpoint.safetensors", "metrics.jsonl"
@@ -37,7 +38,7 @@ def save_checkpoint(
     settings: dict,
     schedule: MergeSchedule | None = None,
 ) -> None:
-    """Write the run's state after `step` steps.
+    """Write the run's state after `step` steps; every process must come here.
 
     Args:
         path: the file.
@@ -54,13 +55,17 @@ def save_checkpoint(
             tensors[f"optimizer.{key}.{name}"] = value
     for key, value in schedule.state_dict().items() if schedule is not None else ():
         tensors[f"schedule.{key}"] = value
-    tensors["rng.cpu"] = torch.get_rng_state()
     device = next(iter(trained(model).values())).device
+    tensors["rng.cpu"] = processes.gathered(torch.get_rng_state(), device)
     if device.type == "cuda":
-        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+        tensors["rng.cuda"] = processes.gathered(torch.cuda.get_rng_state(device), device)
     state = {"format": _FORMAT, "step": step, "settings": settings, "scaler": scaler.state_dict()}
-    own = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    write_whole({path: to_bytes(own, metadata={"fused_lora": json.dumps(state)})})
+
+    def write() -> None:
+        own = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+        write_whole({path: to_bytes(own, metadata={"fused_lora": json.dumps(state)})})
+
+    processes.by_first(write)
 
 
 def load_checkpoint(
@@ -103,9 +108,10 @@ def load_checkpoint(
             parameter.copy_(tensors[f"adapter.{name}"])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(tensors["rng.cpu"])
+    own = processes.rank()  # cloned: PyTorch reads a state from where the storage begins
+    torch.set_rng_state(tensors["rng.cpu"][own].clone())
     if "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"], next(iter(parameters.values())).device)
+        torch.cuda.set_rng_state(tensors["rng.cuda"][own].clone(), next(iter(parameters.values())).device)
     return state["step"]
 
 

@@ -3,7 +3,8 @@ plot.
 
 Into the output directory: adapter_config.json and adapter_model.safetensors (PEFT's format), checkpoint.safetensors,
 metrics.jsonl (a line a step), summary.json, loss.png. After merges the adapter holds all stages; where the whole model
-has trained, it stands in model/ instead of an adapter.
+has trained, it stands in model/ instead of an adapter. Under torchrun or `accelerate launch` the processes train
+together and the first one writes; settings, figures and files are those of one process.
 """
 
 import math
@@ -12,7 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from io import BytesIO
 from pathlib import Path
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 from fused_lora import data
 from fused_lora.adapters import apply_lora, peft_format, save_adapter
 from fused_lora.files import check_space, claimed, remove_leftovers, write_json, write_whole
-from fused_lora.finetune import checkpoint
+from fused_lora.finetune import checkpoint, processes
+from fused_lora.finetune.borders import check_kept_apart
 from fused_lora.finetune.loop import Run, predicted
 from fused_lora.finetune.settings import Settings
-from fused_lora.jsonl import inputs_of
 from fused_lora.models import DTYPES, check_name, context_of, is_text, load_model, packaged_model
+from fused_lora.rows import first_text, inputs_of
 
 PLOT, SUMMARY, WHOLE = "loss.png", "summary.json", "model"
 _OURS = (checkpoint.NAME, checkpoint.METRICS, PLOT, SUMMARY, peft_format.CONFIG_NAME, peft_format.WEIGHTS_NAME)
@@ -69,27 +71,42 @@ def finetune(
     import matplotlib  # noqa: F401  their lack shows here, not after the training
     import transformers  # noqa: F401
 
-    with claimed(output, say):
-        going_on = _going_on(output, settings, resume, overwrite)
-        remove_leftovers(output, _OURS)
+    with processes.joined(settings.device), ExitStack() as claim:
+        processes.check_shares(settings.batch_size * settings.grad_accum)
+        if processes.rank():
+            say, tick = (lambda _: None), (lambda _: None)
+        going_on = processes.by_first(lambda: _claim(claim, output, settings, resume, overwrite, say))
         model, tokenizer, blocks, measured = _load(settings, say)
         prompt = prompt or _default_prompt(tokenizer, measured, settings, context_of(model))
         of_base = complete(model, tokenizer, prompt)  # shows here whether the prompt and generate() serve
         torch.manual_seed(settings.seed)
         model.requires_grad_(True) if settings.full else apply_lora(model, settings.lora())
-        _check_space(output, model, settings)
+        processes.part_ways(settings.seed)
+        processes.by_first(lambda: _check_space(output, model, settings))
         run = Run(settings, output, model.train(), blocks, measured, say, tick)
         if going_on:
             run.restore()
         else:
             run.start(output / name for name in _OURS)
         run.train(save_every, eval_every)
-        _save(run, model, tokenizer, output)
-        summary = _summary(run, prompt, time.perf_counter() - began)
-        summary |= {"completion": complete(model, tokenizer, prompt), "completion_of_base": of_base}
-        write_json(output / SUMMARY, summary)
-        write_whole({output / PLOT: plot(run.rows)})
-    return summary
+
+        def finish() -> dict:
+            _save(run, model, tokenizer, output)
+            summary = _summary(run, prompt, time.perf_counter() - began)
+            summary |= {"completion": complete(model, tokenizer, prompt), "completion_of_base": of_base}
+            write_json(output / SUMMARY, summary)
+            write_whole({output / PLOT: plot(run.rows)})
+            return summary
+
+        return processes.by_first(finish)
+
+
+def _claim(claim: ExitStack, output: Path, settings: Settings, resume: bool, overwrite: bool, say) -> bool:
+    """Keep the output for this run, and say whether it has a checkpoint to resume from."""
+    claim.enter_context(claimed(output, say))
+    going_on = _going_on(output, settings, resume, overwrite)
+    remove_leftovers(output, _OURS)
+    return going_on
 
 
 def _check_options(resume: bool, overwrite: bool, save_every: int, eval_every: int, prompt: str | None) -> None:
@@ -98,11 +115,6 @@ def _check_options(resume: bool, overwrite: bool, save_every: int, eval_every: i
             raise ValueError(f"{name} must be an int >= 0; got {every}")
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; got both")
-    processes = os.environ.get("WORLD_SIZE", "")  # of torchrun and accelerate launch
-    if processes not in ("", "1"):
-        raise ValueError(
-            f"finetune must run as one process, several would write one output; got WORLD_SIZE={processes}"
-        )
     if prompt is not None and (not prompt or not is_text(prompt)):
         raise ValueError(f"--prompt must be UTF-8 text that is not empty; got {prompt!r}")
 
@@ -158,8 +170,12 @@ def _load(settings: Settings, say: Callable[[str], None]) -> tuple[Any, Any, Ten
     """(model, tokenizer, blocks to train on, held-out blocks that are measured)."""
     train, held_out = data.read(settings.data, settings.eval_data, settings.text_field, say)
     model, tokenizer = load_model(settings.model or packaged_model(), DTYPES[settings.dtype], settings.device)
-    blocks = data.to_blocks(train, tokenizer, settings.seq_len, settings.cut)
-    measured = data.to_blocks(held_out, tokenizer, settings.seq_len, settings.cut)
+    if settings.packing:
+        check_kept_apart(model)
+    blocks, measured = (
+        data.to_blocks(documents, tokenizer, settings.seq_len, settings.cut, settings.packing)
+        for documents in (train, held_out)
+    )
     measured = data.spread(measured, settings.eval_tokens)
     known, largest = (
         model.get_input_embeddings().num_embeddings,
@@ -201,7 +217,7 @@ def _default_prompt(tokenizer, measured: Tensor, settings: Settings, context: in
     """The first held-out tokens, of an example those before its answer; Python code where that is the data, and where
     the tokens are no words."""
     before = int((measured[0] >= 0).nonzero()[0])
-    first = measured[0, : min(before or 32, (context or 64) // 2)]
+    first = first_text(measured[0])[: min(before or 32, (context or 64) // 2)]
     words = tokenizer.decode(inputs_of(first[first != data.IGNORED]))
     return words if settings.data and words.strip() else _PYTHON_PROMPT
 

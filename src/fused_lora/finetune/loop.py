@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lora import data
-from fused_lora.finetune import checkpoint
+from fused_lora.finetune import checkpoint, processes
 from fused_lora.finetune.optimizers import make_optimizer
 from fused_lora.finetune.settings import Settings
-from fused_lora.jsonl import IGNORED, inputs_of, labels_of
 from fused_lora.models import context_of, out_of_memory
+from fused_lora.rows import IGNORED, inputs_of, labels_of, positions_of
 from fused_lora.schedules import MergeSchedule
 
 
@@ -31,49 +31,57 @@ def predicted(blocks: Tensor) -> int:
 
 def loss_sum(model: nn.Module, blocks: Tensor) -> Tensor:
     """Sum of -log p over the predicted tokens of the blocks [n, L], in fp32. Filling lies behind the text, where no
-    token attends to it."""
-    logits = model(input_ids=inputs_of(blocks), use_cache=False).logits[:, :-1].float()
+    token attends to it; where a block holds several texts, position_ids that begin anew keep them apart."""
+    positions = positions_of(blocks)
+    apart = {} if positions is None else {"position_ids": positions}
+    logits = model(input_ids=inputs_of(blocks), use_cache=False, **apart).logits[:, :-1].float()
     labels = labels_of(blocks[:, 1:])
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, blocks: Tensor, batch_size: int, device: str) -> float:
-    """Mean -log p of the predicted tokens of the blocks [n, L], nats; its exp is the perplexity."""
+    """Mean -log p of the predicted tokens of the blocks [n, L], nats; its exp is the perplexity. Each process takes its
+    share of them."""
     was_training = model.training
     model.eval()
-    total = sum(loss_sum(model, data.trimmed(part).to(device)).item() for part in blocks.split(batch_size))
+    parts = blocks.split(batch_size)[processes.rank() :: processes.count()]
+    total = sum(loss_sum(model, data.trimmed(part).to(device)).item() for part in parts)
     model.train(was_training)
-    return total / predicted(blocks)
+    return processes.summed(total, device) / predicted(blocks)
 
 
 def learning_rate(step: int, settings: Settings) -> float:
     """Of the step after `step` done ones: linear to lr over `warmup` steps, then, unless it is constant, a cosine or a
-    line that would be zero at step `steps`."""
+    line that would be `final_share` of it at step `steps`."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     if settings.schedule == "constant":
         return settings.lr
     done = (step - settings.warmup) / (settings.steps - settings.warmup)
-    return settings.lr * (1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+    share = 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return settings.lr * (settings.final_share + (1 - settings.final_share) * share)
 
 
 def train_step(
     model: nn.Module, optimizer, scaler: torch.amp.GradScaler, passes: list[Tensor], max_grad_norm: float
 ) -> tuple[float, float]:
-    """One optimizer step over several passes, every predicted token of them with the same weight; returns (loss,
-    gradient norm).
+    """One optimizer step over several passes, every predicted token of them with the same weight, and over those of all
+    processes; returns (loss, gradient norm).
 
     Raises: ValueError if loss or gradient is not finite (fp16 skips a step whose gradient overflows, and lowers its
         scale).
     """
-    tokens, loss = sum(predicted(blocks) for blocks in passes), 0.0
+    trained, loss = checkpoint.trained(model).values(), 0.0
+    tokens = processes.summed(sum(predicted(blocks) for blocks in passes), passes[0].device)
     for blocks in passes:
         part = loss_sum(model, blocks) / tokens
         scaler.scale(part).backward()
         loss += part.item()
+    loss = processes.summed(loss, passes[0].device)
+    processes.sum_gradients(trained)
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(checkpoint.trained(model).values(), max_grad_norm or math.inf).item()
+    norm = nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf).item()
     if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
         raise ValueError(
             f"loss and gradient must be finite, a lower --lr may help; got loss {loss:g}, gradient norm {norm:g}"
@@ -82,6 +90,11 @@ def train_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 class Run:
@@ -115,6 +128,7 @@ class Run:
         )
         self.checkpoint, self.metrics = output / checkpoint.NAME, output / checkpoint.METRICS
         self.identity = {**settings.plain(), "data_sha256": data.fingerprint(blocks, held_out)}
+        self.identity["processes"] = processes.count()
         optimizer = make_optimizer(model, settings)
         self.schedule: MergeSchedule | None = None
         if settings.merge_every:
@@ -143,8 +157,7 @@ class Run:
             ) from error
         if not math.isfinite(loss):
             raise ValueError(f"the base model's loss on the held-out data must be finite; got {loss}")
-        for path in replaced:
-            path.unlink(missing_ok=True)
+        processes.by_first(lambda: _remove(replaced))
         self._log({"step": 0, "held_out_loss": loss})
         checkpoint.save_checkpoint(self.checkpoint, *self.state, 0, self.identity, self.schedule)
 
@@ -152,7 +165,7 @@ class Run:
         """Go back to the checkpoint, and metrics.jsonl with it. Raises: ValueError if it is damaged or of other
         settings or data."""
         step = checkpoint.load_checkpoint(self.checkpoint, *self.state, self.identity, self.schedule)
-        self.rows = checkpoint.cut_metrics(self.metrics, step)
+        self.rows = processes.by_first(lambda: checkpoint.cut_metrics(self.metrics, step))
         self.say(f"resuming after step {step} of {self.settings.steps}")
         for row in self.rows[1:]:
             self.tick(row)
@@ -173,7 +186,8 @@ class Run:
             if self.schedule is not None:
                 self.schedule.step(self.state[1])
             row["grad_norm"] = norm if math.isfinite(norm) else None  # JSON has no infinity
-            row |= {"tokens": sum(predicted(p) for p in passes), "seconds": time.perf_counter() - began}
+            row["tokens"] = int(processes.summed(sum(predicted(p) for p in passes), settings.device))
+            row["seconds"] = time.perf_counter() - began
             self.tick(row)
             if step == steps or (eval_every and step % eval_every == 0):
                 row["held_out_loss"] = self._measure(step)
@@ -182,10 +196,11 @@ class Run:
                 checkpoint.save_checkpoint(self.checkpoint, *self.state, step, self.identity, self.schedule)
 
     def _passes(self, done: int) -> list[Tensor]:
-        """The blocks of the step after `done` done ones, a tensor [batch_size, at most seq_len] for each pass."""
+        """This process's blocks of the step after `done` done ones, a tensor [batch_size, at most seq_len] for each
+        pass."""
         size = self.settings.batch_size * self.settings.grad_accum
         numbers = data.shuffled(len(self.blocks), done * size, size, self.settings.seed)
-        passes = self.blocks[numbers].split(self.settings.batch_size)
+        passes = self.blocks[numbers[processes.rank() :: processes.count()]].split(self.settings.batch_size)
         return [data.trimmed(blocks).to(self.settings.device) for blocks in passes]
 
     def _measure(self, step: int) -> float:
@@ -195,6 +210,9 @@ class Run:
 
     def _log(self, row: dict) -> None:
         self.rows.append(row)
+        processes.by_first(lambda: self._append(row))
+
+    def _append(self, row: dict) -> None:
         try:
             with open(self.metrics, "a") as file:
                 file.write(json.dumps(row) + "\n")

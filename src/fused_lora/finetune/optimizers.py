@@ -27,6 +27,8 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
             optimizer = optim.create_riemannian_optimizer(model, AdamW, fused=True, **lr, **decay)
         case "lora-fa":
             optimizer = optim.create_lorafa_optimizer(model, **lr, **decay)
+        case "lion":
+            optimizer = optim.Lion(trained, betas=(0.9, 0.95), **lr, **decay)  # of "LoRA Learns Less and Forgets Less"
         case _:
             optimizer = AdamW(trained, fused=True, **lr, **decay)
     for group in optimizer.param_groups:

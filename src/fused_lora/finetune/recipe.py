@@ -13,7 +13,7 @@ _RECIPES = ("without-regret", "biderman")
 
 
 def recipe_values(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Rank, alpha, target modules, learning rate, schedule and warm-up of a recipe; AdamW stands for its optimizer.
+    """Alpha, target modules, learning rate, schedule, warm-up and optimizer of a recipe.
 
     Args:
         name: without-regret or biderman.
@@ -25,11 +25,13 @@ def recipe_values(name: str, values: dict[str, Any]) -> dict[str, Any]:
     described, steps = _described(values["model"] or packaged_model()), values["steps"]
     if name == "without-regret":
         recipe = recipes.lora_without_regret(described, r=values["rank"], steps=steps)
-        warmup, schedule = 0, "constant"
+        warmup = 0
     else:
         recipe = recipes.biderman(described, r=values["rank"])
-        warmup, schedule = min(round(steps * recipe.training["warmup_ratio"]), steps - 1), "cosine"
-    found = {"alpha": float(recipe.config.lora_alpha), "lr": recipe.lr, "warmup": warmup, "schedule": schedule}
+        warmup = min(round(steps * recipe.training["warmup_ratio"]), steps - 1)
+    found = {"alpha": float(recipe.config.lora_alpha), "lr": recipe.lr, "warmup": warmup}
+    known = ("schedule", "final_share", "optimizer", "max_grad_norm")
+    found |= {key: value for key, value in recipe.training.items() if key in known}
     return found | {"target_modules": "all-linear"}
 
 

@@ -10,7 +10,7 @@ import torch
 from fused_lora.config import LoraConfig, unknown_name
 from fused_lora.models import DTYPES
 
-OPTIMIZERS = ("adamw", "loraplus", "rite", "pro", "riemannian", "lora-fa")
+OPTIMIZERS = ("adamw", "loraplus", "rite", "pro", "riemannian", "lora-fa", "lion")
 VARIANTS = ("lora", "rslora", "dora", "allora")
 SCHEDULES = ("cosine", "linear", "constant")
 _INTEGER_END = 2**63  # what a tensor's size can be
@@ -27,15 +27,18 @@ class Settings:
             data.
         text_field: field of a JSONL line that holds its text; lines of prompt and completion, or messages, have none.
         cut: examples that are longer than seq_len are cut off there, rather than refused.
+        packing: documents or examples share blocks of seq_len tokens, and none sees another. Without it a document
+            goes on where the one before it ends and sees it, and an example has a row of its own.
         rank, alpha, dropout, target_modules, rslora: of the adapter, as in `apply_lora`.
-        variant: lora, rslora, dora, or allora, whose alpha is the rank.
+        variant: lora, rslora, dora, or allora, whose scale is 1: alpha is the rank there, whatever its default.
         allora_eta: of ALLoRA.
         full: train the whole model, without an adapter.
-        optimizer: adamw, loraplus, rite, pro, riemannian or lora-fa.
+        optimizer: adamw, loraplus, rite, pro, riemannian, lora-fa or lion.
         merge_every: steps after which the adapter is folded into the weights and a fresh one goes on; 0: never.
         lr, warmup, steps: peak learning rate after `warmup` steps, then the schedule's to `steps`. After a merge it
             rises to the schedule's over `warmup` steps again.
         schedule: cosine, linear or constant after the warm-up.
+        final_share: of lr, to which cosine and linear fall.
         batch_size, grad_accum, seq_len: blocks or examples a pass, passes a step, tokens of one (examples: at most).
         max_grad_norm: 0 does not clip.
         weight_decay: AdamW's.
@@ -51,6 +54,7 @@ class Settings:
     eval_data: tuple[str, ...] = ()
     text_field: str = "text"
     cut: bool = False
+    packing: bool = False
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
@@ -62,6 +66,7 @@ class Settings:
     optimizer: str = "adamw"
     merge_every: int = 0
     schedule: str = "cosine"
+    final_share: float = 0.0
     lr: float = 1e-3
     warmup: int = 5
     steps: int = 60
@@ -94,6 +99,8 @@ class Settings:
         for name in ("lr", "max_grad_norm", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0; got {getattr(self, name)}")
+        if not 0 <= self.final_share <= 1:
+            raise ValueError(f"final_share must be a number in [0, 1]; got {self.final_share}")
         if self.warmup >= self.steps:
             raise ValueError(f"warmup must be less than steps, {self.steps}; got {self.warmup}")
         if self.dtype not in DTYPES:
@@ -113,13 +120,22 @@ class Settings:
 
     def _check_together(self) -> None:
         """Raises ValueError for settings that exclude each other."""
+        allora, scaled = self.variant == "allora", self.alpha not in (Settings.alpha, self.rank)
         excluded = [
+            (allora and self.rslora, "--rslora and --variant allora, whose scale is 1,"),
+            (allora and scaled, f"--alpha {self.alpha:g} and --variant allora, whose scale is 1,"),
+            (allora and self.dropout > 0, f"--dropout {self.dropout} and --variant allora"),
+            (not allora and self.allora_eta != Settings.allora_eta, f"--allora-eta and --variant {self.variant}"),
             (self.full and self.variant != "lora", f"--full and --variant {self.variant}"),
             (self.full and self.rslora, "--full and --rslora"),
             (self.full and self.dropout > 0, f"--full and --dropout {self.dropout}"),
-            (self.full and self.optimizer != "adamw", f"--full and --optimizer {self.optimizer}"),
+            (self.full and self.optimizer not in ("adamw", "lion"), f"--full and --optimizer {self.optimizer}"),
             (self.full and self.merge_every > 0, f"--full and --merge-every {self.merge_every}"),
             (self.full and self.dtype != "fp32", f"--full, which trains the weights in fp32, and --dtype {self.dtype}"),
+            (
+                self.schedule == "constant" and self.final_share > 0,
+                f"--schedule constant and --final-share {self.final_share}",
+            ),
             (self.merge_every > 0 and self.variant == "dora", "--merge-every and --variant dora"),
             (self.merge_every > 0 and self.optimizer == "lora-fa", "--merge-every and --optimizer lora-fa"),
         ]

@@ -45,6 +45,11 @@ def _name(module: nn.Module) -> str:
 
 def check_linear(linear: Any) -> None:
     """Raises ValueError unless a layer with adapters can stand for `linear` or be built around it."""
+    if isinstance(linear, nn.MultiheadAttention):
+        raise ValueError(
+            "linear must be a linear layer; got torch.nn.MultiheadAttention: target_parameters can name its "
+            "in_proj_weight, and PEFT's own layer for it, which fused_lora.peft.fuse leaves alone, adapts out_proj, too"
+        )
     K, N = linear_sizes(linear)
     if isinstance(linear, NonDynamicallyQuantizableLinear):
         raise ValueError(

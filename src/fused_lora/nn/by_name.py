@@ -4,11 +4,13 @@ import math
 
 from torch import Tensor, nn
 
-from fused_lora.config import LayerConfig, unknown_name
+from fused_lora.config import unknown_name
+from fused_lora.layer_config import LayerConfig
 from fused_lora.nn.adapter_tensors import AdapterDropout, AdapterTensors, set_trainable
 from fused_lora.ops.update import joined
 from fused_lora.variants import AdapterVariant, LayerLink, LayerVariant
-from fused_lora.variants.allora import ALLoRA
+from fused_lora.variants.allora import ALLoRA, ScaledSteps
+from fused_lora.variants.bias_of_b import BiasOfB
 from fused_lora.variants.dora import DoRA
 
 ActiveAdapter = str | list[str] | None
@@ -28,10 +30,13 @@ def as_list(active: ActiveAdapter) -> list[str]:
 class AdaptersByName(nn.Module):
     """A module with A, B and settings of LoRA adapters by name, of which none, one or several act."""
 
+    file_keys = ("lora_A.weight", "lora_B.weight")  # of A and B in PEFT's file, after the layer's name
+
     def _start_empty(self) -> None:
         """No adapters yet."""
         self.lora_A, self.lora_B = AdapterTensors(), AdapterTensors()
         self.lora_magnitude_vector = AdapterTensors()  # [N], of DoRA adapters
+        self.lora_bias = AdapterTensors()  # [N], of adapters whose B has a bias
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float | Tensor] = {}
@@ -40,12 +45,15 @@ class AdaptersByName(nn.Module):
         self.use_rslora: dict[str, bool] = {}
         self.dora_exact: dict[str, bool] = {}
         self.allora_eta: dict[str, float | None] = {}
+        self.allora_mode: dict[str, str] = {}
         self.init_lora_weights: dict[str, bool | str] = {}  # PEFT's word for how each started
+        self.trains_bias: dict[str, str] = {}  # PEFT's word for which biases of the model's train with each
         self.active_adapter: ActiveAdapter = None  # a list of two or more
         self.variants: dict[str, AdapterVariant] = {}  # of adapters that are no plain LoRA
         self.link: LayerLink | None = None  # what acts instead of the active adapter
         self.shows_plain = False  # inside `merged(model)`: state_dict() is the plain layer's, merged or not
         self._pristine: nn.Parameter | None = None  # the base weight while a merged one stands in its place
+        self._pristine_bias: nn.Parameter | None = None  # the base bias, where that is merged, too
 
     def _variant(self) -> LayerVariant | None:
         """The variant that acts, if any."""
@@ -70,50 +78,82 @@ class AdaptersByName(nn.Module):
         use_rslora: bool,
         dora_exact: bool = False,
         allora_eta: float | None = None,
+        allora_mode: str = "gradient",
     ) -> None:
         """Set what an adapter is but for its rank and whether it is DoRA, which its tensors say.
 
         Raises: ValueError for an unknown adapter or a value out of range.
         """
         self._check_known(adapter_name)
-        use_dora = adapter_name in self.lora_magnitude_vector
-        given = lora_alpha, lora_dropout, use_rslora, use_dora, dora_exact, allora_eta
+        use_dora, lora_bias = adapter_name in self.lora_magnitude_vector, adapter_name in self.lora_bias
+        given = lora_alpha, lora_dropout, use_rslora, use_dora, dora_exact, allora_eta, allora_mode, lora_bias
         self._set_config(adapter_name, LayerConfig(self.r[adapter_name], *given))
 
     def _set_config(self, adapter_name: str, config: LayerConfig) -> None:
         self.r[adapter_name], self.lora_alpha[adapter_name] = config.r, config.lora_alpha
         self.lora_dropout[adapter_name] = float(config.lora_dropout)
         self.use_rslora[adapter_name], self.scaling[adapter_name] = config.use_rslora, config.scaling
-        self.dora_exact[adapter_name], self.allora_eta[adapter_name] = config.dora_exact, config.allora_eta
+        self.dora_exact[adapter_name] = config.dora_exact
+        self.allora_eta[adapter_name], self.allora_mode[adapter_name] = config.allora_eta, config.allora_mode
         self.variants.pop(adapter_name, None)
         if config.use_dora:
             self.variants[adapter_name] = DoRA(adapter_name, config.dora_exact)
+        elif config.allora_eta is not None and config.allora_mode == "update":
+            self.variants[adapter_name] = ScaledSteps(adapter_name, config.allora_eta, self.lora_A, self.lora_B)
         elif config.allora_eta is not None:
             self.variants[adapter_name] = ALLoRA(adapter_name, config.allora_eta)
+        elif config.lora_bias:
+            self.variants[adapter_name] = BiasOfB(adapter_name)
 
     def config(self, adapter_name: str) -> LayerConfig:
         """What an adapter is in this layer."""
         name = adapter_name
         plain = self.r[name], self.lora_alpha[name], self.lora_dropout[name], self.use_rslora[name]
-        use_dora = name in self.lora_magnitude_vector
-        return LayerConfig(*plain, use_dora, self.dora_exact[name], self.allora_eta[name])
+        use_dora, lora_bias = name in self.lora_magnitude_vector, name in self.lora_bias
+        allora = self.allora_eta[name], self.allora_mode[name]
+        return LayerConfig(*plain, use_dora, self.dora_exact[name], *allora, lora_bias)
+
+    def named_tensors(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """An adapter's A and B, if it has a rank, the bias of B and DoRA's m, as far as it has them, by their keys in
+        PEFT's file after the layer's name."""
+        keys = (*self.file_keys, "lora_B.bias", "lora_magnitude_vector")
+        held = dict(zip(keys, (self.lora_A, self.lora_B, self.lora_bias, self.lora_magnitude_vector), strict=True))
+        ranked = self.r[adapter_name] > 0
+        return {
+            key: tensors[adapter_name]
+            for key, tensors in held.items()
+            if adapter_name in tensors and (ranked or key == "lora_magnitude_vector")
+        }
 
     def own_tensors(self, adapter_name: str) -> list[nn.Parameter]:
-        """An adapter's A, B and, of DoRA, m."""
-        held = (self.lora_A, self.lora_B, self.lora_magnitude_vector)
-        return [tensors[adapter_name] for tensors in held if adapter_name in tensors]
+        """An adapter's A, B, bias of B and m, as far as it has them."""
+        return list(self.named_tensors(adapter_name).values())
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """An adapter's A and B for a forward, brought here where they are offloaded."""
-        lora_A = self.lora_A[adapter_name]
+        """An adapter's A and B for a forward, brought here where they are offloaded; zeros of rank 1 where its rank is
+        0, since the op wants a rank."""
+        lora_A, lora_B = self.lora_A[adapter_name], self.lora_B[adapter_name]
         if lora_A.is_meta:  # offloaded, or a model without values
-            return self.lora_A(adapter_name), self.lora_B(adapter_name)
-        return lora_A, self.lora_B[adapter_name]
+            lora_A, lora_B = self.lora_A(adapter_name), self.lora_B(adapter_name)
+        if lora_A.shape[0] == 0:
+            return lora_A.new_zeros(1, lora_A.shape[1]), lora_B.new_zeros(lora_B.shape[0], 1)
+        return lora_A, lora_B
 
     def magnitude(self, adapter_name: str) -> Tensor:
         """A DoRA adapter's m [N] for a forward, brought here where it is offloaded."""
         m = self.lora_magnitude_vector[adapter_name]
         return self.lora_magnitude_vector(adapter_name) if m.is_meta else m
+
+    def out_bias(self) -> Tensor | None:
+        """What the biases of B of the active adapters add, [N], brought here where they are offloaded; None for
+        nothing."""
+        total: Tensor | None = None
+        for name in self.active_adapters:
+            if name in self.lora_bias:
+                own = self.lora_bias[name]
+                term = (self.lora_bias(name) if own.is_meta else own) * self.scaling[name]
+                total = term if total is None else total + term
+        return total
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, it is so no more. Raises: ValueError if it is unknown or merged."""
@@ -121,7 +161,7 @@ class AdaptersByName(nn.Module):
         active = self.active_adapters
         if adapter_name in active:
             self.set_adapter([name for name in active if name != adapter_name])
-        for tensors in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
+        for tensors in (self.lora_A, self.lora_B, self.lora_bias, self.lora_magnitude_vector):
             if adapter_name in tensors:
                 del tensors[adapter_name]
         for values in (
@@ -132,7 +172,9 @@ class AdaptersByName(nn.Module):
             self.use_rslora,
             self.dora_exact,
             self.allora_eta,
+            self.allora_mode,
             self.init_lora_weights,
+            self.trains_bias,
         ):
             del values[adapter_name]
         self.variants.pop(adapter_name, None)
@@ -170,8 +212,12 @@ class AdaptersByName(nn.Module):
         """Start an adapter afresh: A from U(-1/sqrt(K), 1/sqrt(K)) with K inputs to an element of h, B zero. Raises:
         ValueError if it is unknown or merged."""
         self._check_resettable(adapter_name)
+        if self.r[adapter_name] == 0:
+            return
         nn.init.kaiming_uniform_(self.lora_A[adapter_name], a=math.sqrt(5))
         nn.init.zeros_(self.lora_B[adapter_name])
+        if adapter_name in self.lora_bias:
+            nn.init.zeros_(self.lora_bias[adapter_name])
 
     def _acting(self) -> list[Summand]:
         """A, B, scaling and dropout of the active adapters."""
@@ -197,5 +243,7 @@ class AdaptersByName(nn.Module):
         said = f"r={self.r[name]}, lora_alpha={self.lora_alpha[name]}, lora_dropout={self.lora_dropout[name]}"
         said += ", use_rslora=True" if self.use_rslora[name] else ""
         said += ", use_dora=True" if name in self.lora_magnitude_vector else ""
+        said += ", lora_bias=True" if name in self.lora_bias else ""
         said += ", dora_exact=True" if self.dora_exact[name] else ""
-        return said if self.allora_eta[name] is None else f"{said}, allora_eta={self.allora_eta[name]}"
+        said += "" if self.allora_eta[name] is None else f", allora_eta={self.allora_eta[name]}"
+        return f"{said}, allora_mode='update'" if self.allora_mode[name] == "update" else said

@@ -50,11 +50,13 @@ class LoRAConv(LoRALayer):
 
         y = base_layer(x) + scaling * conv(conv(dropout(x), A, stride, padding, dilation), B, groups=groups)
 
-    so A pads with zeros whatever the base does, and sees all channels whatever the base's groups. A starts as
-    U(-1/sqrt(n), 1/sqrt(n)) with n inputs to an element, B as zeros.
+    and scaling times the bias of B [C_out], if it has one. So A pads with zeros whatever the base does, and sees all
+    channels whatever the base's groups. A starts as U(-1/sqrt(n), 1/sqrt(n)) with n inputs to an element, B as zeros.
 
     Source: PEFT's layers for convolutions.
     """
+
+    linear_only = ("use_dora", "allora_eta")
 
     @staticmethod
     def check_base(base: Any) -> None:
@@ -75,7 +77,8 @@ class LoRAConv(LoRALayer):
         base: Any = self.base_layer
         if self.active_adapter is None or self.merged:
             return base(x)
-        if _is_pointwise(base):
+        bias = self.out_bias()
+        if bias is None and _is_pointwise(base):
             summand, *others = self._summands()
             if not others and summand[0].dtype in (base.weight.dtype, torch.float32):
                 return _by_pixel(base, x, *summand)
@@ -85,6 +88,8 @@ class LoRAConv(LoRALayer):
             given = F.dropout(x.to(lora_A.device, lora_A.dtype), dropout_p)
             low = conv(given, lora_A, None, base.stride, base.padding, base.dilation)
             result = result + conv(low, lora_B, groups=base.groups) * scaling
+        if bias is not None:
+            result = result + bias.view(-1, *[1] * len(base.kernel_size))
         return result.to(y.dtype)
 
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fused_lora.config import LayerConfig
+from fused_lora.layer_config import LayerConfig
 from fused_lora.nn.expert_layouts import Factor, shared, stacked, unstacked
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.merged_weight import check_values
@@ -190,9 +190,12 @@ class LoRAParameter(LoRALayer):
         given = self.lora_A[adapter_name].shape, self.lora_B[adapter_name].shape
         return given != self.adapter_shapes(self.r[adapter_name])
 
-    def file_tensors(self, adapter_name: str) -> list[Tensor]:
-        lora_A, lora_B = tensors = super().file_tensors(adapter_name)
-        return list(unstacked(*stacked(lora_A, lora_B, self.r[adapter_name]))) if self.shares(adapter_name) else tensors
+    def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        tensors = super().file_tensors(adapter_name)
+        if not self.shares(adapter_name):
+            return tensors
+        lora_A, lora_B = tensors.values()
+        return dict(zip(tensors, unstacked(*stacked(lora_A, lora_B, self.r[adapter_name]))))
 
     def _add(self, adapter_name: str, config: LayerConfig, adapter_dtype: torch.dtype | None) -> None:
         _check_no_dropout(config)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from fused_lora.nn.linear import LoRALinear
+from fused_lora.ops.internals import any_autocast_enabled
 from fused_lora.ops.projections import Projection, lora_projections
 
 
@@ -21,8 +22,8 @@ class _Ready(NamedTuple):
 
 class Projections:
     """The layers of a group: the first one that is called computes all, the others take their part if they are given
-    the very same tensor, unchanged; else they compute alone, from then on all of them. One that is called without
-    gradients computes alone.
+    the very same tensor, unchanged, and not under autocast, under which the first computes alone; else they compute
+    alone, from then on all of them. One that is called without gradients computes alone.
 
     Args:
         layers: the LoRALinears in the order of their calls, all in `parent`.
@@ -44,7 +45,7 @@ class Projections:
         thread = get_ident()
         ready = self._ready.pop(thread, None)
         if ready is not None and id(layer) in ready.ys:
-            if ready.x is not x or ready.version != x._version:
+            if ready.x is not x or ready.version != x._version or any_autocast_enabled():  # what is ready is without
                 self._apart = True
                 return None
             y = ready.ys.pop(id(layer))

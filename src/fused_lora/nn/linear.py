@@ -1,4 +1,4 @@
-"""LoRALinear and its kin: stand-ins for linear layers that hold LoRA adapters by name."""
+"""LoRALinear: a stand-in for a linear layer that holds LoRA adapters by name."""
 
 from typing import Any
 
@@ -6,15 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_lora.bases import added, lora_around, of, quantised
-from fused_lora.config import LayerConfig, check_adapter_name
+from fused_lora.config import check_adapter_name
+from fused_lora.layer_config import LayerConfig
 from fused_lora.nn.base_linear import absorbable, check_linear, check_weight, is_conv1d, linear_sizes
 from fused_lora.nn.layer import LoRALayer
-from fused_lora.nn.magnitudes import WithMagnitudes, check_called
+from fused_lora.nn.magnitudes import WithMagnitudes
 from fused_lora.ops.internals import layer_tensors
 from fused_lora.ops.linear import lora_linear
 from fused_lora.ops.update import lora_update
 from fused_lora.variants import LayerVariant, Update
+
+
+def summed_bias(bias: Tensor | None, more: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The sum of two biases [N], in the dtype of the first, or in x's."""
+    if bias is None or more is None:
+        return bias if more is None else more.to(dtype)
+    return (bias + more).to(bias.dtype)
 
 
 class LoRALinear(WithMagnitudes):
@@ -32,7 +39,7 @@ class LoRALinear(WithMagnitudes):
 
     Args:
         in_features, out_features: K and N.
-        r: rank R of the first adapter.
+        r: rank R of the first adapter; 0 with use_dora trains the magnitudes alone.
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: dropout on the low-rank path's input while training, in [0, 1).
         use_rslora: scale by lora_alpha / sqrt(r) instead.
@@ -45,6 +52,10 @@ class LoRALinear(WithMagnitudes):
         dora_exact: let the gradient run through the rows' norms, too, which PEFT takes for constants.
         allora_eta: ALLoRA with this eta: lora_alpha is r, no dropout, and in the gradients of A and B row n of dL/d(BA)
             counts 1 / sqrt(|(BA)_n| + 1 / eta^2) times.
+        allora_mode: "gradient" is that, and the paper's; "update", which is ours and not the paper's, leaves gradients
+            alone and has row n of what each step of a torch.optim.Optimizer does to B count
+            1 / sqrt(1 + eta^2 |(BA)_n|) times, see `fused_lora.variants.allora.ScaledSteps`.
+        lora_bias: whether B has a bias [N], zero at the start: scaling times it is added to y.
     Raises: ValueError naming the argument, what was expected and what was given.
     Source: Hu et al., arXiv 2106.09685; initialisation as in loralib and Hugging Face PEFT; rsLoRA: arXiv 2312.03732;
         DoRA: arXiv 2402.09353; ALLoRA: arXiv 2410.09692.
@@ -69,12 +80,15 @@ class LoRALinear(WithMagnitudes):
         use_dora: bool = False,
         dora_exact: bool = False,
         allora_eta: float | None = None,
+        allora_mode: str = "gradient",
+        lora_bias: bool = False,
     ):
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1; got {value!r}")
         check_adapter_name(adapter_name)
-        config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora, use_dora, dora_exact, allora_eta)
+        variant: Any = use_dora, dora_exact, allora_eta, allora_mode, lora_bias
+        config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora, *variant)
         super().__init__()
         self._adopt(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
         self._add(adapter_name, config, adapter_dtype)
@@ -97,7 +111,8 @@ class LoRALinear(WithMagnitudes):
         subclass with a forward of its own, one with hooks or with a quantised or sharded weight) is kept as
         `base_layer` and called.
 
-        Args: linear; the rest, also use_dora, dora_exact and allora_eta, as in the class.
+        Args: linear; the rest, also use_dora, dora_exact, allora_eta, allora_mode and lora_bias, as in the
+            class.
         Returns: the layer, in the training mode of `linear`.
         Raises: ValueError naming the argument, what was expected and what was given.
         """
@@ -110,6 +125,8 @@ class LoRALinear(WithMagnitudes):
 
     @classmethod
     def kind_for(cls, base: nn.Module) -> type[LoRALayer]:
+        from fused_lora.nn.around import LoRALinearAround  # which is one of these
+
         return LoRALinearAround if not absorbable(base) else _LoRAConv1D if is_conv1d(base) else cls
 
     def _adopt(self, linear: Any) -> None:
@@ -162,7 +179,7 @@ class LoRALinear(WithMagnitudes):
     def _varied(self, x: Tensor, variant: LayerVariant) -> Tensor:
         """The layer with a variant's update."""
         update = variant.update(self, x)
-        y = self._updated(x, self.bias, update)
+        y = self._updated(x, summed_bias(self.bias, update.bias, x.dtype), update)
         return y if update.more is None else y + self._updated(x, None, update.more)
 
     def _updated(self, x: Tensor, bias: Tensor | None, update: Update) -> Tensor:
@@ -180,7 +197,8 @@ class LoRALinear(WithMagnitudes):
         if self._dora_acts():
             return self._in_turn(x, self._plain(x), lambda x: F.linear(x, self.matrix()))
         (lora_A, lora_B, scaling, dropout_p), *others = self._summands()
-        y: Any = lora_linear(x, self.matrix(), lora_A, lora_B, scaling, bias=self.bias, dropout_p=dropout_p)
+        bias = summed_bias(self.bias, self.out_bias(), x.dtype)
+        y: Any = lora_linear(x, self.matrix(), lora_A, lora_B, scaling, bias=bias, dropout_p=dropout_p)
         for lora_A, lora_B, scaling, dropout_p in others:
             y = lora_update(y, x, lora_A, lora_B, scaling, dropout_p=dropout_p)
         return y
@@ -234,65 +252,3 @@ class _LoRAConv1D(LoRALinear):
 
     def _check_addable(self) -> None:
         check_weight(self.weight, (self.in_features, self.out_features))
-
-
-class LoRALinearAround(LoRALinear):
-    """A LoRALinear that keeps its base, a linear layer of any kind, whole as `base_layer` and calls it, so that hooks,
-    sharding and a forward of its own act as ever; the updates are added to what comes back. A quantised base that
-    `bases` knows is dequantised for `lora_linear` where that is faster.
-
-    `state_dict()` holds the base's entries under base_layer and lora_A, lora_B by adapter. Made by
-    `LoRALinear.from_linear`.
-    """
-
-    base_layer: nn.Module
-
-    def _adopt(self, linear: Any) -> None:
-        self._sizes_of(linear)
-        self.base_layer = linear
-        self.fan_in_fan_out, self._is_quantised = is_conv1d(linear), quantised(linear)
-        self._start_empty()
-
-    def plain(self) -> nn.Module:
-        return self.base_layer
-
-    @classmethod
-    def check_variant(cls, base: Any, config: LayerConfig) -> None:
-        """Raises ValueError for what needs the weight as a plain matrix, where the base's is none."""
-        check_called(base, config)
-
-    def forward(self, x: Tensor, *args, **kwargs):
-        """What the base returns for its arguments, with the updates of x [..., K] added to it."""
-        if self.active_adapter is None or self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        if self._dora_acts():
-            return self._in_turn(x, self.base_layer(x, *args, **kwargs), self._product)
-        (lora_A, lora_B, scaling, dropout_p), *others = self._summands()
-        if self._is_quantised and not args and not kwargs:
-            y = lora_around(self.base_layer, x, lora_A, lora_B, scaling, dropout_p=dropout_p)
-        else:
-            y = added(self.base_layer(x, *args, **kwargs), x, lora_A, lora_B, scaling, dropout_p)
-        for lora_A, lora_B, scaling, dropout_p in others:
-            y = added(y, x, lora_A, lora_B, scaling, dropout_p)
-        return y
-
-    def _product(self, x: Tensor) -> Tensor:
-        """The base's result for x, less its bias."""
-        y, bias = self.base_layer(x), self.base_layer.bias
-        return y if bias is None else y - bias
-
-    def matrix(self) -> Tensor:
-        base = of(self.base_layer)
-        if base is not None:
-            return base.dense(torch.float32)
-        weight: Any = self.base_layer.weight
-        if weight.is_meta and not self.lora_A[next(iter(self.lora_A))].is_meta:
-            raise ValueError("DoRA needs the base weight beside its norms, where the layer is offloaded it is not")
-        return weight.t() if self.fan_in_fan_out else weight
-
-    def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        lora_A, lora_B = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        return (lora_A.t(), lora_B.t()) if self.fan_in_fan_out else (lora_B, lora_A)
-
-    def _check_addable(self) -> None:
-        check_linear(self.base_layer)

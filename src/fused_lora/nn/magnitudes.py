@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lora.bases import added, quantised
-from fused_lora.config import LayerConfig
+from fused_lora.layer_config import LayerConfig
 from fused_lora.nn.by_name import Summand
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.variants.dora import DoRA
@@ -17,8 +17,11 @@ from fused_lora.variants.dora import DoRA
 def check_called(base: nn.Module, config: LayerConfig) -> None:
     """Raises ValueError for an adapter that a layer which calls its base cannot have."""
     kind = f"{type(base).__module__.partition('.')[0]} {type(base).__name__}"
-    if config.allora_eta is not None:
-        raise ValueError(f"allora_eta must be None over a layer that is called, kept whole; got one on a {kind}")
+    if config.allora_eta is not None and config.allora_mode == "gradient":
+        raise ValueError(
+            "allora_eta must be None over a layer that is called, kept whole, unless allora_mode='update'; got one on "
+            f"a {kind}"
+        )
     plain = type(getattr(base, "weight", None)) is nn.Parameter
     if config.use_dora and not (plain or quantised(base)):
         raise ValueError(f"use_dora needs a weight that can be read or dequantised; got a {kind}")
@@ -63,6 +66,8 @@ class WithMagnitudes(LoRALayer):
             variant = self.variants.get(name)
             if not isinstance(variant, DoRA):
                 y = added(y, x, lora_A, lora_B, scaling, dropout_p)
+                if name in self.lora_bias:
+                    y = (y + self.lora_bias[name] * scaling).to(y.dtype)
                 continue
             g = variant.scale(self, lora_A, lora_B)
             if dropout_p > 0.0:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_lora.nn.around import LoRALinearAround
 from fused_lora.nn.embedding import LoRAEmbedding
 from fused_lora.nn.layer import LoRALayer
-from fused_lora.nn.linear import LoRALinear, LoRALinearAround
+from fused_lora.nn.linear import LoRALinear
 from fused_lora.nn.modules_to_save import ModuleToSave
 from fused_lora.ops.grouped import grouped_lora_update
 from fused_lora.ops.grouped_linear import grouped_lora_linear

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from fused_lora import bases
 from fused_lora.nn.layer import LoRALayer
-from fused_lora.variants.allora import ALLoRA
+from fused_lora.variants.allora import ALLoRA, ScaledSteps
 
 Replaced = dict[nn.Parameter, nn.Parameter]  # the new Parameter of each old one
 
@@ -25,7 +25,7 @@ def check_foldable(root: nn.Module, layers: Mapping[str, LoRALayer], adapter_nam
                 f"quantised weight and would be lost; got {type(layer.base().weight).__name__}"
             )
         variant = layer.link or layer.variants.get(adapter_name)
-        if variant is not None and not isinstance(variant, ALLoRA):  # whose forward is LoRA's
+        if variant is not None and not isinstance(variant, ALLoRA | ScaledSteps):  # whose forward is LoRA's
             kind = type(variant).__name__
             raise ValueError(f"the adapter of {name} must be plain LoRA to be folded into the weight; got {kind}")
         try:
@@ -79,7 +79,7 @@ def set_rank(layer: LoRALayer, adapter_name: str, r: int) -> Replaced:
     eta = getattr(layer.variants.get(adapter_name), "eta", None)  # ALLoRA's, whose scaling is 1
     hyper = layer.lora_dropout[adapter_name], layer.use_rslora[adapter_name]
     alpha = layer.lora_alpha[adapter_name] if eta is None else r
-    layer.set_hyperparameters(adapter_name, alpha, *hyper, allora_eta=eta)
+    layer.set_hyperparameters(adapter_name, alpha, *hyper, allora_eta=eta, allora_mode=layer.allora_mode[adapter_name])
     layer.reset_lora_parameters(adapter_name)
     return replaced
 

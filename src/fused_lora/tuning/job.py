@@ -15,6 +15,7 @@ from fused_lora import backends
 from fused_lora.backends import Request, bucket, tuned
 from fused_lora.bench.cases import Case
 from fused_lora.files import claimed, write_json
+from fused_lora.hardware import gpu_clocks
 from fused_lora.ops.linear import forget_verdicts
 from fused_lora.tuning.jail import Jail
 from fused_lora.tuning.problems import DROPOUTS, cases_for
@@ -96,12 +97,13 @@ def candidates_for(case: Case, device: torch.device) -> tuple[str, ...]:
 
 
 class _Trial:
-    """Candidates before the judge: a process for each of them, and one for the race."""
+    """Candidates before the judge: a process for those of a back end, new after every fault, and one for the race."""
 
     def __init__(self, device: torch.device, limit_s: float, budget_s: float, setup: str):
         self._device, self._limit_s, self._budget_s = device, limit_s, budget_s
         self._setup, self._threads = setup, torch.get_num_threads()
         self._jails: dict[str, Jail] = {}
+        self._prepared: dict[str, Case] = {}  # by jail: of which case it knows what is right
         self._faults: Counter[tuple[str, torch.dtype]] = Counter()
 
     def __enter__(self) -> "_Trial":
@@ -119,21 +121,29 @@ class _Trial:
             if self._faults[name, case.dtype] >= _GIVEN_UP_AFTER:
                 found[name] = dict(fault="not tried", why=f"it has failed {_GIVEN_UP_AFTER} times with this dtype")
                 continue
-            if self._ask(name, case, self._limit_s * _PATIENCE, do="prepare"):
-                return None
-            found[name] = self._ask(name, case, self._limit_s, do="check", candidate=name)
+            back_end = name.partition(":")[0]
+            if self._prepared.get(back_end) != case:
+                if self._ask(back_end, case, self._limit_s * _PATIENCE, do="prepare"):
+                    return None
+                self._prepared[back_end] = case
+            found[name] = self._ask(back_end, case, self._limit_s, do="check", candidate=name)
         times, failed = self._raced(case, [name for name in names if not found[name]])
         found |= failed
         for name, figures in found.items():
             self._faults[name, case.dtype] += figures.get("fault", "not tried") not in ("not tried", "does not fit")
         sizes = dict(M=bucket(case.M), N=case.N, K=case.K, R=case.R, dropout=case.dropout, rows=case.M)
         row = dict(dtype=_name(case.dtype), adapter_dtype=_name(_ADAPTER_DTYPE)) | sizes
+        if self._device.type == "cuda":
+            row |= gpu_clocks(self._device.index)
         return row | dict(frozen=times.pop("frozen", {}), candidates=found | times)
 
     def _ask(self, jail: str, case: Case, limit_s: float, **request: Any) -> dict:
         if jail not in self._jails:
             self._jails[jail] = Jail(str(self._device), self._threads, self._setup)
-        return self._jails[jail].ask(request | dict(case=case.facts()), limit_s)
+        answer = self._jails[jail].ask(request | dict(case=case.facts()), limit_s)
+        if "fault" in answer:  # whose process may be another from now on
+            self._prepared.pop(jail, None)
+        return answer
 
     def _raced(self, case: Case, names: list[str], budget_s: float | None = None) -> tuple[dict, dict]:
         """(Times of the candidates and of the frozen layer, faults of those that fail only now)."""

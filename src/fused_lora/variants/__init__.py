@@ -20,6 +20,7 @@ class Update(NamedTuple):
     optional: dict[str, Any]  # the op's optional tensors by name
     take_h: Callable[[Tensor], None] | None = None  # is given h = x_lora At [..., R] where the variant has use for it
     x: Tensor | None = None  # [..., K], in the place of the layer's input
+    bias: Tensor | None = None  # [N], beside the layer's own
     more: "Update | None" = None  # of which the result, without a bias, is added
 
 

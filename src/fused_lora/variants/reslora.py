@@ -10,7 +10,7 @@ input of the next block where that is checkpointed, and goes when the tensor goe
 Source: Shi et al., arXiv 2402.18039.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,10 +38,11 @@ class Estimate(NamedTuple):
 
 
 class _Held:
-    """What one forward of a block has from the blocks before, by the layer's path, and hands on."""
+    """What one forward of a block has from the blocks before, by the layer's path, and what its own layers hand on."""
 
-    def __init__(self, carried: dict[str, Carried]):
-        self.carried = carried
+    def __init__(self, before: dict[str, Carried]):
+        self.before = before
+        self.own: dict[str, Carried] = {}
         self.sums: dict[tuple, tuple[Tensor, ...]] = {}  # x + x_prev and both, for layers of the same input
 
 
@@ -50,11 +51,12 @@ class Carrying(Passing[_Held]):
 
     Args:
         first, last: whether no block comes before, or after.
+        paths: of the block's linked layers. What an earlier block's layer of such a path has handed on goes no further.
     """
 
-    def __init__(self, first: bool, last: bool):
+    def __init__(self, first: bool, last: bool, paths: Collection[str]):
         super().__init__()
-        self._first, self._last = first, last
+        self._first, self._last, self._paths = first, last, frozenset(paths)
 
     def made_of(self, x: Tensor) -> _Held:
         carried = {} if self._first else getattr(x, _CARRIED, None)
@@ -63,11 +65,12 @@ class Carrying(Passing[_Held]):
                 "ResLoRA's input and middle shortcuts need each block to be given the very tensor that the block "
                 "before has returned, and exclude use_reentrant=True where blocks are checkpointed; got another tensor"
             )
-        return _Held(dict(carried))
+        return _Held(carried)
 
     def handed_on(self, made: _Held, output: Any) -> None:
         if not self._last:
-            setattr(output if isinstance(output, Tensor) else output[0], _CARRIED, made.carried)
+            further = {path: carried for path, carried in made.before.items() if path not in self._paths}
+            setattr(output if isinstance(output, Tensor) else output[0], _CARRIED, further | made.own)
 
 
 class Shortcut:
@@ -145,11 +148,24 @@ class _CarryingShortcut(Shortcut):
         layer, before: as in the class above.
         carrying: the block's.
         path: the layer's name within its block.
+        names: the layer's name in the model and those of the layers before.
     """
 
-    def __init__(self, layer: Any, before: Sequence[Any], carrying: Carrying, path: str):
+    def __init__(self, layer: Any, before: Sequence[Any], carrying: Carrying, path: str, names: Sequence[str]):
         super().__init__(layer, before)
-        self._carrying, self._path = carrying, path
+        self._carrying, self._path, self._names = carrying, path, names
+
+    def _carried(self, held: _Held) -> Carried | None:
+        """What the layer before has handed on, None if there is none. Raises: ValueError if it was not called."""
+        if not self.before:
+            return None
+        if self._path not in held.before:
+            name, name_before, *_ = self._names
+            raise ValueError(
+                f"{self} of {name} takes what {name_before} computes, which must be called in every forward; got one "
+                "that left it out"
+            )
+        return held.before[self._path]
 
 
 class InputShortcut(_CarryingShortcut):
@@ -159,8 +175,8 @@ class InputShortcut(_CarryingShortcut):
 
     def _extended(self, own: Update, x: Tensor) -> Update:
         held = self._carrying.made(str(self))
-        prev = held.carried.get(self._path) if self.before else None
-        held.carried[self._path] = Carried((x,), version(x))
+        prev = self._carried(held)
+        held.own[self._path] = Carried((x,), version(x))
         if prev is None:
             return own._replace(scaling=2 * own.scaling)
         (x_prev,), written = prev
@@ -176,23 +192,24 @@ class MiddleShortcut(_CarryingShortcut):
     """h_in = the sum of the h of the layers before.
 
     Args:
-        layer, before, carrying, path: as in the classes above.
+        layer, before, carrying, path, names: as in the classes above.
         most: how many h are handed on; None sums all up.
     """
 
     kind = "middle"
 
-    def __init__(self, layer: Any, before: Sequence[Any], carrying: Carrying, path: str, most: int | None):
-        super().__init__(layer, before, carrying, path)
+    def __init__(self, layer: Any, before: Sequence[Any], carrying: Carrying, path: str, names, most: int | None):
+        super().__init__(layer, before, carrying, path, names)
         self._most = most
 
     def _extended(self, own: Update, x: Tensor) -> Update:
-        carried = self._carrying.made(str(self)).carried
-        before = carried[self._path].tensors if self.before else ()
+        held = self._carrying.made(str(self))
+        prev = self._carried(held)
+        before = () if prev is None else prev.tensors
         total = sum(before[1:], before[0]) if before else None
 
         def take_h(h: Tensor) -> None:
             kept = (h, *before)[: self._most] if self._most is not None else (h if total is None else total + h,)
-            carried[self._path] = Carried(kept, 0)
+            held.own[self._path] = Carried(kept, 0)
 
         return own._replace(optional={} if total is None else {"h_in": total}, take_h=take_h)

@@ -11,6 +11,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 uint3 threadIdx, blockIdx;  // of the running thread
 dim3 gridDim;
@@ -94,6 +95,7 @@ Cluster* new_cluster(int first_block, int blocks, int threads, int smem_bytes) {
     b->smem_bytes = smem_bytes;
     b->smem = take(free_smem, kSmemBytes);
     std::memset(b->smem, 0xff, kSmemBytes);  // NaN
+    b->writers.assign(static_cast<size_t>(smem_bytes) / 4 + 1, 0);
     b->running = threads;
     for (int i = 0; i < threads; ++i) b->threads.push_back(new_thread(b, i));
     cluster->blocks.push_back(b);
@@ -206,6 +208,7 @@ void run_grid(int blocks, int threads, int smem_bytes, int cluster_blocks, std::
 }  // namespace
 
 Thread& self() { return *current; }
+bool running() { return current; }
 void yield() { to_scheduler(); }
 void wait_until(std::function<bool()> ready) {
   current->ready = std::move(ready);
@@ -214,6 +217,34 @@ void wait_until(std::function<bool()> ready) {
 void later(std::function<void()> operation) { pending.push_back(std::move(operation)); }
 void meet(Rendezvous& at, int threads) {
   meet(at, threads, [] {});
+}
+
+void meet_block(int id, int threads) {
+  Block& block = *current->block;
+  Barrier& at = block.barriers[id];
+  if (threads % 32 || threads < 32 || threads > static_cast<int>(block.threads.size()))
+    fail("barrier %d is for %d threads of %zu", id, threads, block.threads.size());
+  if (at.arrived == 0) at.threads = threads;
+  if (at.threads != threads) fail("barrier %d is for %d threads and for %d", id, at.threads, threads);
+  at.lanes[current->index / 32] |= 1u << current->index % 32;
+  meet(at, threads, [&] {
+    uint32_t met = 0;
+    for (int warp = 0; warp < 32; ++warp) {
+      const uint32_t lanes = std::exchange(at.lanes[warp], 0);
+      if (lanes == 0) continue;
+      if (lanes != ~0u) fail("barrier %d is met by a part of warp %d", id, warp);
+      together(block, warp, "a barrier");
+      met |= 1u << warp;
+    }
+    if (at.warps && at.warps != met) fail("barrier %d is met by warps %x, the last time by %x", id, met, at.warps);
+    at.warps = met;
+  });
+}
+
+void together(const Block& block, int warp, const char* what) {
+  const Thread* const* lanes = &block.threads[static_cast<size_t>(warp) * 32];
+  for (int lane = 1; lane < 32; ++lane)
+    if (lanes[lane]->spins != lanes[0]->spins) fail("warp %d comes apart to %s: __syncwarp is missing", warp, what);
 }
 
 void fail(const char* format, ...) {
@@ -265,6 +296,8 @@ extern "C" __attribute__((visibility("default"))) void emulator_configure(int sm
                                                                           int freeze, int seed) {
   settings = {sms, resident_blocks, delay, freeze, static_cast<uint64_t>(seed)};
 }
+
+extern "C" __attribute__((visibility("default"))) int emulator_last_launch_overlapped() { return emulator::overlaps; }
 
 extern "C" {
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }

@@ -1,11 +1,13 @@
 // A GPU on the CPU, for kernels that reach PTX only through ptx.cuh: a fiber for each thread, a random schedule, late
 // asynchronous copies.
 //
-// It shows wrong indices, layouts, tails and phases, a missing wait, a deadlock, an unaligned or misplaced copy. It
-// does not show a missing fence, bank conflicts, or anything about time. Blocks are resident a few at a time, so a
-// launch that needs all of them at once hangs here too.
+// It shows wrong indices, layouts, tails and phases, a missing wait, a deadlock, an unaligned or misplaced copy, a
+// missing fence.proxy.async (its compiler reports every store, shadow.cpp), a barrier that warps meet in part or with
+// differing counts. It does not show other missing fences, bank conflicts, or anything about time. Blocks are resident
+// a few at a time, so a launch that needs all of them at once hangs here too.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -27,6 +29,10 @@ struct Thread {
   bool done = false;
   bool may_touch_memory = true;  // false until a kernel that may overlap with the one before it has waited for that
   std::function<bool()> ready;   // empty: runnable
+  int spins = 0;                 // waits in a loop since its warp last met in __syncwarp
+  bool saw_flag = false;         // since its last fence.proxy.async, another block's ordinary stores
+  std::vector<uint32_t> stored_shared;   // words of its own ordinary stores since then: offsets
+  std::vector<uintptr_t> stored_global;  // and addresses
 
   struct Copy {
     void* to;
@@ -51,6 +57,12 @@ struct Rendezvous {
   uint64_t round = 0;
 };
 
+struct Barrier : Rendezvous {  // of the warps of a block
+  int threads = 0;             // that it is for, by the first to come
+  uint32_t lanes[32] = {};     // that have come, of each warp
+  uint32_t warps = 0;          // that met here the last time
+};
+
 struct Warp {  // operands of a warp-wide instruction, lane by lane
   Rendezvous meet;
   const void* address[32];
@@ -67,9 +79,11 @@ struct Block {
   uint8_t* smem;
   std::vector<Thread*> threads;
   int running;
-  Rendezvous barriers[16], warpgroups[8];
+  Barrier barriers[16];
+  Rendezvous warpgroups[8];
   Warp warps[32];
-  int frozen[8] = {};  // passes for which a warpgroup does not run
+  std::vector<uint16_t> writers;  // of each word of shared memory: who stored it last and has not fenced, plus one
+  int frozen[8] = {};             // passes for which a warpgroup does not run
 };
 
 struct Cluster {
@@ -78,6 +92,7 @@ struct Cluster {
 };
 
 Thread& self();
+bool running();                                   // whether a thread of a kernel is
 [[noreturn]] void fail(const char* format, ...);  // ends the launch with an error that says so
 void yield();
 void wait_until(std::function<bool()> ready);
@@ -92,12 +107,29 @@ template <class Work> void meet(Rendezvous& at, int threads, const Work& work) {
   ++at.round;
 }
 
+// Until `threads` threads of the block, always the same whole warps, have come to its barrier `id`.
+void meet_block(int id, int threads);
+// An instruction that a warp runs as one: an error if some of its threads have waited apart from the others since.
+void together(const Block& block, int warp, const char* what);
+
+// ---- shadow.cpp: ordinary stores that the asynchronous proxy (TMA, wgmma) may not see yet
+void stored(Thread& by, const void* at, size_t bytes);
+void fence_shared(Thread& by);  // fence.proxy.async: it sees the thread's stores so far
+void fence_global(Thread& by);
+void asynchronous_shared(const Block& block, uint32_t offset, int64_t bytes, const char* what);
+void asynchronous_global(const void* at, int64_t bytes, const char* what);
+void forget_global();
+template <class T> void watch(const T&) {}  // an argument of a launch: a map's memory is watched for stores
+void watch(const CUtensorMap& map);
+
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
 
 }  // namespace emulator
 
 template <class... Params, class... Args>
 cudaError_t emulated_launch(const cudaLaunchConfig_t* config, void (*kernel)(Params...), const Args&... args) {
+  emulator::forget_global();
+  (emulator::watch(args), ...);
   return emulator::launch(*config, [&] { kernel(Params(args)...); });
 }
 template <class Kernel> cudaError_t emulated_set_attribute(Kernel, cudaFuncAttribute, int bytes) {

@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -14,11 +15,15 @@
 
 #define FUSED_LORA_SM90A 1
 #define PTX_FN inline
+#define UNSEEN __attribute__((no_sanitize("kernel-address")))  // its stores are not reported to shadow.cpp
 
-inline void __syncthreads() {
-  emulator::meet(emulator::self().block->barriers[0], static_cast<int>(emulator::self().block->threads.size()));
+inline void __syncthreads() { emulator::meet_block(0, static_cast<int>(emulator::self().block->threads.size())); }
+inline void __syncwarp() {
+  emulator::Thread& t = emulator::self();
+  emulator::meet(t.block->warps[t.index / 32].meet, 32, [&t] {
+    for (int lane = 0; lane < 32; ++lane) t.block->threads[static_cast<size_t>(t.index / 32 * 32 + lane)]->spins = 0;
+  });
 }
-inline void __syncwarp() {}
 inline void __threadfence() {}
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 inline void touch_memory() {
@@ -98,13 +103,20 @@ template <int kPending> void cp_async_wait() {  // copies land as late as they m
 
 inline emulator::Warp& warp() { return self().block->warps[self().index / 32]; }
 inline int lane() { return self().index % 32; }
+// The last lane of the warp to come does `work`.
+template <class Work> void meet_warp(const char* what, const Work& work) {
+  emulator::meet(warp().meet, 32, [&] {
+    emulator::together(*self().block, self().index / 32, what);
+    work();
+  });
+}
 
 template <bool kTransposed> void ldmatrix(uint32_t (&r)[4], const void* row) {
   aligned(shared(row), 16, "ldmatrix");
   emulator::Warp& w = warp();
   w.address[lane()] = row;
   w.out[lane()] = r;
-  emulator::meet(w.meet, 32, [&w] {
+  meet_warp("ldmatrix", [&w] {
     for (int l = 0; l < 32; ++l)
       for (int i = 0; i < 4; ++i) {
         uint16_t v[2];
@@ -125,7 +137,7 @@ template <class T> void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
   std::memcpy(w.a[me], a, sizeof a);
   w.b[me][0] = b0;
   w.b[me][1] = b1;
-  emulator::meet(w.meet, 32, [&w] {
+  meet_warp("mma", [&w] {
     float A[16][16], B[16][8];
     for (int l = 0; l < 32; ++l)
       for (int e = 0; e < 2; ++e) {
@@ -144,17 +156,21 @@ template <class T> void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
 inline uint32_t cta_in_cluster() { return static_cast<uint32_t>(self().block->cta); }
 inline void cluster_sync() {
   emulator::Cluster& c = *self().block->cluster;
-  emulator::meet(c.meet, static_cast<int>(c.blocks.size() * c.blocks[0]->threads.size()));
+  const size_t threads = c.blocks[0]->threads.size();
+  emulator::meet(c.meet, static_cast<int>(c.blocks.size() * threads), [&] {
+    for (const emulator::Block* block : c.blocks)
+      for (int w = 0; w < static_cast<int>(threads / 32); ++w) emulator::together(*block, w, "barrier.cluster");
+  });
 }
 inline void named_barrier(int id, int threads) {
   if (id < 1 || id > 15) fail("named barrier %d", id);
-  emulator::meet(self().block->barriers[id], threads);
+  emulator::meet_block(id, threads);
 }
 
 struct Mbarrier {
   uint64_t phase : 1, count : 11;
   int64_t missing : 12, bytes : 40;
-  void change(int arrivals, int64_t more_bytes) {
+  UNSEEN void change(int arrivals, int64_t more_bytes) {
     bytes = bytes + more_bytes;
     missing = missing - arrivals;
     if (missing < 0) fail("an mbarrier has more arrivals than it counts");
@@ -171,7 +187,7 @@ inline void* in_block(const void* p, uint32_t cta) {
   return blocks[cta]->smem + shared(p);
 }
 
-inline void barrier_init(uint64_t* bar, int arrivals) {
+UNSEEN inline void barrier_init(uint64_t* bar, int arrivals) {
   Mbarrier fresh{};
   fresh.count = static_cast<uint64_t>(arrivals);
   fresh.missing = arrivals;
@@ -182,6 +198,7 @@ inline void arrive_remote(uint64_t* bar, uint32_t cta) { mbarrier(in_block(bar, 
 inline void arrive(uint64_t* bar) { arrive_remote(bar, cta_in_cluster()); }
 inline void arrive_expect(uint64_t* bar, uint32_t bytes) { mbarrier(in_block(bar, cta_in_cluster())).change(1, bytes); }
 inline void wait(uint64_t* bar, uint32_t parity) {
+  ++self().spins;
   const Mbarrier* b = &mbarrier(in_block(bar, cta_in_cluster()));
   if (b->phase == parity) emulator::wait_until([b, parity] { return b->phase != parity; });
 }
@@ -218,7 +235,7 @@ inline Map map_of(const CUtensorMap* map) {
 // An address within a pattern of `span` bytes a row: bits 4-6 (4-5, 4) are exchanged with bits 7-9 (7-8, 7).
 inline uint32_t swizzled(uint32_t address, uint32_t span) { return address ^ ((address >> 7 & (span / 16 - 1)) << 4); }
 
-inline void load_box(uint8_t* smem, uint32_t to, const Map& m, int row, int col) {
+UNSEEN inline void load_box(uint8_t* smem, uint32_t to, const Map& m, int row, int col) {
   for (int64_t r = 0; r < m.box_rows; ++r)
     for (int64_t c = 0; c < m.box_cols; ++c) {
       const uint16_t* from = m.at(row + r, col + c);
@@ -233,8 +250,13 @@ inline void tma_load_multicast(void* dst, const CUtensorMap* map, uint64_t* bar,
   const uint32_t to = shared(dst);
   aligned(to, static_cast<uint32_t>(m.box_cols * 2 * 8), "TMA load to");
   shared(static_cast<uint8_t*>(dst) + m.bytes() - 1);
+  if (self().saw_flag) fail("a TMA load comes after a flag without fence.proxy.async");
+  const int64_t inside = std::min(m.box_cols, m.cols - col);
+  for (int64_t r = row; r < std::min(row + m.box_rows, m.rows); ++r)
+    emulator::asynchronous_global(m.data + r * m.ld + col, inside * 2, "a TMA load");
   for (uint32_t cta = 0; cta < self().block->cluster->blocks.size(); ++cta)
     if (blocks >> cta & 1) {
+      emulator::asynchronous_shared(*self().block->cluster->blocks[cta], to, m.bytes(), "a TMA load");
       uint8_t* const smem = self().block->cluster->blocks[cta]->smem;
       void* const there = in_block(bar, cta);
       emulator::later([=] {
@@ -250,6 +272,7 @@ inline void tma_store(const CUtensorMap* map, const void* src, int row, int col)
   touch_memory();
   const Map m = map_of(map);
   const uint32_t from = shared(src);
+  emulator::asynchronous_shared(*self().block, from, m.bytes(), "a TMA store");
   emulator::Thread* const t = &self();
   const size_t group = t->store_groups.size();
   ++t->stores;
@@ -275,11 +298,16 @@ inline void tma_store_wait_read() {
   });
 }
 inline void tma_store_wait() { tma_store_wait_read(); }
-inline void fence_proxy() {}
-inline void fence_proxy_shared() {}
+inline void fence_proxy_shared() { emulator::fence_shared(self()); }
+inline void fence_proxy() {
+  fence_proxy_shared();
+  emulator::fence_global(self());
+}
 
 inline void wait_flag(const int* p) {
   touch_memory();
+  ++self().spins;
+  self().saw_flag = true;
   emulator::yield();
   while (*p == 0) emulator::yield();
 }
@@ -295,10 +323,13 @@ inline void stmatrix(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t 
   const uint32_t r[4] = {r0, r1, r2, r3};
   w.address[lane()] = row;
   std::memcpy(w.a[lane()], r, sizeof r);
-  emulator::meet(w.meet, 32, [&w] {
+  meet_warp("stmatrix", [&w, lanes = &self().block->threads[static_cast<size_t>(self().index / 32 * 32)]] {
     for (int l = 0; l < 32; ++l)
-      for (int i = 0; i < 4; ++i)
-        std::memcpy(static_cast<uint16_t*>(const_cast<void*>(w.address[i * 8 + l / 4])) + l % 4 * 2, &w.a[l][i], 4);
+      for (int i = 0; i < 4; ++i) {
+        uint16_t* const to = static_cast<uint16_t*>(const_cast<void*>(w.address[i * 8 + l / 4])) + l % 4 * 2;
+        std::memcpy(to, &w.a[l][i], 4);
+        emulator::stored(*lanes[l], to, 4);
+      }
   });
 }
 
@@ -324,13 +355,22 @@ inline uint32_t operand(uint64_t d, int mn, int k, bool mn_major) {
   return swizzled(start + offset, static_cast<uint32_t>(span));
 }
 
+// rows[k][mn] of an operand. Eight elements along a row of its tile lie together.
+template <class T, bool kMN, size_t kColumns>
+UNSEEN void read_operand(const emulator::Block& block, uint64_t descriptor, int count, float (&rows)[16][kColumns]) {
+  for (int k = 0; k < 16; ++k)
+    for (int mn = 0; mn < count; ++mn) {
+      const uint32_t at = operand(descriptor, mn, k, kMN);
+      if ((kMN ? mn : k) % 8 == 0) emulator::asynchronous_shared(block, at, 16, "a wgmma reads");
+      rows[k][mn] = to_float<T>(block.smem + at);
+    }
+}
+
 template <class T, int kN, bool kRightMN, bool kLeftMN>
-void multiply(const uint8_t* smem, uint64_t left, uint64_t right, bool accumulate, float* const* d) {
+UNSEEN void multiply(const emulator::Block& block, uint64_t left, uint64_t right, bool accumulate, float* const* d) {
   static float A[16][64], B[16][256], D[64][256];
-  for (int k = 0; k < 16; ++k) {
-    for (int r = 0; r < 64; ++r) A[k][r] = to_float<T>(smem + operand(left, r, k, kLeftMN));
-    for (int n = 0; n < kN; ++n) B[k][n] = to_float<T>(smem + operand(right, n, k, kRightMN));
-  }
+  read_operand<T, kLeftMN>(block, left, 64, A);
+  read_operand<T, kRightMN>(block, right, kN, B);
   for (int r = 0; r < 64; ++r) {
     for (int n = 0; n < kN; ++n) D[r][n] = 0;
     for (int k = 0; k < 16; ++k)
@@ -347,8 +387,8 @@ template <class T, int kN, bool kRightMN, bool kLeftMN = false>
 void wgmma(float (&d)[kN / 2], uint64_t left, uint64_t right, int accumulate) {
   emulator::Thread::Product p{nullptr, d, left, right, accumulate * 1024 + kN};
   if (self().index % 128 == 0)
-    p.run = [=, smem = self().block->smem](float* const* all) {
-      multiply<T, kN, kRightMN, kLeftMN>(smem, left, right, accumulate, all);
+    p.run = [=, block = self().block](float* const* all) {
+      multiply<T, kN, kRightMN, kLeftMN>(*block, left, right, accumulate, all);
     };
   self().products.push_back(std::move(p));
 }
@@ -372,6 +412,7 @@ inline void wgmma_wait() {
       first.run(d);
     }
     for (int t = 0; t < 128; ++t) threads[t]->products.clear();
+    for (int w = 0; w < 4; ++w) emulator::together(*block, group * 4 + w, "wgmma");
   });
 }
 
