@@ -168,10 +168,12 @@ Status cpu_grouped_backward(const CpuGroupedBackwardParams& p);
 // cuda/plans.h has the words for it and says what excludes what.
 struct CudaPlan {
   enum class Product : int { any, small, n128, n256 } y;        // by lora_gemm_small, or by tiles of so many columns
-  enum class Low : int { any, inside, shrink, gemm } h;         // in y's launch, or by a kernel of its own
+  enum class Low : int { any, inside, shrink, gemm, warps } h;  // in y's launch, or by a kernel of its own; warps:
+                                                                // there, with dropout by the loader's idle warps
   Product dx;                                                   // never small
   Low dh;                                                       // in dx's launch, or by a kernel of its own
-  enum class Weights : int { any, apart, warpgroup } wgrad;     // dA, dB: after dx, or in its launch
+  enum class Weights : int { any, apart, warpgroup, warps } wgrad;  // dA, dB: after dx, or in its launch by a fourth
+                                                                    // warpgroup or by the loader's idle warps
   enum class Launches : int { any, overlap, serial } launches;  // whether a kernel may start while the last one ends
 };
 

@@ -29,10 +29,11 @@ struct Rung {
   std::function<void(Report&)> run;
 };
 
-// Both tile widths, tails in every direction, several tiles a cluster.
-template <class Check> void each(Report& report, std::vector<int64_t> ranks, const Check& check) {
+// Both tile widths unless said, tails in every direction, several tiles a cluster.
+template <class Check>
+void each(Report& report, std::vector<int64_t> ranks, const Check& check, std::vector<int> widths = {256, 128}) {
   for (const Dtype dtype : {Dtype::bf16, Dtype::f16})
-    for (const int block_n : {256, 128})
+    for (const int block_n : widths)
       for (const int64_t R : ranks)
         for (const Sizes s : {Sizes{129, 136, 72, R}, {300, 520, 328, R}, {600, 264, 136, R}, {1096, 648, 200, R}})
           check(report, Case{s, dtype, block_n});
@@ -57,6 +58,16 @@ const std::vector<Rung> kRungs = {
      [](Report& all) { each(all, {16, 32, 64}, [](Report& r, C c) { gemm_backward(r, c, true, true, true); }); }},
     {"dropped-low", "the forward with dropout in one launch",
      [](Report& all) { each(all, {16, 32, 64}, [](Report& r, C c) { gemm_forward(r, c, true, true); }); }},
+    {"warps", "dB and dA by the loader's idle warps, without a mask and with one",
+     [](Report& all) {
+       const auto check = [](Report& r, C c) {
+         for (const bool dropout : {false, true})
+           gemm_backward(r, c, true, true, dropout, fused_lora::GradientsBy::warps);
+       };
+       each(all, {16, 32, 64}, check, {256});
+     }},
+    {"low-warps", "the forward with dropout, low by the loader's idle warps",
+     [](Report& all) { each(all, {16, 32}, [](Report& r, C c) { gemm_forward(r, c, true, true, true); }, {256}); }},
     {"small", "few rows, K split over a cluster", small_forward},
     {"shrink", "low = left down in a launch of its own", shrink_alone},
     {"wgrad", "dB and dbias in a launch of their own", wgrad_alone},

@@ -21,7 +21,7 @@ Matrix seed_bits() {
 
 // What heuristics.h plans, with tiles of the width that the case asks for.
 GemmConfig config_for(const Case& c, int64_t out_cols, bool makes_low, bool dropout, bool backward,
-                      GradientsBy gradients = GradientsBy::none) {
+                      GradientsBy gradients = GradientsBy::none, bool low_by_warps = false) {
   return gemm_config({.M = c.sizes.M,
                       .N = out_cols,
                       .R = c.sizes.R,
@@ -30,7 +30,8 @@ GemmConfig config_for(const Case& c, int64_t out_cols, bool makes_low, bool drop
                       .dropout = dropout,
                       .backward = backward,
                       .gradients = gradients,
-                      .block_n = c.block_n});
+                      .block_n = c.block_n,
+                      .low_by_warps = low_by_warps});
 }
 
 void run_gemm(const GemmConfig& config, const GemmParams& p, Device& control) {
@@ -47,7 +48,7 @@ Device control_for(const GemmConfig& config) {
 }  // namespace
 
 // The forward GEMM: low is given, or made in the launch, of the masked x if `dropout`.
-void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout) {
+void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout, bool low_by_warps) {
   const auto [M, N, K, R] = c.sizes;
   const Layer layer(c.sizes);
   const Device seed(seed_bits(), Dtype::f32);
@@ -58,7 +59,7 @@ void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout) {
   const Device x(layer.x, c.dtype), W(layer.W, c.dtype), A(layer.A, c.dtype), B(layer.B, c.dtype, Rp);
   Device low = makes_low ? Device(M, R, c.dtype, Rp) : Device(h, c.dtype, Rp);
   Device out(M, N, c.dtype);
-  const GemmConfig config = config_for(c, N, makes_low, dropout, false);
+  const GemmConfig config = config_for(c, N, makes_low, dropout, false, GradientsBy::none, low_by_warps);
   Device control = control_for(config);
   const GemmParams p{.left = x.get(),
                      .right = W.get(),
@@ -91,7 +92,7 @@ void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout) {
 }
 
 // The backward GEMM: dh and dx, and with them dB and dA, under a mask or not.
-void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool dropout) {
+void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool dropout, GradientsBy by) {
   const auto [M, N, K, R] = c.sizes;
   const Layer layer(c.sizes);
   const Device seed(seed_bits(), Dtype::f32);
@@ -103,7 +104,7 @@ void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool
   const Device dy(layer.dy, c.dtype), W(layer.W, c.dtype), A(layer.A, c.dtype), B(layer.B, c.dtype, Rp);
   const Device x(layer.x, c.dtype), saved_h(h, c.dtype, Rp);
   Device out(M, K, c.dtype), low(M, R, c.dtype, Rp), dA(R, K, Dtype::f32), dB(N, R, Dtype::f32);
-  const GradientsBy wanted = need_A || need_B ? GradientsBy::warpgroup : GradientsBy::none;
+  const GradientsBy wanted = need_A || need_B ? by : GradientsBy::none;
   const GemmConfig config = config_for(c, K, true, dropout, true, wanted);
   const bool gradients = config.kind.gradients != GradientsBy::none;  // not with every mask
   Device control = control_for(config);

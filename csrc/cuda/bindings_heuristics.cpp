@@ -2,9 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
+#include <string>
 
 #include "plans.h"
+#include "traffic.h"
 
 namespace py = pybind11;
 using namespace fused_lora;
@@ -89,6 +93,22 @@ py::tuple lora_gemm_tile(int t, int row_tiles, int col_tiles, bool column_first)
   return py::make_tuple(tile.row, tile.col);
 }
 
+py::tuple tile_of_dx(int block_n, int rank_tile, bool dropout, const std::string& gradients, int k_steps, int col_tiles,
+                     int low_steps) {
+  static const std::string names[] = {"apart", "warpgroup", "warps"};
+  const auto* const by = std::find(std::begin(names), std::end(names), gradients);
+  require(by != std::end(names), "gradients must be 'apart', 'warpgroup' or 'warps'");
+  require(k_steps >= 1 && col_tiles >= 1, "k_steps and col_tiles must be at least 1");
+  const Traffic t = tile_traffic({.block_n = block_n,
+                                  .rank_tile = rank_tile,
+                                  .dropout = dropout,
+                                  .gradients = GradientsBy(by - names),
+                                  .k_steps = k_steps,
+                                  .col_tiles = col_tiles,
+                                  .low_steps = low_steps});
+  return py::make_tuple(t.shared_cycles(), t.tensor_cycles);
+}
+
 // A CudaPlan from its values in order.
 CudaPlan plan_of(const PlanValues& v) {
   return {CudaPlan::Product(v[0]), CudaPlan::Low(v[1]),     CudaPlan::Product(v[2]),
@@ -171,6 +191,9 @@ void bind_heuristics(py::module_& m) {
         "The tile, stages, shared memory and grid of out[M, N] = left[M, K] right + low[M, R] thin.");
   m.def("lora_gemm_tile", &lora_gemm_tile, py::kw_only(), "t"_a, "row_tiles"_a, "col_tiles"_a, "column_first"_a,
         "(row, column) of tile number t.");
+  m.def("lora_gemm_traffic", &tile_of_dx, py::kw_only(), "block_n"_a, "rank_tile"_a, "dropout"_a, "gradients"_a,
+        "k_steps"_a, "col_tiles"_a, "low_steps"_a = 0,
+        "Cycles of shared memory and of the tensor cores that a tile of dx takes by the model of traffic.h.");
   m.def("cuda_forward_plan", &plan_forward, py::kw_only(), "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a,
         "dropout"_a, "sms"_a, "plan"_a = PlanValues{}, "What the CUDA forward launches and the workspace it needs.");
   m.def("cuda_backward_plan", &plan_backward, py::kw_only(), "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a,

@@ -45,6 +45,7 @@ constexpr PlanWord kPlanWords[] = {
     {"h_inside", 1, static_cast<int>(CudaPlan::Low::inside)},
     {"h_shrink", 1, static_cast<int>(CudaPlan::Low::shrink)},
     {"h_gemm", 1, static_cast<int>(CudaPlan::Low::gemm)},
+    {"h_warps", 1, static_cast<int>(CudaPlan::Low::warps)},
     {"dx128", 2, static_cast<int>(CudaPlan::Product::n128)},
     {"dx256", 2, static_cast<int>(CudaPlan::Product::n256)},
     {"dh_inside", 3, static_cast<int>(CudaPlan::Low::inside)},
@@ -52,6 +53,7 @@ constexpr PlanWord kPlanWords[] = {
     {"dh_gemm", 3, static_cast<int>(CudaPlan::Low::gemm)},
     {"wgrad_apart", 4, static_cast<int>(CudaPlan::Weights::apart)},
     {"wgrad_warpgroup", 4, static_cast<int>(CudaPlan::Weights::warpgroup)},
+    {"wgrad_warps", 4, static_cast<int>(CudaPlan::Weights::warps)},
     {"overlap", 5, static_cast<int>(CudaPlan::Launches::overlap)},
     {"serial", 5, static_cast<int>(CudaPlan::Launches::serial)},
 };
@@ -68,7 +70,7 @@ inline std::string words_of(const CudaPlan& plan) {
 constexpr const char* plan_conflict(const CudaPlan& plan, int64_t M, int64_t R, bool dropout) {
   using Product = CudaPlan::Product;
   using Low = CudaPlan::Low;
-  const bool warpgroup = plan.wgrad == CudaPlan::Weights::warpgroup;
+  const bool warpgroup = plan.wgrad == CudaPlan::Weights::warpgroup, warps = plan.wgrad == CudaPlan::Weights::warps;
   if (plan.dx == Product::small) return "plan must not say small of dx, which has no such kernel";
   if (plan.y == Product::small) {
     if (M > kSmallRows || R > kSmallRank) return "plan must not say small beyond 128 rows or 64 ranks";
@@ -80,10 +82,19 @@ constexpr const char* plan_conflict(const CudaPlan& plan, int64_t M, int64_t R, 
     if (plan.h == Low::inside) return "plan must not say h_inside beyond 64 ranks";
     if (plan.dh == Low::inside) return "plan must not say dh_inside beyond 64 ranks";
     if (warpgroup) return "plan must not say wgrad_warpgroup beyond 64 ranks";
+    if (warps) return "plan must not say wgrad_warps beyond 64 ranks";
   }
   if (dropout && plan.h == Low::gemm) return "plan must not say h_gemm with dropout, which is shrink's";
   if (warpgroup && (plan.dh == Low::shrink || plan.dh == Low::gemm))
     return "plan must not say both wgrad_warpgroup, which needs dh_inside, and dh_shrink or dh_gemm";
+  if (warps && (plan.dh == Low::shrink || plan.dh == Low::gemm))
+    return "plan must not say both wgrad_warps, which needs dh_inside, and dh_shrink or dh_gemm";
+  if (warps && plan.dx == Product::n128) return "plan must not say both wgrad_warps, which needs dx256, and dx128";
+  if (warps && dropout && R > 16)
+    return "plan must not say wgrad_warps with dropout beyond 16 ranks: a tile would not pass through three stages";
+  if (plan.h == Low::warps && R > 32) return "plan must not say h_warps beyond 32 ranks: the registers are too few";
+  if (plan.h == Low::warps && plan.y == Product::n128)
+    return "plan must not say both h_warps, which needs y256, and y128";
   if (warpgroup && plan.dx == Product::n256 && dropout && R > 16)
     return "plan must not say both wgrad_warpgroup and dx256 with dropout beyond 16 ranks: the registers are too few";
   return nullptr;
@@ -96,7 +107,7 @@ constexpr int width_of(CudaPlan::Product p) {
 constexpr CudaPlan::Product product_of(const GemmConfig& c) {
   return c.kind.block_n == 128 ? CudaPlan::Product::n128 : CudaPlan::Product::n256;
 }
-constexpr bool may_be_inside(CudaPlan::Low low) { return low == CudaPlan::Low::any || low == CudaPlan::Low::inside; }
+constexpr bool may_be_inside(CudaPlan::Low low) { return low != CudaPlan::Low::shrink && low != CudaPlan::Low::gemm; }
 // One launch after another as soon as possible, unless the caller says otherwise.
 constexpr CudaPlan::Launches launches_of(const CudaPlan& plan) {
   return plan.launches == CudaPlan::Launches::serial ? CudaPlan::Launches::serial : CudaPlan::Launches::overlap;
@@ -143,13 +154,15 @@ inline ForwardPlan forward_plan(const ForwardRequest& request) {
                           .makes_low = may_be_inside(want.h),
                           .dropout = dropout,
                           .backward = false,
-                          .block_n = width_of(want.y)});
+                          .block_n = want.h == Low::warps && dropout ? 256 : width_of(want.y),
+                          .low_by_warps = want.h == Low::warps});
   p.plan.launches = launches_of(want);
   p.plan.y = p.small.valid ? CudaPlan::Product::small : product_of(p.gemm);
-  p.plan.h = p.small.valid || p.gemm.kind.rank_tile ? Low::inside
-             : want.h != Low::any                   ? want.h
-             : dropout                              ? Low::shrink
-                                                    : Low::gemm;
+  p.plan.h = p.gemm.kind.low_by_warps                 ? Low::warps
+             : p.small.valid || p.gemm.kind.rank_tile ? Low::inside
+             : want.h != Low::any                     ? want.h
+             : dropout                                ? Low::shrink
+                                                      : Low::gemm;
   if (p.plan.h == Low::gemm)
     p.h_gemm =
         gemm_config({.M = M, .N = R, .R = 0, .sms = sms, .makes_low = false, .dropout = false, .backward = false});
@@ -198,8 +211,10 @@ inline GemmConfig dx_config(const BackwardRequest& r) {
                       .makes_low = may_be_inside(want.dh),
                       .dropout = r.dropout,
                       .backward = true,
-                      .gradients = inside ? GradientsBy::warpgroup : GradientsBy::none,
-                      .block_n = width_of(want.dx)};
+                      .gradients = !inside                                  ? GradientsBy::none
+                                   : want.wgrad == CudaPlan::Weights::warps ? GradientsBy::warps
+                                                                            : GradientsBy::warpgroup,
+                      .block_n = inside && want.wgrad == CudaPlan::Weights::warps ? 256 : width_of(want.dx)};
   GemmConfig c = gemm_config(request);
   if (inside && c.kind.gradients == GradientsBy::none && want.wgrad == CudaPlan::Weights::warpgroup) {
     request.block_n = 128;  // where they fit
@@ -211,6 +226,7 @@ inline GemmConfig dx_config(const BackwardRequest& r) {
 inline BackwardPlan backward_plan(const BackwardRequest& request) {
   using Low = CudaPlan::Low;
   using Weights = CudaPlan::Weights;
+  constexpr Weights kWeightsOf[] = {Weights::apart, Weights::warpgroup, Weights::warps};  // by GradientsBy
   const auto& [M, N, K, R, dtype, adapter_dtype, dropout, need_x, need_A, need_B, need_bias, deterministic, sms, want] =
       request;
   BackwardPlan p{};
@@ -235,7 +251,7 @@ inline BackwardPlan backward_plan(const BackwardRequest& request) {
         gemm_config({.M = M, .N = R, .R = 0, .sms = sms, .makes_low = false, .dropout = false, .backward = true});
     valid = valid && p.h_gemm.valid;
   }
-  if (need_A || need_B) p.plan.wgrad = p.gradients_inside() ? Weights::warpgroup : Weights::apart;
+  if (need_A || need_B) p.plan.wgrad = kWeightsOf[static_cast<int>(p.gemm.kind.gradients)];
   p.bias_apart = need_bias && (p.gradients_inside() || !need_B);
   const int64_t tiles = (need_A ? ceil_div(K, kWgradCols) : 0) + (need_B ? ceil_div(N, kWgradCols) : 0);
   p.wgrad = wgrad_config(M, tiles, R, sms);

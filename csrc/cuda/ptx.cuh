@@ -55,6 +55,9 @@ PTX_FN void fma_if(float& d, float a, float b, uint32_t condition) {
 }
 template <class T> constexpr uint32_t kOnes = std::is_same_v<T, __nv_bfloat16> ? 0x3f803f80u : 0x3c003c00u;  // two ones
 
+// What lane `from` of the warp has.
+PTX_FN uint32_t shuffle(uint32_t value, int from) { return __shfl_sync(~0u, value, from); }
+
 // ---- sm_80: Data Movement, cp.async; Warp-level Matrix Instructions, ldmatrix and mma
 // 16 bytes from global to shared memory, zeros if not valid (src must be a legal address all the same).
 PTX_FN void cp_async(void* dst, const void* src, bool valid) {

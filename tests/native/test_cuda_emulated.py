@@ -74,16 +74,16 @@ def dropout_seed():
     return torch.tensor([1234567890123])
 
 
-def check(shape, dtype, adapter=None, dropout_p=0.0, needs=(True,) * 4, seed=0):
+def check(shape, dtype, adapter=None, dropout_p=0.0, needs=(True,) * 4, seed=0, backend="cuda"):
     """Exact without dropout, else within the computed tolerance."""
     if dropout_p == 0.0:
         p = exact_problem(*shape, dtype, adapter, seed=seed)
-        assert_exact(run(p, backend="cuda", needs=needs), truth(p))
+        assert_exact(run(p, backend=backend, needs=needs), truth(p))
     else:
         p = random_problem(*shape, dtype, adapter, seed=seed)
         masked = dict(dropout_p=dropout_p, seed=dropout_seed())
         assert_close(
-            run(p, backend="cuda", needs=needs, **masked), run(p, backend="reference", **masked), truth(p, **masked)
+            run(p, backend=backend, needs=needs, **masked), run(p, backend="reference", **masked), truth(p, **masked)
         )
 
 
@@ -130,6 +130,9 @@ PLANS = [
     ("y256+h_gemm+dx128+dh_gemm+serial", 64),
     ("y256+h_inside+dx256+dh_gemm+overlap", 32),
     ("h_shrink+dh_shrink+overlap", 100),
+    ("h_warps+wgrad_warps", 16),
+    ("h_warps+wgrad_apart+serial", 31),
+    ("h_shrink+wgrad_warps+overlap", 64),
 ]
 
 
@@ -140,12 +143,12 @@ def test_every_plan(library, schedule, poison, dropout_p):
     for i, (plan, R) in enumerate(PLANS):
         dtype, adapter = ((torch.bfloat16, None), (torch.float16, torch.float32))[i % 2]
         p = exact_problem(65 if "small" in plan else 300, 136, 264, R, dtype, adapter, seed=i)
-        if dropout_p and ("small" in plan or "h_gemm" in plan.split("+")):
-            with pytest.raises(ValueError, match="plan must not say (small|h_gemm) with dropout"):
+        if dropout_p and ("small" in plan or "h_gemm" in plan.split("+") or ("wgrad_warps" in plan and R > 16)):
+            with pytest.raises(ValueError, match="plan must not say (small|h_gemm|wgrad_warps) with dropout"):
                 run(p, backend=f"cuda:{plan}", **masked)
             continue
         assert_exact(run(p, backend=f"cuda:{plan}", **masked), truth(p, **masked))
-        assert overlapped() == ("overlap" in plan)
+        assert overlapped() == ("serial" not in plan)
 
 
 MASKED_SHAPES = [(17, 32, 248), (300, 264, 520), (600, 64, 640), (600, 520, 328)]
@@ -263,6 +266,8 @@ WAITS = [
     ("consumer.cuh", "if (thread == 0) ptx::tma_store_wait_read();", "", LARGE),
     # the gradients' wait for h
     ("gradients.cuh", "ptx::wait(&s.side_full, side_phase);\n        multiply_rows", "multiply_rows", LARGE),
+    # the loader's warps' wait for dh
+    ("gradient_warps.cuh", "wait(&s.side_full, side_phase);\n    for", "for", (*LARGE[:3], 48)),
     # the loader's wait before dh takes the place of h
     ("loader.cuh", "ptx::wait(&s.side_empty, side_phase ^ 1);", "", LARGE),
     # the sums' waits for the ring to be through and for the other blocks' sums
@@ -293,7 +298,8 @@ def test_a_missing_wait_shows(library, tmp_path, monkeypatch, poison, kernel, li
         for seed in range(1, 11):
             schedule(resident_blocks=8, delay=400, freeze=3000, seed=seed)
             # other values each time: memory used again must not hold the right ones
-            check(shape, torch.bfloat16, seed=seed)
+            backend = "cuda:wgrad_warps" if kernel == "gradient_warps.cuh" else "cuda"
+            check(shape, torch.bfloat16, seed=seed, backend=backend)
 
 
 FENCE, GROUP = "ptx::fence_proxy_shared();", "sync_group(kFourth);\n    if (thread == 0) ptx::arrive(&s.side_empty);"

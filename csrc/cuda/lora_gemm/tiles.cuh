@@ -10,20 +10,32 @@ namespace fused_lora::gemm {
 constexpr int kMaskThreads = 96, kBlockM = kGemmBlockM, kBlockK = kGemmBlockK, kCluster = kGemmCluster;
 constexpr int kFourth = 2;  // the fourth warpgroup's number among those that read staged tiles; 0 and 1 multiply
 
-template <class T_, int kBlockN_, int kRank_, bool kBackward, bool kDropout, GradientsBy gradients> struct Traits {
+template <class T_, int kBlockN_, int kRank_, bool kBackward, bool kDropout, GradientsBy gradients = GradientsBy::none,
+          bool kLowByWarps = false>
+struct Traits {
   using T = T_;
-  static constexpr GemmKind kKind{
-      .block_n = kBlockN_, .rank_tile = kRank_, .backward = kBackward, .dropout = kDropout, .gradients = gradients};
+  static constexpr GemmKind kKind{.block_n = kBlockN_,
+                                  .rank_tile = kRank_,
+                                  .backward = kBackward,
+                                  .dropout = kDropout,
+                                  .gradients = gradients,
+                                  .low_by_warps = kLowByWarps};
   static constexpr int kBlockN = kBlockN_, kRank = kRank_, kStages = kKind.stages();
   static constexpr int kChunks = kBlockN / 64;     // of 64 columns, in which a tile is stored and x comes
   static constexpr int kMaskWords = kBlockN / 32;  // of one row
   static constexpr bool kRightMN = kBackward, kMasked = kBackward && kDropout, kOneLaunch = kRank > 0;
   static constexpr bool kGradients = gradients != GradientsBy::none, kDropsLeft = kKind.drops_left();
   static constexpr bool kMakesLow = kOneLaunch && !kDropsLeft;  // in the warpgroups that multiply
+  // Whether the loader's idle warps read staged tiles, too: they make the gradients or low.
+  static constexpr bool kSideWarps = gradients == GradientsBy::warps || kLowByWarps;
   static constexpr int kThreads = 128 * kKind.warpgroups();
   static constexpr int kConsumers = kKind.warpgroups() - 1;  // warpgroups that read a staged tile
   // Registers of a thread in each role: an SM has 512 for four of them.
-  static constexpr int kLoaderRegisters = kMasked ? 56 : 40;
+  static constexpr int kSideWarpsRegisters = kLowByWarps   ? (kRank == 16 ? 120 : 136)
+                                             : kRank == 64 ? 120
+                                             : kMasked     ? 104
+                                                           : 88;
+  static constexpr int kLoaderRegisters = kSideWarps ? kSideWarpsRegisters : kMasked ? 56 : 40;
   static constexpr int kFourthRegisters = kConsumers < 3   ? 0
                                           : kDropsLeft     ? 104
                                           : !kMasked       ? 88
@@ -34,7 +46,8 @@ template <class T_, int kBlockN_, int kRank_, bool kBackward, bool kDropout, Gra
   static_assert(kBlockN == 128 || kBlockN == 256);
   static_assert(kRank == 0 || kRank == 16 || kRank == 32 || kRank == 64);
   static_assert(!kDropsLeft || kOneLaunch);
-  static_assert(!kGradients || kKind.fits_gradients());
+  static_assert(kKind.fits_gradients(gradients) && (!kLowByWarps || kKind.fits_low_by_warps()));
+  static_assert(!kMasked || !kGradients || kStages >= kChunks, "x passes while the low-rank block stays in the ring");
   static_assert(kStages >= 3 && (!kMasked || kRank || kStages >= kMaxRank / kBlockK),
                 "all low-rank blocks of a masked tile must fit into the ring");
 };
@@ -45,8 +58,8 @@ template <class C> struct __align__(1024) Smem {
   typename C::T right[C::kStages][C::kBlockN * kBlockK];
   typename C::T out[2][64 * 64];  // one for each warpgroup
   typename C::T down[C::kOneLaunch ? C::kStages : 1][C::kOneLaunch ? C::kRank * kBlockK : 8];
-  // The fourth warpgroup's: the masked left tile; or 128 rows of h, then of dh.
-  typename C::T side[C::kDropsLeft ? kBlockM * kBlockK : C::kGradients ? kBlockM * C::kRank : 8];
+  // The masked left tile; or 128 rows of h, then of dh.
+  typename C::T side[C::kKind.masked_left() ? kBlockM * kBlockK : C::kGradients ? kBlockM * C::kRank : 8];
   uint32_t mask[C::kMasked ? kBlockM * C::kMaskWords : 1];
   uint64_t full[C::kStages], empty[C::kStages];
   uint64_t tile_full[2], tile_empty[2], mask_full, mask_empty, side_full, side_empty;
@@ -133,8 +146,8 @@ template <class C> struct Tiles {
     release(true);
   }
   PTX_FN void step() { number += gridDim.x / kCluster; }
-  // Readers of a number in the cluster: the loaders, the warpgroups, three mask warps.
-  static constexpr int kReaders = kCluster * (1 + C::kConsumers + (C::kMasked ? 3 : 0));
+  // Readers of a number in the cluster: the loaders, the warpgroups, and the three other warps where they work.
+  static constexpr int kReaders = kCluster * (1 + C::kConsumers + (C::kMasked || C::kSideWarps ? 3 : 0));
 
  private:
   PTX_FN void read() {
@@ -150,10 +163,10 @@ template <class C> struct Tiles {
 // The named barrier of a warpgroup that reads staged tiles: number `group` among these.
 PTX_FN void sync_group(int group) { ptx::named_barrier(1 + group, 128); }
 
-// low = scale * low_acc in dtype for 64 rows, and their flag. One warpgroup.
+// low = scale * low_acc in dtype for a warp's 16 rows, of which this lane has r0 and r0 + 8.
 template <class C, int kLow>
-PTX_FN void publish(const float (&low_acc)[kLow], const Args<typename C::T>& args, int row, int group, int thread) {
-  const int r0 = row + thread / 32 * 16 + thread % 32 / 4, c0 = thread % 4 * 2;
+PTX_FN void store_low(const float (&low_acc)[kLow], const Args<typename C::T>& args, int r0) {
+  const int c0 = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int j = 0; j < C::kRank / 8; ++j) {
 #pragma unroll
@@ -164,6 +177,12 @@ PTX_FN void publish(const float (&low_acc)[kLow], const Args<typename C::T>& arg
             ptx::pack<typename C::T>(low_acc[4 * j + 2 * i] * args.scale, low_acc[4 * j + 2 * i + 1] * args.scale);
     }
   }
+}
+
+// The same for a warpgroup's 64 rows, and their flag.
+template <class C, int kLow>
+PTX_FN void publish(const float (&low_acc)[kLow], const Args<typename C::T>& args, int row, int group, int thread) {
+  store_low<C>(low_acc, args, row + thread / 32 * 16 + thread % 32 / 4);
   __threadfence();
   ptx::fence_proxy();
   sync_group(group);

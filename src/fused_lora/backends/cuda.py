@@ -93,7 +93,8 @@ def refusal(request: Request) -> str | None:
 
 def plans(request: Request) -> tuple[str, ...]:
     """See `backends`: the heuristics' own plan; each way to make h with each way to make dh, dA and dB; one by one, the
-    other width of tiles, or tiles instead of the kernel for few rows; and kernels that don't overlap."""
+    other width of tiles, or tiles instead of the kernel for few rows; kernels that don't overlap; and what the loader's
+    idle warps can make."""
     sizes, code = (max(request.M, 1), request.N, request.K, request.R), _CODE[request.dtype]
     call = _request(sizes, (code, code)) | dict(dropout=False, sms=_sms(request.device.index))
     needs = dict(need_x=True, need_A=True, need_B=True, need_bias=False, deterministic=False)
@@ -104,7 +105,8 @@ def plans(request: Request) -> tuple[str, ...]:
 
     parts = itertools.product(["", *others("h_shrink")], ["", *others("wgrad_apart", "dh_shrink")])
     alone = others("y128", "y256")[:1] + others("dx128", "dx256", "serial")
-    return *("+".join(filter(None, part)) for part in parts), *alone
+    warps = ["h_warps+wgrad_warps"] if request.R <= 16 else []  # beyond, not with dropout
+    return *("+".join(filter(None, part)) for part in parts), *alone, *warps
 
 
 def check_plan(request: Request, plan: str) -> None:

@@ -81,6 +81,27 @@ inline void aligned(uint32_t address, uint32_t to, const char* what) {
   if (address % to) fail("%s at %u is not aligned to %u", what, address, to);
 }
 
+inline emulator::Warp& warp() { return self().block->warps[self().index / 32]; }
+inline int lane() { return self().index % 32; }
+// The last lane of the warp to come does `work`.
+template <class Work> void meet_warp(const char* what, const Work& work) {
+  emulator::meet(warp().meet, 32, [&] {
+    emulator::together(*self().block, self().index / 32, what);
+    work();
+  });
+}
+inline uint32_t shuffle(uint32_t value, int from) {
+  emulator::Warp& w = warp();
+  uint32_t got;
+  w.a[lane()][0] = value;
+  w.a[lane()][1] = static_cast<uint32_t>(from % 32);
+  w.out[lane()] = &got;
+  meet_warp("shuffle", [&w] {
+    for (int l = 0; l < 32; ++l) *w.out[l] = w.a[w.a[l][1]][0];
+  });
+  return got;
+}
+
 // ---- sm_80
 inline void cp_async(void* dst, const void* src, bool valid) {
   touch_memory();
@@ -101,15 +122,6 @@ template <int kPending> void cp_async_wait() {  // copies land as late as they m
   }
 }
 
-inline emulator::Warp& warp() { return self().block->warps[self().index / 32]; }
-inline int lane() { return self().index % 32; }
-// The last lane of the warp to come does `work`.
-template <class Work> void meet_warp(const char* what, const Work& work) {
-  emulator::meet(warp().meet, 32, [&] {
-    emulator::together(*self().block, self().index / 32, what);
-    work();
-  });
-}
 
 template <bool kTransposed> void ldmatrix(uint32_t (&r)[4], const void* row) {
   aligned(shared(row), 16, "ldmatrix");
