@@ -294,7 +294,9 @@ def test_a_missing_wait_shows(library, tmp_path, monkeypatch, poison, kernel, li
     """The tests above can fail: the same sources without one wait."""
     changed(library, tmp_path, (kernel, line, instead))
     schedule = install(link(tmp_path), monkeypatch)
-    with pytest.raises((AssertionError, RuntimeError), match="elements differ|deadlock|an mbarrier has more arrivals|without fence"):
+    with pytest.raises(
+        (AssertionError, RuntimeError), match="elements differ|deadlock|an mbarrier has more arrivals|without fence"
+    ):
         for seed in range(1, 11):
             schedule(resident_blocks=8, delay=400, freeze=3000, seed=seed)
             # other values each time: memory used again must not hold the right ones
