@@ -39,8 +39,8 @@ struct GemmKind {
 
   constexpr bool operator==(const GemmKind&) const = default;
   // Whether it could make gradients so. In a fourth warpgroup with a mask, 256 columns and more than 16 ranks the
-  // accumulators don't fit. At 128 columns the loader's warps have nothing to win. A masked tile keeps its low-rank block
-  // until all of its x but the last 64 columns has passed: with 256 columns that takes four stages.
+  // accumulators don't fit. At 128 columns the loader's warps have nothing to win. A masked tile keeps its low-rank
+  // block until all of its x but the last 64 columns has passed: with 256 columns that takes four stages.
   constexpr bool fits_gradients(GradientsBy by) const {
     switch (by) {
       case GradientsBy::none: return true;

@@ -122,7 +122,6 @@ template <int kPending> void cp_async_wait() {  // copies land as late as they m
   }
 }
 
-
 template <bool kTransposed> void ldmatrix(uint32_t (&r)[4], const void* row) {
   aligned(shared(row), 16, "ldmatrix");
   emulator::Warp& w = warp();
