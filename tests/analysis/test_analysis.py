@@ -53,9 +53,11 @@ def test_top_triples_by_products_with_vectors_are_the_dense_ones():
     cases = [gaussian(60, 90), gaussian(90, 60), gaussian(40, 3) @ gaussian(3, 50, seed=1), torch.eye(30).double()]
     cases += [torch.diag(torch.tensor([5.0, 5.0, 5.0, 1.0, 1.0, 0.5]).double()), gaussian(1, 9), gaussian(9, 1)]
     cases += [torch.diag(0.9 ** torch.arange(200).double()), torch.zeros(6, 4).double()]
-    for W in cases:
-        U, S, V = top_singular(lambda v, W=W: W @ v, lambda u, W=W: W.T @ u, *W.shape, 8, W)
-        dense, k = torch.linalg.svdvals(W), min(8, *W.shape)
+    wanted = [8] * len(cases) + [16, 16]
+    cases += [gaussian(16, 48), gaussian(48, 16)]  # all of their triples: the whole space is spanned
+    for W, most in zip(cases, wanted, strict=True):
+        U, S, V = top_singular(lambda v, W=W: W @ v, lambda u, W=W: W.T @ u, *W.shape, most, W)
+        dense, k = torch.linalg.svdvals(W), min(most, *W.shape)
         torch.testing.assert_close(S, dense[:k], rtol=0, atol=1e-7 * float(dense[0]))
         torch.testing.assert_close(U.T @ U, torch.eye(k).double(), rtol=0, atol=1e-9)
         torch.testing.assert_close(V.T @ V, torch.eye(k).double(), rtol=0, atol=1e-9)

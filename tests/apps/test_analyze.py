@@ -68,6 +68,7 @@ def test_the_figures_are_the_functions(trained):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_embeddings_transposed_weights_and_full_copies(tmp_path, use_dora):
+    torch.manual_seed(0)
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=40, tie_word_embeddings=False)
     model, targets = GPT2LMHeadModel(config), ["c_attn", "attn.c_proj", *([] if use_dora else ["wte"])]
     weights = {name: t.clone() for name, t in model.state_dict().items()}

@@ -135,11 +135,12 @@ def top_singular(
         if m < K:
             band[m - 1, m], right[m] = _split(v, band, partial(fresh, right[:m]))
         if m == n or (m >= 2 * k + 10 and m % 10 == 0):
-            P, S, Qh = torch.linalg.svd(band[:m, :m])
+            width = m + (m == n < K)  # u spans all then, and W^T u_n has a last part beside the v so far
+            P, S, Qh = torch.linalg.svd(band[:m, :width], full_matrices=False)
             residual = (band[m - 1, m] * P[m - 1, :k]).abs().max()
             if m == n or residual <= 1e-8 * S[0]:
                 break
-    return left[:m].T @ P[:, :k], S[:k], right[:m].T @ Qh[:k].T
+    return left[:m].T @ P[:, :k], S[:k], right[:width].T @ Qh[:k].T
 
 
 def _orthogonal(v: Tensor, basis: Tensor) -> Tensor:
