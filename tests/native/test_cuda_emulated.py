@@ -267,7 +267,7 @@ WAITS = [
     # the gradients' wait for h
     ("gradients.cuh", "ptx::wait(&s.side_full, side_phase);\n        multiply_rows", "multiply_rows", LARGE),
     # the loader's warps' wait for dh
-    ("gradient_warps.cuh", "wait(&s.side_full, side_phase);\n    for", "for", (*LARGE[:3], 48)),
+    ("gradient_warps.cuh", "warp_wait(&s.side_full, side_phase);\n    for", "for", (*LARGE[:3], 48)),
     # the loader's wait before dh takes the place of h
     ("loader.cuh", "ptx::wait(&s.side_empty, side_phase ^ 1);", "", LARGE),
     # the sums' waits for the ring to be through and for the other blocks' sums

@@ -1,7 +1,7 @@
 // lora_gemm's first warpgroup, warps 1-3, in the forward with dropout: h = scale * drop(x) A^T in the launch that makes
 // y = x W^T + h B^T
 //
-// Used for    the forward with dropout and 256 columns up to 64 ranks (kSideWarps): without dropped_low.cuh's fourth
+// Used for    the forward with dropout and 256 columns up to 32 ranks (kSideWarps): without dropped_low.cuh's fourth
 //             warpgroup the products are of 256 columns, and without its masked tile there is a fourth stage
 // Work        of column 0's tiles alone, 48, 48 or 32 of 128 rows a warp: the mask is drawn while a block is on its
 //             way, a word a lane for 16 rows, and spread by shuffles to where ldmatrix puts x. Of the other tiles they
@@ -58,35 +58,19 @@ template <class C> struct DroppedLowWarps {
         for (float& d : ranks) d = 0.0f;
     for (const int k : blocks) {
       draw(at.row, k * kBlockK);
-      wait(&s.full[ring.slot], ring.phase);
+      warp_wait(&s.full[ring.slot], ring.phase);
       multiply(ring.slot);
-      free_slot(ring.slot);
+      warp_free_slot<C>(s, ring.slot, lane);
     }
     publish_strips(at);
   }
 
-  PTX_FN void low_blocks(const Blocks<C>& blocks, const Place&) {
-#pragma unroll 1
-    for ([[maybe_unused]] const int b : blocks) {
-      wait(&s.full[blocks.ring.slot], blocks.ring.phase);
-      free_slot(blocks.ring.slot);
-    }
-  }
+  PTX_FN void low_blocks(const Blocks<C>& blocks, const Place&) { warp_pass_blocks<C>(s, blocks, lane); }
   PTX_FN void x_blocks(const XBlocks<C>&, const Place&) {}  // none in the forward
 
  private:
   PTX_FN int first_strip() const { return warp * kStrips; }
   PTX_FN bool has(int strip) const { return strip < 2 || warp < 2; }
-
-  // All lanes leave it together, as ldmatrix, mma and the next arrival want.
-  PTX_FN void wait(uint64_t* bar, uint32_t parity) {
-    ptx::wait(bar, parity);
-    __syncwarp();
-  }
-  PTX_FN void free_slot(int slot) {
-    __syncwarp();  // all are through with it
-    if (lane < kCluster) ptx::arrive_remote(&s.empty[slot], lane);
-  }
 
   // The mask of this warp's rows of the tile whose first row and column these are.
   PTX_FN void draw(int row, int col) {

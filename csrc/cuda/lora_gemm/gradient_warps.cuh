@@ -60,42 +60,36 @@ template <class C> struct GradientWarps {
     const int col_tiles = (args.N + C::kBlockN - 1) / C::kBlockN;
     int mine = args.dB ? at.col_tile : blocks.count;
     for (const int k : blocks) {
-      wait(&s.full[ring.slot], ring.phase);
+      warp_wait(&s.full[ring.slot], ring.phase);
       if (k == mine) {
-        wait(&s.side_full, side_phase);
+        warp_wait(&s.side_full, side_phase);
         multiply_rows<false>(ring.slot, 0);
-        free_slot(ring.slot);
+        warp_free_slot<C>(s, ring.slot, lane);
         add_to<false>(args.dB, k * kBlockK, at.row < args.M ? args.K : 0, 1.0f);
         mine += col_tiles;
       } else {
-        free_slot(ring.slot);
+        warp_free_slot<C>(s, ring.slot, lane);
       }
       if constexpr (C::kMasked) mask.draw(at, k + 1, blocks.count);
     }
     if (args.dB) {
-      wait(&s.side_full, side_phase);  // a tile without a step of its own
+      warp_wait(&s.side_full, side_phase);  // a tile without a step of its own
       free_side();
     }
   }
 
-  PTX_FN void low_blocks(const Blocks<C>& blocks, const Place&) {
-#pragma unroll 1
-    for ([[maybe_unused]] const int b : blocks) {
-      wait(&s.full[blocks.ring.slot], blocks.ring.phase);
-      free_slot(blocks.ring.slot);
-    }
-  }
+  PTX_FN void low_blocks(const Blocks<C>& blocks, const Place&) { warp_pass_blocks<C>(s, blocks, lane); }
 
   // dA.
   PTX_FN void x_blocks(const XBlocks<C>& blocks, const Place& at) {
-    if (C::kMasked) wait(&s.mask_full, mask.phase);
+    if (C::kMasked) warp_wait(&s.mask_full, mask.phase);
     if (!blocks.any) return;
     const Ring<C::kStages>& ring = blocks.ring;
-    wait(&s.side_full, side_phase);
+    warp_wait(&s.side_full, side_phase);
     for (const int chunk : blocks) {
-      wait(&s.full[ring.slot], ring.phase);
+      warp_wait(&s.full[ring.slot], ring.phase);
       multiply_rows<C::kMasked>(ring.slot, chunk);
-      free_slot(ring.slot);
+      warp_free_slot<C>(s, ring.slot, lane);
       add_to<true>(args.dA, at.col + chunk * 64, at.row < args.M ? args.N : 0, C::kMasked ? args.drop_scale : 1.0f);
     }
     free_side();
@@ -105,15 +99,6 @@ template <class C> struct GradientWarps {
   PTX_FN int first_octet() const { return warp * kOctets; }
   PTX_FN bool has(int octet) const { return octet < 2 || warp < 2; }
 
-  // All lanes leave it together, as ldmatrix, mma and the next arrival want.
-  PTX_FN void wait(uint64_t* bar, uint32_t parity) {
-    ptx::wait(bar, parity);
-    __syncwarp();
-  }
-  PTX_FN void free_slot(int slot) {
-    __syncwarp();  // all are through with it
-    if (lane < kCluster) ptx::arrive_remote(&s.empty[slot], lane);
-  }
   PTX_FN void free_side() {
     __syncwarp();
     if (lane == 0) ptx::arrive(&s.side_empty);

@@ -76,4 +76,23 @@ template <class C> PTX_FN void pass_blocks(Smem<C>& s, const Blocks<C>& blocks, 
   for ([[maybe_unused]] const int i : blocks) pass_block<C>(s, blocks.ring, group, thread);
 }
 
+// The same for a warp by itself. All its lanes leave a wait together, as ldmatrix, mma and the next arrival want.
+PTX_FN void warp_wait(uint64_t* bar, uint32_t parity) {
+  ptx::wait(bar, parity);
+  __syncwarp();
+}
+
+template <class C> PTX_FN void warp_free_slot(Smem<C>& s, int slot, int lane) {
+  __syncwarp();  // all are through with it
+  free_slot<C>(s, slot, lane);
+}
+
+template <class C> PTX_FN void warp_pass_blocks(Smem<C>& s, const Blocks<C>& blocks, int lane) {
+#pragma unroll 1
+  for ([[maybe_unused]] const int i : blocks) {
+    warp_wait(&s.full[blocks.ring.slot], blocks.ring.phase);
+    warp_free_slot<C>(s, blocks.ring.slot, lane);
+  }
+}
+
 }  // namespace fused_lora::gemm
