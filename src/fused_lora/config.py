@@ -108,7 +108,8 @@ class LoraConfig:
         if self.bias not in _BIASES:
             raise unknown_name("bias", self.bias, _BIASES)
         if self.bias != "none" and self.target_parameters:
-            raise ValueError(f"bias and target_parameters exclude each other; got bias={self.bias!r} and both")
+            given = f"{self.bias!r} and {self.target_parameters!r}"
+            raise ValueError(f"bias and target_parameters exclude each other; got {given}")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise ValueError(f"lora_bias must be False with init_lora_weights={self.init_lora_weights!r}; got True")
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in _STARTS:
