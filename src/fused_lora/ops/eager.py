@@ -74,34 +74,21 @@ class _EagerFunction(torch.autograd.Function):
         y, h = back_end.forward(flat, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, PLAIN, plan)
         _, need_A, need_B, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, h if need_B else None, seed)
-        ctx.call = scaling, dropout_p, back_end, plan, lead
+        ctx.call = scaling, dropout_p, serving, lead
         return y if lead is None else reshaped(y, (*lead, y.shape[1]))
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
-        scaling, dropout_p, back_end, plan, lead = ctx.call
+        scaling, dropout_p, serving, lead = ctx.call
         if lead is not None:
             N, K = weight.shape
             dy, x = dy.reshape(-1, N), x if x is None else x.reshape(-1, K)
         needs = _needs(ctx.needs_input_grad)
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = backward_again(dy, None, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
-            dx = grads.x if lead is None or grads.x is None else grads.x.view(*lead, grads.x.shape[1])
-            return dx, grads.lora_A, grads.lora_B, None
         given = (dy, None, x, weight, lora_A, lora_B, h, None, None, scaling, dropout_p, seed)
-        try:
-            if dispatch_modes_active():  # who came up after the forward sees its backward, too
-                grads = _seen_backward(given, needs, PLAIN, back_end, plan)
-            elif any_autocast_enabled():
-                with without_autocast(dy):
-                    grads = back_end.backward(*given, needs, PLAIN, plan)
-            else:
-                grads = back_end.backward(*given, needs, PLAIN, plan)
-        except RuntimeError:  # a batched dy has no address; asked only now, since each look costs
-            if not has_no_memory(dy):
-                raise
-            grads = reference.backward(*given, needs)
+        grads = unusual_backward(given, needs, PLAIN, serving)
+        if grads is None:
+            grads = serving.backend.backward(*given, needs, PLAIN, serving.plan)
         dx = grads.x
         if lead is not None and dx is not None:
             dx = dx.view(*lead, dx.shape[1])
