@@ -23,8 +23,8 @@ struct TileLoad {
   int block_n, rank_tile;  // as in GemmKind
   bool dropout;
   GradientsBy gradients;
-  int k_steps,
-      col_tiles;  // of 64; tiles that share the dy of a row block, each with k_steps / col_tiles products of dB
+  int k_steps;    // of 64
+  int col_tiles;  // that share the dy of a row block, each with k_steps / col_tiles products of dB
   int low_steps;  // k-steps in which this tile makes dh, too
 };
 
@@ -56,7 +56,7 @@ constexpr Traffic tile_traffic(const TileLoad& t) {
   if (t.gradients == GradientsBy::none) return sum;
   // A product of 64 columns of dy or x by 128 rows of h or dh, which every warp of the three reads for itself.
   const double side = kM * R * 2, block = kM * kRow, chunks = t.block_n / 64;
-  const double steps = double{1} * t.k_steps / t.col_tiles + chunks;
+  const double steps = 1.0 * t.k_steps / t.col_tiles + chunks;
   sum.add(steps, block + (warps ? 3 : 1) * side, kM * R * 64, warps ? kMma : kWgmma);
   sum.add(1, 2 * side + chunks * block, 0, kWgmma);  // h, dh and x by TMA
   // x through the mask: rewritten for wgmma, in registers for mma.sync.
