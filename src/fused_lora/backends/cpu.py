@@ -184,13 +184,20 @@ def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling,
         kept.append(_single(variant.grad_row_scale))
         given["row_scale"] = kept[-1].data_ptr()
     dh_in = internals.empty_on_cpu((M, R), (R, 1), dy.dtype) if needs.h_in else None
-    dgate = torch.empty(M, variant.gate.shape[1]) if needs.gate else None
-    given |= {name: t.data_ptr() for name, t in (("dh_in", dh_in), ("dgate", dgate)) if t is not None}
-    written, late = None if apart and not inside else dx, scaled and not inside
-    low = needs._replace(
-        x=written is not None, weight=False, bias=needs.bias and not late, out_scale=needs.out_scale and not late
-    )
-    grads = Gradients(bias=dbias)
+    if dh_in is not None:
+        given["dh_in"] = dh_in.data_ptr()
+    dgate = None
+    if needs.gate:
+        blocks = variant.gate.shape[1]
+        dgate = internals.empty_on_cpu((M, blocks), (blocks, 1), torch.float32)
+        given["dgate"] = dgate.data_ptr()
+    low, written = needs, dx
+    if scaled or apart or needs.weight:
+        written, late = None if apart and not inside else dx, scaled and not inside
+        low = needs._replace(
+            x=written is not None, weight=False, bias=needs.bias and not late, out_scale=needs.out_scale and not late
+        )
+    grads, out_scale = Gradients(bias=dbias), None
     if any(low):
         left = variant.x_lora if apart else x
         grads = _backward(written, dz, left, base, lora_A, lora_B, h, scaling, dropout_p, seed, low, given)
@@ -201,10 +208,10 @@ def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling,
             out_scale = out_scale_gradient(sums, squares, dy, x, weight, lora_B, h, bias, scaling, variant)
         else:  # the same of each column, without the operators that look for lost ones
             out_scale = sums / variant.out_scale
-        grads = grads._replace(out_scale=out_scale)
     if dgate is not None and variant.gate.dtype is not torch.float32:
         dgate = dgate.to(variant.gate.dtype)
-    return grads._replace(x=dx, x_lora=dx_lora if needs.x_lora else None, h_in=dh_in, gate=dgate)
+    dx_lora = dx_lora if needs.x_lora else None
+    return Gradients(dx, None, grads.lora_A, grads.lora_B, grads.bias, dx_lora, dh_in, dgate, out_scale)
 
 
 def _scaling(out_scale, y, bias, needs, kept):

@@ -165,16 +165,13 @@ _VARIANT_VERDICTS: dict[tuple, _Verdict] = {}
 
 def _variant_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, return_h) -> Serving | None:
     """`eager_serving` of a call with optional tensors."""
-    tensors = [t for t in variant if t is not None]
-    row_scale = variant.grad_row_scale
-    if not nobody_listens(x, weight, lora_A, lora_B, bias, *tensors) or (
-        row_scale is not None and row_scale.requires_grad
-    ):
-        return None
     rows = [t for t in variant[:3] if t is not None]
     others = [t for t in (weight, lora_A, lora_B, bias, *variant[3:]) if t is not None]
-    given = [None if t is None else t.requires_grad for t in (x, lora_A, lora_B, bias, *variant)]
-    key = (x.dtype, x.dim(), weight.shape, lora_A.shape, lora_A.dtype, return_h, *given)
+    try:
+        given = [None if t is None else t.requires_grad for t in (x, lora_A, lora_B, bias, *variant)]
+        key = (x.dtype, x.dim(), weight.shape, lora_A.shape, lora_A.dtype, return_h, *given)
+    except AttributeError:  # no tensor, which the caller says
+        return None
     verdict = _VARIANT_VERDICTS.get(key)
     if (
         verdict is None
@@ -185,23 +182,41 @@ def _variant_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend, varian
         or not 0.0 <= dropout_p < 1.0
         or not (weight.is_cpu or aligned(weight))
     ):
-        error = fault(x, weight, lora_A, lora_B, bias, dropout_p, backend)
-        if error is not None:
-            raise error
-        check_variant(x, weight, lora_A, variant)
-        dense = all(t.layout is torch.strided for t in (x, *rows, *others))
-        usual = dense and (weight.is_cpu or aligned(weight)) and not needs_plain_operators(x, weight, lora_A, lora_B)
-        check = alike(x, *rows, *others, rows=1 + len(rows)) if usual else None
-        if check is None:
+        verdict = _variant_verdict(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant)
+        if verdict is None:
             return None
         if len(_VARIANT_VERDICTS) > 4096:
             _VARIANT_VERDICTS.clear()
-        verdict = _VARIANT_VERDICTS[key] = _Verdict(check, bias is not None, backend, {})
+        _VARIANT_VERDICTS[key] = verdict
     many = bucket(x.numel() // x.shape[-1])
     if many not in verdict.servings:
         asked = variant._replace(gate=x) if return_h else variant  # the scaling becomes a gate
         verdict.servings[many] = pick(backend, request_of(x, weight, lora_A, asked))
     return verdict.servings[many]
+
+
+def _variant_verdict(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant) -> _Verdict | None:
+    """That a call with optional tensors is right; None if somebody listens, or if no later call could be compared with
+    it.
+
+    Raises: ValueError if an argument is wrong.
+    """
+    rows = [t for t in variant[:3] if t is not None]
+    ends = [t for t in variant[3:] if t is not None]
+    row_scale = variant.grad_row_scale
+    if not nobody_listens(x, weight, lora_A, lora_B, bias, *rows, *ends) or (
+        row_scale is not None and row_scale.requires_grad
+    ):
+        return None
+    error = fault(x, weight, lora_A, lora_B, bias, dropout_p, backend)
+    if error is not None:
+        raise error
+    check_variant(x, weight, lora_A, variant)
+    others = [weight, lora_A, lora_B, *([] if bias is None else [bias]), *ends]
+    dense = all(t.layout is torch.strided for t in (x, *rows, *others))
+    usual = dense and (weight.is_cpu or aligned(weight)) and not needs_plain_operators(x, weight, lora_A, lora_B)
+    check = alike(x, *rows, *others, rows=1 + len(rows)) if usual else None
+    return None if check is None else _Verdict(check, bias is not None, backend, {})
 
 
 def _folded(x: Tensor, gate: Tensor | None, scaling: float) -> Tensor:

@@ -51,7 +51,7 @@ class OncePerStep:
         key = found, _steps if trains else 0, also
         kept = self._kept
         # what is gone may have left its id or its address to another
-        if kept is not None and kept[0] == key and None not in [alive() for alive in kept[1]]:
+        if kept is not None and kept[0] == key and all(alive() is not None for alive in kept[1]):
             return kept[2]
         with torch.inference_mode(False), torch.no_grad():  # tensors that a later backward can save, of no graph
             value = compute()
