@@ -16,6 +16,7 @@ KINDS = {name: dict(optimizer=name) for name in OPTIMIZERS[1:]}
 KINDS["rslora"] = dict(variant="rslora")
 KINDS["dora"] = dict(variant="dora", rslora=True)
 KINDS["allora"] = dict(variant="allora", alpha=4.0)
+KINDS["allora, update"] = dict(variant="allora", alpha=4.0, allora_mode="update")
 KINDS["merges"] = dict(merge_every=2)
 KINDS["merges, rite, bf16"] = dict(merge_every=2, optimizer="rite", dtype="bf16")
 KINDS["full"] = dict(full=True)
@@ -101,6 +102,8 @@ def test_the_groups_of_loraplus_keep_their_ratio(tiny, run, settings_of, tmp_pat
         (dict(variant="allora", alpha=8.0), "--alpha 8 and --variant allora, whose scale is 1, exclude each other"),
         (dict(variant="allora", rslora=True), "--rslora and --variant allora, whose scale is 1, exclude each other"),
         (dict(allora_eta=2.0), "--allora-eta and --variant lora exclude each other"),
+        (dict(allora_mode="update"), "--allora-mode and --variant lora exclude each other"),
+        (dict(variant="allora", allora_mode="step"), "allora_mode must be one of .*; got 'step'"),
     ],
 )
 def test_settings_that_exclude_each_other(change, match):

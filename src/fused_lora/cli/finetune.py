@@ -57,6 +57,9 @@ def finetune(
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = Settings.rslora,
     variant: Annotated[str, typer.Option(help="lora, rslora, dora or allora.")] = Settings.variant,
     allora_eta: Annotated[float, typer.Option(help="Of --variant allora, which has no alpha.")] = Settings.allora_eta,
+    allora_mode: Annotated[
+        str, typer.Option(help="Of --variant allora: gradient, the paper's, or update, ours.")
+    ] = Settings.allora_mode,
     full: Annotated[bool, typer.Option("--full", help="Train the whole model, without an adapter.")] = Settings.full,
     recipe: Annotated[
         str | None,

@@ -31,7 +31,7 @@ class Settings:
             goes on where the one before it ends and sees it, and an example has a row of its own.
         rank, alpha, dropout, target_modules, rslora: of the adapter, as in `apply_lora`.
         variant: lora, rslora, dora, or allora, whose scale is 1: alpha is the rank there, whatever its default.
-        allora_eta: of ALLoRA.
+        allora_eta, allora_mode: of ALLoRA, see `LoRALinear`.
         full: train the whole model, without an adapter.
         optimizer: adamw, loraplus, rite, pro, riemannian, lora-fa or lion.
         merge_every: steps after which the adapter is folded into the weights and a fresh one goes on; 0: never.
@@ -62,6 +62,7 @@ class Settings:
     rslora: bool = False
     variant: str = "lora"
     allora_eta: float = 1.0
+    allora_mode: str = "gradient"
     full: bool = False
     optimizer: str = "adamw"
     merge_every: int = 0
@@ -126,6 +127,7 @@ class Settings:
             (allora and scaled, f"--alpha {self.alpha:g} and --variant allora, whose scale is 1,"),
             (allora and self.dropout > 0, f"--dropout {self.dropout} and --variant allora"),
             (not allora and self.allora_eta != Settings.allora_eta, f"--allora-eta and --variant {self.variant}"),
+            (not allora and self.allora_mode != Settings.allora_mode, f"--allora-mode and --variant {self.variant}"),
             (self.full and self.variant != "lora", f"--full and --variant {self.variant}"),
             (self.full and self.rslora, "--full and --rslora"),
             (self.full and self.dropout > 0, f"--full and --dropout {self.dropout}"),
@@ -154,6 +156,7 @@ class Settings:
             self.rslora or self.variant == "rslora",
             use_dora=self.variant == "dora",
             allora_eta=self.allora_eta if self.variant == "allora" else None,
+            allora_mode=self.allora_mode,
         )
 
     def plain(self) -> dict:
