@@ -55,8 +55,9 @@ template <class C> struct Loader {
     if constexpr (C::kOneLaunch) {
       for (int r = at.row; r < min(at.row + kBlockM, args.M); r += 64)
         ptx::wait_flag(flag_of(args, r), args.low_columns);
-      ptx::fence_proxy();                                // low was written by ordinary stores, TMA reads it
-      if (cta == 0) drawn = atomicAdd(args.control, 1);  // after the wait, which may be for the next tile
+      ptx::fence_proxy();  // low was written by ordinary stores, TMA reads it
+      // Not before the wait, which in halves may be for the tile with the next number.
+      if (cta == 0) drawn = atomicAdd(args.control, 1);
     }
     for (const int b : blocks) {
       ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);
