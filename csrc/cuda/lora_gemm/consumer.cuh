@@ -87,14 +87,12 @@ template <class C> struct TileConsumer {
   PTX_FN void k_blocks(const KBlocks<C>& blocks, const Place& at) {
     float none[1];
     if constexpr (C::kMakesLow) {
-#pragma unroll 1
-      for (bool before = true;; before = false) {  // a second copy of the loop would take nvcc half as long again
-        multiply<false>(none, before ? blocks.before_low() : blocks.after_low());
-        if (!before || !blocks.any_low()) return;
-        float low_acc[C::kRank / 2];
-        multiply<true>(low_acc, blocks.low());
-        publish<C>(low_acc, args, at.col_tile, at.row, group, thread);
-      }
+      multiply<false>(none, blocks.before_low());
+      if (!blocks.any_low()) return;
+      float low_acc[C::kRank / 2];
+      multiply<true>(low_acc, blocks.low());
+      publish<C>(low_acc, args, at.col_tile, at.row, group, thread);
+      multiply<false>(none, blocks.after_low());
     } else {
       multiply<false>(none, blocks.all());
     }
