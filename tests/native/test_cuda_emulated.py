@@ -304,11 +304,6 @@ def test_an_infinity_meets_no_padding(schedule, poison, name, M, R, dropout_p):
 
 
 LARGE, SMALL = (600, 520, 328, 16), (65, 136, 1000, 16)
-FLAGS = """for (int r = at.row; r < min(at.row + kBlockM, args.M); r += 64)
-        ptx::wait_flag(flag_of(args, r), args.low_columns);
-      ptx::fence_proxy();  // low was written by ordinary stores, TMA reads it
-      // Not before the wait, which in halves may be for the tile with the next number."""
-DRAW = "if (cta == 0) drawn = atomicAdd(args.control, 1);"
 # A kernel file, a wait of it, what stands there instead, and a shape and plan whose result it spoils.
 WAITS = [
     # the loader's wait for h; the wait before the staging tile is written again
@@ -320,9 +315,8 @@ WAITS = [
     ("gradient_warps.cuh", "warp_wait(&s.side_full, side_phase);\n    for", "for", (*LARGE[:3], 48), ":wgrad_warps"),
     # the loader's wait before dh takes the place of h
     ("loader.cuh", "ptx::wait(&s.side_empty, side_phase ^ 1);", "", LARGE, ""),
-    # column 1's wait for column 0's sums, and the loader's wait before it draws a number, which may be column 1's tile
+    # column 1's wait for column 0's sums
     ("tiles.cuh", "if (column > 0) wait_for_parts(args, column, row, 64);", "", LARGE, ":h_halves"),
-    ("loader.cuh", f"{FLAGS}\n      {DRAW}", f"{DRAW}\n      {FLAGS}", LARGE, ":h_halves"),
     # the sums' waits for the ring to be through and for the other blocks' sums
     ("small.cu", "__syncthreads();  // the ring is through: the sums take its place", "", SMALL, ""),
     ("small.cu", "ptx::cluster_sync();\n  const int share", "const int share", SMALL, ""),
@@ -351,8 +345,7 @@ def test_a_missing_wait_shows(library, tmp_path, monkeypatch, poison, kernel, li
         (AssertionError, RuntimeError), match="elements differ|deadlock|an mbarrier has more arrivals|without fence"
     ):
         for seed in range(1, 11):
-            # a number is drawn too early only by a cluster that is alone at the start
-            schedule(resident_blocks=8, delay=400, freeze=3000, seed=seed, late=DRAW in line)
+            schedule(resident_blocks=8, delay=400, freeze=3000, seed=seed)
             # other values each time: memory used again must not hold the right ones
             check(shape, torch.bfloat16, seed=seed, backend=f"cuda{plan}")
 
@@ -395,20 +388,31 @@ FAULTS = [
         *(16, 0.0, True, "barrier 3 is for"),
     ),
 ]
+FLAGS = """for (int r = at.row; r < min(at.row + kBlockM, args.M); r += 64)
+        ptx::wait_flag(flag_of(args, r), args.low_columns);
+      ptx::fence_proxy();  // low was written by ordinary stores, TMA reads it
+      // Not before the wait, which in halves may be for the tile with the next number.
+"""
+DRAW = "      if (cta == 0) drawn = atomicAdd(args.control, 1);"
+# A number drawn too early, the same way.
+EARLY = ("loader.cuh", FLAGS + DRAW, "C::kRank == 16 && C::kRightMN && !C::kGradients", f"{DRAW}\n      {FLAGS}")
 
 
 def test_the_emulator_sees_faults_that_results_need_not_show(library, tmp_path, monkeypatch):
     """All of them in one build, each in a call of its own."""
     lines = [
         (kernel, line, f"if constexpr ({where}) {{ {instead} }} else {{ {line} }}")
-        for kernel, line, where, instead, *_ in FAULTS
+        for kernel, line, where, instead, *_ in (EARLY, *FAULTS)
     ]
     changed(library, tmp_path, *lines)
-    install(link(tmp_path), monkeypatch)
+    schedule = install(link(tmp_path), monkeypatch)
     check((129, 72, 136, 16), torch.bfloat16, needs=(False,) * 4)
     for *_, R, dropout_p, backward, said in FAULTS:
         with pytest.raises(RuntimeError, match=said):
             check((129, 72, 136, R), torch.bfloat16, None, dropout_p, needs=(backward,) * 4)
+    schedule(late=True)  # the cluster that is alone at first draws the tile that its own waits for
+    with pytest.raises(RuntimeError, match="deadlock"):
+        check((129, 72, 136, 16), torch.bfloat16, needs=(True, False, False, False), backend="cuda:dx128+dh_halves")
 
 
 def climb(driver, *rungs):
