@@ -54,7 +54,7 @@ template <class... T> bool put_tuple(PyObject* value, T&... to) {
 
 inline bool put_value(Dropout& to, PyObject* value) { return put_tuple(value, to.seed, to.threshold); }
 inline bool put_value(CudaPlan& to, PyObject* value) {
-  return put_tuple(value, to.y, to.h, to.dx, to.dh, to.wgrad, to.launches);
+  return put_tuple(value, to.y, to.h, to.dx, to.dh, to.wgrad, to.launches, to.h_share, to.dh_share);
 }
 
 // Fills the members: put<P, &P::h> from a number, put<P, &P::x, &P::ldx> from a tuple of two.

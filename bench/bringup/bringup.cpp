@@ -68,6 +68,16 @@ const std::vector<Rung> kRungs = {
      }},
     {"low-warps", "the forward with dropout, low by the loader's idle warps",
      [](Report& all) { each(all, {16, 32}, [](Report& r, C c) { gemm_forward(r, c, true, true, true); }, {256}); }},
+    {"halves", "low by two columns of tiles, half of K each",
+     [](Report& all) {
+       each(all, {16, 64}, [](Report& r, C c) {
+         using fused_lora::GradientsBy;
+         for (const bool dropout : {false, true}) {
+           gemm_forward(r, c, true, dropout, c.block_n == 256 && c.sizes.R == 16, true);
+           gemm_backward(r, c, true, true, dropout, GradientsBy::warpgroup, true);
+         }
+       });
+     }},
     {"small", "few rows, K split over a cluster", small_forward},
     {"shrink", "low = left down in a launch of its own", shrink_alone},
     {"wgrad", "dB and dbias in a launch of their own", wgrad_alone},

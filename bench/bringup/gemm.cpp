@@ -21,7 +21,7 @@ Matrix seed_bits() {
 
 // What heuristics.h plans, with tiles of the width that the case asks for.
 GemmConfig config_for(const Case& c, int64_t out_cols, bool makes_low, bool dropout, bool backward,
-                      GradientsBy gradients = GradientsBy::none, bool low_by_warps = false) {
+                      GradientsBy gradients, bool low_by_warps, bool halves) {
   return gemm_config({.M = c.sizes.M,
                       .N = out_cols,
                       .R = c.sizes.R,
@@ -31,7 +31,8 @@ GemmConfig config_for(const Case& c, int64_t out_cols, bool makes_low, bool drop
                       .backward = backward,
                       .gradients = gradients,
                       .block_n = c.block_n,
-                      .low_by_warps = low_by_warps});
+                      .low_by_warps = low_by_warps,
+                      .halves = halves});
 }
 
 void run_gemm(const GemmConfig& config, const GemmParams& p, Device& control) {
@@ -44,11 +45,14 @@ void run_gemm(const GemmConfig& config, const GemmParams& p, Device& control) {
 Device control_for(const GemmConfig& config) {
   return Device(1, std::max<int64_t>(control_bytes(config), 4) / 4, Dtype::f32);
 }
+Device low_sums_for(const GemmConfig& config) {
+  return Device(1, std::max<int64_t>(low_sums_bytes(config), 4) / 4, Dtype::f32);
+}
 
 }  // namespace
 
 // The forward GEMM: low is given, or made in the launch, of the masked x if `dropout`.
-void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout, bool low_by_warps) {
+void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout, bool low_by_warps, bool halves) {
   const auto [M, N, K, R] = c.sizes;
   const Layer layer(c.sizes);
   const Device seed(seed_bits(), Dtype::f32);
@@ -59,8 +63,8 @@ void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout, b
   const Device x(layer.x, c.dtype), W(layer.W, c.dtype), A(layer.A, c.dtype), B(layer.B, c.dtype, Rp);
   Device low = makes_low ? Device(M, R, c.dtype, Rp) : Device(h, c.dtype, Rp);
   Device out(M, N, c.dtype);
-  const GemmConfig config = config_for(c, N, makes_low, dropout, false, GradientsBy::none, low_by_warps);
-  Device control = control_for(config);
+  const GemmConfig config = config_for(c, N, makes_low, dropout, false, GradientsBy::none, low_by_warps, halves);
+  Device control = control_for(config), low_sums = low_sums_for(config);
   const GemmParams p{.left = x.get(),
                      .right = W.get(),
                      .thin = R ? B.get() : nullptr,
@@ -68,6 +72,7 @@ void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout, b
                      .low = low.get(),
                      .out = out.get(),
                      .control = control.ints(),
+                     .low_sums = low_sums.floats(),
                      .ld_left = K,
                      .ld_right = K,
                      .ld_thin = Rp,
@@ -84,6 +89,7 @@ void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout, b
                      .dtype = c.dtype};
   for (int run = 0; run < kRuns; ++run) {
     out.poison();
+    low_sums.poison();
     if (makes_low) low.poison();
     run_gemm(config, p, control);
     compare(report, name("y", c), out.read(), y);
@@ -92,7 +98,7 @@ void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout, b
 }
 
 // The backward GEMM: dh and dx, and with them dB and dA, under a mask or not.
-void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool dropout, GradientsBy by) {
+void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool dropout, GradientsBy by, bool halves) {
   const auto [M, N, K, R] = c.sizes;
   const Layer layer(c.sizes);
   const Device seed(seed_bits(), Dtype::f32);
@@ -105,9 +111,9 @@ void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool
   const Device x(layer.x, c.dtype), saved_h(h, c.dtype, Rp);
   Device out(M, K, c.dtype), low(M, R, c.dtype, Rp), dA(R, K, Dtype::f32), dB(N, R, Dtype::f32);
   const GradientsBy wanted = need_A || need_B ? by : GradientsBy::none;
-  const GemmConfig config = config_for(c, K, true, dropout, true, wanted);
+  const GemmConfig config = config_for(c, K, true, dropout, true, wanted, false, halves);
   const bool gradients = config.kind.gradients != GradientsBy::none;  // not with every mask
-  Device control = control_for(config);
+  Device control = control_for(config), low_sums = low_sums_for(config);
   const GemmParams p{.left = dy.get(),
                      .right = W.get(),
                      .thin = A.get(),
@@ -119,6 +125,7 @@ void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool
                      .dB = need_B && gradients ? dB.floats() : nullptr,
                      .dA = need_A && gradients ? dA.floats() : nullptr,
                      .control = control.ints(),
+                     .low_sums = low_sums.floats(),
                      .ld_left = N,
                      .ld_right = K,
                      .ld_thin = K,
@@ -136,7 +143,7 @@ void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool
                      .dropout = dropout ? Dropout{static_cast<const int64_t*>(seed.get()), kThreshold} : Dropout{},
                      .dtype = c.dtype};
   for (int run = 0; run < kRuns; ++run) {
-    out.poison(), low.poison(), dA.clear(), dB.clear();
+    out.poison(), low.poison(), low_sums.poison(), dA.clear(), dB.clear();
     run_gemm(config, p, control);
     compare(report, name("dx", c), out.read(), dx);
     compare(report, name("dh", c), low.read(), dh);

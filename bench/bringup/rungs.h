@@ -31,10 +31,11 @@ struct Layer {
 };
 
 // gemm.cpp       lora_gemm's forward, low given (R may be 0) or made in the launch, of the masked x with dropout; its
-//                backward with what is asked for.
-void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout, bool low_by_warps = false);
+//                backward with what is asked for; `halves`: low by two columns of tiles, where there are two.
+void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout, bool low_by_warps = false,
+                  bool halves = false);
 void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool dropout,
-                   fused_lora::GradientsBy by = fused_lora::GradientsBy::warpgroup);
+                   fused_lora::GradientsBy by = fused_lora::GradientsBy::warpgroup, bool halves = false);
 
 // launches.cpp   the other kernels, and the two drivers.
 void small_forward(Report& report);

@@ -38,6 +38,7 @@ py::dict describe(const GemmConfig& c) {
   d["low_blocks"] = c.low_blocks;
   d["rank_tile"] = c.kind.rank_tile;
   d["one_launch"] = c.kind.rank_tile > 0;
+  d["low_columns"] = c.low_columns;
   d["dropout"] = c.kind.dropout;
   d["gradients"] = c.kind.gradients != GradientsBy::none;
   d["threads"] = 128 * c.kind.warpgroups();
@@ -68,7 +69,7 @@ py::dict describe(const SmallConfig& c) {
 py::tuple describe(const Region& r) { return py::make_tuple(r.offset, r.bytes); }
 
 py::dict lora_gemm_config(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int sms, bool makes_low, bool dropout,
-                          bool backward, bool gradients, int block_n) {
+                          bool backward, bool gradients, int block_n, bool halves) {
   half_dtype(dtype);
   require(K >= 1, "K must be at least 1");
   require(block_n == 0 || block_n == 128 || block_n == 256, "block_n must be 128, 256, or 0 for the faster");
@@ -80,17 +81,26 @@ py::dict lora_gemm_config(int64_t M, int64_t N, int64_t K, int64_t R, int dtype,
                                     .dropout = dropout,
                                     .backward = backward,
                                     .gradients = gradients ? GradientsBy::warpgroup : GradientsBy::none,
-                                    .block_n = block_n});
+                                    .block_n = block_n,
+                                    .halves = halves});
   require(c.valid,
           "sizes must be 1 <= M, N < 2**31 - 512 and 0 <= R <= 256, with at least 2 SMs and fewer than 2**31 tiles");
   return describe(c);
 }
 
-py::tuple lora_gemm_tile(int t, int row_tiles, int col_tiles, bool column_first) {
+py::tuple lora_gemm_tile(int t, int row_tiles, int col_tiles, int low_columns) {
   require(t >= 0 && row_tiles >= 1 && col_tiles >= 1 && t < int64_t{row_tiles} * col_tiles,
           "t must name one of row_tiles * col_tiles tiles");
-  const TileIndex tile = gemm_tile(t, row_tiles, col_tiles, column_first);
+  require(low_columns >= 0 && low_columns <= std::min(col_tiles, 2), "low_columns must be 0, 1 or 2 of col_tiles");
+  const TileIndex tile = gemm_tile(t, row_tiles, col_tiles, low_columns);
   return py::make_tuple(tile.row, tile.col);
+}
+
+py::tuple lora_gemm_walk(int col, int low_columns, int k_blocks) {
+  require(col >= 0 && low_columns >= 0 && low_columns <= 2 && k_blocks >= std::max(low_columns, 1),
+          "k_blocks must be at least 1 for each of low_columns, which are at most 2");
+  const KWalk walk = k_walk(col, low_columns, k_blocks);
+  return py::make_tuple(walk.first, walk.low_begin, walk.low_end);
 }
 
 py::tuple tile_of_dx(int block_n, int rank_tile, bool dropout, const std::string& gradients, int k_steps, int col_tiles,
@@ -111,8 +121,8 @@ py::tuple tile_of_dx(int block_n, int rank_tile, bool dropout, const std::string
 
 // A CudaPlan from its values in order.
 CudaPlan plan_of(const PlanValues& v) {
-  return {CudaPlan::Product(v[0]), CudaPlan::Low(v[1]),     CudaPlan::Product(v[2]),
-          CudaPlan::Low(v[3]),     CudaPlan::Weights(v[4]), CudaPlan::Launches(v[5])};
+  return {CudaPlan::Product(v[0]), CudaPlan::Low(v[1]),      CudaPlan::Product(v[2]), CudaPlan::Low(v[3]),
+          CudaPlan::Weights(v[4]), CudaPlan::Launches(v[5]), CudaPlan::Share(v[6]),   CudaPlan::Share(v[7])};
 }
 
 void require_plan(const char* refused, const CudaPlan& plan) {
@@ -138,6 +148,7 @@ py::dict plan_forward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, int
   else d["gemm"] = describe(p.gemm);
   if (p.h_gemm.valid) d["h_gemm"] = describe(p.h_gemm);
   regions["control"] = describe(p.control);
+  regions["low_sums"] = describe(p.low_sums);
   regions["A"] = describe(p.A);
   regions["B"] = describe(p.B);
   d["regions"] = regions;
@@ -171,6 +182,7 @@ py::dict plan_backward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, in
   if (p.plan.wgrad == CudaPlan::Weights::apart) d["wgrad"] = describe(p.wgrad);
   if (p.bias_apart) d["bias_wgrad"] = describe(p.bias_wgrad);
   regions["control"] = describe(p.control);
+  regions["low_sums"] = describe(p.low_sums);
   regions["A"] = describe(p.A);
   regions["B"] = describe(p.B);
   regions["dh"] = describe(p.dh);
@@ -188,9 +200,12 @@ void bind_heuristics(py::module_& m) {
   using namespace py::literals;
   m.def("lora_gemm_config", &lora_gemm_config, py::kw_only(), "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "sms"_a,
         "makes_low"_a = true, "dropout"_a = false, "backward"_a = false, "gradients"_a = false, "block_n"_a = 0,
+        "halves"_a = false,
         "The tile, stages, shared memory and grid of out[M, N] = left[M, K] right + low[M, R] thin.");
-  m.def("lora_gemm_tile", &lora_gemm_tile, py::kw_only(), "t"_a, "row_tiles"_a, "col_tiles"_a, "column_first"_a,
-        "(row, column) of tile number t.");
+  m.def("lora_gemm_tile", &lora_gemm_tile, py::kw_only(), "t"_a, "row_tiles"_a, "col_tiles"_a, "low_columns"_a,
+        "(row, column) of tile number t; those of the columns that make low lead.");
+  m.def("lora_gemm_walk", &lora_gemm_walk, py::kw_only(), "col"_a, "low_columns"_a, "k_blocks"_a,
+        "(first k-block, first step that makes low, step after the last) of a tile in column `col`.");
   m.def("lora_gemm_traffic", &tile_of_dx, py::kw_only(), "block_n"_a, "rank_tile"_a, "dropout"_a, "gradients"_a,
         "k_steps"_a, "col_tiles"_a, "low_steps"_a = 0,
         "Cycles of shared memory and of the tensor cores that a tile of dx takes by the model of traffic.h.");

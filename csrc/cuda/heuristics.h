@@ -72,25 +72,38 @@ struct TileIndex {
   int row, col;  // in tiles of a cluster: 256 rows, block_n columns
 };
 
-// Tile number t of a launch. Groups of 8 tile rows share their columns of the right operand in L2. With column_first
-// the tiles of column 0 lead: they publish low, so every tile depends on lower numbers only.
-constexpr TileIndex gemm_tile(int t, int row_tiles, int col_tiles, bool column_first) {
-  int first_col = 0;
-  if (column_first) {
-    if (t < row_tiles) return {t, 0};
-    t -= row_tiles;
-    first_col = 1;
-  }
+// Tile number t of a launch. Groups of 8 tile rows share their columns of the right operand in L2. The tiles of the
+// first `low_columns` columns, which make low, lead, row by row: the others depend on lower numbers only.
+constexpr TileIndex gemm_tile(int t, int row_tiles, int col_tiles, int low_columns) {
+  if (t < row_tiles * low_columns) return {t / low_columns, t % low_columns};
+  t -= row_tiles * low_columns;
   constexpr int kGroup = 8;
-  const int per_group = kGroup * (col_tiles - first_col), group = t / per_group, first_row = group * kGroup;
+  const int per_group = kGroup * (col_tiles - low_columns), group = t / per_group, first_row = group * kGroup;
   const int rows = std::min(row_tiles - first_row, kGroup), within = t - group * per_group;
-  return {first_row + within % rows, within / rows + first_col};
+  return {first_row + within % rows, within / rows + low_columns};
+}
+
+// How a tile walks its k-blocks: from block `first` on, past the last from block 0, and of which steps it makes low.
+struct KWalk {
+  int first, low_begin, low_end;
+};
+
+// Two columns that make low halve K. Column 0 leaves its half's sums when it is through with that half, and column 1
+// adds its own. Column 1 starts some blocks ahead, so that low is out before the tiles end: that much time to hand it
+// on. Half of K ahead would be simpler, and read left from DRAM twice where a wave's rows of it don't fit L2.
+constexpr int kMaxLowColumns = 2, kLowLead = 8;
+constexpr KWalk k_walk(int col, int low_columns, int k_blocks) {
+  if (col >= low_columns) return {0, k_blocks, k_blocks};
+  if (low_columns == 1) return {0, 0, k_blocks};
+  const int half = (k_blocks + 1) / 2, lead = std::min(half, kLowLead);
+  return col == 0 ? KWalk{0, 0, half} : KWalk{lead, half - lead, k_blocks - lead};
 }
 
 struct GemmConfig {
   GemmKind kind;
   int row_tiles, col_tiles, grid;  // grid in blocks, a multiple of the cluster
   int low_blocks;                  // k-blocks of the low-rank update
+  int low_columns;                 // columns of tiles that make low, an equal part of K each: 1 or 2; 0: low is given
   bool valid;                      // false: too many tiles for 32-bit numbers, or too few SMs
 };
 
@@ -103,10 +116,11 @@ struct GemmRequest {
   GradientsBy gradients = GradientsBy::none;  // where they fit
   int block_n = 0;                            // 0: the width that is expected to be faster
   bool low_by_warps = false;                  // where low is made of the masked left
+  bool halves = false;                        // low by two columns, where there are two, and two clusters
 };
 
 inline GemmConfig gemm_config(const GemmRequest& request) {
-  const auto [M, N, R, sms, makes_low, dropout, backward, gradients, block_n, low_by_warps] = request;
+  const auto [M, N, R, sms, makes_low, dropout, backward, gradients, block_n, low_by_warps, halves] = request;
   GemmConfig c{};
   const int64_t rows = ceil_div(M, kGemmBlockM * kGemmCluster), clusters = sms / kGemmCluster;
   if (M < 1 || N < 1 || R < 0 || R > kMaxRank || clusters < 1) return c;
@@ -129,14 +143,20 @@ inline GemmConfig gemm_config(const GemmRequest& request) {
   c.row_tiles = static_cast<int>(rows);
   c.col_tiles = static_cast<int>(cols);
   c.grid = static_cast<int>(std::min(rows * cols, clusters)) * kGemmCluster;
+  c.low_columns = c.kind.rank_tile == 0 ? 0 : halves && cols > 1 && clusters > 1 ? 2 : 1;
   c.valid = true;
   return c;
 }
 
-// What one launch needs zeroed: the tile counter, then (from 32 ints on) one flag for every 64 rows.
+// What one launch needs zeroed: the tile counter, then (from 32 ints on) one flag for every 64 rows, which counts the
+// columns that are through with their part of low.
 constexpr int kControlFlags = 32;
 inline int64_t control_bytes(const GemmConfig& c) {
   return c.kind.rank_tile ? 4 * (kControlFlags + int64_t{4} * c.row_tiles) : 0;
+}
+// Column 0's sums of low in fp32, where column 1 adds the rest: of every 16 rows as their warp holds them.
+inline int64_t low_sums_bytes(const GemmConfig& c) {
+  return c.low_columns > 1 ? int64_t{c.row_tiles} * kGemmCluster * kGemmBlockM * c.kind.rank_tile * 4 : 0;
 }
 
 // ---- lora_gemm_small: y[M, N] and h for M <= 128, R <= 64

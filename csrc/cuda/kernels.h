@@ -29,8 +29,8 @@ Status prepare(const PrepareParams& p, Target& target);
 
 // lora_gemm/kernel.cuh   out = alpha * left right + low thin (+ bias), in the backward the low-rank term through
 //                       the dropout mask; with kind.rank_tile also low = scale * left down, in the same launch, in the
-//                       forward of the masked left; with kind.gradients also dB += left^T h and dA += drop(x)^T low,
-//                       each unless null.
+//                       forward of the masked left, by low_columns columns of tiles; with kind.gradients also dB +=
+//                       left^T h and dA += drop(x)^T low, each unless null.
 struct GemmParams {
   const void* left;            // [M, K], row stride ld_left
   const void* right;           // [N, K], or [K, N] in the backward: row stride ld_right
@@ -44,6 +44,7 @@ struct GemmParams {
   float* dB = nullptr;         // [K, R], sums in no fixed order; only with kind.gradients
   float* dA = nullptr;         // [R, N], the same, dropout's factor included
   int* control = nullptr;      // zeros, control_bytes(config); used if kind.rank_tile
+  float* low_sums = nullptr;   // low_sums_bytes(config), any contents, aligned to 16 bytes; used if low_columns is 2
   int64_t ld_left, ld_right, ld_thin = 0, ld_down = 0, ld_low = 0, ld_out, ld_h = 0, ld_x = 0;
   int64_t M, N, K, R = 0;
   float alpha, scale = 0.0f;

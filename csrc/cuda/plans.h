@@ -31,11 +31,12 @@ struct PlanWord {
   const char* word;
   int field, value;  // of CudaPlan, in its order
 };
-using PlanValues = std::array<int, 6>;
+using PlanValues = std::array<int, 8>;
 
 inline PlanValues values_of(const CudaPlan& p) {
-  return {static_cast<int>(p.y),  static_cast<int>(p.h),     static_cast<int>(p.dx),
-          static_cast<int>(p.dh), static_cast<int>(p.wgrad), static_cast<int>(p.launches)};
+  return {static_cast<int>(p.y),       static_cast<int>(p.h),       static_cast<int>(p.dx),
+          static_cast<int>(p.dh),      static_cast<int>(p.wgrad),   static_cast<int>(p.launches),
+          static_cast<int>(p.h_share), static_cast<int>(p.dh_share)};
 }
 
 constexpr PlanWord kPlanWords[] = {
@@ -46,11 +47,13 @@ constexpr PlanWord kPlanWords[] = {
     {"h_shrink", 1, static_cast<int>(CudaPlan::Low::shrink)},
     {"h_gemm", 1, static_cast<int>(CudaPlan::Low::gemm)},
     {"h_warps", 1, static_cast<int>(CudaPlan::Low::warps)},
+    {"h_halves", 6, static_cast<int>(CudaPlan::Share::halves)},
     {"dx128", 2, static_cast<int>(CudaPlan::Product::n128)},
     {"dx256", 2, static_cast<int>(CudaPlan::Product::n256)},
     {"dh_inside", 3, static_cast<int>(CudaPlan::Low::inside)},
     {"dh_shrink", 3, static_cast<int>(CudaPlan::Low::shrink)},
     {"dh_gemm", 3, static_cast<int>(CudaPlan::Low::gemm)},
+    {"dh_halves", 7, static_cast<int>(CudaPlan::Share::halves)},
     {"wgrad_apart", 4, static_cast<int>(CudaPlan::Weights::apart)},
     {"wgrad_warpgroup", 4, static_cast<int>(CudaPlan::Weights::warpgroup)},
     {"wgrad_warps", 4, static_cast<int>(CudaPlan::Weights::warps)},
@@ -64,6 +67,27 @@ inline std::string words_of(const CudaPlan& plan) {
     if (values_of(plan)[field] == value) words += (words.empty() ? "" : "+") + std::string(word);
   return words;
 }
+
+constexpr bool in_halves(CudaPlan::Share share) { return share == CudaPlan::Share::halves; }
+constexpr bool may_be_inside(CudaPlan::Low low) { return low != CudaPlan::Low::shrink && low != CudaPlan::Low::gemm; }
+
+// What a plan must not say of halves, or null.
+constexpr const char* halves_conflict(const CudaPlan& plan, int64_t R) {
+  if (in_halves(plan.h_share)) {
+    if (R > kInsideRank) return "plan must not say h_halves beyond 64 ranks";
+    if (plan.y == CudaPlan::Product::small) return "plan must not say both h_halves and small, which has no tiles";
+    if (!may_be_inside(plan.h))
+      return "plan must not say both h_halves, which makes h in y's launch, and h_shrink or h_gemm";
+  }
+  if (in_halves(plan.dh_share)) {
+    if (R > kInsideRank) return "plan must not say dh_halves beyond 64 ranks";
+    if (!may_be_inside(plan.dh))
+      return "plan must not say both dh_halves, which makes dh in dx's launch, and dh_shrink or dh_gemm";
+  }
+  return nullptr;
+}
+constexpr char kNoHalvesOfH[] = "plan must not say h_halves with one column of tiles, K up to 64 or fewer than 4 SMs",
+               kNoHalvesOfDh[] = "plan must not say dh_halves with one column of tiles, N up to 64 or fewer than 4 SMs";
 
 // What a plan must not say at these sizes, or null. The rest is right for every call: what a call does not need, or
 // what deterministic mode forbids, is left out of it.
@@ -97,7 +121,7 @@ constexpr const char* plan_conflict(const CudaPlan& plan, int64_t M, int64_t R, 
     return "plan must not say both h_warps, which needs y256, and y128";
   if (warpgroup && plan.dx == Product::n256 && dropout && R > 16)
     return "plan must not say both wgrad_warpgroup and dx256 with dropout beyond 16 ranks: the registers are too few";
-  return nullptr;
+  return halves_conflict(plan, R);
 }
 
 // Columns of a tile, 0: the heuristics' choice.
@@ -107,18 +131,17 @@ constexpr int width_of(CudaPlan::Product p) {
 constexpr CudaPlan::Product product_of(const GemmConfig& c) {
   return c.kind.block_n == 128 ? CudaPlan::Product::n128 : CudaPlan::Product::n256;
 }
-constexpr bool may_be_inside(CudaPlan::Low low) { return low != CudaPlan::Low::shrink && low != CudaPlan::Low::gemm; }
 // One launch after another as soon as possible, unless the caller says otherwise.
 constexpr CudaPlan::Launches launches_of(const CudaPlan& plan) {
   return plan.launches == CudaPlan::Launches::serial ? CudaPlan::Launches::serial : CudaPlan::Launches::overlap;
 }
 
 struct ForwardPlan {
-  CudaPlan plan;         // of the forward's fields: what is done
-  SmallConfig small;     // y and h, where plan.y is small
-  GemmConfig gemm;       // y otherwise
-  GemmConfig h_gemm;     // h, where plan.h is gemm
-  Region control, A, B;  // A and B in x's dtype with padded rows, where the caller's don't serve
+  CudaPlan plan;                   // of the forward's fields: what is done
+  SmallConfig small;               // y and h, where plan.y is small
+  GemmConfig gemm;                 // y otherwise
+  GemmConfig h_gemm;               // h, where plan.h is gemm
+  Region control, low_sums, A, B;  // A and B in x's dtype with padded rows, where the caller's don't serve
   int64_t bytes;
   const char* refused;  // why there is none, or null
 };
@@ -145,7 +168,8 @@ inline ForwardPlan forward_plan(const ForwardRequest& request) {
   p.refused = plan_conflict(want, M, R, dropout);
   if (p.refused) return p;
   const bool may_be_small = want.y == CudaPlan::Product::small || (want.y == CudaPlan::Product::any && !dropout);
-  if (may_be_small && may_be_inside(want.h)) p.small = small_config(M, N, K, R, sms);
+  const bool halves = in_halves(want.h_share);
+  if (may_be_small && may_be_inside(want.h) && !halves) p.small = small_config(M, N, K, R, sms);
   if (!p.small.valid)
     p.gemm = gemm_config({.M = M,
                           .N = N,
@@ -155,7 +179,9 @@ inline ForwardPlan forward_plan(const ForwardRequest& request) {
                           .dropout = dropout,
                           .backward = false,
                           .block_n = want.h == Low::warps && dropout ? 256 : width_of(want.y),
-                          .low_by_warps = want.h == Low::warps});
+                          .low_by_warps = want.h == Low::warps,
+                          .halves = halves && K > kGemmBlockK});
+  if (p.gemm.low_columns > 1) p.plan.h_share = CudaPlan::Share::halves;
   p.plan.launches = launches_of(want);
   p.plan.y = p.small.valid ? CudaPlan::Product::small : product_of(p.gemm);
   p.plan.h = p.gemm.kind.low_by_warps                 ? Low::warps
@@ -168,11 +194,12 @@ inline ForwardPlan forward_plan(const ForwardRequest& request) {
         gemm_config({.M = M, .N = R, .R = 0, .sms = sms, .makes_low = false, .dropout = false, .backward = false});
   Layout layout;
   p.control = layout.take(control_bytes(p.gemm));
+  p.low_sums = layout.take(low_sums_bytes(p.gemm));
   p.A = layout.take(needs_copy_A(dtype, adapter_dtype) ? R * K * 2 : 0);
   p.B = layout.take(needs_copy_B(R, dtype, adapter_dtype) ? N * padded_rank(R) * 2 : 0);
   p.bytes = layout.bytes();
   const bool valid = p.small.valid || (p.gemm.valid && (p.plan.h != Low::gemm || p.h_gemm.valid));
-  p.refused = valid ? nullptr : kNoPlan;
+  p.refused = !valid ? kNoPlan : halves && p.gemm.low_columns < 2 ? kNoHalvesOfH : nullptr;
   return p;
 }
 
@@ -184,7 +211,7 @@ struct BackwardPlan {
   WgradConfig wgrad;  // dA and dB where plan.wgrad is apart: both in one launch of their own, in a fixed order; else
                       // they come out of dx's launch, added up by atomics
   WgradConfig bias_wgrad;  // dbias where wgrad does not have it
-  Region control, A, B, dh, dA, dB,
+  Region control, low_sums, A, B, dh, dA, dB,
       dbias;  // dA and dB: fp32 sums, one slab for every split of wgrad; dbias: one for every split
   int64_t bytes;
   const char* refused;  // why there is none, or null
@@ -214,7 +241,8 @@ inline GemmConfig dx_config(const BackwardRequest& r) {
                       .gradients = !inside                                  ? GradientsBy::none
                                    : want.wgrad == CudaPlan::Weights::warps ? GradientsBy::warps
                                                                             : GradientsBy::warpgroup,
-                      .block_n = inside && want.wgrad == CudaPlan::Weights::warps ? 256 : width_of(want.dx)};
+                      .block_n = inside && want.wgrad == CudaPlan::Weights::warps ? 256 : width_of(want.dx),
+                      .halves = in_halves(want.dh_share) && r.N > kGemmBlockK};
   GemmConfig c = gemm_config(request);
   if (inside && c.kind.gradients == GradientsBy::none && want.wgrad == CudaPlan::Weights::warpgroup) {
     request.block_n = 128;  // where they fit
@@ -239,6 +267,7 @@ inline BackwardPlan backward_plan(const BackwardRequest& request) {
   if (need_x) {
     p.gemm = dx_config(request);
     p.plan.dx = product_of(p.gemm);
+    if (p.gemm.low_columns > 1) p.plan.dh_share = CudaPlan::Share::halves;
     valid = valid && p.gemm.valid;
   }
   if (need_x || need_A)
@@ -259,6 +288,7 @@ inline BackwardPlan backward_plan(const BackwardRequest& request) {
   Layout layout;
   const bool dh = p.plan.dh != Low::any;
   p.control = layout.take(control_bytes(p.gemm));
+  p.low_sums = layout.take(low_sums_bytes(p.gemm));
   p.A = layout.take(need_x && needs_copy_A(dtype, adapter_dtype) ? R * K * 2 : 0);
   p.B = layout.take(dh && needs_copy_B(R, dtype, adapter_dtype) ? N * padded_rank(R) * 2 : 0);
   p.dh = layout.take(dh ? M * padded_rank(R) * 2 : 0);
@@ -268,7 +298,8 @@ inline BackwardPlan backward_plan(const BackwardRequest& request) {
   p.dB = layout.take(need_B ? slabs * N * R * 4 : 0);
   p.dbias = layout.take(need_bias ? (p.bias_apart ? p.bias_wgrad : p.wgrad).splits * N * 4 : 0);
   p.bytes = layout.bytes();
-  p.refused = valid ? nullptr : kNoPlan;
+  const bool no_halves = need_x && in_halves(want.dh_share) && p.gemm.low_columns < 2;
+  p.refused = !valid ? kNoPlan : no_halves ? kNoHalvesOfDh : nullptr;
   return p;
 }
 

@@ -241,14 +241,14 @@ PTX_FN int load_acquire(const int* p) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
-// Returns when *p is not 0.
+// Returns when *p has come to `least`.
 #ifndef FUSED_LORA_SPIN_LIMIT
-PTX_FN void wait_flag(const int* p) {
-  while (load_acquire(p) == 0) {}
+PTX_FN void wait_flag(const int* p, int least) {
+  while (load_acquire(p) < least) {}
 }
 #else
-PTX_FN void wait_flag(const int* p, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  for (int turn = 0; load_acquire(p) == 0; ++turn)
+PTX_FN void wait_flag(const int* p, int least, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  for (int turn = 0; load_acquire(p) < least; ++turn)
     if (turn > FUSED_LORA_SPIN_LIMIT) stuck(file, line, p, 0);
 }
 #endif

@@ -5,6 +5,7 @@ warpgroups are held back and asynchronous copies land late, so a missing wait or
 can show (fences, time) stays for a GPU.
 """
 
+import contextlib
 import ctypes
 import importlib.machinery
 import importlib.util
@@ -39,7 +40,7 @@ def library(tmp_path_factory):
 
 def install(library, monkeypatch):
     """Puts the CUDA back end on CPU tensors and the emulated device; returns what sets how blocks, copies and
-    warpgroups are scheduled."""
+    warpgroups are scheduled; `late`: a cluster comes only when all that are there wait."""
     name = f"{library.parent.name}._C"  # pybind11 hands out one module a name
     loader = importlib.machinery.ExtensionFileLoader(name, str(library))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
@@ -50,8 +51,8 @@ def install(library, monkeypatch):
     monkeypatch.setattr(cuda, "_sms", lambda index: SMS)
     monkeypatch.setattr(cuda, "_launch", lambda function, on, **given: function(**given, device=0, stream=0))
 
-    def schedule(resident_blocks=8, delay=4, freeze=0, seed=1):
-        configure(SMS, resident_blocks, delay, freeze, seed)
+    def schedule(resident_blocks=8, delay=4, freeze=0, seed=1, late=False):
+        configure(SMS, resident_blocks, delay, freeze, seed, late)
 
     schedule()
     return schedule
@@ -133,6 +134,7 @@ PLANS = [
     ("h_warps+wgrad_warps", 16),
     ("h_warps+wgrad_apart+serial", 31),
     ("h_shrink+wgrad_warps+overlap", 64),
+    ("y128+h_halves+dx256+dh_halves+serial", 12),
 ]
 
 
@@ -149,6 +151,49 @@ def test_every_plan(library, schedule, poison, dropout_p):
             continue
         assert_exact(run(p, backend=f"cuda:{plan}", **masked), truth(p, **masked))
         assert overlapped() == ("serial" not in plan)
+
+
+# One row of tiles and several, tails of all sizes, 2 to 19 k-blocks either way, so that walks start in the middle and a
+# few blocks ahead: a shape, what the plan says beside halves, how many clusters are resident, what is refused.
+HALVES = [
+    ((17, 136, 72, 16), "dx128+wgrad_apart", 2, "dh_halves refused"),
+    ((300, 72, 264, 33), "dx256+wgrad_apart", 2, "h_halves refused"),
+    ((129, 136, 328, 64), "y128+dx256", 3, ""),
+    ((600, 264, 136, 12), "y256+dx128+h_warps", 3, ""),
+    ((300, 1160, 520, 9), "y256+h_warps+wgrad_warps", 2, ""),
+    ((600, 328, 1160, 16), "y256+dx256", 4, ""),
+]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_low_in_halves(schedule, poison, dropout_p):
+    """Two columns of tiles make h or dh: the right results, the same bits in every schedule, no deadlock."""
+    masked = dict(dropout_p=dropout_p, seed=dropout_seed() if dropout_p else None)
+    for i, (shape, others, clusters, refused) in enumerate(HALVES):
+        plan = "+".join(word for word in ("h_halves", "dh_halves", others) if word not in refused)
+        p = exact_problem(*shape, *DTYPES[i % 2], seed=i)
+        schedule(2 * clusters, delay=(4, 2000)[i % 2], freeze=500, seed=i + 1, late=i % 3 == 0)
+        assert_exact(run(p, backend=f"cuda:{plan}", **masked), truth(p, **masked))
+        if refused:
+            with pytest.raises(ValueError, match=f"plan must not say {refused.split()[0]} with one column of tiles"):
+                run(p, backend=f"cuda:h_halves+dh_halves+{others}", **masked)
+    p = random_problem(300, 264, 1160, 16, torch.bfloat16)
+    runs = []
+    for seed in (1, 2):
+        schedule(4 * seed, delay=400, freeze=3000, seed=seed)
+        runs.append(run(p, backend="cuda:h_halves+dh_halves", **masked))
+        assert_close(runs[-1], run(p, backend="reference", **masked), truth(p, **masked))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in ("y", "h", "dx"))
+
+
+def test_two_halves_need_two_clusters(schedule, poison):
+    """Two tiles wait for each other: where one cluster is resident and no other comes, it waits for ever."""
+    p = exact_problem(17, 136, 136, 16, torch.bfloat16)
+    for clusters in (2, 1):
+        schedule(resident_blocks=2 * clusters, late=True)
+        for plan, needs in (("y128+h_halves", False), ("dx128+dh_halves+wgrad_apart", True)):
+            with pytest.raises(RuntimeError, match="deadlock") if clusters == 1 else contextlib.nullcontext():
+                run(p, backend=f"cuda:{plan}", needs=(needs,) * 4, dropout_p=0.5, seed=dropout_seed())
 
 
 MASKED_SHAPES = [(17, 32, 248), (300, 264, 520), (600, 64, 640), (600, 520, 328)]
@@ -259,20 +304,22 @@ def test_an_infinity_meets_no_padding(schedule, poison, name, M, R, dropout_p):
 
 
 LARGE, SMALL = (600, 520, 328, 16), (65, 136, 1000, 16)
-# A kernel file, a wait of it, what stands there instead, and a shape whose result it spoils.
+# A kernel file, a wait of it, what stands there instead, and a shape and plan whose result it spoils.
 WAITS = [
     # the loader's wait for h; the wait before the staging tile is written again
-    ("loader.cuh", "ptx::wait_flag(args.control + kControlFlags + r / 64);", ";", LARGE),
-    ("consumer.cuh", "if (thread == 0) ptx::tma_store_wait_read();", "", LARGE),
+    ("loader.cuh", "ptx::wait_flag(flag_of(args, r), args.low_columns);", ";", LARGE, ""),
+    ("consumer.cuh", "if (thread == 0) ptx::tma_store_wait_read();", "", LARGE, ""),
     # the gradients' wait for h
-    ("gradients.cuh", "ptx::wait(&s.side_full, side_phase);\n        multiply_rows", "multiply_rows", LARGE),
+    ("gradients.cuh", "ptx::wait(&s.side_full, side_phase);\n        multiply_rows", "multiply_rows", LARGE, ""),
     # the loader's warps' wait for dh
-    ("gradient_warps.cuh", "warp_wait(&s.side_full, side_phase);\n    for", "for", (*LARGE[:3], 48)),
+    ("gradient_warps.cuh", "warp_wait(&s.side_full, side_phase);\n    for", "for", (*LARGE[:3], 48), ":wgrad_warps"),
     # the loader's wait before dh takes the place of h
-    ("loader.cuh", "ptx::wait(&s.side_empty, side_phase ^ 1);", "", LARGE),
+    ("loader.cuh", "ptx::wait(&s.side_empty, side_phase ^ 1);", "", LARGE, ""),
+    # column 1's wait for column 0's sums
+    ("tiles.cuh", "if (column > 0) wait_for_parts(args, column, row, 64);", "", LARGE, ":h_halves"),
     # the sums' waits for the ring to be through and for the other blocks' sums
-    ("small.cu", "__syncthreads();  // the ring is through: the sums take its place", "", SMALL),
-    ("small.cu", "ptx::cluster_sync();\n  const int share", "const int share", SMALL),
+    ("small.cu", "__syncthreads();  // the ring is through: the sums take its place", "", SMALL, ""),
+    ("small.cu", "ptx::cluster_sync();\n  const int share", "const int share", SMALL, ""),
 ]
 
 
@@ -289,8 +336,8 @@ def changed(library, folder, *changes):
         compile_file(folder / "csrc", unit, "-O0")  # two or three launches run sooner than -O2 compiles them
 
 
-@pytest.mark.parametrize("kernel, line, instead, shape", WAITS)
-def test_a_missing_wait_shows(library, tmp_path, monkeypatch, poison, kernel, line, instead, shape):
+@pytest.mark.parametrize("kernel, line, instead, shape, plan", WAITS)
+def test_a_missing_wait_shows(library, tmp_path, monkeypatch, poison, kernel, line, instead, shape, plan):
     """The tests above can fail: the same sources without one wait."""
     changed(library, tmp_path, (kernel, line, instead))
     schedule = install(link(tmp_path), monkeypatch)
@@ -300,8 +347,7 @@ def test_a_missing_wait_shows(library, tmp_path, monkeypatch, poison, kernel, li
         for seed in range(1, 11):
             schedule(resident_blocks=8, delay=400, freeze=3000, seed=seed)
             # other values each time: memory used again must not hold the right ones
-            backend = "cuda:wgrad_warps" if kernel == "gradient_warps.cuh" else "cuda"
-            check(shape, torch.bfloat16, seed=seed, backend=backend)
+            check(shape, torch.bfloat16, seed=seed, backend=f"cuda{plan}")
 
 
 FENCE, GROUP = "ptx::fence_proxy_shared();", "sync_group(kFourth);\n    if (thread == 0) ptx::arrive(&s.side_empty);"
@@ -342,20 +388,31 @@ FAULTS = [
         *(16, 0.0, True, "barrier 3 is for"),
     ),
 ]
+FLAGS = """for (int r = at.row; r < min(at.row + kBlockM, args.M); r += 64)
+        ptx::wait_flag(flag_of(args, r), args.low_columns);
+      ptx::fence_proxy();  // low was written by ordinary stores, TMA reads it
+      // Not before the wait, which in halves may be for the tile with the next number.
+"""
+DRAW = "      if (cta == 0) drawn = atomicAdd(args.control, 1);"
+# A number drawn too early, the same way.
+EARLY = ("loader.cuh", FLAGS + DRAW, "C::kRank == 16 && C::kRightMN && !C::kGradients", f"{DRAW}\n      {FLAGS}")
 
 
 def test_the_emulator_sees_faults_that_results_need_not_show(library, tmp_path, monkeypatch):
     """All of them in one build, each in a call of its own."""
     lines = [
         (kernel, line, f"if constexpr ({where}) {{ {instead} }} else {{ {line} }}")
-        for kernel, line, where, instead, *_ in FAULTS
+        for kernel, line, where, instead, *_ in (EARLY, *FAULTS)
     ]
     changed(library, tmp_path, *lines)
-    install(link(tmp_path), monkeypatch)
+    schedule = install(link(tmp_path), monkeypatch)
     check((129, 72, 136, 16), torch.bfloat16, needs=(False,) * 4)
     for *_, R, dropout_p, backward, said in FAULTS:
         with pytest.raises(RuntimeError, match=said):
             check((129, 72, 136, R), torch.bfloat16, None, dropout_p, needs=(backward,) * 4)
+    schedule(late=True)  # the cluster that is alone at first draws the tile that its own waits for
+    with pytest.raises(RuntimeError, match="deadlock"):
+        check((129, 72, 136, 16), torch.bfloat16, needs=(True, False, False, False), backend="cuda:dx128+dh_halves")
 
 
 def climb(driver, *rungs):

@@ -37,11 +37,14 @@ def backward_plan(needs, M=128, N=128, K=128, R=16, dtype=BF16, adapter_dtype=BF
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("makes_low", [False, True])
 def test_gemm_configs_are_legal(makes_low, dropout, backward):
-    turn = itertools.cycle(itertools.product((0, 128, 256), (False, True)))
+    turn = itertools.cycle(itertools.product((0, 128, 256), (False, True), (False, True)))
     for (K, N), M, R, sms in itertools.product(SHAPES, ROWS, RANKS, SMS):
-        block_n, gradients = next(turn)
+        block_n, gradients, halves = next(turn)
         kind = dict(makes_low=makes_low, dropout=dropout, backward=backward, gradients=gradients, block_n=block_n)
-        c = gemm_config(M, N, K, R, sms=sms, **kind)
+        c = gemm_config(M, N, K, R, sms=sms, halves=halves, **kind)
+        two = halves and c["col_tiles"] > 1 and sms > 3
+        assert c["low_columns"] == (0 if not c["one_launch"] else 2 if two else 1)
+        assert not two or c["grid"] >= 4, "two tiles wait for each other"
         assert block_n in (0, c["block_n"])
         assert c["smem_bytes"] <= _C.cuda_smem_limit == 227 * 1024
         tiles = c["stages"] * (c["block_m"] + c["block_n"] + c["rank_tile"]) * c["block_k"] * 2 + 2 * 64 * 64 * 2
@@ -78,17 +81,32 @@ def test_narrow_tiles_fill_the_card_where_wide_ones_cannot():
     assert width(512, 4096) == width(2048, 1024) == width(8192, 128) == 128
 
 
-@pytest.mark.parametrize("column_first", [False, True])
-def test_every_tile_comes_once_and_after_what_it_waits_for(column_first):
-    for row_tiles, col_tiles in itertools.product((1, 2, 7, 8, 9, 32, 67), (1, 2, 5, 16)):
-        grid = dict(row_tiles=row_tiles, col_tiles=col_tiles, column_first=column_first)
+@pytest.mark.parametrize("low_columns", [0, 1, 2])
+def test_every_tile_comes_once_and_after_what_it_waits_for(low_columns):
+    for row_tiles, col_tiles in itertools.product((1, 2, 7, 8, 9, 32, 67), {max(1, low_columns), 2, 5, 16}):
+        grid = dict(row_tiles=row_tiles, col_tiles=col_tiles, low_columns=low_columns)
         order = [_C.lora_gemm_tile(t=t, **grid) for t in range(row_tiles * col_tiles)]
         assert sorted(order) == sorted(itertools.product(range(row_tiles), range(col_tiles)))
-        if (
-            column_first
-        ):  # the tile that publishes a row block's h has a lower number than all that read it, and waits for nobody
-            assert order[:row_tiles] == [(row, 0) for row in range(row_tiles)]
-            assert all(order.index((row, 0)) <= t for t, (row, _) in enumerate(order))
+        # The tiles that make a row block's h have lower numbers than all others that read it, and wait for none of
+        # them; two that make it together come one after the other.
+        makers = list(itertools.product(range(row_tiles), range(low_columns)))
+        assert order[: len(makers)] == makers
+
+
+def test_a_row_blocks_tiles_make_low_of_each_k_block_once():
+    """Two columns each take half of K, column 1 a few blocks ahead, so that its half, the last one, is through before
+    its tile ends; the others walk K from the start."""
+    for low_columns, k_blocks in itertools.product((0, 1, 2), (2, 3, 4, 15, 16, 17, 64, 225)):
+        walks = [_C.lora_gemm_walk(col=col, low_columns=low_columns, k_blocks=k_blocks) for col in range(4)]
+        assert all(0 <= begin <= end <= k_blocks for _, begin, end in walks)
+        made = [sorted((first + i) % k_blocks for i in range(begin, end)) for first, begin, end in walks]
+        assert sorted(itertools.chain(*made)) == (list(range(k_blocks)) if low_columns else [])
+        assert all(not part for part in made[low_columns:]) and all(first == 0 for first, _, _ in walks[2:])
+        if low_columns == 2:
+            (_, _, left), (lead, _, through) = walks[:2]
+            half = -(-k_blocks // 2)
+            assert len(made[0]) == half == left and lead == min(8, half) == k_blocks - through >= 1
+            assert through >= left or k_blocks < 18, "column 1 waits for column 0's sums"
 
 
 def check_regions(plan):
@@ -217,6 +235,30 @@ def test_a_plan_is_followed_or_refused_by_name(dropout):
     assert "wgrad_apart" in backward_plan(every, plan="wgrad_warpgroup", deterministic=True)["plan"]
 
 
+def test_halves_take_two_columns_two_blocks_and_two_clusters():
+    """Then a region for column 0's sums is there, else the plan is refused by name; what does not need dx leaves dh's
+    halves out."""
+    both, every = "h_halves+dh_halves", (True,) * 4
+    for M, R, dropout in itertools.product((1, 300, 8192), (1, 17, 64), (False, True)):
+        sizes = dict(M=M, R=R, dropout=dropout, plan=both)
+        for plan in (forward_plan(N=520, K=72, **sizes), backward_plan(every, N=72, K=520, **sizes)):
+            check_regions(plan)
+            rows, c = -(-M // 256) * 256, plan["gemm"]
+            assert plan["regions"]["low_sums"][1] == 4 * rows * c["rank_tile"] and c["low_columns"] == 2
+            assert plan["regions"]["control"][1] == 4 * (32 + rows // 64) and "halves" in plan["plan"]
+        for change in (dict(N=128), dict(K=64), dict(N=256, plan=both + "+y256"), dict(sms=3)):
+            with pytest.raises(ValueError, match="must not say h_halves with one column of tiles, K up to 64 or fewer"):
+                forward_plan(**dict(N=520, K=72) | sizes | change)
+        for change in (dict(K=128), dict(N=64), dict(K=256, plan=both + "+dx256"), dict(sms=3)):
+            with pytest.raises(
+                ValueError, match="must not say dh_halves with one column of tiles, N up to 64 or fewer"
+            ):
+                backward_plan(every, **dict(N=72, K=520) | sizes | change)
+    apart = backward_plan((False, True, True, False), plan=both)
+    assert apart["plan"].startswith("dh_shrink+wgrad_apart") and apart["regions"]["low_sums"][1] == 0
+    assert forward_plan(plan="")["regions"]["low_sums"][1] == 0
+
+
 def test_what_the_loaders_warps_make_leaves_tiles_and_stages_as_they_are():
     """256 columns, three warpgroups; four stages up to 16 ranks, in the forward up to 32."""
     for M, R, dropout in itertools.product((300, 8192), (1, 16, 17, 32, 33, 64), (False, True)):
@@ -254,6 +296,16 @@ def test_traffic_of_one_more_step():
     assert (both[0] - one[0], both[1] - one[1]) == (64 * (16 + 160), 64 * 64)
 
 
+def test_what_halves_can_win():
+    """A first column of 256 takes 17 % longer at R = 16, 30 % at 64, of 128 even 27 and 49 %, and all wait for it once;
+    two take half of that."""
+    for block_n, R, one in ((256, 16, 1.17), (256, 64, 1.30), (128, 16, 1.27), (128, 64, 1.49)):
+        other, half, all_of_it = (
+            max(tile_cycles("apart", rank_tile=R, block_n=block_n, low_steps=steps)) for steps in (0, 32, 64)
+        )
+        assert round(all_of_it / other, 2) == one and half - other == pytest.approx(all_of_it - half)
+
+
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("R", [8, 16, 32, 64])
 def test_where_gradients_by_the_loaders_warps_can_win(R, dropout):
@@ -276,7 +328,9 @@ def test_what_has_no_plan_is_an_error():
         (lambda: gemm_config(M=0), "1 <= M"),
         (lambda: gemm_config(M=2**31), r"2\*\*31"),
         (lambda: gemm_config(sms=1), "2 SMs"),
-        (lambda: _C.lora_gemm_tile(t=4, row_tiles=2, col_tiles=2, column_first=True), "one of row_tiles"),
+        (lambda: _C.lora_gemm_tile(t=4, row_tiles=2, col_tiles=2, low_columns=1), "one of row_tiles"),
+        (lambda: _C.lora_gemm_tile(t=0, row_tiles=2, col_tiles=1, low_columns=2), "low_columns must be 0, 1 or 2"),
+        (lambda: _C.lora_gemm_walk(col=0, low_columns=2, k_blocks=1), "k_blocks must be at least 1 for each"),
         (lambda: tile_cycles("nobody"), "gradients must be 'apart'"),
         (lambda: tile_cycles("warps", k_steps=0), "at least 1"),
         (lambda: forward_plan(R=300), "no plan"),
@@ -331,7 +385,9 @@ def test_plans_to_measure_are_right_with_and_without_dropout(built, monkeypatch,
     monkeypatch.setattr(cuda, "_sms", lambda index: 132)
     request = request_of(M=M, N=1024, K=4096, R=R)
     plans = cuda.plans(request)
-    assert plans[0] == "" and 6 < len(plans) < 11 and len(set(plans)) == len(plans)
+    assert plans[0] == "" and 6 < len(plans) < 13 and len(set(plans)) == len(plans)
+    assert any("dh_halves" in plan for plan in plans) == (R <= 64)
+    assert any("h_halves" in plan.split("+") for plan in plans) == (R <= 64 and M > 128)
     done = set()
     for plan in plans:
         assert backends.pick(f"cuda:{plan}" if plan else "cuda", request) == (cuda, plan)

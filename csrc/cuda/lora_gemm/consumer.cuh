@@ -1,8 +1,9 @@
 // lora_gemm's warpgroups 1 and 2: out = alpha * left right + low thin + bias, 64 rows of each tile by each of them.
 //
-// Used for    every instance; kMakesLow: in column 0 also low = scale * left down, from the same staged tiles
-// Tile        64 x kBlockN: kBlockN / 2 accumulators a thread, in column 0 kRank / 2 more. wgmma m64 n256 (n128) k16,
-//             both operands in shared memory
+// Used for    every instance; kMakesLow: in column 0 also low = scale * left down, from the same staged tiles, or half
+//             of it in columns 0 and 1
+// Tile        64 x kBlockN: kBlockN / 2 accumulators a thread, while it makes low kRank / 2 more. wgmma m64 n256 (n128)
+//             k16, both operands in shared memory
 // Low rank    straight into the accumulators; kMasked: 64 columns at a time through 32 accumulators of its own and the
 //             mask, so that all low-rank blocks of a tile wait in the ring until it is stored
 // Out         64 columns at a time through 64 x 64 elements of shared memory and TMA
@@ -83,14 +84,17 @@ template <class C> struct TileConsumer {
         thread(thread),
         mask_phase(mask_phase) {}
 
-  PTX_FN void k_blocks(const Blocks<C>& blocks, const Place& at) {
-    if (C::kMakesLow && at.col == 0) {
-      float low_acc[C::kMakesLow ? C::kRank / 2 : 1];
-      multiply<C::kMakesLow>(low_acc, blocks);
-      if constexpr (C::kMakesLow) publish<C>(low_acc, args, at.row, group, thread);
+  PTX_FN void k_blocks(const KBlocks<C>& blocks, const Place& at) {
+    float none[1];
+    if constexpr (C::kMakesLow) {
+      multiply<false>(none, blocks.before_low());
+      if (!blocks.any_low()) return;
+      float low_acc[C::kRank / 2];
+      multiply<true>(low_acc, blocks.low());
+      publish<C>(low_acc, args, at.col_tile, at.row, group, thread);
+      multiply<false>(none, blocks.after_low());
     } else {
-      float none[1];
-      multiply<false>(none, blocks);
+      multiply<false>(none, blocks.all());
     }
   }
 
@@ -132,20 +136,20 @@ template <class C> struct TileConsumer {
     blocks.ring.next();
   }
 
-  // acc = left right over all k-blocks; with kFirst also low_acc = left down.
-  template <bool kFirst, int kLow> PTX_FN void multiply(float (&low_acc)[kLow], const Blocks<C>& blocks) {
+  // acc (+)= left right over these k-blocks; with kLowToo also low_acc = left down.
+  template <bool kLowToo, int kLow> PTX_FN void multiply(float (&low_acc)[kLow], const Blocks<C>& blocks) {
     using Op = Operands<C>;
     const Ring<C::kStages>& ring = blocks.ring;
-    for (const int k : blocks) {
+    for (const int i : blocks) {
       ptx::wait(&s.full[ring.slot], ring.phase);
       ptx::wgmma_fence();
       const Op op(s, ring.slot, group);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        product<C, C::kBlockN>(acc, op.left + q * Op::kLeftStep, op.right + q * Op::kRightStep, q > 0 || k > 0);
-        if constexpr (kFirst)
+        product<C, C::kBlockN>(acc, op.left + q * Op::kLeftStep, op.right + q * Op::kRightStep, q > 0 || i > 0);
+        if constexpr (kLowToo)
           ptx::wgmma<T, C::kRank, C::kRightMN>(low_acc, op.left + q * Op::kLeftStep,
-                                               Op::down(s, ring.slot) + q * Op::kDownStep, q > 0 || k > 0);
+                                               Op::down(s, ring.slot) + q * Op::kDownStep, q > 0 || i > blocks.from);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait();

@@ -13,10 +13,13 @@ Status lora_gemm(const GemmConfig& c, const GemmParams& p, Target& target) {
   if (kind.dropout != (p.dropout.threshold > 0) || (kind.dropout && !p.dropout.seed) ||
       (kind.rank_tile && (p.R > kind.rank_tile || !p.control)))
     return Status::bad_shape;
+  if (c.low_columns > 1 && (c.col_tiles < 2 || c.grid < 2 * kGemmCluster || p.K <= kGemmBlockK || !p.low_sums))
+    return Status::bad_shape;
   if ((p.dA || p.dB) && (kind.gradients == GradientsBy::none || (p.dB && !p.h) || (p.dA && !p.x)))
     return Status::bad_shape;
   if (p.bias && p.N % 2) return Status::bad_shape;
-  if (reinterpret_cast<uintptr_t>(p.bias) % 4 || p.ld_low % 2) return Status::bad_alignment;
+  if (reinterpret_cast<uintptr_t>(p.bias) % 4 || reinterpret_cast<uintptr_t>(p.low_sums) % 16 || p.ld_low % 2)
+    return Status::bad_alignment;
   switch (p.dtype) {
     case Dtype::f16: return lora_gemm_f16(c, p, target);
     case Dtype::bf16: return lora_gemm_bf16(c, p, target);

@@ -3,8 +3,8 @@
 //
 // Used for    the forward with dropout up to 64 ranks (kDropsLeft), beside the two warpgroups that multiply x by W,
 //             which must not see the mask
-// Work        of column 0's tiles alone: a copy of each staged tile of x, masked, then its product with the tile of A;
-//             128 rows, one a thread. Of the other tiles it only lets the k-blocks pass. No second read of x, and h as
+// Work        of the k-blocks of which a tile makes low: a copy of each staged tile of x, masked, then its product with
+//             the tile of A; 128 rows, one a thread. All others it only lets pass. No second read of x, and h as
 //             everybody else publishes it
 // Cost        8 Philox calls a thread and k-step, about 800 of the 1024 cycles that the k-step's products take
 // Shared      one masked tile, 16 KiB
@@ -43,22 +43,20 @@ template <class C> struct DroppedLow {
     }
   }
 
-  PTX_FN void k_blocks(const Blocks<C>& blocks, const Place& at) {
+  PTX_FN void k_blocks(const KBlocks<C>& blocks, const Place& at) {
     const Ring<C::kStages>& ring = blocks.ring;
-    const bool makes = at.col_tile == 0 && at.row < args.M;
-    for (const int k : blocks) {
+    if (!blocks.any_low() || at.row >= args.M) return low_blocks(blocks.all(), at);
+    low_blocks(blocks.before_low(), at);
+    for (const int i : blocks.low()) {
       ptx::wait(&s.full[ring.slot], ring.phase);
       sync_group(kFourth);  // all have seen the slot full, and are through with the last masked tile
-      if (makes) {
-        drop_tile(ring.slot, at.row, k * kBlockK);
-        multiply(ring.slot, k > 0);
-      }
+      drop_tile(ring.slot, at.row, blocks.k(i) * kBlockK);
+      multiply(ring.slot, i > blocks.walk.low_begin);
       free_slot<C>(s, ring.slot, thread);
     }
-    if (makes) {
-      publish<C>(upper, args, at.row, kFourth, thread);
-      if (at.row + 64 < args.M) publish<C>(lower, args, at.row + 64, kFourth, thread);
-    }
+    publish<C>(upper, args, at.col_tile, at.row, kFourth, thread);
+    if (at.row + 64 < args.M) publish<C>(lower, args, at.col_tile, at.row + 64, kFourth, thread);
+    low_blocks(blocks.after_low(), at);
   }
 
   PTX_FN void low_blocks(const Blocks<C>& blocks, const Place&) { pass_blocks<C>(s, blocks, kFourth, thread); }

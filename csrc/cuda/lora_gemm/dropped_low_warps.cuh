@@ -3,9 +3,9 @@
 //
 // Used for    the forward with dropout and 256 columns up to 32 ranks (kSideWarps): without dropped_low.cuh's fourth
 //             warpgroup the products are of 256 columns, and without its masked tile there is a fourth stage
-// Work        of column 0's tiles alone, 48, 48 or 32 of 128 rows a warp: the mask is drawn while a block is on its
-//             way, a word a lane for 16 rows, and spread by shuffles to where ldmatrix puts x. Of the other tiles they
-//             only let the k-blocks pass. No second read of x, no masked copy
+// Work        of the k-blocks of which a tile makes low, 48, 48 or 32 of 128 rows a warp: the mask is drawn while a
+//             block is on its way, a word a lane for 16 rows, and spread by shuffles to where ldmatrix puts x. All
+//             others they only let pass. No second read of x, no masked copy
 // Product     low[rows, R], mma.sync m16n8k16: both operands by ldmatrix from TMA's tiles, x masked in registers
 // Cost        12 Philox calls a thread and k-step: 1.5 times dropped_low.cuh's, on three schedulers of four
 // Source      Salmon et al., SC 2011 (philox.h); PTX ISA 9.0 (ldmatrix, mma)
@@ -49,20 +49,22 @@ template <class C> struct DroppedLowWarps {
     }
   }
 
-  PTX_FN void k_blocks(const Blocks<C>& blocks, const Place& at) {
+  PTX_FN void k_blocks(const KBlocks<C>& blocks, const Place& at) {
     const Ring<C::kStages>& ring = blocks.ring;
-    if (at.col_tile > 0 || at.row >= args.M) return low_blocks(blocks, at);
+    if (!blocks.any_low() || at.row >= args.M) return low_blocks(blocks.all(), at);
+    low_blocks(blocks.before_low(), at);
 #pragma unroll
     for (auto& strip : low)
       for (auto& ranks : strip)
         for (float& d : ranks) d = 0.0f;
-    for (const int k : blocks) {
-      draw(at.row, k * kBlockK);
+    for (const int i : blocks.low()) {
+      draw(at.row, blocks.k(i) * kBlockK);
       warp_wait(&s.full[ring.slot], ring.phase);
       multiply(ring.slot);
       warp_free_slot<C>(s, ring.slot, lane);
     }
     publish_strips(at);
+    low_blocks(blocks.after_low(), at);
   }
 
   PTX_FN void low_blocks(const Blocks<C>& blocks, const Place&) { warp_pass_blocks<C>(s, blocks, lane); }
@@ -128,17 +130,18 @@ template <class C> struct DroppedLowWarps {
 
   // As publish(), for the 128 rows of all three warps.
   PTX_FN void publish_strips(const Place& at) {
+    if (at.col_tile > 0) wait_for_parts(args, at.col_tile, at.row, kBlockM);
 #pragma unroll
     for (int t = 0; t < kStrips; ++t)
       if (has(t))
-        store_low<C>(reinterpret_cast<const float (&)[C::kRank / 2]>(low[t]), args,
-                     at.row + (first_strip() + t) * 16 + lane / 4);
+        hand_on<C>(reinterpret_cast<float (&)[C::kRank / 2]>(low[t]), args, at.col_tile,
+                   at.row + (first_strip() + t) * 16);
     __threadfence();
     ptx::fence_proxy();
     ptx::named_barrier(1 + kFourth, kMaskThreads);
     if (warp == 0 && lane == 0)
       for (int r = at.row; r < min(at.row + kBlockM, args.M); r += 64)
-        ptx::store_release(args.control + kControlFlags + r / 64, 1);
+        ptx::store_release(flag_of(args, r), at.col_tile + 1);
   }
 };
 

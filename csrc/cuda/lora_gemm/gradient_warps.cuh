@@ -55,22 +55,21 @@ template <class C> struct GradientWarps {
   }
 
   // dB, in the steps of this tile's column. Rows past M are zeros: nothing to add.
-  PTX_FN void k_blocks(const Blocks<C>& blocks, const Place& at) {
+  PTX_FN void k_blocks(const KBlocks<C>& blocks, const Place& at) {
     const Ring<C::kStages>& ring = blocks.ring;
     const int col_tiles = (args.N + C::kBlockN - 1) / C::kBlockN;
-    int mine = args.dB ? at.col_tile : blocks.count;
-    for (const int k : blocks) {
+    for (const int i : blocks.all()) {
+      const int k = blocks.k(i);
       warp_wait(&s.full[ring.slot], ring.phase);
-      if (k == mine) {
+      if (args.dB && k % col_tiles == at.col_tile) {
         warp_wait(&s.side_full, side_phase);
         multiply_rows<false>(ring.slot, 0);
         warp_free_slot<C>(s, ring.slot, lane);
         add_to<false>(args.dB, k * kBlockK, at.row < args.M ? args.K : 0, 1.0f);
-        mine += col_tiles;
       } else {
         warp_free_slot<C>(s, ring.slot, lane);
       }
-      if constexpr (C::kMasked) mask.draw(at, k + 1, blocks.count);
+      if constexpr (C::kMasked) mask.draw(at, i + 1, blocks.count);
     }
     if (args.dB) {
       warp_wait(&s.side_full, side_phase);  // a tile without a step of its own

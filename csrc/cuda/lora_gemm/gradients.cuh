@@ -46,18 +46,17 @@ template <class C> struct Gradients {
   }
 
   // dB, in the steps of this tile's column. Rows past M are zeros: nothing to add.
-  PTX_FN void k_blocks(const Blocks<C>& blocks, const Place& at) {
+  PTX_FN void k_blocks(const KBlocks<C>& blocks, const Place& at) {
     const Ring<C::kStages>& ring = blocks.ring;
     const int col_tiles = (args.N + C::kBlockN - 1) / C::kBlockN;
-    int mine = args.dB ? at.col_tile : blocks.count;
-    for (const int k : blocks) {
+    for (const int i : blocks.all()) {
+      const int k = blocks.k(i);
       ptx::wait(&s.full[ring.slot], ring.phase);
-      if (k == mine) {
+      if (args.dB && k % col_tiles == at.col_tile) {
         ptx::wait(&s.side_full, side_phase);
         multiply_rows(ring.slot);
         free_slot<C>(s, ring.slot, thread);
         add_to(args.dB, args.R, 1, k * kBlockK, at.row < args.M ? args.K : 0, 1.0f);
-        mine += col_tiles;
       } else {
         sync_group(kFourth);
         free_slot<C>(s, ring.slot, thread);

@@ -16,6 +16,8 @@
 //             blocks. A block takes its next tile from a counter, and a tile depends on lower numbers only, so whoever
 //             is resident makes progress, however many blocks are. Flags and counter are zeroed in the launch
 //             sequence: nothing survives a launch, so graphs and streams don't meet
+// Halves      low_columns 2: column 0's tile makes low over one half of K and leaves its sums; column 1's adds the
+//             other half and publishes. Neither is there for the whole of a tile, and no tile takes the whole of low
 // Shared      stages * (128 + kBlockN + kRank) * 128 bytes + 16 KiB on the way out + mask bits + the fourth
 //             warpgroup's: GemmKind, heuristics.h
 // Source      PTX ISA 9.0 (wgmma, TMA, mbarrier); Hu et al., arXiv 2106.09685
@@ -38,6 +40,14 @@ template <class C> PTX_FN void other_warps(Smem<C>& s, const Args<typename C::T>
   else if constexpr (C::kMasked) MaskDrawer<C>(s, args).run(cta);
 }
 
+// Halves don't hang where two clusters are resident. Numbers are drawn in order, 2 r and 2 r + 1 for the tiles of row
+// r. Tile 2 r + 1 waits for the first k-blocks of 2 r, which wait for nobody; 2 r waits, before its low-rank blocks,
+// for 2 r + 1; any other tile waits for lower numbers. A cluster draws its next number when its tile's wait is over.
+// Now take the lowest tile that is not through. It is in work, since its cluster is through with all that it drew
+// before. If it waits it is some 2 r, and waits for 2 r + 1. Either another cluster has drawn that, and is through with
+// all before it; or nobody has, and another cluster, which has drawn lower numbers only, is through with them and draws
+// it. A cluster that is alone waits for ever: no such launch is planned. (A GPU with as many launches in halves at once
+// as it has room for clusters could give one to each.)
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     lora_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant__ CUtensorMap right,

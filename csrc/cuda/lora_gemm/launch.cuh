@@ -72,21 +72,25 @@ template <class C> Status run(const GemmConfig& c, const GemmParams& p, Target& 
   const Status status = make_maps(c, p, &maps);
   if (status != Status::ok) return status;
   using T = typename C::T;
+  const auto walk = [&](int col) { return k_walk(col, c.low_columns, static_cast<int>(ceil_div(p.K, kBlockK))); };
   const Args<T> args{.low = static_cast<T*>(p.low),
                      .bias = static_cast<const T*>(p.bias),
                      .dB = p.dB,
                      .dA = p.dA,
                      .control = p.control,
+                     .low_sums = reinterpret_cast<float4*>(p.low_sums),
                      .seed = p.dropout.seed,
                      .ld_low = p.ld_low,
                      .M = static_cast<int>(p.M),
                      .N = static_cast<int>(p.N),
                      .K = static_cast<int>(p.K),
                      .R = static_cast<int>(p.R),
+                     .low_columns = c.low_columns,
                      .threshold = p.dropout.threshold,
                      .alpha = p.alpha,
                      .scale = p.scale,
-                     .drop_scale = p.dropout.scale()};
+                     .drop_scale = p.dropout.scale(),
+                     .walks = {walk(0), walk(1), walk(2)}};
   const Grid grid{.blocks = c.grid, .threads = C::kThreads, .smem = C::kKind.smem_bytes(), .cluster = kGemmCluster};
   return launch<lora_gemm_kernel<C>>(grid, target, maps.left, maps.right, maps.low, maps.thin, maps.down, maps.out,
                                      maps.h, maps.dh, maps.x, args);

@@ -35,17 +35,17 @@ template <class C> struct Loader {
     }
   }
 
-  PTX_FN void k_blocks(const Blocks<C>& blocks, const Place& at) {
+  PTX_FN void k_blocks(const KBlocks<C>& blocks, const Place& at) {
     const Ring<C::kStages>& ring = blocks.ring;
-    const bool first = C::kOneLaunch && at.col_tile == 0;
-    for (const int k : blocks) {
+    for (const int i : blocks.all()) {
+      const int k = blocks.k(i) * kBlockK;
+      const bool makes_low = C::kOneLaunch && blocks.makes_low(i);
       ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);
-      ptx::arrive_expect(&s.full[ring.slot], kBytes + (first ? C::kRank * kBlockK * 2 : 0));
-      load_block(ring.slot, maps.left, maps.right, at, k * kBlockK);
-      if (first)
-        ptx::tma_load(s.down[ring.slot], maps.down, &s.full[ring.slot], C::kRightMN ? k * kBlockK : 0,
-                      C::kRightMN ? 0 : k * kBlockK);
-      if (C::kGradients && args.dB && k == min(C::kStages, blocks.count) - 1)
+      ptx::arrive_expect(&s.full[ring.slot], kBytes + (makes_low ? C::kRank * kBlockK * 2 : 0));
+      load_block(ring.slot, maps.left, maps.right, at, k);
+      if (makes_low)
+        ptx::tma_load(s.down[ring.slot], maps.down, &s.full[ring.slot], C::kRightMN ? k : 0, C::kRightMN ? 0 : k);
+      if (C::kGradients && args.dB && i == min(C::kStages, blocks.count) - 1)
         load_side(maps.h, at.row);  // may wait: the ring is full first
     }
   }
@@ -53,10 +53,11 @@ template <class C> struct Loader {
   PTX_FN void low_blocks(const Blocks<C>& blocks, const Place& at) {
     const Ring<C::kStages>& ring = blocks.ring;
     if constexpr (C::kOneLaunch) {
-      if (cta == 0) drawn = atomicAdd(args.control, 1);
       for (int r = at.row; r < min(at.row + kBlockM, args.M); r += 64)
-        ptx::wait_flag(args.control + kControlFlags + r / 64);
+        ptx::wait_flag(flag_of(args, r), args.low_columns);
       ptx::fence_proxy();  // low was written by ordinary stores, TMA reads it
+      // Not before the wait, which in halves may be for the tile with the next number.
+      if (cta == 0) drawn = atomicAdd(args.control, 1);
     }
     for (const int b : blocks) {
       ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);

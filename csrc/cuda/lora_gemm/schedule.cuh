@@ -1,6 +1,6 @@
 // The ring of staged blocks: what goes through it for one tile, and in which order. Every role walks this schedule.
 //
-//   k_blocks     left and right, 64 deep; in column 0 of a one-launch GEMM the same part of down, too
+//   k_blocks     left and right, 64 deep; where a tile makes low the same part of down, too
 //   low_blocks   64 ranks of low and thin
 //   x_blocks     64 of the tile's columns of x, where dA is made in dx's launch
 //
@@ -12,10 +12,10 @@
 
 namespace fused_lora::gemm {
 
-// So many blocks that come next in the ring; `for (const int i : blocks)` walks them and leaves the ring behind them.
+// Blocks that come next in the ring; `for (const int i : blocks)` walks their numbers and leaves the ring behind them.
 template <class C> struct Blocks {
   Ring<C::kStages>& ring;
-  int count;
+  int from, to;
 
   struct Iterator {
     Ring<C::kStages>& ring;
@@ -27,8 +27,23 @@ template <class C> struct Blocks {
       ring.next();
     }
   };
-  PTX_FN Iterator begin() const { return {ring, 0}; }
-  PTX_FN int end() const { return count; }
+  PTX_FN Iterator begin() const { return {ring, from}; }
+  PTX_FN int end() const { return to; }
+};
+
+// A tile's k-blocks in the order in which they come, k(i) the i-th of `count`. before_low() is all where it makes none.
+template <class C> struct KBlocks {
+  Ring<C::kStages>& ring;
+  int count;
+  KWalk walk;
+
+  PTX_FN int k(int i) const { return i + walk.first < count ? i + walk.first : i + walk.first - count; }
+  PTX_FN bool makes_low(int i) const { return i >= walk.low_begin && i < walk.low_end; }
+  PTX_FN bool any_low() const { return walk.low_begin < count; }
+  PTX_FN Blocks<C> all() const { return {ring, 0, count}; }
+  PTX_FN Blocks<C> before_low() const { return {ring, 0, walk.low_begin}; }
+  PTX_FN Blocks<C> low() const { return {ring, walk.low_begin, walk.low_end}; }
+  PTX_FN Blocks<C> after_low() const { return {ring, walk.low_end, count}; }
 };
 
 // The same of x, whose number is known: all of a tile's, if `any`.
@@ -48,12 +63,13 @@ template <class C> struct Schedule {
   PTX_FN bool any_x() const { return C::kGradients && args.dA; }
 
   template <class Role> PTX_FN void walk(Role& role, Ring<C::kStages>& ring, const Place& at) const {
-    role.k_blocks(Blocks<C>{ring, k_blocks()}, at);
-    role.low_blocks(Blocks<C>{ring, low_blocks()}, at);
+    const KWalk& walk = args.walks[C::kOneLaunch ? min(at.col_tile, kMaxLowColumns) : kMaxLowColumns];
+    role.k_blocks(KBlocks<C>{ring, k_blocks(), walk}, at);
+    role.low_blocks(Blocks<C>{ring, 0, low_blocks()}, at);
     role.x_blocks(XBlocks<C>{ring, any_x()}, at);
   }
   PTX_FN Blocks<C> all(Ring<C::kStages>& ring) const {
-    return {ring, k_blocks() + low_blocks() + (any_x() ? C::kChunks : 0)};
+    return {ring, 0, k_blocks() + low_blocks() + (any_x() ? C::kChunks : 0)};
   }
 };
 

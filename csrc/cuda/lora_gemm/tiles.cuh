@@ -72,11 +72,15 @@ template <class T> struct Args {
   float* dB;            // [K, R], or null
   float* dA;            // [R, N], or null
   int* control;         // tile counter, then flags
+  float4* low_sums;     // [M rounded up / 16, kRank / 8, 32], of the first of two columns that make low
   const int64_t* seed;  // [1]
   int64_t ld_low;
-  int M, N, K, R;
+  int M, N, K, R, low_columns;
   uint32_t threshold;
   float alpha, scale, drop_scale;
+  // Of a tile in column 0, 1 and any other. Worked out by the host: where the kernel does it, ptxas finds the
+  // accumulators of 256 columns and more than 16 ranks too many, and serialises every wgmma (its note C7512).
+  KWalk walks[kMaxLowColumns + 1];
 };
 
 // A position in a ring of barriers, and the parity of its current phase.
@@ -101,7 +105,7 @@ struct Place {
 // with them the first block's loader draws numbers from the counter and hands them to both blocks.
 template <class C> struct Tiles {
   Smem<C>& s;
-  const int row_tiles, col_tiles;
+  const int row_tiles, col_tiles, low_columns;
   const uint32_t cta;
   Ring<2> ring;
   int number;
@@ -110,13 +114,14 @@ template <class C> struct Tiles {
       : s(smem),
         row_tiles((args.M + kBlockM * kCluster - 1) / (kBlockM * kCluster)),
         col_tiles((args.N + C::kBlockN - 1) / C::kBlockN),
+        low_columns(C::kOneLaunch ? args.low_columns : 0),
         cta(cta),
         number(blockIdx.x / kCluster) {
     if constexpr (C::kOneLaunch) number = 0;
   }
   PTX_FN bool more() const { return number < row_tiles * col_tiles; }
   PTX_FN Place place() const {
-    const TileIndex tile = gemm_tile(number, row_tiles, col_tiles, C::kOneLaunch);
+    const TileIndex tile = gemm_tile(number, row_tiles, col_tiles, low_columns);
     return {.row = static_cast<int>((tile.row * kCluster + cta) * kBlockM),
             .col = tile.col * C::kBlockN,
             .col_tile = tile.col};
@@ -179,14 +184,46 @@ PTX_FN void store_low(const float (&low_acc)[kLow], const Args<typename C::T>& a
   }
 }
 
+// The flag of 64 rows: how many columns' parts of low are in.
+template <class T> PTX_FN int* flag_of(const Args<T>& args, int row) { return args.control + kControlFlags + row / 64; }
+
+// A warp by itself waits until `columns` parts of low are in for 64 or 128 rows.
+template <class T> PTX_FN void wait_for_parts(const Args<T>& args, int columns, int row, int rows) {
+  for (int r = row; r < min(row + rows, args.M); r += 64) ptx::wait_flag(flag_of(args, r), columns);
+  __syncwarp();
+}
+
+// What a warp does with its sums of 16 rows over the part of K that tiles in `column` take, when the part before it is
+// in: the last column adds that and stores low, one before it leaves its own in fp32.
+template <class C, int kLow>
+PTX_FN void hand_on(float (&low_acc)[kLow], const Args<typename C::T>& args, int column, int row) {
+  float4* const sums = args.low_sums + static_cast<int64_t>(row / 16) * (C::kRank / 8 * 32) + threadIdx.x % 32;
+  if (column > 0) {
+#pragma unroll
+    for (int j = 0; j < C::kRank / 8; ++j) {
+      const float4 before = sums[j * 32];
+      low_acc[4 * j] += before.x;
+      low_acc[4 * j + 1] += before.y;
+      low_acc[4 * j + 2] += before.z;
+      low_acc[4 * j + 3] += before.w;
+    }
+  }
+  if (column == args.low_columns - 1) return store_low<C>(low_acc, args, row + threadIdx.x % 32 / 4);
+#pragma unroll
+  for (int j = 0; j < C::kRank / 8; ++j)
+    sums[j * 32] = float4{low_acc[4 * j], low_acc[4 * j + 1], low_acc[4 * j + 2], low_acc[4 * j + 3]};
+}
+
 // The same for a warpgroup's 64 rows, and their flag.
 template <class C, int kLow>
-PTX_FN void publish(const float (&low_acc)[kLow], const Args<typename C::T>& args, int row, int group, int thread) {
-  store_low<C>(low_acc, args, row + thread / 32 * 16 + thread % 32 / 4);
+PTX_FN void publish(float (&low_acc)[kLow], const Args<typename C::T>& args, int column, int row, int group,
+                    int thread) {
+  if (column > 0) wait_for_parts(args, column, row, 64);
+  hand_on<C>(low_acc, args, column, row + thread / 32 * 16);
   __threadfence();
   ptx::fence_proxy();
   sync_group(group);
-  if (thread == 0) ptx::store_release(args.control + kControlFlags + row / 64, 1);
+  if (thread == 0) ptx::store_release(flag_of(args, row), column + 1);
 }
 
 }  // namespace fused_lora::gemm

@@ -24,6 +24,7 @@ constexpr size_t kStackBytes = 64 * 1024, kSmemBytes = 256 * 1024;
 struct Settings {
   int sms = 8, resident_blocks = 8, delay = 4, freeze = 0;
   uint64_t seed = 1;
+  bool late = false;
 } settings;
 
 Thread* current = nullptr;
@@ -179,16 +180,21 @@ void thaw(const std::vector<Cluster*>& resident) {
 void run_grid(int blocks, int threads, int smem_bytes, int cluster_blocks, std::vector<Cluster*>& resident) {
   int next = 0;
   int64_t passes = 0;
+  const auto fits = [&] {
+    return next < blocks &&
+           (resident.empty() || static_cast<int>(resident.size() + 1) * cluster_blocks <= settings.resident_blocks);
+  };
+  const auto admit = [&] {
+    resident.push_back(new_cluster(next, cluster_blocks, threads, smem_bytes));
+    next += cluster_blocks;
+  };
   while (next < blocks || !resident.empty()) {
-    while (next < blocks &&
-           (resident.empty() || static_cast<int>(resident.size() + 1) * cluster_blocks <= settings.resident_blocks)) {
-      resident.push_back(new_cluster(next, cluster_blocks, threads, smem_bytes));
-      next += cluster_blocks;
-    }
+    while (fits() && (resident.empty() || !settings.late)) admit();
     const Pass pass = run_threads(resident);
     if (!pass.ran) {
       if (!pending.empty()) run_one_pending();
       else if (pass.held) thaw(resident);
+      else if (fits()) admit();
       else fail("deadlock: every thread waits");
     }
     if (++passes > 20'000'000) fail("no end in sight");
@@ -291,10 +297,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>
 using emulator::settings;
 
 // For the tests, through ctypes: SMs of the device, blocks that are resident at once, one in how many chances an
-// asynchronous copy lands, passes for which a warpgroup may be held back, and the seed of the schedule.
+// asynchronous copy lands, passes for which a warpgroup may be held back, the seed of the schedule, and whether a
+// cluster comes only when all that are there wait.
 extern "C" __attribute__((visibility("default"))) void emulator_configure(int sms, int resident_blocks, int delay,
-                                                                          int freeze, int seed) {
-  settings = {sms, resident_blocks, delay, freeze, static_cast<uint64_t>(seed)};
+                                                                          int freeze, int seed, int late) {
+  settings = {sms, resident_blocks, delay, freeze, static_cast<uint64_t>(seed), late != 0};
 }
 
 extern "C" __attribute__((visibility("default"))) int emulator_last_launch_overlapped() { return emulator::overlaps; }

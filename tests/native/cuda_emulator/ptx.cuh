@@ -315,12 +315,11 @@ inline void fence_proxy() {
   emulator::fence_global(self());
 }
 
-inline void wait_flag(const int* p) {
+inline void wait_flag(const int* p, int least) {
   touch_memory();
   ++self().spins;
   self().saw_flag = true;
-  emulator::yield();
-  while (*p == 0) emulator::yield();
+  emulator::wait_until([p, least] { return *p >= least; });
 }
 inline void add(float* p, float v) {
   touch_memory();
