@@ -10,6 +10,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fused_lora.nn.linear import LoRALinear
 from fused_lora.nn.modules_to_save import ModuleToSave
+from fused_lora.nn.trained_rows import TrainedRows
 
 
 class ColwiseLoRA(ColwiseParallel):
@@ -50,6 +51,8 @@ def _apply(
 ) -> nn.Module:
     """Split a module and have it called with x and return y as the style says."""
     if isinstance(module, ModuleToSave):  # its copies are plain modules
+        if any(isinstance(copied, TrainedRows) for copied in module.modules_to_save.values()):
+            raise ValueError("a module must not be trained by rows to be split; got one with trainable_token_indices")
         for inner in (module.original_module, *module.modules_to_save.values()):
             torch_apply(inner, mesh)
         return module
