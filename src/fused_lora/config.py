@@ -121,7 +121,7 @@ class LoraConfig:
             raise ValueError(f"lora_bias must be False with init_lora_weights={self.init_lora_weights!r}; got True")
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in _STARTS:
             needs = _OTHER_STARTS.get(self.init_lora_weights) if isinstance(self.init_lora_weights, str) else None
-            why = f", which needs {needs}: let PEFT make the adapter, and load_adapter or fuse it" if needs else ""
+            why = f", which needs {needs}: let PEFT make the adapter, and fuse it" if needs else ""
             raise ValueError(
                 f"init_lora_weights must be a bool or one of {_STARTS}; got {self.init_lora_weights!r}{why}"
             )

@@ -1,4 +1,4 @@
-"""PEFT's starts that need data or gradients, on fused layers: they make the adapter, which then trains as stock PEFT's."""
+"""PEFT's starts that need data or gradients, with fused layers: the adapter trains as stock PEFT's."""
 
 import copy
 import warnings
@@ -57,7 +57,5 @@ def test_a_start_that_asks_the_model(start):
 
 @pytest.mark.parametrize("start", ["corda", "lora_ga", "eva", "loftq"])
 def test_apply_lora_names_the_way(start):
-    with pytest.raises(
-        ValueError, match=rf"got '{start}', which needs .*: let PEFT make the adapter, and load_adapter"
-    ):
+    with pytest.raises(ValueError, match=rf"got '{start}', which needs .*: let PEFT make the adapter, and fuse it"):
         apply_lora(llama(hidden=16), 4, init_lora_weights=start)

@@ -149,7 +149,7 @@ def _check_tying(config: LoraConfig, linears: dict, saved: Saved, places: list[P
         if weight is not None and tied:
             raise ValueError(
                 "ensure_weight_tying must be False with a tied module among target_modules: PEFT trains its factors "
-                "twice, as two parameters over one memory; let PEFT make the adapter and fuse it; got "
+                "twice, as two parameters over one memory; let PEFT make the adapter, and fuse it; got "
                 f"{name}, tied to {', '.join(tied)}"
             )
     if config.ensure_weight_tying and not saved.ties:
