@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_llama import TOKENS, llama, randomise
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from fused_lora import (
     LoraConfig,
@@ -101,6 +101,21 @@ def test_numbers_and_files_are_peft_s(given, tie, tmp_path):
         assert torch.allclose(ours(TOKENS).logits, expected["logits"], atol=2e-6)
     with disable_adapter(ours):
         assert torch.equal(ours(TOKENS).logits, base(tie)(TOKENS).logits)
+
+
+@pytest.mark.parametrize("given", [[0, 1, 7], {"embed_tokens": [0, 1, 7]}], ids=["all", "not the head"])
+def test_an_embedding_that_is_four_modules(given, tmp_path):
+    """The encoder's and the decoder's have its weight, and the head."""
+    shape = dict(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=128, decoder_start_token_id=0)
+
+    def t5():
+        torch.manual_seed(0)
+        return T5ForConditionalGeneration(T5Config(**shape, pad_token_id=0)).eval()
+
+    config = PeftConfig(r=2, target_modules=["q"], trainable_token_indices=given)
+    theirs = randomise(get_peft_model(t5(), config)).eval()
+    theirs.save_pretrained(tmp_path)
+    assert_same(outcome(load_adapter(t5(), tmp_path).eval()), outcome(theirs))
 
 
 def test_half_precision_trains_fp32_rows_as_peft_does(tmp_path):

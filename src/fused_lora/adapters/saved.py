@@ -33,14 +33,13 @@ def find_saved(model: nn.Module, config: LoraConfig, places: list[Place], first:
     modules = {first[id(p.module)]: p.module for p in places if not p.inside}
     ends = tuple(config.modules_to_save)
     saved = {name: module for name, module in modules.items() if ends and name.endswith(ends)}
-    rows = _rows(model, config, modules)
+    embedding = _embedding(model, modules) if config.trainable_token_indices is not None else None
+    rows = _rows(config, modules, embedding)
     for name in rows:
         if name in saved:
-            raise ValueError(
-                f"modules_to_save and trainable_token_indices must not overlap; got {name}, {saved[name]}, in both"
-            )
+            raise ValueError(f"modules_to_save and trainable_token_indices must not overlap; got {name} in both")
         _check_rows(name, modules[name], rows[name])
-    ties = _tied_rows(config, modules, rows)
+    ties = _tied_rows(config, modules, rows, embedding) if embedding is not None and embedding in rows else {}
     rows |= {name: rows[source] for name, source in ties.items()}
     if config.ensure_weight_tying:
         ties |= _tied_copies(modules, saved)
@@ -49,16 +48,20 @@ def find_saved(model: nn.Module, config: LoraConfig, places: list[Place], first:
     return Saved({name: saved[name] for name in order}, rows, ties)
 
 
-def _rows(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]) -> dict[str, list[int]]:
-    """The rows that trainable_token_indices names, by the names of their modules."""
+def _embedding(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+    """The name of the model's own embedding of tokens, if it says which that is."""
+    ask = getattr(model, "get_input_embeddings", None)
+    asked = ask() if ask is not None else None
+    return next((name for name, module in modules.items() if module is asked), None)
+
+
+def _rows(config: LoraConfig, modules: dict[str, nn.Module], embedding: str | None) -> dict[str, list[int]]:
+    """The rows that trainable_token_indices names, by the names of their modules; a list is for the embedding."""
     given = config.trainable_token_indices
     if given is None:
         return {}
     if isinstance(given, list):
-        ask = getattr(model, "get_input_embeddings", None)
-        embedding = ask() if ask is not None else None
-        found = [name for name, module in modules.items() if module is embedding]
-        given = {(found or ["embed_tokens"])[0]: given}
+        given = {embedding or "embed_tokens": given}
     rows: dict[str, list[int]] = {}
     for end, numbers in given.items():
         named = [name for name in modules if name.endswith(end)]
@@ -99,29 +102,27 @@ def _tied_to(name: str, modules: dict[str, nn.Module]) -> list[str]:
     return found
 
 
-def _tied_rows(config: LoraConfig, modules: dict[str, nn.Module], rows: dict[str, list[int]]) -> dict[str, str]:
-    """The modules that follow embeddings with rows of their own: those with the same weight, unless other rows of
-    theirs are named. Raises: ValueError if such are to be tied, or have adapters."""
+def _tied_rows(
+    config: LoraConfig, modules: dict[str, nn.Module], rows: dict[str, list[int]], embedding: str
+) -> dict[str, str]:
+    """The modules that follow the model's embedding, which has rows of its own: those with its weight, unless other
+    rows of theirs are named. Raises: ValueError if such are to be tied, or have adapters."""
     ties: dict[str, str] = {}
-    for name in rows:
-        if name in ties or not isinstance(_plain(modules[name]), nn.Embedding):
-            continue
-        for other in _tied_to(name, modules):
-            if rows.get(other, rows[name]) != rows[name]:
-                if config.ensure_weight_tying:
-                    raise ValueError(
-                        "ensure_weight_tying and different trainable_token_indices of tied modules exclude each other; "
-                        f"got {name}: {rows[name]} and {other}: {rows[other]}"
-                    )
-                continue
-            if isinstance(modules[other], LoRALayer) or not isinstance(
-                _plain(modules[other]), nn.Linear | nn.Embedding
-            ):
+    for name in _tied_to(embedding, modules):
+        module = modules[name]
+        if rows.get(name, rows[embedding]) != rows[embedding]:
+            if config.ensure_weight_tying:
                 raise ValueError(
-                    f"trainable_token_indices of {name} must be followed by {other}, which has the same weight and "
-                    f"must be a plain nn.Linear or nn.Embedding for that; got a {type(modules[other]).__name__}"
+                    "ensure_weight_tying and different trainable_token_indices of tied modules exclude each other; got "
+                    f"{embedding}: {rows[embedding]} and {name}: {rows[name]}"
                 )
-            ties[other] = name
+            continue
+        if isinstance(module, LoRALayer) or not isinstance(_plain(module), nn.Linear | nn.Embedding):
+            raise ValueError(
+                f"trainable_token_indices of {embedding} are those of {name}, too, which has the same weight and must "
+                f"be a plain nn.Linear or nn.Embedding for that; got a {type(module).__name__}"
+            )
+        ties[name] = embedding
     return ties
 
 
