@@ -18,6 +18,7 @@ from fused_lora import (
     adapters_per_sample,
     add_weighted_adapter,
     apply_lora,
+    delete_adapter,
     disable_adapter,
     load_adapter,
     merge_and_unload,
@@ -26,7 +27,7 @@ from fused_lora import (
     set_adapter,
     unload,
 )
-from fused_lora.adapters.unload import delete_adapter
+from fused_lora.distributed import ColwiseLoRA, RowwiseLoRA
 from fused_lora.peft import fuse
 from fused_lora.testing import tolerance
 
@@ -280,6 +281,12 @@ def test_what_changes_under_rows_is_refused(tmp_path, refuses):
         apply_lora(taken, 2, target_modules=["q_proj"], trainable_token_indices=[1], adapter_name="b")
     with refuses(model, "must not be trained in full, as modules_to_save, or by rows, by another adapter"):
         apply_lora(model, 2, target_modules=["embed_tokens"], adapter_name="b")
+
+
+def test_tensor_parallelism_is_refused():
+    for style in (ColwiseLoRA(), RowwiseLoRA()):
+        with pytest.raises(ValueError, match="must not be trained by rows to be split; got one with trainable_token"):
+            style._apply(adapted().lm_head, None)
 
 
 def test_nothing_tied_is_said_and_a_config_is_carried_over():

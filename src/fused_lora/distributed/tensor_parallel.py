@@ -49,7 +49,10 @@ class RowwiseLoRA(RowwiseParallel):
 def _apply(
     style: Any, torch_apply: Any, module: nn.Module, mesh: DeviceMesh, places: dict[str, Any], x: Placement
 ) -> nn.Module:
-    """Split a module and have it called with x and return y as the style says."""
+    """Split a module and have it called with x and return y as the style says.
+
+    Raises: ValueError as the styles, and for a module of which an adapter trains rows.
+    """
     if isinstance(module, ModuleToSave):  # its copies are plain modules
         if any(isinstance(copied, TrainedRows) for copied in module.modules_to_save.values()):
             raise ValueError("a module must not be trained by rows to be split; got one with trainable_token_indices")
