@@ -13,6 +13,34 @@ from fused_lora.nn.merged_weight import check_values
 ROWS_KEY = "token_adapter.trainable_tokens_delta"  # of the values in PEFT's file and in the state dict
 
 
+def with_vectors(embedding: Any, y: Tensor, tokens: Tensor, rows: list[int], places: Tensor, delta: Tensor) -> Tensor:
+    """What an embedding returns, y [..., D] of tokens [...], with the vectors of some tokens replaced.
+
+    Args:
+        rows: the numbers of these tokens.
+        places: [V], where each token is in them, or -1.
+        delta: [n, D], their vectors, in the weight's dtype.
+    """
+    found, padding = places[tokens], embedding.padding_idx
+    own = F.embedding(found.clamp(min=0), delta, rows.index(padding) if padding in rows else None)
+    scale = getattr(embedding, "embed_scale", 1.0)
+    own = own * (scale.to(own.dtype) if isinstance(scale, Tensor) else scale)
+    return torch.where((found >= 0).unsqueeze(-1), own.to(y.dtype), y)
+
+
+def with_products(y: Tensor, x: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    """What a linear layer returns, y [..., V] of x [..., D], with the products of the rows index [n] replaced, which
+    are delta [n, D]."""
+    own = F.linear(x, delta, None if bias is None else bias[index])
+    return y.index_copy(-1, index, own.to(y.dtype))
+
+
+def places_of(rows: Sequence[int], size: int, device: torch.device) -> Tensor:
+    """[size]: where each number is in the rows, or -1."""
+    index, order = torch.tensor(rows, device=device), torch.arange(len(rows), device=device)
+    return torch.full((size,), -1, device=device).index_copy(0, index, order)
+
+
 class TrainedRows(nn.Module):
     """What a `ModuleToSave` calls in the place of its original, where an adapter trains rows of the weight [V, D] alone
     (PEFT's `trainable_token_indices`).
@@ -33,13 +61,12 @@ class TrainedRows(nn.Module):
         self._aside: list[nn.Parameter] = []  # the module's weight while a folded one stands in its place
         self._folded: list[nn.Parameter] = []  # that one, for all modules that are tied to this
         weight: Any = module.weight
-        index = torch.tensor(self.rows, device=weight.device)
         if tied_to is None:
-            values = weight.detach()[index].to(adapter_place(module)[1])
+            values = weight.detach()[self.rows].to(adapter_place(module)[1])
             self.token_adapter = nn.ParameterDict({"trainable_tokens_delta": nn.Parameter(values, requires_grad=False)})
-        if isinstance(module, nn.Embedding):  # [V]: where in the rows, or -1
-            places = torch.full((len(weight),), -1, device=weight.device)
-            index = places.index_copy(0, index, torch.arange(len(self.rows), device=weight.device))
+        embeds = isinstance(module, nn.Embedding)
+        index = torch.tensor(self.rows, device=weight.device)
+        index = places_of(self.rows, len(weight), weight.device) if embeds else index
         self.register_buffer("index", index, persistent=False)
         self.training = module.training
 
@@ -80,22 +107,9 @@ class TrainedRows(nn.Module):
         y = self.module(x, *args, **kwargs)
         if self._aside:
             return y
-        return self._vectors(y, x) if isinstance(self.module, nn.Embedding) else self._products(y, x)
-
-    def _vectors(self, y: Tensor, tokens: Tensor) -> Tensor:
-        """y [..., D] with the vectors of tokens [...] that are rows replaced."""
-        places, padding = self.index[tokens], self.module.padding_idx
-        padding = self.rows.index(padding) if padding in self.rows else None
-        own = F.embedding(places.clamp(min=0), self.delta(), padding)
-        scale = getattr(self.module, "embed_scale", 1.0)
-        own = own * (scale.to(own.dtype) if isinstance(scale, Tensor) else scale)
-        return torch.where((places >= 0).unsqueeze(-1), own.to(y.dtype), y)
-
-    def _products(self, y: Tensor, x: Tensor) -> Tensor:
-        """y [..., V] with the products of the rows replaced."""
-        bias = self.module.bias
-        own = F.linear(x, self.delta(), None if bias is None else bias[self.index])
-        return y.index_copy(-1, self.index, own.to(y.dtype))
+        if isinstance(self.module, nn.Embedding):
+            return with_vectors(self.module, y, x, self.rows, self.index, self.delta())
+        return with_products(y, x, self.index, self.delta(), self.module.bias)
 
     @property
     def weight(self) -> Tensor:
