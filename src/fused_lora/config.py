@@ -65,6 +65,10 @@ class LoraConfig:
         task_type: "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" put the head of such a model, classifier, score or
             qa_outputs, among modules_to_save; other types of PEFT's change nothing. None, with "all-linear", does so
             for a model whose class says what it is for.
+        trainable_token_indices: numbers of tokens whose vectors train by themselves, in the model's input embedding, or
+            by the ends of names of embeddings. Modules tied to such an embedding, an output head, follow it.
+        ensure_weight_tying: let modules that are tied to one of modules_to_save have its copy, too; of
+            trainable_token_indices it asks that tied modules have the same.
         bias: which biases of the base train with the adapter, in place: "none", with "lora_only" those of the layers
             that have the adapter, or "all". One adapter of a model can train them, and they stay when it goes.
         init_lora_weights: True for a random A and a zero B, "gaussian" for another random A, False for a random B as
@@ -88,6 +92,8 @@ class LoraConfig:
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     task_type: str | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     init_lora_weights: bool | str = True
     use_dora: bool = False
     dora_exact: bool = False
@@ -101,6 +107,7 @@ class LoraConfig:
         self._check_names()
         self._check_patterns()
         self._check_layers()
+        self._check_tokens()
         task_type = getattr(self.task_type, "value", self.task_type)  # of PEFT's enumeration
         if task_type is not None and task_type not in _TASK_TYPES:
             raise unknown_name("task_type", task_type, _TASK_TYPES)
@@ -114,7 +121,7 @@ class LoraConfig:
             raise ValueError(f"lora_bias must be False with init_lora_weights={self.init_lora_weights!r}; got True")
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in _STARTS:
             needs = _OTHER_STARTS.get(self.init_lora_weights) if isinstance(self.init_lora_weights, str) else None
-            why = f", which needs {needs}: let PEFT make the adapter, and load_adapter or fuse it" if needs else ""
+            why = f", which needs {needs}: let PEFT make the adapter, and fuse it" if needs else ""
             raise ValueError(
                 f"init_lora_weights must be a bool or one of {_STARTS}; got {self.init_lora_weights!r}{why}"
             )
@@ -169,6 +176,23 @@ class LoraConfig:
             raise ValueError(f"layers_pattern must be None without layers_to_transform; got {patterns!r}")
         for pattern in listed_patterns:
             check_regex("layers_pattern", pattern, layer_number(pattern))
+
+    def _check_tokens(self) -> None:
+        """Check the numbers of tokens and take copies of them."""
+        given = self.trainable_token_indices
+        named = given if isinstance(given, dict) else {} if given is None else {"": given}
+        for name, rows in named.items():
+            whole = isinstance(rows, list | tuple) and all(type(row) is int and row >= 0 for row in rows)
+            if not isinstance(name, str) or not whole or not rows or len(set(rows)) != len(rows):
+                raise ValueError(
+                    "trainable_token_indices must be a list of different int >= 0, or a dict of such by ends of names; "
+                    f"got {given!r}"
+                )
+        if given is not None:
+            copied = {name: list(rows) for name, rows in named.items()}
+            object.__setattr__(self, "trainable_token_indices", copied if isinstance(given, dict) else copied[""])
+        if not isinstance(self.ensure_weight_tying, bool):
+            raise ValueError(f"ensure_weight_tying must be a bool; got {self.ensure_weight_tying!r}")
 
     @cached_property
     def ranks(self) -> NamePatterns:

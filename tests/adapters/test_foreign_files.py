@@ -101,8 +101,7 @@ def test_a_resized_vocabulary_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, message",
-    [({"trainable_token_indices": [1]}, r"trainable_token_indices is not supported and must be off; got")],
+    "options, message", [({"velora_config": {"rank": 2}}, r"velora_config is not supported and must be off; got")]
 )
 def test_each_refusal_names_the_field(options, message, tmp_path):
     peft_saved(tmp_path, **options)

@@ -8,6 +8,13 @@ from tiny_llama import llama
 
 from fused_lora.peft import explain, fuse
 
+
+def padded(dtype):
+    model = llama(dtype)
+    model.model.embed_tokens.padding_idx = 3
+    return model
+
+
 ATTENTION = ["q_proj", "v_proj"]
 CONFIGS = {  # name: (base, LoraConfig, the ways that its layers go)
     "plain": (llama, {}, {"fused"}),
@@ -26,6 +33,8 @@ CONFIGS = {  # name: (base, LoraConfig, the ways that its layers go)
         dict(target_modules=["q_proj"], target_parameters=["mlp.gate_proj.weight"]),
         {"fused", "peft"},
     ),
+    "tokens": (lambda dtype: llama(dtype, True), dict(trainable_token_indices=[9, 0, 3]), {"fused", "update"}),
+    "tokens, padding among them": (padded, dict(trainable_token_indices=[9, 0, 3]), {"fused", "update"}),
     "conv1d": (gpt2, {}, {"fused"}),
     "conv1d, all biases": (gpt2, dict(bias="all"), {"fused"}),
     "conv1d, biases of the layers": (gpt2, dict(bias="lora_only"), {"fused"}),

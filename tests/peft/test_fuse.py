@@ -4,12 +4,13 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft_twins import gpt2, peft_model
+from peft_twins import assert_like_peft, gpt2, peft_model, step
 from tiny_llama import TOKENS, llama
 from torch import nn
 
 from fused_lora.peft import custom_module_mapping, explain, fuse, patched, unfuse
 from fused_lora.peft.layer import Linear
+from fused_lora.peft.tokens import TrainableTokensLayer
 
 
 def ways(model):
@@ -98,6 +99,25 @@ def test_patched_fuses_what_is_built_inside():
     after = peft_model(target_modules=["q_proj"])
     assert [kinds(m) for m in (before, inside, conv1d, after)] == [{PeftLinear}, {Linear}, {Linear}, {PeftLinear}]
     assert set(ways(inside)) == set(ways(conv1d)) == {"fused"}
+
+
+def test_layers_that_train_tokens():
+    """They are fused with the others, and what PEFT computes otherwise stays PEFT's."""
+    with patched():
+        model = peft_model(lambda dtype: llama(dtype, True), target_modules=["q_proj"], trainable_token_indices=[1, 7])
+    rows = [row for row in explain(model) if "token_adapter" in row.layer]
+    assert [row.way for row in rows] == ["update", "update"]
+    fused = step(model)
+    embedding, head = (model.get_submodule(row.layer) for row in rows)
+    head.base_layer.bias = nn.Parameter(torch.zeros(128), requires_grad=False)
+    assert [row.reason for row in explain(model).of("peft")] == ["PEFT leaves out the bias of its base layer"]
+    head.base_layer.bias = None
+    with model.disable_adapter():
+        assert "disabled or merged" in str(explain(model))
+        assert torch.equal(model(TOKENS).logits, llama(tie=True)(TOKENS).logits)
+    unfuse(model)
+    assert not isinstance(embedding, TrainableTokensLayer)
+    assert_like_peft(fused, step(model))
 
 
 class Odd(nn.Linear):

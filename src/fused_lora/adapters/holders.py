@@ -1,5 +1,6 @@
 """The layers and wrappers of a model that hold adapters, and an adapter's tensors by their keys in PEFT's file."""
 
+import copy
 from collections.abc import Collection
 from typing import Any
 
@@ -11,6 +12,7 @@ from fused_lora.adapters.wrappers import plain_key
 from fused_lora.nn.by_name import ActiveAdapter, as_list, one_or_list
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.modules_to_save import ModuleToSave
+from fused_lora.nn.trained_rows import TrainedRows
 
 Layers = dict[str, LoRALayer]
 Wrappers = dict[str, ModuleToSave]
@@ -45,6 +47,28 @@ def holders_of(model: nn.Module, adapter_name: str) -> tuple[Layers, Wrappers]:
         {name: layer for name, layer in layers.items() if adapter_name in layer.lora_A},
         {name: wrapper for name, wrapper in wrappers.items() if adapter_name in wrapper.modules_to_save},
     )
+
+
+def rows_of(wrappers: Wrappers, adapter_name: str) -> dict[str, list[int]]:
+    """The rows that an adapter trains of modules in these wrappers, but for those that are tied to others."""
+    held = {name: wrapper.modules_to_save[adapter_name] for name, wrapper in wrappers.items()}
+    return {name: rows.rows for name, rows in held.items() if isinstance(rows, TrainedRows) and not rows.is_tied}
+
+
+def are_tied(wrappers: Wrappers, adapter_name: str) -> bool:
+    """Whether an adapter's full copies of modules in these wrappers have tensors in common."""
+    copies = [wrapper.modules_to_save[adapter_name] for wrapper in wrappers.values()]
+    tensors = [id(tensor) for copied in copies for tensor in copied.parameters()]
+    return len(set(tensors)) < len(tensors)
+
+
+def copy_saved(wrappers: Wrappers, adapter_name: str, new_name: str) -> None:
+    """Give a new adapter frozen copies of what another trains in these wrappers; what is tied stays so."""
+    memo: dict[int, Any] = {id(wrapper.original_module): wrapper.original_module for wrapper in wrappers.values()}
+    for wrapper in wrappers.values():
+        if adapter_name in wrapper.modules_to_save:
+            copied = copy.deepcopy(wrapper.modules_to_save[adapter_name], memo)
+            wrapper.modules_to_save[new_name] = copied.requires_grad_(False)
 
 
 def adapter_names(model: nn.Module) -> list[str]:

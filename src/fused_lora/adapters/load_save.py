@@ -1,6 +1,7 @@
 """Adapters to and from PEFT's files."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,13 @@ from fused_lora.adapters.holders import (
     Wrappers,
     adapter_names,
     all_holders,
+    are_tied,
     biased_adapters,
     biases_in,
     holders_of,
     live_keys,
     module_names,
+    rows_of,
     tensors_of,
     trained_biases,
 )
@@ -39,6 +42,7 @@ from fused_lora.nn import LoRALayer, layer_class
 from fused_lora.nn.experts import LoRAParameter, pattern_name
 from fused_lora.nn.layer import adapter_place
 from fused_lora.nn.modules_to_save import ModuleToSave
+from fused_lora.nn.trained_rows import ROWS_KEY, TrainedRows
 
 
 def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
@@ -80,9 +84,11 @@ def config_file(root: nn.Module, adapter_name: str) -> bytes:
     layers, saved = _layers_of(root, adapter_name)
     config = peft_config.config_of(
         layers,
-        list(saved),
+        [name for name, wrapper in saved.items() if not isinstance(wrapper.modules_to_save[adapter_name], TrainedRows)],
         module_names(root),
         adapter_name,
+        rows=rows_of(saved, adapter_name),
+        tied=are_tied(saved, adapter_name),
         parameters=[key for place in walk(root) for key in parameter_names(place)],
         moved=moved_layers(root),
         task_type=task_type_of(root),
@@ -143,7 +149,8 @@ def load_adapter(
             check_start(plan, config)
             check_one_bias(root, config)
         _check_values_here(plan)
-        found = peft_format.find_tensors(directory, _expected(root, plan, config), lambda: base_tensors(root))
+        again = {peft_format.file_key(name, ROWS_KEY) for name in plan.saved.ties if name in plan.saved.rows}
+        found = peft_format.find_tensors(directory, _expected(root, plan, config), lambda: base_tensors(root), again)
         values = peft_format.read_tensors(directory, found)
         if not known:
             install(root, plan, config, adapter_name)
@@ -173,7 +180,7 @@ def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adap
     layers, saved = holders_of(root, adapter_name)
     for what, have, want in (
         ("layers", layers, {**plan.linears, **plan.parameters}),
-        ("modules_to_save", saved, plan.saved),
+        ("modules_to_save or trainable_token_indices", saved, plan.saved.modules),
     ):
         if set(have) != set(want):
             differ = sorted(set(have) ^ set(want))
@@ -181,6 +188,12 @@ def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adap
                 f"adapter {adapter_name!r} exists on other {what} than the file's, which differ in {differ[:3]}; load "
                 "under a new name"
             )
+    has_rows, new_rows = rows_of(saved, adapter_name), plan.saved.own_rows()
+    if has_rows != new_rows:
+        raise ValueError(
+            f"adapter {adapter_name!r} exists with trainable_token_indices={has_rows}; got {new_rows}, load under a "
+            "new name"
+        )
     for name, layer in layers.items():
         init, new_init = layer.init_lora_weights[adapter_name], config.init_lora_weights
         if init != new_init and {init, new_init} & {"pissa", "olora"}:
@@ -212,7 +225,7 @@ def _check_values_here(plan: Plan) -> None:
     """Raises ValueError if what an adapter is to be read into has no values here: they would be dropped in silence."""
     targets = plan.linears | {name: target.module for name, target in plan.parameters.items()}
     elsewhere = [name for name, module in targets.items() if _is_elsewhere(module)]
-    elsewhere += [name for name, module in plan.saved.items() if any(t.is_meta for t in module.parameters())]
+    elsewhere += [name for name, module in plan.saved.modules.items() if any(t.is_meta for t in module.parameters())]
     if elsewhere:
         raise ValueError(
             "model must have its values before load_adapter (load it first; offload it afterwards); got "
@@ -255,8 +268,12 @@ def _expected(root: nn.Module, plan: Plan, config: LoraConfig) -> dict[str, tupl
         own = config.layer(pattern_name(name, target))
         named = LoRAParameter.file_shapes(target.adapter_shapes(own.r), own)
         shapes |= {peft_format.file_key(name, key): shape for key, shape in named.items()}
-    for name, saved in plan.saved.items():
-        original = saved.original_module if isinstance(saved, ModuleToSave) else saved
+    for name, saved in plan.saved.modules.items():
+        original: Any = saved.original_module if isinstance(saved, ModuleToSave) else saved
+        if name in plan.saved.rows:
+            if name not in plan.saved.ties:
+                shapes[peft_format.file_key(name, ROWS_KEY)] = len(plan.saved.rows[name]), original.weight.shape[1]
+            continue
         for key, tensor in original.state_dict().items():
             shapes[peft_format.file_key(name, plain_key(key))] = tuple(tensor.shape)
     return shapes | {key: tuple(bias.shape) for key, bias in biases_in(root, config.bias, plan.linears).items()}

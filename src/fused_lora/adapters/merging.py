@@ -35,14 +35,12 @@ def merged(model: nn.Module, adapter_name: str | list[str] | None = None) -> Ite
     choose_to_merge(root, adapter_name)
     try:
         for wrapper in wrappers.values():
-            wrapper.merged = True
+            wrapper.merge()
         for name, layer in layers.items():
             layer.shows_plain = True
             if layer.active_adapter is not None:
-                try:
+                with _named(name):
                     layer.merge()
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
         yield model
     finally:
         for layer in layers.values():
@@ -50,28 +48,35 @@ def merged(model: nn.Module, adapter_name: str | list[str] | None = None) -> Ite
             if layer.merged:
                 layer.unmerge()
         for wrapper in wrappers.values():
-            wrapper.merged = False
+            wrapper.unmerge()
         for name, holder in named_holders(root).items():
             holder.active_adapter = before[name]
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Have a ValueError from inside begin with the layer's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def choose_to_merge(root: nn.Module, adapter_name: ActiveAdapter) -> None:
     """Have the adapter act that is to be merged, the active one if the name is None, without touching requires_grad, so
     an optimizer sees no change. Raises: ValueError as `merged`, but for values that are not finite; nothing changes
     then."""
-    layers, holders = all_holders(root)[0], named_holders(root)
+    holders = named_holders(root)
     checked_names(root, adapter_name)
     if adapter_name is None and all(holder.active_adapter is None for holder in holders.values()):
         raise ValueError(f"adapter_name must be one of {adapter_names(root)} while no adapter is active; got None")
     chosen = {name: holder.active_adapter for name, holder in holders.items()}
     if adapter_name is not None:
         chosen = {name: held(adapter_name, holder) for name, holder in holders.items()}
-    for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(f"{name} must not be merged yet; got adapter {layer.active_adapter!r} merged")
-        try:
-            layer.check_mergeable(as_list(chosen[name]))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+    for name, holder in holders.items():
+        if holder.merged:
+            raise ValueError(f"{name} must not be merged yet; got adapter {holder.active_adapter!r} merged")
+        with _named(name):
+            holder.check_mergeable(as_list(chosen[name]))
     for name, holder in holders.items():
         holder.active_adapter = chosen[name]

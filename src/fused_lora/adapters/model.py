@@ -1,6 +1,7 @@
 """Adapters of whole models: put them on and switch them."""
 
 from contextlib import suppress
+from typing import Any
 
 from torch import nn
 
@@ -38,6 +39,8 @@ def apply_lora(
     layers_to_transform: int | list[int] | None = None,
     layers_pattern: str | list[str] | None = None,
     task_type: str | None = None,
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
+    ensure_weight_tying: bool = False,
     init_lora_weights: bool | str = True,
     use_dora: bool = False,
     dora_exact: bool = False,
@@ -57,15 +60,15 @@ def apply_lora(
         model: any module, in wrappers or not; DistributedDataParallel and FSDP come after adapters.
         r, lora_alpha, lora_dropout, use_rslora: as in `LoRALinear`.
         target_modules, rank_pattern, alpha_pattern, modules_to_save, exclude_modules, target_parameters,
-            layers_to_transform, layers_pattern, task_type, init_lora_weights, use_dora, dora_exact, allora_eta,
-            allora_mode, bias, lora_bias: as in `LoraConfig`.
+            layers_to_transform, layers_pattern, task_type, trainable_token_indices, ensure_weight_tying,
+            init_lora_weights, use_dora, dora_exact, allora_eta, allora_mode, bias, lora_bias: as in `LoraConfig`.
         adapter_name: its name, without dots.
         config: a LoraConfig, or PEFT's own, instead of all that but adapter_name; it may stand in the place of r, too.
     Returns: model.
     Raises: ValueError naming the argument, what was expected and what was given; the model is unchanged then.
     Source: names and matching rules as in Hugging Face PEFT's LoraConfig.
     """
-    given = {
+    given: dict[str, Any] = {
         "lora_alpha": lora_alpha,
         "target_modules": target_modules,
         "lora_dropout": lora_dropout,
@@ -82,6 +85,7 @@ def apply_lora(
     }
     given |= dict(use_dora=use_dora, dora_exact=dora_exact, allora_eta=allora_eta, allora_mode=allora_mode)
     given |= dict(bias=bias, lora_bias=lora_bias)
+    given |= dict(trainable_token_indices=trainable_token_indices, ensure_weight_tying=ensure_weight_tying)
     if config is None and (isinstance(r, LoraConfig) or is_peft_config(r)):
         lora_config = _config(given, r, unwrapped(model))
     else:
@@ -238,15 +242,17 @@ def install(root: nn.Module, plan: Plan, config: LoraConfig, adapter_name: str) 
                 inner = replacement.get(id(target.module), target.module)
                 replacement[id(target.module)] = target = LoRAParameter(inner, target.parameter_name)
             target.add_adapter(adapter_name, **given)
-        for saved in plan.saved.values():
+        copies: dict[str, nn.Module] = {}
+        for name, saved in plan.saved.modules.items():
             wrapper = saved if isinstance(saved, ModuleToSave) else ModuleToSave(saved)
-            wrapper.add_adapter(adapter_name)
+            tied_to = copies.get(plan.saved.ties.get(name, ""))
+            copies[name] = wrapper.add_adapter(adapter_name, plan.saved.rows.get(name), tied_to)
             replacement[id(saved)] = wrapper
     except BaseException:
         for holder in (*plan.linears.values(), *plan.parameters.values()):
             if isinstance(holder, LoRALayer) and adapter_name in holder.lora_A:
                 holder.delete_adapter(adapter_name)
-        for saved in plan.saved.values():
+        for saved in plan.saved.modules.values():
             if isinstance(saved, ModuleToSave):
                 with suppress(KeyError):
                     del saved.modules_to_save[adapter_name]

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import nn
 
@@ -144,6 +145,8 @@ def config_of(
     parameters: Collection[str] = (),
     moved: Collection[str] = (),
     task_type: str | None = None,
+    rows: Mapping[str, list[int]] = MappingProxyType({}),
+    tied: bool = False,
 ) -> LoraConfig:
     """The configuration that describes an adapter as it sits in a model.
 
@@ -156,6 +159,8 @@ def config_of(
         moved: last parts of names that PEFT takes for experts in this model; linear layers of these names are written
             as the parameters that their weights are.
         task_type: PEFT's, if the model has a head of that kind among `saved`.
+        rows: the numbers of the rows that it trains of modules, by their names.
+        tied: whether modules among `saved` share a tensor.
     Raises: ValueError if the layers differ in what PEFT can say only once (lora_dropout, use_rslora and the like), or a
         scaling was set by hand.
     """
@@ -186,6 +191,8 @@ def config_of(
         rank_pattern=_exceptions(ranks),
         alpha_pattern=_exceptions(alphas),
         modules_to_save=saved,
+        trainable_token_indices=dict(rows) or None,
+        ensure_weight_tying=tied,
         task_type=task_type if saved else None,
         init_lora_weights=first.init_lora_weights[adapter_name],
         bias=first.trains_bias[adapter_name],

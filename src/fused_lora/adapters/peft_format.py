@@ -1,7 +1,7 @@
 """adapter_model.safetensors as PEFT has it: keys, checked reading, atomic writing."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -32,11 +32,14 @@ def _plain(key: str) -> str:
 
 def base_name(key: str) -> str:
     """The name that a key has in the base model: PEFT calls a layer with an adapter on it base_layer."""
-    return re.sub(r"(^|\.)((base_layer|original_module)\.)+", r"\1", key.removeprefix(_PREFIX))
+    return re.sub(r"(^|\.)((token_adapter\.)?(base_layer|original_module)\.)+", r"\1", key.removeprefix(_PREFIX))
 
 
 def find_tensors(
-    directory: Path, expected: Mapping[str, tuple[int, ...]], base: Callable[[], Mapping[str, Tensor]]
+    directory: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    base: Callable[[], Mapping[str, Tensor]],
+    repeated: Collection[str] = (),
 ) -> dict[str, str]:
     """Compare the header of adapter_model.safetensors with the keys and shapes that the model needs.
 
@@ -47,6 +50,7 @@ def find_tensors(
         directory: of the adapter.
         expected: shapes by key.
         base: gives the base model's tensors by name, if any are needed.
+        repeated: keys at which PEFT may write an expected tensor again.
     Returns: the key in the file for each expected key.
     Raises: FileNotFoundError naming the file; ValueError for a pickle, a file that is not safetensors, and missing,
         unexpected, wrongly shaped or non-floating tensors.
@@ -60,18 +64,19 @@ def find_tensors(
             )
         raise FileNotFoundError(2, "No such file", str(path))
     with _open(path) as file:
-        found, others = _sort_keys(path, list(file.keys()), expected)
+        stored: list[str] = list(file.keys())
+        found, others = _sort_keys(path, [key for key in stored if _plain(key) not in repeated], expected)
         missing = sorted(set(expected) - set(found))
         if missing:
             raise _wrong_keys(path, len(expected), len(found) + len(others), "missing", missing)
         tensors = base() if others else {}
-        unexpected = [stored for stored, name in others.items() if name not in tensors]
+        unexpected = [key for key, name in others.items() if name not in tensors]
         if unexpected:
             raise _wrong_keys(path, len(expected), len(found) + len(others), "unexpected", sorted(unexpected))
         for key, shape in expected.items():
             _check_header(path, key, file.get_slice(found[key]), tuple(shape))
-        for stored, name in others.items():
-            _check_same(path, stored, file, tensors[name])
+        for key, name in others.items():
+            _check_same(path, key, file, tensors[name])
     return found
 
 
@@ -107,7 +112,7 @@ def _check_header(path: Path, key: str, got, shape: tuple[int, ...]) -> None:
             f"{path} is an adapter for another base model: {key.removeprefix(_PREFIX)} must have shape {list(shape)}; "
             f"got {got.get_shape()}"
         )
-    if got.get_dtype() not in ("F64", "F32", "F16", "BF16") and ".lora_" in key:
+    if got.get_dtype() not in ("F64", "F32", "F16", "BF16") and (".lora_" in key or ".token_adapter." in key):
         raise ValueError(f"{path}: {key} must be floating point; got {got.get_dtype()}")
 
 

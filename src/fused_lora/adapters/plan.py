@@ -8,6 +8,7 @@ from torch import nn
 
 from fused_lora.adapters.parameters import PlainParameter, find_parameters
 from fused_lora.adapters.places import Place, is_linear_layer, parameter_names, walk
+from fused_lora.adapters.saved import Saved, find_saved
 from fused_lora.adapters.weight_readers import reader_of
 from fused_lora.adapters.wrappers import unwrapped
 from fused_lora.config import LoraConfig, unknown_name
@@ -23,7 +24,7 @@ class Plan:
     Parameters by the names of their LoRAParameters, the inner of a module's first."""
 
     linears: dict[str, nn.Module]
-    saved: dict[str, nn.Module]
+    saved: Saved
     places: list[Place]
     parameters: dict[str, LoRAParameter | PlainParameter]
 
@@ -41,8 +42,7 @@ def make_plan(model: nn.Module, config: LoraConfig, strict: bool) -> Plan:
     first: dict[int, str] = {}
     for place in places:
         first.setdefault(id(place.module), place.name)
-    ends = tuple(config.modules_to_save)
-    saved = {first[id(p.module)]: p.module for p in places if not p.inside and p.name.endswith(ends)} if ends else {}
+    saved = find_saved(unwrapped(model), config, places, first)
     parameters = find_parameters(config, places, first) if config.target_parameters else {}
     linears = _find_linears(unwrapped(model), config, places, first)
     linears = _without_unread(unwrapped(model), linears, config, places)
@@ -50,9 +50,10 @@ def make_plan(model: nn.Module, config: LoraConfig, strict: bool) -> Plan:
     if not linears and not parameters:
         raise _found_nothing(config, places)
     _check_saved(saved, [*linears, *parameters])
+    _check_tying(config, linears, saved, places)
     if strict:
-        _check_all_used(config, linears, saved, parameters, places)
-    _check_reachable(linears, saved, places)
+        _check_all_used(config, linears, saved.modules, parameters, places)
+    _check_reachable(linears, saved.modules, places)
     return Plan(linears, saved, places, parameters)
 
 
@@ -118,9 +119,9 @@ def _found_nothing(config: LoraConfig, places: list[Place]) -> ValueError:
     )
 
 
-def _check_saved(saved: dict[str, nn.Module], adapted: list[str]) -> None:
+def _check_saved(saved: Saved, adapted: list[str]) -> None:
     """Raises ValueError for a module that cannot be copied and called in another's place, or that holds adapters."""
-    for name, module in saved.items():
+    for name, module in saved.modules.items():
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
             raise ValueError(f"modules_to_save must name modules with a forward; got {name}, a {type(module).__name__}")
         if any(
@@ -132,10 +133,27 @@ def _check_saved(saved: dict[str, nn.Module], adapted: list[str]) -> None:
             )
         for linear in adapted:
             if linear == name or linear.startswith(f"{name}."):
+                what = "trainable_token_indices" if name in saved.rows else "modules_to_save"
+                tied = f", tied to {saved.ties[name]}," if name in saved.ties else ""
                 raise ValueError(
-                    f"modules_to_save and target_modules must not overlap; got {name} in the first and {linear} in the "
+                    f"{what} and target_modules must not overlap; got {name}{tied} in the first and {linear} in the "
                     "second"
                 )
+
+
+def _check_tying(config: LoraConfig, linears: dict, saved: Saved, places: list[Place]) -> None:
+    """Raises ValueError if the adapters of target_modules would have to be tied; warns if nothing is."""
+    for name, module in linears.items() if config.ensure_weight_tying else ():
+        weight = module._parameters.get("weight")
+        tied = [p.name for p in places if p.module is not module and p.module._parameters.get("weight") is weight]
+        if weight is not None and tied:
+            raise ValueError(
+                "ensure_weight_tying must be False with a tied module among target_modules: PEFT trains its factors "
+                "twice, as two parameters over one memory; let PEFT make the adapter, and fuse it; got "
+                f"{name}, tied to {', '.join(tied)}"
+            )
+    if config.ensure_weight_tying and not saved.ties:
+        warnings.warn("ensure_weight_tying: no other module has the weight of one that trains", stacklevel=4)
 
 
 def _check_reachable(linears: dict, saved: dict, places: list[Place]) -> None:

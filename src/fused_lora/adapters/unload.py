@@ -133,7 +133,9 @@ def merge_and_unload(model: nn.Module, adapter_name: str | list[str] | None = No
                 raise ValueError(f"{name}: {error}") from None
         _replace(places, layer, layer.plain())
     for wrapper in wrappers.values():
-        _replace(places, wrapper, wrapper.current())
+        wrapper.merge()
+    for wrapper in wrappers.values():
+        _replace(places, wrapper, wrapper.plain())
     _tell_untied(root)
     _release(root)
     return model

@@ -1,13 +1,12 @@
 """One adapter made of several, with weights."""
 
-import copy
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fused_lora.adapters.holders import Layers, adapter_names, all_holders
+from fused_lora.adapters.holders import Layers, adapter_names, all_holders, copy_saved
 from fused_lora.adapters.model import check_addable
 from fused_lora.adapters.wrappers import unwrapped
 from fused_lora.config import check_adapter_name, unknown_name
@@ -56,11 +55,8 @@ def add_weighted_adapter(
     kind = combination_type if len(adapters) > 1 else "linear"
     layers, wrappers = all_holders(root)
     layers = {name: layer for name, layer in layers.items() if any(adapter in layer.lora_A for adapter in adapters)}
-    copies = {
-        name: [wrapper.modules_to_save[adapter] for adapter in adapters if adapter in wrapper.modules_to_save]
-        for name, wrapper in wrappers.items()
-    }
-    for name, found in copies.items():
+    for name, wrapper in wrappers.items():
+        found = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
         if len(found) > 1:
             raise ValueError(f"adapters must not train several copies of one module; got {len(found)} of {name}")
     rank = _rank(layers, adapters, kind, svd_rank)
@@ -71,9 +67,8 @@ def add_weighted_adapter(
         layer.add_adapter(adapter_name, rank, lora_alpha=rank, lora_dropout=dropout_p, adapter_dtype=dtype)
         layer.lora_A[adapter_name].copy_(factors[name][0])
         layer.lora_B[adapter_name].copy_(factors[name][1])
-    for name, found in copies.items():
-        if found:
-            wrappers[name].modules_to_save[adapter_name] = copy.deepcopy(found[0]).requires_grad_(False)
+    for adapter in adapters:
+        copy_saved(wrappers, adapter, adapter_name)
 
 
 def _check_arguments(root: nn.Module, adapters, weights, adapter_name: str, combination_type: str) -> None:

@@ -10,6 +10,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fused_lora.nn.linear import LoRALinear
 from fused_lora.nn.modules_to_save import ModuleToSave
+from fused_lora.nn.trained_rows import TrainedRows
 
 
 class ColwiseLoRA(ColwiseParallel):
@@ -48,8 +49,13 @@ class RowwiseLoRA(RowwiseParallel):
 def _apply(
     style: Any, torch_apply: Any, module: nn.Module, mesh: DeviceMesh, places: dict[str, Any], x: Placement
 ) -> nn.Module:
-    """Split a module and have it called with x and return y as the style says."""
+    """Split a module and have it called with x and return y as the style says.
+
+    Raises: ValueError as the styles, and for a module of which an adapter trains rows.
+    """
     if isinstance(module, ModuleToSave):  # its copies are plain modules
+        if any(isinstance(copied, TrainedRows) for copied in module.modules_to_save.values()):
+            raise ValueError("a module must not be trained by rows to be split; got one with trainable_token_indices")
         for inner in (module.original_module, *module.modules_to_save.values()):
             torch_apply(inner, mesh)
         return module

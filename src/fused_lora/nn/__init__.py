@@ -36,7 +36,7 @@ def check_base(module: nn.Module) -> None:
     """Raises ValueError unless a module can get adapters."""
     if isinstance(module, ModuleToSave):
         raise ValueError(
-            "module must not be trained in full, as modules_to_save, by another adapter; got one that "
+            "module must not be trained in full, as modules_to_save, or by rows, by another adapter; got one that "
             f"{sorted(module.modules_to_save)} train"
         )
     layer_class(module).check_base(module)

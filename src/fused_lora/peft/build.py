@@ -7,6 +7,7 @@ from typing import Any
 from peft.tuners.lora.layer import dispatch_default
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,18 +23,23 @@ def patched() -> Iterator[None]:
     fused after it. It acts on the whole process while it lasts, may be nested, and is undone when an exception leaves
     it.
     """
-    before = LoraModel.__dict__["_create_new_module"]
+    create, init_tokens = LoraModel.__dict__["_create_new_module"], TrainableTokensWrapper.init_modules
 
-    def create(*args: Any, **kwargs: Any) -> nn.Module:
-        layer = before.__func__(*args, **kwargs)
+    def created(*args: Any, **kwargs: Any) -> nn.Module:
+        layer = create.__func__(*args, **kwargs)
         swap(layer)
         return layer
 
-    LoraModel._create_new_module = staticmethod(create)
+    def init_fused_tokens(self: Any, *args: Any, **kwargs: Any) -> None:
+        init_tokens(self, *args, **kwargs)
+        swap(self.token_adapter)
+
+    LoraModel._create_new_module = staticmethod(created)
+    TrainableTokensWrapper.init_modules = init_fused_tokens
     try:
         yield
     finally:
-        LoraModel._create_new_module = before
+        LoraModel._create_new_module, TrainableTokensWrapper.init_modules = create, init_tokens
 
 
 def custom_module_mapping() -> dict[type[nn.Module], Callable[..., nn.Module | None]]:

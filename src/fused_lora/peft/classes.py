@@ -8,6 +8,7 @@ from torch import nn
 
 from fused_lora.peft.experts import ParamWrapper, PeftParamWrapper
 from fused_lora.peft.layer import Linear, PeftTorchaoLoraLinear, TorchaoLoraLinear
+from fused_lora.peft.tokens import PeftTrainableTokensLayer, TrainableTokensLayer
 
 
 def _pairs() -> list[tuple[type, type]]:
@@ -16,6 +17,7 @@ def _pairs() -> list[tuple[type, type]]:
         (PeftLinear, Linear),
         (PeftTorchaoLoraLinear, TorchaoLoraLinear),
         (PeftParamWrapper, ParamWrapper),
+        (PeftTrainableTokensLayer, TrainableTokensLayer),
     ]
     if hasattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit"):
         from fused_lora.peft import bitsandbytes as ours

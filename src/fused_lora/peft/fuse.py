@@ -11,6 +11,7 @@ from fused_lora.peft.classes import fused_class, swap, swap_back
 from fused_lora.peft.dora import dora_base
 from fused_lora.peft.experts import PeftParamWrapper, expert_updates
 from fused_lora.peft.request import Update, active_update, misfit, readable_base
+from fused_lora.peft.tokens import PeftTrainableTokensLayer, tokens_refusal
 from fused_lora.peft.ways import Row, Ways
 
 _NOT_YET = "fuse(model) has not been called since the layer was made"
@@ -70,6 +71,8 @@ def _row(name: str, layer: Any, fused: bool) -> Row:
         return Row(name, "peft", "the layer has a forward of its own")
     if isinstance(layer, PeftParamWrapper):
         return _experts(name, layer, fused)
+    if isinstance(layer, PeftTrainableTokensLayer):
+        return _tokens(name, layer, fused)
     update, base = active_update(layer), readable_base(layer)
     refused = update if isinstance(update, str) else None if isinstance(base, str) else misfit(base, update)
     if isinstance(base, str) and isinstance(update, Update) and update.dora is not None and dora_base(layer) is None:
@@ -93,6 +96,14 @@ def _experts(name: str, layer: Any, fused: bool) -> Row:
         return Row(name, "peft", _NOT_YET)
     how = "its experts' own products of tokens sorted by expert, and one grouped call adds the update"
     return Row(name, "update", f"{layer.parameter_name}: {how}")
+
+
+def _tokens(name: str, layer: Any, fused: bool) -> Row:
+    """An embedding, or a head, of which rows train."""
+    refused = tokens_refusal(layer, layer.active_adapters)
+    if refused is not None or not fused:
+        return Row(name, "peft", refused or _NOT_YET)
+    return Row(name, "update", "rows of its weight: its own product, in which theirs are replaced")
 
 
 def _around(name: str, base_layer: nn.Module, why: str) -> Row:

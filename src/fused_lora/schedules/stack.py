@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fused_lora.adapters.holders import holders_of
+from fused_lora.adapters.holders import copy_saved, holders_of
 from fused_lora.adapters.load_save import save_adapter
 from fused_lora.nn.experts import LoRAParameter
 from fused_lora.nn.layer import LoRALayer
@@ -40,9 +40,7 @@ def write_stack(
                 layer.add_adapter(_NAME, r=len(lora_A), lora_alpha=len(lora_A))
                 layer.lora_A[_NAME].copy_(lora_A)
                 layer.lora_B[_NAME].copy_(lora_B)
-        for wrapper in wrappers.values():
-            wrapper.add_adapter(_NAME)
-            wrapper.modules_to_save[_NAME].load_state_dict(wrapper.modules_to_save[adapter_name].state_dict())
+        copy_saved(wrappers, adapter_name, _NAME)
         save_adapter(model, directory, _NAME)
     finally:
         for layer in layers.values():
