@@ -184,13 +184,8 @@ def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling,
         kept.append(_single(variant.grad_row_scale))
         given["row_scale"] = kept[-1].data_ptr()
     dh_in = internals.empty_on_cpu((M, R), (R, 1), dy.dtype) if needs.h_in else None
-    if dh_in is not None:
-        given["dh_in"] = dh_in.data_ptr()
-    dgate = None
-    if needs.gate:
-        blocks = variant.gate.shape[1]
-        dgate = internals.empty_on_cpu((M, blocks), (blocks, 1), torch.float32)
-        given["dgate"] = dgate.data_ptr()
+    dgate = torch.empty(M, variant.gate.shape[1]) if needs.gate else None
+    given |= {name: t.data_ptr() for name, t in (("dh_in", dh_in), ("dgate", dgate)) if t is not None}
     low, written = needs, dx
     if scaled or apart or needs.weight:
         written, late = None if apart and not inside else dx, scaled and not inside
@@ -210,8 +205,7 @@ def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling,
             out_scale = sums / variant.out_scale
     if dgate is not None and variant.gate.dtype is not torch.float32:
         dgate = dgate.to(variant.gate.dtype)
-    dx_lora = dx_lora if needs.x_lora else None
-    return Gradients(dx, None, grads.lora_A, grads.lora_B, grads.bias, dx_lora, dh_in, dgate, out_scale)
+    return grads._replace(x=dx, x_lora=dx_lora if needs.x_lora else None, h_in=dh_in, gate=dgate, out_scale=out_scale)
 
 
 def _scaling(out_scale, y, bias, needs, kept):
