@@ -73,12 +73,12 @@ def successors(code: Code) -> list[list[int]]:
 
 def reachable(follow: list[list[int]], first: int) -> set[int]:
     """The instructions that may run from number `first` on; `follow` are their successors."""
-    seen, todo = set(), [first]
-    while todo:
-        n = todo.pop()
+    seen, ahead = set(), [first]
+    while ahead:
+        n = ahead.pop()
         if n not in seen:
             seen.add(n)
-            todo += follow[n]
+            ahead += follow[n]
     return seen
 
 
@@ -138,16 +138,16 @@ class Constants:
 
     def values(self, n: int, register: str, part, seen: set | None = None) -> set:
         """What instruction n may find in `register`, each value as `part` reads it from what wrote it."""
-        found, todo, passed = set(), list(self.before[n]), set()
+        found, ahead, passed = set(), list(self.before[n]), set()
         seen = set() if seen is None else seen
-        while todo:
-            m = todo.pop()
+        while ahead:
+            m = ahead.pop()
             if m in passed:
                 continue
             passed.add(m)
             write = self.writes[m].get(register)
             if write is None or write[2]:
-                todo += self.before[m]
+                ahead += self.before[m]
             if write is not None and (m, register) not in seen:
                 seen.add((m, register))
                 source = part(*write[:2])

@@ -63,6 +63,16 @@ def assert_like_peft(got: dict, peer: dict, exact: dict | None = None, dtype=tor
         assert error <= limit, f"{name}: {error:.2e} over {limit:.2e}"
 
 
+def assert_trains_like_peft(model: nn.Module, stock: nn.Module) -> None:
+    """The same outputs and gradients after two steps of an optimizer."""
+    for each in (model, stock):
+        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            step(each)
+            optimizer.step()
+    assert_like_peft(step(model), step(stock))
+
+
 class Root(nn.Module):
     """A model of one linear layer, `proj`."""
 

@@ -111,6 +111,17 @@ def test_settings_that_exclude_each_other(change, match):
         Settings(**change)
 
 
+def test_a_variants_settings_reach_the_adapter(call, tiny_options, tmp_path):
+    options = ["--variant", "allora", "--allora-mode", "update", "--allora-eta", "2", "--output", tmp_path / "out"]
+    call(
+        "finetune", *tiny_options, "--steps", "2", "--warmup", "0", "--seq-len", "24", "--eval-tokens", "100", *options
+    )
+    settings = json.loads((tmp_path / "out/summary.json").read_text())["settings"]
+    assert (settings["variant"], settings["allora_mode"], settings["allora_eta"]) == ("allora", "update", 2.0)
+    config = Settings(variant="allora", allora_mode="update", allora_eta=2.0).lora()
+    assert (config.allora_mode, config.allora_eta) == ("update", 2.0)
+
+
 def test_a_recipe_sets_what_is_not_given(call, refused, tiny_options, tmp_path):
     quick = ["--steps", "2", "--seq-len", "24", "--eval-tokens", "100", "--prompt", "the", "--rank", "4"]
     call("finetune", *tiny_options, *quick, "--recipe", "without-regret", "--output", tmp_path / "a")

@@ -94,12 +94,11 @@ def _check_rows(name: str, module: nn.Module, rows: list[int]) -> None:
 def _tied_to(name: str, modules: dict[str, nn.Module]) -> list[str]:
     """The names of the other modules that have the weight of one."""
     weight = getattr(_plain(modules[name]), "weight", None)
-    found = [
+    return [
         other
         for other, module in modules.items()
         if other != name and weight is not None and _plain(module)._parameters.get("weight") is weight
     ]
-    return found
 
 
 def _tied_rows(
