@@ -175,8 +175,8 @@ struct CudaPlan {
   enum class Weights : int { any, apart, warpgroup, warps } wgrad;  // dA, dB: after dx, or in its launch by a fourth
                                                                     // warpgroup or by the loader's idle warps
   enum class Launches : int { any, overlap, serial } launches;  // whether a kernel may start while the last one ends
-  enum class Share : int { any, halves } h_share, dh_share;     // in whose launch h or dh is: by two columns of its
-                                                                // tiles, half of K (of dy's N) each, or by one
+  enum class Share : int { any, single, halves } h_share,       // in whose launch h or dh is: by one column of its
+      dh_share;                                                 // tiles, or by two, half of K (of dy's N) each
 };
 
 // CUDA, the whole forward on one stream: y = x W^T + h B^T + bias and h. Pointers and row strides aligned to 16 bytes

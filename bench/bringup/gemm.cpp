@@ -114,6 +114,21 @@ void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool
   const GemmConfig config = config_for(c, K, true, dropout, true, wanted, false, halves);
   const bool gradients = config.kind.gradients != GradientsBy::none;  // not with every mask
   Device control = control_for(config), low_sums = low_sums_for(config);
+  Device mask(M, mask_words(K), Dtype::f32);  // its words are 32 bits each
+  const Dropout drop = dropout ? Dropout{static_cast<const int64_t*>(seed.get()), kThreshold} : Dropout{};
+  if (dropout) {
+    Target target{0, nullptr};
+    must(prepare({.mask = static_cast<uint32_t*>(mask.get()),
+                  .dropout = drop,
+                  .M = M,
+                  .N = 8,
+                  .K = K,
+                  .R = R,
+                  .dtype = c.dtype,
+                  .adapter_dtype = c.dtype},
+                 target),
+         "prepare");
+  }
   const GemmParams p{.left = dy.get(),
                      .right = W.get(),
                      .thin = A.get(),
@@ -126,6 +141,7 @@ void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool
                      .dA = need_A && gradients ? dA.floats() : nullptr,
                      .control = control.ints(),
                      .low_sums = low_sums.floats(),
+                     .mask = static_cast<const uint32_t*>(mask.get()),
                      .ld_left = N,
                      .ld_right = K,
                      .ld_thin = K,
@@ -140,7 +156,7 @@ void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool
                      .R = R,
                      .alpha = 1.0f,
                      .scale = 1.0f,
-                     .dropout = dropout ? Dropout{static_cast<const int64_t*>(seed.get()), kThreshold} : Dropout{},
+                     .dropout = drop,
                      .dtype = c.dtype};
   for (int run = 0; run < kRuns; ++run) {
     out.poison(), low.poison(), low_sums.poison(), dA.clear(), dB.clear();

@@ -61,7 +61,8 @@ void small_forward(Report& report) {
 void shrink_alone(Report& report) {
   for (const Dtype dtype : {Dtype::bf16, Dtype::f16})
     for (const bool down_mn : {false, true})
-      for (const Sizes s : {Sizes{129, 8, 200, 16}, {300, 8, 328, 64}, {1000, 8, 136, 12}}) {
+      for (const Sizes s :
+           {Sizes{129, 8, 200, 16}, {300, 8, 328, 64}, {1000, 8, 136, 12}, {33, 8, 1104, 32}, {65, 8, 4104, 16}}) {
         const Case c{s, dtype, 0};
         const Matrix left = Matrix::random(s.M, s.K, 1), down = Matrix::random(s.R, s.K, 3);
         const int64_t Rp = padded_rank(s.R);
@@ -80,7 +81,8 @@ void shrink_alone(Report& report) {
                        .ld_down = A.ld(),
                        .down_mn = down_mn,
                        .scale = 1.0f,
-                       .dtype = dtype},
+                       .dtype = dtype,
+                       .sms = multiprocessors()},
                       target),
                "shrink");
           finish("shrink");

@@ -184,6 +184,7 @@ py::dict plan_backward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, in
   regions["control"] = describe(p.control);
   regions["low_sums"] = describe(p.low_sums);
   regions["A"] = describe(p.A);
+  regions["mask"] = describe(p.mask);
   regions["B"] = describe(p.B);
   regions["dh"] = describe(p.dh);
   regions["dA"] = describe(p.dA);

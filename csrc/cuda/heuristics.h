@@ -154,6 +154,11 @@ constexpr int kControlFlags = 32;
 inline int64_t control_bytes(const GemmConfig& c) {
   return c.kind.rank_tile ? 4 * (kControlFlags + int64_t{4} * c.row_tiles) : 0;
 }
+// Words of a row of dropout's mask, which dx's launch reads: a bit for each of its columns.
+constexpr int64_t mask_words(int64_t N) { return ceil_div(N, 32); }
+inline int64_t mask_bytes(const GemmConfig& c, int64_t M, int64_t N) {
+  return c.kind.backward && c.kind.dropout ? M * mask_words(N) * 4 : 0;
+}
 // Column 0's sums of low in fp32, where column 1 adds the rest: of every 16 rows as their warp holds them.
 inline int64_t low_sums_bytes(const GemmConfig& c) {
   return c.low_columns > 1 ? int64_t{c.row_tiles} * kGemmCluster * kGemmBlockM * c.kind.rank_tile * 4 : 0;
@@ -201,6 +206,17 @@ inline SmallConfig small_config(int64_t M, int64_t N, int64_t K, int64_t R, int 
 constexpr int kShrinkRows = 32, kShrinkBlockK = 128, kShrinkStages = 4;
 constexpr int shrink_smem_bytes(int rank_tile) {
   return kShrinkStages * (kShrinkRows + rank_tile) * kShrinkBlockK * 2 + 1024;
+}
+
+constexpr int kShrinkSplits = 8;  // the largest cluster that every device takes
+// Blocks that share K, so that more bytes are on their way: as many as are resident at once, two steps each at least.
+inline int shrink_splits(int64_t M, int64_t K, int64_t R, int sms) {
+  const int tile = rank_tile_for(R);
+  const int64_t blocks = ceil_div(M, kShrinkRows) * ceil_div(R, tile), steps = ceil_div(K, kShrinkBlockK),
+                resident = int64_t{sms} * std::min(kSmemPerSm / (shrink_smem_bytes(tile) + 1024), 4);
+  int splits = 1;
+  while (splits < kShrinkSplits && 2 * splits * blocks <= resident && 4 * splits <= steps) splits *= 2;
+  return splits;
 }
 
 // ---- wgrad: out[C, R] = left[M, C]^T low[M, R]

@@ -12,17 +12,19 @@
 
 namespace fused_lora {
 
-// prepare.cu     A and B in dtype with padded rows, and the zeros that a one-launch GEMM starts from; null outputs are
-//                left out.
+// prepare.cu     A and B in dtype with padded rows, the zeros that a one-launch GEMM starts from, and dropout's mask as
+//                bits; null outputs are left out.
 struct PrepareParams {
-  const void* A;        // [R, K], contiguous, adapter_dtype, any alignment
-  const void* B;        // [N, R], contiguous, adapter_dtype, any alignment
-  void* out_A;          // [R, K]
-  void* out_B;          // [N, padded_rank(R)], columns past R zero
-  int* control;         // [control_ints], zeroed
-  float* dA = nullptr;  // [R, K], zeroed
-  float* dB = nullptr;  // [N, R], zeroed
-  int64_t control_ints, N, K, R;
+  const void* A;             // [R, K], contiguous, adapter_dtype, any alignment
+  const void* B;             // [N, R], contiguous, adapter_dtype, any alignment
+  void* out_A;               // [R, K]
+  void* out_B;               // [N, padded_rank(R)], columns past R zero
+  int* control;              // [control_ints], zeroed
+  float* dA = nullptr;       // [R, K], zeroed
+  float* dB = nullptr;       // [N, R], zeroed
+  uint32_t* mask = nullptr;  // [M, mask_words(K)]: bit j of word i of a row is column 32 i + j
+  Dropout dropout = {};      // over [M, K], read if mask
+  int64_t control_ints, M, N, K, R;
   Dtype dtype, adapter_dtype;
 };
 Status prepare(const PrepareParams& p, Target& target);
@@ -45,6 +47,7 @@ struct GemmParams {
   float* dA = nullptr;         // [R, N], the same, dropout's factor included
   int* control = nullptr;      // zeros, control_bytes(config); used if kind.rank_tile
   float* low_sums = nullptr;   // low_sums_bytes(config), any contents, aligned to 16 bytes; used if low_columns is 2
+  const uint32_t* mask = nullptr;  // [M, mask_words(N)], prepare's; read in the backward with dropout
   int64_t ld_left, ld_right, ld_thin = 0, ld_down = 0, ld_low = 0, ld_out, ld_h = 0, ld_x = 0;
   int64_t M, N, K, R = 0;
   float alpha, scale = 0.0f;
@@ -80,6 +83,7 @@ struct ShrinkParams {
   float scale;
   Dropout dropout = {};  // over [M, K]
   Dtype dtype;
+  int sms;  // of the device
 };
 Status shrink(const ShrinkParams& p, Target& target);
 

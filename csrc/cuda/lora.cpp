@@ -47,6 +47,7 @@ PrepareParams forward_prepare(const CudaForwardParams& p, const ForwardPlan& pla
           .out_B = at(p.workspace, plan.B),
           .control = at<int>(p.workspace, plan.control),
           .control_ints = plan.control.bytes / 4,
+          .M = p.M,
           .N = p.N,
           .K = p.K,
           .R = p.R,
@@ -72,7 +73,7 @@ SmallParams forward_small(const CudaForwardParams& p, const void* A, const void*
           .dtype = p.dtype};
 }
 
-ShrinkParams forward_shrink(const CudaForwardParams& p, const void* A) {
+ShrinkParams forward_shrink(const CudaForwardParams& p, const void* A, int sms) {
   return {.left = p.x,
           .down = A,
           .low = p.h,
@@ -84,7 +85,8 @@ ShrinkParams forward_shrink(const CudaForwardParams& p, const void* A) {
           .down_mn = false,
           .scale = p.scaling,
           .dropout = p.dropout,
-          .dtype = p.dtype};
+          .dtype = p.dtype,
+          .sms = sms};
 }
 
 GemmParams forward_gemm(const CudaForwardParams& p, const ForwardPlan& plan, const void* A, const void* B) {
@@ -128,7 +130,10 @@ PrepareParams backward_prepare(const CudaBackwardParams& p, const BackwardPlan& 
           .control = at<int>(p.workspace, plan.control),
           .dA = sums_in_gemm(p, plan, p.dA, plan.dA),
           .dB = sums_in_gemm(p, plan, p.dB, plan.dB),
+          .mask = at<uint32_t>(p.workspace, plan.mask),
+          .dropout = p.dropout,
           .control_ints = plan.control.bytes / 4,
+          .M = p.M,
           .N = p.N,
           .K = p.K,
           .R = p.R,
@@ -136,7 +141,7 @@ PrepareParams backward_prepare(const CudaBackwardParams& p, const BackwardPlan& 
           .adapter_dtype = p.adapter_dtype};
 }
 
-ShrinkParams backward_shrink(const CudaBackwardParams& p, const void* B, void* dh) {
+ShrinkParams backward_shrink(const CudaBackwardParams& p, const void* B, void* dh, int sms) {
   return {.left = p.dy,
           .down = B,
           .low = dh,
@@ -147,7 +152,8 @@ ShrinkParams backward_shrink(const CudaBackwardParams& p, const void* B, void* d
           .ld_down = padded_rank(p.R),
           .down_mn = true,
           .scale = p.scaling,
-          .dtype = p.dtype};
+          .dtype = p.dtype,
+          .sms = sms};
 }
 
 GemmParams backward_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, const void* A, const void* B,
@@ -164,6 +170,7 @@ GemmParams backward_gemm(const CudaBackwardParams& p, const BackwardPlan& plan, 
           .dA = sums_in_gemm(p, plan, p.dA, plan.dA),
           .control = at<int>(p.workspace, plan.control),
           .low_sums = at<float>(p.workspace, plan.low_sums),
+          .mask = at<uint32_t>(p.workspace, plan.mask),
           .ld_left = p.lddy,
           .ld_right = p.ldw,
           .ld_thin = p.K,
@@ -261,8 +268,8 @@ Status cuda_forward(const CudaForwardParams& p) {
   const void* const B = prep.out_B ? prep.out_B : p.B;
   if (status != Status::ok) return status;
   if (plan.plan.y == CudaPlan::Product::small) return lora_gemm_small(plan.small, forward_small(p, A, B), target);
-  if (plan.plan.h == CudaPlan::Low::shrink) status = shrink(forward_shrink(p, A), target);
-  if (plan.plan.h == CudaPlan::Low::gemm) status = h_by_gemm(plan.h_gemm, forward_shrink(p, A), target);
+  if (plan.plan.h == CudaPlan::Low::shrink) status = shrink(forward_shrink(p, A, sms), target);
+  if (plan.plan.h == CudaPlan::Low::gemm) status = h_by_gemm(plan.h_gemm, forward_shrink(p, A, sms), target);
   return status == Status::ok ? lora_gemm(plan.gemm, forward_gemm(p, plan, A, B), target) : status;
 }
 
@@ -298,8 +305,8 @@ Status cuda_backward(const CudaBackwardParams& p) {
   const void* const B = prep.out_B ? prep.out_B : p.B;
   void* const dh = at(p.workspace, plan.dh);
   if (status != Status::ok) return status;
-  if (plan.plan.dh == CudaPlan::Low::shrink) status = shrink(backward_shrink(p, B, dh), target);
-  if (plan.plan.dh == CudaPlan::Low::gemm) status = h_by_gemm(plan.h_gemm, backward_shrink(p, B, dh), target);
+  if (plan.plan.dh == CudaPlan::Low::shrink) status = shrink(backward_shrink(p, B, dh, sms), target);
+  if (plan.plan.dh == CudaPlan::Low::gemm) status = h_by_gemm(plan.h_gemm, backward_shrink(p, B, dh, sms), target);
   if (status == Status::ok && p.dx) status = lora_gemm(plan.gemm, backward_gemm(p, plan, A, B, dh), target);
   return status == Status::ok ? weight_gradients(p, plan, dh, target) : status;
 }

@@ -4,9 +4,9 @@
 //             reduction down its rows), where lora_gemm does not compute them on the way: with dropout above 64
 //             ranks, for dA without dx, and where the plan says so
 // Types       fp16 or bf16, fp32 accumulators, rounded once; scale holds the dropout's 1 / (1 - p)
-// Tile        a block takes 32 rows and up to 64 ranks over the whole of K, in steps of 128 through 4 stages of
-//             cp.async; 4 warps: 2 row halves x 2 halves of each step, summed at the end in a fixed order. mma.sync
-//             m16n8k16
+// Tile        a cluster takes 32 rows and up to 64 ranks, each of its blocks a part of K: as many as keep every SM
+//             busy. Steps of 128 through 4 stages of cp.async; 4 warps: 2 row halves x 2 halves of each step, summed
+//             at the end, then over the cluster, in a fixed order. mma.sync m16n8k16
 // Shared      4 * (32 + ranks) * 256 bytes: 48 KiB at R = 16, 96 KiB at R = 64
 // Bound by    one read of left: 22 us for 67 MB at 3.0 TB/s. Above 64 ranks the blocks of the same rows read left
 //             again, from L2
@@ -26,57 +26,70 @@ template <class T> struct Args {
   T* low;         // [M, R], row stride ld_low
   const int64_t* seed;
   int64_t M, K, R, ld_left, ld_down, ld_low;
+  int splits;  // of K: blocks of a cluster
   uint32_t threshold;
   float scale;
 };
 
-// low[16, kRank] = scale * (acc of the warp of the first half of each step + acc of that of the second), the second's
-// through `partial`, lane by lane.
+// low[32, kRank] = scale * (acc of the warps of the first half of each step + acc of those of the second), then over
+// the blocks of the cluster. `sums` holds a float4 for each lane and 8 ranks: two neighbours of row lane / 4, two of the
+// row 8 further.
 template <class T, int kRank>
-PTX_FN void add_and_store(const float (&acc)[kRank / 8][4], float* partial, const Args<T>& p, int64_t row0,
-                          int64_t rank0, int k_half, int lane) {
+PTX_FN void add_and_store(const float (&acc)[kRank / 8][4], float4* sums, const Args<T>& p, int64_t row0, int64_t rank0,
+                          int thread) {
+  constexpr int kHalf = kRank / 8 * 32;  // float4 of 16 rows
+  const int lane = thread % 32, row_half = thread / 32 % 2, k_half = thread / 64;
 #pragma unroll
   for (int n = 0; n < kRank / 8; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (k_half == 1) partial[(n * 4 + i) * 32 + lane] = acc[n][i];
+    if (k_half == 1) sums[row_half * kHalf + n * 32 + lane] = float4{acc[n][0], acc[n][1], acc[n][2], acc[n][3]};
   __syncthreads();
-  if (k_half == 1) return;
 #pragma unroll
-  for (int n = 0; n < kRank / 8; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = row0 + half * 8 + lane / 4, col = rank0 + n * 8 + lane % 4 * 2;
-      const float lo = acc[n][2 * half] + partial[(n * 4 + 2 * half) * 32 + lane],
-                  hi = acc[n][2 * half + 1] + partial[(n * 4 + 2 * half + 1) * 32 + lane];
-      if (row < p.M && col < (p.R + 7) / 8 * 8)
-        *reinterpret_cast<uint32_t*>(p.low + row * p.ld_low + col) = ptx::pack<T>(lo * p.scale, hi * p.scale);
+  for (int n = 0; n < kRank / 8; ++n)
+    if (k_half == 0) {
+      float4& v = sums[row_half * kHalf + n * 32 + lane];
+      v = float4{acc[n][0] + v.x, acc[n][1] + v.y, acc[n][2] + v.z, acc[n][3] + v.w};
     }
+  ptx::cluster_sync();
+  const int share = 2 * kHalf / p.splits, first = static_cast<int>(ptx::cta_in_cluster()) * share;
+  for (int i = first + thread; i < first + share; i += kThreads) {
+    float4 v{0.0f, 0.0f, 0.0f, 0.0f};
+    for (int block = 0; block < p.splits; ++block) {
+      const float4 part = ptx::load_remote(sums + i, block);
+      v = float4{v.x + part.x, v.y + part.y, v.z + part.z, v.w + part.w};
+    }
+    const int64_t row = row0 + i / kHalf * 16 + i % 32 / 4, col = rank0 + i % kHalf / 32 * 8 + i % 4 * 2;
+    if (col >= (p.R + 7) / 8 * 8) continue;
+    if (row < p.M)
+      *reinterpret_cast<uint32_t*>(p.low + row * p.ld_low + col) = ptx::pack<T>(v.x * p.scale, v.y * p.scale);
+    if (row + 8 < p.M)
+      *reinterpret_cast<uint32_t*>(p.low + (row + 8) * p.ld_low + col) = ptx::pack<T>(v.z * p.scale, v.w * p.scale);
   }
+  ptx::cluster_sync();  // nobody leaves while the others may still read here
 }
 
 template <class T, int kRank, bool kDownMN> __global__ void __launch_bounds__(kThreads) shrink_kernel(const Args<T> p) {
+#ifdef FUSED_LORA_SM90A
   using Left = Tile<kRows, kBlockK>;
   using Down = std::conditional_t<kDownMN, Tile<kBlockK, kRank>, Tile<kRank, kBlockK>>;
   constexpr int kStageBytes = Left::kBytes + Down::kBytes;
   static_assert(kStages * kStageBytes + 1024 == shrink_smem_bytes(kRank) && kRows * kRank * 4 <= kStages * kStageBytes);
   uint8_t* const smem = ptx::dynamic_smem();
   const int thread = threadIdx.x, lane = thread % 32, row_half = thread / 32 % 2, k_half = thread / 64;
-  const int64_t chunks = (p.R + kRank - 1) / kRank, row0 = blockIdx.x / chunks * kRows,
-                rank0 = blockIdx.x % chunks * kRank;
-  const int64_t steps = (p.K + kBlockK - 1) / kBlockK, padded = (p.R + 7) / 8 * 8;
+  const int64_t chunks = (p.R + kRank - 1) / kRank, cluster = blockIdx.x / p.splits, row0 = cluster / chunks * kRows,
+                rank0 = cluster % chunks * kRank, padded = (p.R + 7) / 8 * 8;
+  const int64_t all_steps = (p.K + kBlockK - 1) / kBlockK, part = ptx::cta_in_cluster(),
+                first = part * all_steps / p.splits, steps = (part + 1) * all_steps / p.splits - first;
   ptx::wait_for_previous_kernel();
   const uint64_t seed = p.threshold ? static_cast<uint64_t>(*p.seed) : 0;
 
   const auto load = [&](int64_t step) {
     if (step < steps) {
       uint8_t* const stage = smem + step % kStages * kStageBytes;
-      Left::template load<kThreads>(stage, p.left, p.ld_left, row0, step * kBlockK, p.M, p.K, thread);
+      const int64_t k = (first + step) * kBlockK;
+      Left::template load<kThreads>(stage, p.left, p.ld_left, row0, k, p.M, p.K, thread);
       if constexpr (kDownMN)
-        Down::template load<kThreads>(stage + Left::kBytes, p.down, p.ld_down, step * kBlockK, rank0, p.K, padded,
-                                      thread);
-      else
-        Down::template load<kThreads>(stage + Left::kBytes, p.down, p.ld_down, rank0, step * kBlockK, p.R, p.K, thread);
+        Down::template load<kThreads>(stage + Left::kBytes, p.down, p.ld_down, k, rank0, p.K, padded, thread);
+      else Down::template load<kThreads>(stage + Left::kBytes, p.down, p.ld_down, rank0, k, p.R, p.K, thread);
     }
     ptx::cp_async_commit();
   };
@@ -86,7 +99,7 @@ template <class T, int kRank, bool kDownMN> __global__ void __launch_bounds__(kT
   for (int64_t step = 0; step < steps; ++step) {
     uint8_t* const stage = smem + step % kStages * kStageBytes;
     ptx::cp_async_wait<kStages - 2>();
-    if (p.threshold) Left::template drop<kThreads>(stage, seed, p.threshold, row0, step * kBlockK, thread);
+    if (p.threshold) Left::template drop<kThreads>(stage, seed, p.threshold, row0, (first + step) * kBlockK, thread);
     __syncthreads();
     load(step + kStages - 1);
     const int i = lane / 8, j = lane % 8;  // this lane's matrix of four, and its row there
@@ -109,11 +122,12 @@ template <class T, int kRank, bool kDownMN> __global__ void __launch_bounds__(kT
 
   ptx::cp_async_wait<0>();
   __syncthreads();
-  float* const partial = reinterpret_cast<float*>(smem) + row_half * 16 * kRank;
-  add_and_store<T, kRank>(acc, partial, p, row0 + row_half * 16, rank0, k_half, lane);
+  add_and_store<T, kRank>(acc, reinterpret_cast<float4*>(smem), p, row0, rank0, thread);
+#endif
 }
 
 template <class T, int kRank, bool kDownMN> Status run(const ShrinkParams& p, Target& target) {
+  const int splits = shrink_splits(p.M, p.K, p.R, p.sms);
   const Args<T> args{.left = static_cast<const T*>(p.left),
                      .down = static_cast<const T*>(p.down),
                      .low = static_cast<T*>(p.low),
@@ -124,12 +138,13 @@ template <class T, int kRank, bool kDownMN> Status run(const ShrinkParams& p, Ta
                      .ld_left = p.ld_left,
                      .ld_down = p.ld_down,
                      .ld_low = padded_rank(p.R),
+                     .splits = splits,
                      .threshold = p.dropout.threshold,
                      .scale = p.scale * p.dropout.scale()};
-  const Grid grid{.blocks = ceil_div(p.M, kRows) * ceil_div(p.R, kRank),
+  const Grid grid{.blocks = ceil_div(p.M, kRows) * ceil_div(p.R, kRank) * splits,
                   .threads = kThreads,
                   .smem = shrink_smem_bytes(kRank),
-                  .cluster = 1};
+                  .cluster = splits};
   return launch<shrink_kernel<T, kRank, kDownMN>>(grid, target, args);
 }
 

@@ -16,7 +16,7 @@ PTX_FN uint4 drop(const uint4& v, const Philox& draws, uint32_t threshold) {
   uint32_t keep[4];
 #pragma unroll
   for (int w = 0; w < 4; ++w)
-    keep[w] = (draws.draw(2 * w) >= threshold ? 0xffffu : 0u) | (draws.draw(2 * w + 1) >= threshold ? 0xffff0000u : 0u);
+    keep[w] = (draws.keeps(2 * w, threshold) ? 0xffffu : 0u) | (draws.keeps(2 * w + 1, threshold) ? 0xffff0000u : 0u);
   return uint4{v.x & keep[0], v.y & keep[1], v.z & keep[2], v.w & keep[3]};
 }
 
@@ -44,9 +44,11 @@ template <int kRows_, int kCols_> struct Tile {
   }
 
   // Zeroes what the dropout mask drops, in the chunks that this thread loaded; the factor 1 / (1 - p) is the caller's.
+  // Some at once: a Philox call is a chain of 20 products, and few warps are there to fill the time between them.
   template <int kThreads>
   static PTX_FN void drop(uint8_t* tile, uint64_t seed, uint32_t threshold, int64_t row0, int64_t col0, int thread) {
-#pragma unroll 1
+    constexpr int kAtOnce = kRows * kChunks / kThreads > 4 ? 2 : 4;  // a larger tile's kernel has no more registers
+#pragma unroll kAtOnce
     for (int i = thread; i < kRows * kChunks; i += kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
       uint4& v = *reinterpret_cast<uint4*>(tile + offset(row, chunk));

@@ -163,11 +163,18 @@ def truth(p: Problem, *, dropout_p=0.0, seed=None, needs=(True,) * 4) -> dict[st
     return run(p.to(torch.float64), backend="reference", dropout_p=dropout_p, seed=seed, needs=needs)
 
 
-def tolerance(same_dtype: Tensor, exact: Tensor) -> float:
-    """2 max|same-dtype PyTorch - fp64| plus a floor of two units in the last place of the largest element."""
+def tolerance(same_dtype: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> float:
+    """2 max|same-dtype PyTorch - fp64| plus a floor of two units in the last place of the largest element.
+
+    Args:
+        same_dtype: PyTorch's result.
+        exact: the truth.
+        dtype: the one with these places, where the result is in a finer one than what it was computed from: dA in fp32
+            is a product with dh in x's dtype.
+    """
     if exact.numel() == 0:
         return 0.0
-    floor = 2 * torch.finfo(same_dtype.dtype).eps * exact.abs().max().item()
+    floor = 2 * torch.finfo(dtype or same_dtype.dtype).eps * exact.abs().max().item()
     return 2 * (same_dtype.double() - exact).abs().max().item() + floor
 
 
@@ -178,6 +185,8 @@ def assert_close(out: dict, same_dtype: dict, exact: dict) -> None:
     The measure is a maximum over elements, so one bad tile cannot hide in an average.
     Raises: AssertionError naming the tensor, its error and the limit.
     """
+    dtypes = {t.dtype for t in same_dtype.values() if t is not None}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     for name, got in out.items():
         if got is None:
             continue
@@ -185,7 +194,7 @@ def assert_close(out: dict, same_dtype: dict, exact: dict) -> None:
         assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, expected {list(want.shape)}"
         assert got.dtype == peer.dtype, f"{name}: dtype {got.dtype}, expected {peer.dtype}"
         assert torch.isfinite(got).all(), f"{name}: {(~torch.isfinite(got)).sum()} elements are not finite"
-        error, limit = (got.double() - want).abs().max().item() if got.numel() else 0.0, tolerance(peer, want)
+        error, limit = (got.double() - want).abs().max().item() if got.numel() else 0.0, tolerance(peer, want, coarsest)
         assert error <= limit, f"{name}: max error {error:.3e} over the limit {limit:.3e}"
 
 

@@ -271,6 +271,7 @@ def test_hostile_schedules(schedule, poison, resident_blocks, delay, freeze):
             choose.choice([torch.bfloat16, torch.float16]),
             choose.choice([None, torch.float32]),
             choose.choice([0.0, 0.0, 0.25]),
+            backend="cuda:y128+h_single+dh_single" if resident_blocks == 2 and R <= 64 else "cuda",  # halves take two
         )
 
 

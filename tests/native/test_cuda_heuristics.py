@@ -256,7 +256,11 @@ def test_halves_take_two_columns_two_blocks_and_two_clusters():
                 backward_plan(every, **dict(N=72, K=520) | sizes | change)
     apart = backward_plan((False, True, True, False), plan=both)
     assert apart["plan"].startswith("dh_shrink+wgrad_apart") and apart["regions"]["low_sums"][1] == 0
-    assert forward_plan(plan="")["regions"]["low_sums"][1] == 0
+    sizes = dict(M=300, N=520, K=520)
+    assert "h_halves" in forward_plan(**sizes)["plan"] and "dh_halves" in backward_plan(every, **sizes)["plan"]
+    single = forward_plan(**sizes, plan="h_single")
+    assert "h_single" in single["plan"] and single["regions"]["low_sums"][1] == 0
+    assert "h_single" in forward_plan(M=300)["plan"], "where there is one column, nobody is refused"
 
 
 def test_what_the_loaders_warps_make_leaves_tiles_and_stages_as_they_are():
@@ -386,8 +390,8 @@ def test_plans_to_measure_are_right_with_and_without_dropout(built, monkeypatch,
     request = request_of(M=M, N=1024, K=4096, R=R)
     plans = cuda.plans(request)
     assert plans[0] == "" and 6 < len(plans) < 13 and len(set(plans)) == len(plans)
-    assert any("dh_halves" in plan for plan in plans) == (R <= 64)
-    assert any("h_halves" in plan.split("+") for plan in plans) == (R <= 64 and M > 128)
+    assert any("dh_single" in plan for plan in plans) == (R <= 64)
+    assert any("h_single" in plan.split("+") for plan in plans) == (R <= 64 and M > 128)
     done = set()
     for plan in plans:
         assert backends.pick(f"cuda:{plan}" if plan else "cuda", request) == (cuda, plan)

@@ -73,6 +73,7 @@ template <class C> struct TileConsumer {
   const int group, thread;
   const uint32_t mask_phase;
   float acc[C::kBlockN / 2];
+  uint32_t bias[8];           // this thread's columns of the chunk that is stored next, two a word
   Ring<C::kStages> low_ring;  // kMasked: where the low-rank blocks start
 
   PTX_FN TileConsumer(Smem<C>& s, const CUtensorMap* out, const Args<T>& args, int group, int thread,
@@ -98,7 +99,8 @@ template <class C> struct TileConsumer {
     }
   }
 
-  PTX_FN void low_blocks(const Blocks<C>& blocks, const Place&) {
+  PTX_FN void low_blocks(const Blocks<C>& blocks, const Place& at) {
+    load_bias(0, at);
     const Ring<C::kStages>& ring = blocks.ring;
     if constexpr (C::kMasked) {
       low_ring = ring;
@@ -178,6 +180,17 @@ template <class C> struct TileConsumer {
     }
   }
 
+  // Ahead of its use: a load takes as long as storing a chunk.
+  PTX_FN void load_bias(int chunk, const Place& at) {
+    if constexpr (!C::kRightMN) {  // dx has none
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int c = at.col + chunk * 64 + j * 8 + thread % 4 * 2;
+        bias[j] = args.bias && c < args.N ? *reinterpret_cast<const uint32_t*>(args.bias + c) : 0u;
+      }
+    }
+  }
+
   // 64 columns of out = alpha * acc + bias in dtype.
   PTX_FN void store_chunk(int chunk, const Place& at) {
     const int lane = thread % 32,
@@ -191,16 +204,15 @@ template <class C> struct TileConsumer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float* d = &acc[(chunk * 8 + j + half) * 4];
-        const int c = at.col + chunk * 64 + (j + half) * 8 + lane % 4 * 2;
-        const float2 bias = args.bias && c < args.N ? ptx::unpack<T>(*reinterpret_cast<const uint32_t*>(args.bias + c))
-                                                    : float2{0.0f, 0.0f};
-        packed[2 * half] = ptx::pack<T>(fmaf(args.alpha, d[0], bias.x), fmaf(args.alpha, d[1], bias.y));
-        packed[2 * half + 1] = ptx::pack<T>(fmaf(args.alpha, d[2], bias.x), fmaf(args.alpha, d[3], bias.y));
+        const float2 add = C::kRightMN ? float2{0.0f, 0.0f} : ptx::unpack<T>(bias[j + half]);
+        packed[2 * half] = ptx::pack<T>(fmaf(args.alpha, d[0], add.x), fmaf(args.alpha, d[1], add.y));
+        packed[2 * half + 1] = ptx::pack<T>(fmaf(args.alpha, d[2], add.x), fmaf(args.alpha, d[3], add.y));
       }
       ptx::stmatrix(line + ((j + lane / 16) ^ (r & 7)) * 16, packed[0], packed[1], packed[2], packed[3]);
     }
     ptx::fence_proxy_shared();
     sync_group(group);
+    if (chunk + 1 < C::kChunks) load_bias(chunk + 1, at);
     if (thread == 0) {
       if (at.row < args.M && at.col + chunk * 64 < args.N)
         ptx::tma_store(out, s.out[group], at.row, at.col + chunk * 64);

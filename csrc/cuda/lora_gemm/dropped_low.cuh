@@ -67,7 +67,8 @@ template <class C> struct DroppedLow {
   PTX_FN void drop_tile(int slot, int row, int col) {
     const uint8_t* const from = reinterpret_cast<const uint8_t*>(s.left[slot]) + thread * 128;
     uint8_t* const to = reinterpret_cast<uint8_t*>(s.side) + thread * 128;
-#pragma unroll 2
+    constexpr int kAtOnce = C::kRank == 64 ? 2 : 4;  // chains of products beside each other
+#pragma unroll kAtOnce
     for (int i = 0; i < 8; ++i) {
       const int at = (i ^ (thread & 7)) * 16;
       *reinterpret_cast<uint4*>(to + at) =

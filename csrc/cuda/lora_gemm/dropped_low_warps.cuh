@@ -83,8 +83,7 @@ template <class C> struct DroppedLowWarps {
 #pragma unroll 2
         for (int group = 3; group >= 0; --group) {
           const Philox draws(seed, row + (first_strip() + t) * 16 + lane / 2, col / 8 + lane % 2 * 4 + group);
-#pragma unroll
-          for (int j = 7; j >= 0; --j) bits = bits << 1 | (draws.draw(j) >= args.threshold);
+          bits = bits << 8 | draws.kept(args.threshold);
         }
         keep[t] = bits;
       }

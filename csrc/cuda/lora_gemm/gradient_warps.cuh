@@ -5,7 +5,7 @@
 //             are no registers for products of 256 columns
 // Work        as gradients.cuh: of T column tiles, tile j makes dB of the k-steps k with k mod T = j; after a tile's
 //             low-rank block its columns of x come through the ring for dA. Each warp takes 24, 24 or 16 of 64 columns
-//             and waits for nobody but the ring. With dropout they draw a few words of the mask after each k-block
+//             and waits for nobody but the ring. With dropout they fetch a few words of the mask after each k-block
 // Product     sum[R, columns] = side^T left over 128 rows, mma.sync m16n8k16: ranks are m, columns n; both operands
 //             transposed by ldmatrix on their way from TMA's tiles. x is masked in registers
 // Sums        fp32, by atomics: in no fixed order. Deterministic mode takes wgrad.cu
@@ -28,7 +28,7 @@ template <class C> struct GradientWarps {
   const Args<typename C::T>& args;
   const uint32_t cta;
   const int warp, lane;  // warp: 0 to 2
-  MaskDrawer<C> mask;
+  MaskLoader<C> mask;
   uint32_t side_phase = 0;
   float sum[kOctets][C::kRank / 16][4];  // this warp's columns for kRank ranks
 
@@ -69,7 +69,7 @@ template <class C> struct GradientWarps {
       } else {
         warp_free_slot<C>(s, ring.slot, lane);
       }
-      if constexpr (C::kMasked) mask.draw(at, i + 1, blocks.count);
+      if constexpr (C::kMasked) mask.load(at, i + 1, blocks.count);
     }
     if (args.dB) {
       warp_wait(&s.side_full, side_phase);  // a tile without a step of its own

@@ -6,7 +6,7 @@
 // Types       fp16 or bf16, fp32 accumulators, one rounding at each store; low is rounded before it is multiplied
 // Tile        a block 128 x kBlockN, k-steps of 64 through a ring of kStages (schedule.cuh); a cluster of two blocks
 //             above each other shares the right operands by multicast: 256 x kBlockN
-// Roles       warpgroup 0: a thread loads (loader.cuh), warps 1-3 draw dx's dropout mask (mask.cuh). Warpgroups 1 and 2
+// Roles       warpgroup 0: a thread loads (loader.cuh), warps 1-3 fetch dx's dropout mask (mask.cuh). Warpgroups 1 and 2
 //             multiply and store (consumer.cuh). A fourth, where there is one, makes dA and dB in dx's launch
 //             (gradients.cuh), or low of the masked left in the forward's (dropped_low.cuh); or warps 1-3 do
 //             (gradient_warps.cuh, dropped_low_warps.cuh)
@@ -37,7 +37,7 @@ namespace fused_lora::gemm {
 template <class C> PTX_FN void other_warps(Smem<C>& s, const Args<typename C::T>& args, uint32_t cta) {
   if constexpr (C::kSideWarps && C::kGradients) GradientWarps<C>(s, args, cta).run();
   else if constexpr (C::kSideWarps) DroppedLowWarps<C>(s, args, cta).run();
-  else if constexpr (C::kMasked) MaskDrawer<C>(s, args).run(cta);
+  else if constexpr (C::kMasked) MaskLoader<C>(s, args).run(cta);
 }
 
 // Halves don't hang where two clusters are resident. Numbers are drawn in order, 2 r and 2 r + 1 for the tiles of row

@@ -79,6 +79,7 @@ template <class C> Status run(const GemmConfig& c, const GemmParams& p, Target& 
                      .dA = p.dA,
                      .control = p.control,
                      .low_sums = reinterpret_cast<float4*>(p.low_sums),
+                     .mask = p.mask,
                      .seed = p.dropout.seed,
                      .ld_low = p.ld_low,
                      .M = static_cast<int>(p.M),

@@ -1,33 +1,30 @@
-// lora_gemm's first warpgroup, warps 1-3, in the backward with dropout: the mask bits of each tile of dx, one Philox
-// call for 8 columns, while the consumers multiply.
+// lora_gemm's first warpgroup, warps 1-3, in the backward with dropout: the mask bits of each tile of dx, out of the
+// mask that prepare has drawn, while the consumers multiply.
 //
+// Why not drawn here: an instruction beside wgmma delays it by two or three cycles, since both want the registers. Drawn
+// here the mask took 45 us of a dx of 8192 x 4096 x 4096, drawn before it about 12 (H100, 2026-11-26)
 // Shared    128 rows of kBlockN bits, one tile at a time: consumers and gradients free them before the next
-// Source    Salmon et al., SC 2011 (philox.h)
 #pragma once
 
-#include "philox.h"
 #include "tiles.cuh"
 
 namespace fused_lora::gemm {
 
-template <class C> struct MaskDrawer {
+template <class C> struct MaskLoader {
   static constexpr int kRounds = (kBlockM * C::kMaskWords + kMaskThreads - 1) / kMaskThreads;  // a word a thread each
   Smem<C>& s;
   const Args<typename C::T>& args;
-  uint64_t seed = 0;
   int round = 0;
   uint32_t phase = 0;
 
-  PTX_FN MaskDrawer(Smem<C>& s, const Args<typename C::T>& args) : s(s), args(args) {
-    if constexpr (C::kMasked) seed = static_cast<uint64_t>(*args.seed);
-  }
+  PTX_FN MaskLoader(Smem<C>& s, const Args<typename C::T>& args) : s(s), args(args) {}
 
   // Nothing but masks, tile by tile.
   PTX_FN void run(uint32_t cta) {
     Tiles<C> tiles(s, args, cta);
     tiles.first();
     while (tiles.more()) {
-      draw(tiles.place(), 1, 1);
+      load(tiles.place(), 1, 1);
       next();
       if constexpr (C::kOneLaunch) __syncwarp();
       tiles.next(threadIdx.x % 32 == 0);
@@ -35,13 +32,13 @@ template <class C> struct MaskDrawer {
   }
 
   // The part of this tile's mask that is due after `done` of `steps` steps.
-  PTX_FN void draw(const Place& at, int done, int steps) {
+  PTX_FN void load(const Place& at, int done, int steps) {
     if (round == kRounds) return;
     if (round == 0) ptx::wait(&s.mask_empty, phase ^ 1);
-#pragma unroll 1
+#pragma unroll 4
     for (; round < kRounds && (round < done || round * steps < done * kRounds); ++round) {
       const int w = round * kMaskThreads + threadIdx.x - 32;
-      if (w < kBlockM * C::kMaskWords) draw_word(at, w);
+      if (w < kBlockM * C::kMaskWords) s.mask[w] = word(at, w);
     }
     if (round == kRounds) ptx::arrive(&s.mask_full);
   }
@@ -51,15 +48,10 @@ template <class C> struct MaskDrawer {
   }
 
  private:
-  PTX_FN void draw_word(const Place& at, int w) {
-    uint32_t bits = 0;
-#pragma unroll 1
-    for (int group = 3; group >= 0; --group) {
-      const Philox draws(seed, at.row + w / C::kMaskWords, (at.col + w % C::kMaskWords * 32) / 8 + group);
-#pragma unroll
-      for (int j = 7; j >= 0; --j) bits = bits << 1 | (draws.draw(j) >= args.threshold);
-    }
-    s.mask[w] = bits;
+  PTX_FN uint32_t word(const Place& at, int w) const {
+    const int row = at.row + w / C::kMaskWords, col = at.col / 32 + w % C::kMaskWords;
+    const int words = static_cast<int>(mask_words(args.N));
+    return row < args.M && col < words ? args.mask[static_cast<int64_t>(row) * words + col] : 0;
   }
 };
 

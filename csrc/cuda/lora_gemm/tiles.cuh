@@ -67,13 +67,14 @@ template <class C> struct __align__(1024) Smem {
 };
 
 template <class T> struct Args {
-  T* low;               // [M, R], row stride ld_low
-  const T* bias;        // [N], or null
-  float* dB;            // [K, R], or null
-  float* dA;            // [R, N], or null
-  int* control;         // tile counter, then flags
-  float4* low_sums;     // [M rounded up / 16, kRank / 8, 32], of the first of two columns that make low
-  const int64_t* seed;  // [1]
+  T* low;                // [M, R], row stride ld_low
+  const T* bias;         // [N], or null
+  float* dB;             // [K, R], or null
+  float* dA;             // [R, N], or null
+  int* control;          // tile counter, then flags
+  float4* low_sums;      // [M rounded up / 16, kRank / 8, 32], of the first of two columns that make low
+  const uint32_t* mask;  // [M, mask_words(N)], of the backward
+  const int64_t* seed;   // [1], of the forward's mask
   int64_t ld_low;
   int M, N, K, R, low_columns;
   uint32_t threshold;

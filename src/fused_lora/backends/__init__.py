@@ -31,10 +31,8 @@ FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 UPDATE = ("y",)  # Request.optional of `lora_update`
 GROUPED = ("offsets",)  # Request.optional of `grouped_lora_update`
 
-# Who stands in line for a device type under backend="auto", and who does only if `fused-lora tune` has measured it
-# here: the compiled CUDA kernels run on request, until measured.
-_LINES = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference"), "xpu": ("triton", "reference")}
-_IF_TUNED = {"cuda": ("cuda",)}
+# Who stands in line for a device type under backend="auto".
+_LINES = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference"), "xpu": ("triton", "reference")}
 
 
 class Request(NamedTuple):
@@ -137,9 +135,8 @@ def candidates(names: tuple[str, ...], request: Request) -> tuple[str, ...]:
 
 
 def _automatic(request: Request) -> str:
-    safe = candidates(line(request.device), request)
-    others = candidates(_IF_TUNED.get(request.device.type, ()), request)
-    return safe[0] if len(safe + others) == 1 else _module("tuned").choose(request, safe, others)
+    willing = candidates(line(request.device), request)
+    return willing[0] if len(willing) == 1 else _module("tuned").choose(request, willing)
 
 
 def forget() -> None:
@@ -152,13 +149,9 @@ def _named(plans: tuple[str, ...]) -> str:
     return f"the plans {', '.join(plans)}" if plans != ("",) else "no plan by name"
 
 
-def everyone(device: torch.device) -> tuple[str, ...]:
-    """The back ends that `fused-lora tune` measures on a device."""
-    return line(device) + _IF_TUNED.get(device.type, ())
-
-
 def line(device: torch.device) -> tuple[str, ...]:
-    """The back ends that backend="auto" asks on a device, in order; the last one never refuses."""
+    """The back ends that backend="auto" asks on a device, in order; the last one never refuses. `fused-lora tune` measures
+    them all."""
     return _LINES.get(device.type, ("reference",))
 
 

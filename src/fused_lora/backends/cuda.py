@@ -95,21 +95,10 @@ def _joined(words) -> str:
     return "+".join(filter(None, words))
 
 
-def _serves(call, needs, *words: str) -> bool:
-    """Whether these words of a plan serve a call's forward and backward, with dropout and without."""
-    try:
-        for dropout in (False, True):
-            said = call | dict(dropout=dropout, plan=_values(_joined(words)))
-            _C.cuda_forward_plan(**said), _C.cuda_backward_plan(**said, **needs)
-    except ValueError:
-        return False
-    return True
-
-
 def plans(request: Request) -> tuple[str, ...]:
     """See `backends`: the heuristics' own plan; each way to make h with each way to make dh, dA and dB; one by one, the
     other width of tiles, or tiles instead of the kernel for few rows; kernels that don't overlap; what the loader's
-    idle warps can make; and with those and without, h and dh in halves, where the sizes allow it."""
+    idle warps can make; and with those and without, h and dh by one column of tiles where two would make them."""
     sizes, code = (max(request.M, 1), request.N, request.K, request.R), _CODE[request.dtype]
     call = _request(sizes, (code, code)) | dict(dropout=False, sms=_sms(request.device.index))
     needs = dict(need_x=True, need_A=True, need_B=True, need_bias=False, deterministic=False)
@@ -121,9 +110,8 @@ def plans(request: Request) -> tuple[str, ...]:
     parts = itertools.product(["", *others("h_shrink")], ["", *others("wgrad_apart", "dh_shrink")])
     alone = others("y128", "y256")[:1] + others("dx128", "dx256", "serial")
     warps = ["h_warps+wgrad_warps"] if request.R <= 16 else []  # beyond, not with dropout
-    shares = ["dh_halves"] if "small" in done else ["h_halves", "dh_halves"]
-    halves = [[plan, *(word for word in shares if _serves(call, needs, plan, word))] for plan in ("", *warps)]
-    return *map(_joined, parts), *alone, *warps, *(_joined(words) for words in halves if len(words) > 1)
+    singles = [word.replace("halves", "single") for word in done.split("+") if word.endswith("_halves")]
+    return *map(_joined, parts), *alone, *warps, *(_joined([plan, *singles]) for plan in ("", *warps) if singles)
 
 
 def check_plan(request: Request, plan: str) -> None:

@@ -62,8 +62,7 @@ def refusal(request: Request) -> str | None:
 
 def summary(request: Request, plan: str) -> str:
     """See `backends`."""
-    own = f"Triton kernels, {plan}" if plan else "Triton kernels"
-    return f"{own}; the compiled CUDA kernels run on request with backend='cuda' until they are measured"
+    return f"Triton kernels, {plan}" if plan else "Triton kernels"
 
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan, launches=forward_plan):

@@ -157,7 +157,7 @@ def _verdict(rows: list) -> Verdict:
     return Verdict(dict(sorted(times.items(), key=lambda pair: pair[1])), failed)
 
 
-def choose(request, safe: tuple[str, ...], others: tuple[str, ...]) -> str:
+def choose(request, willing: tuple[str, ...]) -> str:
     """The candidate that serves a request under backend="auto".
 
     Where the request's own shape was tuned, or one near it, that verdict holds: the fastest that is right there. Near
@@ -167,17 +167,16 @@ def choose(request, safe: tuple[str, ...], others: tuple[str, ...]) -> str:
 
     Args:
         request: a `backends.Request`.
-        safe: candidates that can serve it, in the order that holds without a file; the last one is the last resort.
-        others: those that are taken only if they were tuned.
+        willing: candidates that can serve it, in the order that holds without a file; the last one is the last resort.
     """
     tuned = load(request.device)
     verdict = _nearest(tuned.verdicts, request) if tuned.verdicts and not request.optional else None
     if verdict is None:
-        return safe[0]
-    for name in (*verdict.times, *safe):
-        if name in (*safe, *others) and name not in verdict.failed:
+        return willing[0]
+    for name in (*verdict.times, *willing):
+        if name in willing and name not in verdict.failed:
             return name
-    return safe[-1]
+    return willing[-1]
 
 
 def _nearest(found: dict[Shape, Verdict], request) -> Verdict:

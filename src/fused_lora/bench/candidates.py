@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lora import _C
-from fused_lora.backends import everyone
+from fused_lora.backends import line
 from fused_lora.nn import LoRALinear
 from fused_lora.ops.linear import lora_linear
 from fused_lora.testing import Problem
@@ -188,7 +188,7 @@ CANDIDATES: dict[str, Callable[[Problem, float], Made]] = {
 def is_plan(name: str, device: str) -> bool:
     """Whether a name is that of a device's back end with a plan, "cuda:h_shrink"; the back end checks the plan."""
     back_end, _, plan = name.partition(":")
-    return bool(plan) and back_end in everyone(torch.device(device))
+    return bool(plan) and back_end in line(torch.device(device))
 
 
 def candidates_on(device: str) -> dict[str, Callable[[Problem, float], Made]]:

@@ -92,7 +92,7 @@ def candidates_for(case: Case, device: torch.device) -> tuple[str, ...]:
     """Every back end that serves the case, with each of its plans."""
     sizes = (bucket(case.M), case.N, case.K, case.R)
     return backends.candidates(
-        backends.everyone(device), Request(device, case.dtype, _ADAPTER_DTYPE, *sizes, aligned=True, optional=())
+        backends.line(device), Request(device, case.dtype, _ADAPTER_DTYPE, *sizes, aligned=True, optional=())
     )
 
 
