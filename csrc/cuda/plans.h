@@ -150,6 +150,13 @@ constexpr CudaPlan::Launches launches_of(const CudaPlan& plan) {
   return plan.launches == CudaPlan::Launches::serial ? CudaPlan::Launches::serial : CudaPlan::Launches::overlap;
 }
 
+// Whether h of the masked x is made by shrink: where the two columns that would make it in y's launch are less than
+// half of a wave of tiles, the others wait for them longer than a pass over x takes. 4096 x 4096, R = 16, p = 0.1, M =
+// 2048: y and h 131 us instead of 145; M = 8192: 482 instead of 478 (H100, 2026-11-26).
+constexpr bool masked_h_by_shrink(int64_t M, int sms) {
+  return 4 * ceil_div(M, kGemmBlockM * kGemmCluster) <= sms / kGemmCluster;
+}
+
 struct ForwardPlan {
   CudaPlan plan;                   // of the forward's fields: what is done
   SmallConfig small;               // y and h, where plan.y is small
@@ -185,12 +192,14 @@ inline ForwardPlan forward_plan(const ForwardRequest& request) {
   const bool may_be_small = want.y == CudaPlan::Product::small ||
                             (want.y == CudaPlan::Product::any && want.h_share == CudaPlan::Share::any && !dropout);
   if (may_be_small && may_be_inside(want.h)) p.small = small_config(M, N, K, R, sms);
+  const bool by_shrink =
+      want.h == Low::any && want.h_share == CudaPlan::Share::any && dropout && masked_h_by_shrink(M, sms);
   if (!p.small.valid)
     p.gemm = gemm_config({.M = M,
                           .N = N,
                           .R = R,
                           .sms = sms,
-                          .makes_low = may_be_inside(want.h),
+                          .makes_low = may_be_inside(want.h) && !by_shrink,
                           .dropout = dropout,
                           .backward = false,
                           .block_n = want.h == Low::warps && dropout ? 256 : width_of(want.y),
@@ -245,7 +254,10 @@ struct BackwardRequest {
 // dx and what comes out of its launch.
 inline GemmConfig dx_config(const BackwardRequest& r) {
   const CudaPlan& want = r.plan;
-  const bool inside = (r.need_A || r.need_B) && !r.deterministic && want.wgrad != CudaPlan::Weights::apart;
+  // Above 32 ranks the fourth warpgroup takes longer than a pass of its own: 8192 x 4096 x 4096, R = 64, 541 us instead
+  // of 433 + 72; at R = 16 461 instead of 433 + 59 (H100, 2026-11-26).
+  const bool pays = want.wgrad == CudaPlan::Weights::any ? r.R <= 32 : want.wgrad != CudaPlan::Weights::apart;
+  const bool inside = (r.need_A || r.need_B) && !r.deterministic && pays;
   GemmRequest request{.M = r.M,
                       .N = r.K,
                       .R = r.R,

@@ -1,5 +1,5 @@
-// prepare:    A [R, K] and B [N, padded R] in x's dtype; zeros: a one-launch lora_gemm's control block and the sums dA and
-//             dB that it adds to; and dx's dropout mask [M, K] as bits
+// prepare:    A [R, K] and B [N, padded R] in x's dtype; zeros: a one-launch lora_gemm's control block and the sums dA
+//             and dB that it adds to; and dx's dropout mask [M, K] as bits
 //
 // Used for    adapters in fp32 over a half-precision base (PEFT's default), and ranks that are no multiple of 8, whose
 //             rows TMA cannot read

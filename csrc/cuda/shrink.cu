@@ -32,8 +32,8 @@ template <class T> struct Args {
 };
 
 // low[32, kRank] = scale * (acc of the warps of the first half of each step + acc of those of the second), then over
-// the blocks of the cluster. `sums` holds a float4 for each lane and 8 ranks: two neighbours of row lane / 4, two of the
-// row 8 further.
+// the blocks of the cluster. `sums` holds a float4 for each lane and 8 ranks: two neighbours of row lane / 4, two of
+// the row 8 further.
 template <class T, int kRank>
 PTX_FN void add_and_store(const float (&acc)[kRank / 8][4], float4* sums, const Args<T>& p, int64_t row0, int64_t rank0,
                           int thread) {

@@ -6,8 +6,8 @@
 // Types       fp16 or bf16, fp32 accumulators, one rounding at each store; low is rounded before it is multiplied
 // Tile        a block 128 x kBlockN, k-steps of 64 through a ring of kStages (schedule.cuh); a cluster of two blocks
 //             above each other shares the right operands by multicast: 256 x kBlockN
-// Roles       warpgroup 0: a thread loads (loader.cuh), warps 1-3 fetch dx's dropout mask (mask.cuh). Warpgroups 1 and 2
-//             multiply and store (consumer.cuh). A fourth, where there is one, makes dA and dB in dx's launch
+// Roles       warpgroup 0: a thread loads (loader.cuh), warps 1-3 fetch dx's dropout mask (mask.cuh). Warpgroups 1
+//             and 2 multiply and store (consumer.cuh). A fourth, where there is one, makes dA and dB in dx's launch
 //             (gradients.cuh), or low of the masked left in the forward's (dropped_low.cuh); or warps 1-3 do
 //             (gradient_warps.cuh, dropped_low_warps.cuh)
 // Low rank    ceil(R / 64) more blocks from (low, thin) through the same ring; columns past R are TMA's zeros

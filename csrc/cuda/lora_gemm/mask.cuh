@@ -1,8 +1,8 @@
 // lora_gemm's first warpgroup, warps 1-3, in the backward with dropout: the mask bits of each tile of dx, out of the
 // mask that prepare has drawn, while the consumers multiply.
 //
-// Why not drawn here: an instruction beside wgmma delays it by two or three cycles, since both want the registers. Drawn
-// here the mask took 45 us of a dx of 8192 x 4096 x 4096, drawn before it about 12 (H100, 2026-11-26)
+// Why not drawn here: an instruction beside wgmma delays it by two or three cycles, since both want the registers.
+// Drawn here the mask took 45 us of a dx of 8192 x 4096 x 4096, drawn before it 20 (H100, 2026-11-26)
 // Shared    128 rows of kBlockN bits, one tile at a time: consumers and gradients free them before the next
 #pragma once
 

@@ -150,8 +150,8 @@ def _named(plans: tuple[str, ...]) -> str:
 
 
 def line(device: torch.device) -> tuple[str, ...]:
-    """The back ends that backend="auto" asks on a device, in order; the last one never refuses. `fused-lora tune` measures
-    them all."""
+    """The back ends that backend="auto" asks on a device, in order; the last one never refuses. `fused-lora tune`
+    measures them all."""
     return _LINES.get(device.type, ("reference",))
 
 

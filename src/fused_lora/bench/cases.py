@@ -70,7 +70,15 @@ def preset(name: str, device: str) -> list[Case]:
     else:
         sets = {
             "quick": lambda: _grid([2048, 8192], [(4096, 4096), (4096, 1024)], [16], [0.0, 0.1], [_BF16]),
-            "readme": lambda: _grid([512, 8192], _LLAMA, [16, 64], [0.0, 0.1], [_BF16]),
+            "readme": lambda: (
+                _grid([8192], _LLAMA, [16], [0.0, 0.1], [_BF16])
+                + _grid([8192], _LLAMA[:2], [64, 256], [0.0], [_BF16])
+                + _grid([2048], _LLAMA[:4], [16], [0.0, 0.1], [_BF16])
+                + _grid([512], _LLAMA[:1], [16], [0.0, 0.1], [_BF16])
+                + _grid([16], _LLAMA[:2], [16], [0.0], [_BF16])
+                + _grid([16384], _LLAMA[:1], [16], [0.0], [_BF16])
+                + _grid([4096], [(3072, 3072), (3072, 12288)], [16, 128], [0.0], [_BF16])
+            ),
             "full": lambda: _grid([16, 512, 2048, 8192, 16384], _LLAMA, [8, 16, 64, 256], [0.0, 0.1], [_BF16]),
         }
     sets["variants"] = sets["latency"] = list
