@@ -199,7 +199,11 @@ def cpu_pass(forward: Callable, inputs: list[torch.Tensor], gradient: torch.Tens
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """`step` as a CUDA graph's replay, warmed up on a side stream first."""
+    """`step` as a CUDA graph's replay, warmed up on a side stream first.
+
+    The replay keeps `step`, since the graph reads the tensors that it holds: the allocator may give the memory of those
+    that are gone back to the device, at the latest when the next graph is captured.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -209,7 +213,11 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(kept: Callable[[], None] = step) -> None:
+        graph.replay()
+
+    return replay
 
 
 def gpu_pass(forward: Callable, inputs: list[torch.Tensor], gradient: torch.Tensor, leaves: list[torch.Tensor]) -> Pass:
