@@ -2,8 +2,8 @@
 
     python bench/readme.py [README.md] [bench/results]
 
-One section for each readme-*.json, with the plot beside it if there is one, and one for each variants-*.json, between
-two comments of README.md.
+One section for each readme-*.json, with the plot beside it if there is one, one for each llama-*.json
+(bench/bench_llama.py) and one for each variants-*.json, between two comments of README.md.
 """
 
 import argparse
@@ -44,12 +44,16 @@ def layers(rows: list[dict]) -> list[str]:
 
     head = ["dtype", "M", "K→N", "R", "p", "frozen, ms", "floor", *peers]
     lines = [
-        [dtype, f"{M}", f"{K}→{N}", f"{R}", f"{p:g}", f"{of['frozen']['both_us'] / 1e3:.1f}", f"{floor(K, N, R):.2f}"]
+        [dtype, f"{M}", f"{K}→{N}", f"{R}", f"{p:g}", milliseconds(of["frozen"]["both_us"]), f"{floor(K, N, R):.2f}"]
         + [cell(of.get(name)) for name in peers]
         for (dtype, M, K, N, R, p), of in cases.items()
     ]
     title = f"Forward + backward over the frozen layer's (medians of one interleaved run{intervals(rows)}):"
     return [title, "", *table(head, lines)]
+
+
+def milliseconds(us: float) -> str:
+    return f"{us / 1e3:.1f}" if us >= 1e3 else f"{us / 1e3:.2f}"
 
 
 def floor(K: int, N: int, R: int) -> float:
@@ -125,6 +129,25 @@ def mixed(rows: list[dict]) -> list[str]:
     return ["", title, "", *table(["dtype", "adapters", "one adapter, ms", *names], lines)]
 
 
+def llama(document: dict) -> str:
+    """README's text for one file of a large model's training steps."""
+    rows = document["rows"]
+
+    def cells(r: dict) -> list[str]:
+        if "fault" in r:
+            return [r["fault"], "–", "–", "–"]
+        return [f"{r['step_ms']:.0f}", f"{r['ratio']:.2f}", f"{r['times_peft']:.2f}", f"{r['memory_ratio']:.2f}"]
+
+    head = ["sequences × tokens", "candidate", "ms", "over frozen", "times as fast as PEFT", "memory over frozen"]
+    lines = [
+        [f"{r['sequences']} × {r['tokens']}{', checkpointing' if r['checkpointing'] else ''}", r["candidate"], *cells(r)]
+        for r in rows
+    ]
+    what = f"Llama-3.1-8B's shape ({document['layers']} layers, random bf16 weights, R={document['rank']} on all linears)"
+    title = f"One training step, forward and backward, of {what}:"
+    return "\n".join([f"{origin(document)} {title}", "", *table(head, lines)])
+
+
 def origin(document: dict) -> str:
     """Where and when the figures were taken."""
     env = document["environment"]
@@ -162,6 +185,7 @@ def update(readme: Path, results: Path) -> None:
         if plot.exists():
             link = Path(os.path.relpath(plot.resolve(), readme.resolve().parent)).as_posix()
             sections.append(f"![Time over the frozen layer's]({link})")
+    sections += [llama(json.loads(f.read_text(encoding="utf-8"))) for f in sorted(results.glob("llama-*.json"))]
     sections += [variants(json.loads(f.read_text(encoding="utf-8"))) for f in sorted(results.glob("variants-*.json"))]
     head, tail, body = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :], "\n\n".join(sections)
     write_whole({readme: f"{head}\n{body}\n{tail}".encode()})

@@ -2,10 +2,10 @@
 that they are tested without a GPU.
 
 No table by GPU name and no tuning at call time. A figure behind a choice names the device and the date. A caller may
-say the words of PLAN_WORDS, the rest is chosen here. What no GPU has timed yet is planned on request only: one_launch
-(lora_gemm_shrink, in whose flags a fault would hang) and prefetch (lora_gemm's first low-rank tiles are loaded before
-the loop over K). Both are compiled for every target and right in the interpreter; `fused-lora tune` and
-bench/sweep_triton.py ask for them and time them.
+say the words of PLAN_WORDS, the rest is chosen here. Planned on request only are one_launch (lora_gemm_shrink), which
+an H100 found level with two launches or slower, and prefetch (lora_gemm's first low-rank tiles are loaded before the
+loop over K), 1 to 3 % faster there and timed nowhere else (2026-11-26). Both are compiled for every target and right in
+the interpreter; `fused-lora tune` and bench/sweep_triton.py ask for them and time them.
 """
 
 from dataclasses import dataclass, fields, replace

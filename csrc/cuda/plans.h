@@ -157,6 +157,11 @@ constexpr bool masked_h_by_shrink(int64_t M, int sms) {
   return 4 * ceil_div(M, kGemmBlockM * kGemmCluster) <= sms / kGemmCluster;
 }
 
+// Whether the kernel for few rows is faster than tiles. 4096 x 4096, R = 16: 23 us instead of 29 at M = 16, 34 instead
+// of 36 at 64, but 41 at 128, where tiles take 32 for twice as many rows; 4096 -> 1024: 20 at 128, tiles 30 (H100,
+// 2026-11-26).
+constexpr bool small_pays(int64_t M, int64_t N) { return M <= 64 || N <= 2048; }
+
 struct ForwardPlan {
   CudaPlan plan;                   // of the forward's fields: what is done
   SmallConfig small;               // y and h, where plan.y is small
@@ -189,8 +194,8 @@ inline ForwardPlan forward_plan(const ForwardRequest& request) {
   p.refused = plan_conflict(want, M, R, dropout);
   if (p.refused) return p;
   const bool halves = in_halves(want.h_share);
-  const bool may_be_small = want.y == CudaPlan::Product::small ||
-                            (want.y == CudaPlan::Product::any && want.h_share == CudaPlan::Share::any && !dropout);
+  const bool any = want.y == CudaPlan::Product::any && want.h_share == CudaPlan::Share::any && !dropout;
+  const bool may_be_small = want.y == CudaPlan::Product::small || (any && small_pays(M, N));
   if (may_be_small && may_be_inside(want.h)) p.small = small_config(M, N, K, R, sms);
   const bool by_shrink =
       want.h == Low::any && want.h_share == CudaPlan::Share::any && dropout && masked_h_by_shrink(M, sms);

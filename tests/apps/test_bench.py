@@ -4,6 +4,8 @@ import hashlib
 import itertools
 import os
 import threading
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -247,3 +249,30 @@ def test_presets_cover_what_they_promise():
         cases = preset("readme", device)
         assert len(set(cases)) == len(cases) and {c.dropout for c in cases} == {0.0, 0.1}
     assert {c.dtype for c in preset("readme", "cpu")} == {torch.float32, torch.bfloat16}
+
+
+def test_a_replay_keeps_what_its_graph_reads(monkeypatch):
+    """A graph knows addresses: tensors that nobody holds any more are gone by the time that it is replayed."""
+
+    class Graph:
+        def replay(self):
+            pass
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    for name, stand_in in (("Stream", Stream), ("current_stream", Stream), ("CUDAGraph", Graph)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given: nullcontext())
+
+    def made():
+        weight = torch.ones(3)
+        return timing.captured(lambda: weight.sum()), weakref.ref(weight)
+
+    replay, weight = made()
+    replay()
+    assert weight() is not None
+    del replay
+    assert weight() is None

@@ -50,6 +50,17 @@ def test_readme_has_the_variants_of_their_file(tmp_path):
     assert "| float32 | 32 | 3.0 | **1.07** |" in text
 
 
+def test_readme_has_the_steps_of_a_large_model(tmp_path):
+    env = dict(device="A GPU", kind="cuda", features={}, torch="2", commit="abc", date="today")
+    step = dict(sequences=4, tokens=2048, step_ms=880.4, ratio=1.111, times_peft=1.556, memory_ratio=1.004)
+    rows = [step | dict(candidate="fused", checkpointing=True)]
+    rows.append(dict(sequences=1, tokens=512, checkpointing=False, candidate="peft", fault="does not fit", why="it is"))
+    text = script("readme").llama(dict(environment=env, layers=32, rank=16, rows=rows))
+    assert "**A GPU**; torch 2; commit abc; today. One training step" in text and "32 layers" in text
+    assert "| 4 × 2048, checkpointing | fused | 880 | 1.11 | 1.56 | 1.00 |" in text
+    assert "| 1 × 512 | peft | does not fit | – | – | – |" in text
+
+
 def test_readme_tables_come_from_the_json(tiny, tmp_path):
     """A section a file, each with its own figures and plot; the rest of README stays."""
     readme_script, readme = script("readme"), tmp_path / "README.md"

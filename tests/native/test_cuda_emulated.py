@@ -106,7 +106,7 @@ def test_small_m(schedule, poison, M, rows):
     """Every row tile, 1 to 8 parts of K, a strip past the end, ranks below and at the tile; late copies and few
     resident blocks."""
     seen = set()
-    for i, (N, K, R) in enumerate([(8, 64, 1), (136, 1000, 16), (264, 136, 12), (392, 1160, 64), (2056, 512, 40)]):
+    for i, (N, K, R) in enumerate([(8, 64, 1), (136, 1000, 16), (264, 136, 12), (392, 1160, 64), (2040, 512, 40)]):
         code = cuda._C.dtype_codes["bfloat16"]
         plan = cuda._C.cuda_forward_plan(M=M, N=N, K=K, R=R, dtype=code, adapter_dtype=code, dropout=False, sms=SMS)
         assert plan["plan"].startswith("small+h_inside") and plan["small"]["rows"] == rows
@@ -410,7 +410,9 @@ def test_the_emulator_sees_faults_that_results_need_not_show(library, tmp_path, 
     check((129, 72, 136, 16), torch.bfloat16, needs=(False,) * 4)
     for *_, R, dropout_p, backward, said in FAULTS:
         with pytest.raises(RuntimeError, match=said):
-            check((129, 72, 136, R), torch.bfloat16, None, dropout_p, needs=(backward,) * 4)
+            # for few rows a masked h is shrink's
+            plan = "cuda:h_inside" if dropout_p else "cuda"
+            check((129, 72, 136, R), torch.bfloat16, None, dropout_p, needs=(backward,) * 4, backend=plan)
     schedule(late=True)  # the cluster that is alone at first draws the tile that its own waits for
     with pytest.raises(RuntimeError, match="deadlock"):
         check((129, 72, 136, 16), torch.bfloat16, needs=(True, False, False, False), backend="cuda:dx128+dh_halves")

@@ -9,8 +9,8 @@ With optional tensors shrink and lora_gemm take those of the forward into their 
 backward's shrink and scale_gradient finishes out_scale's gradient; a gradient that x_lora has apart from x is expand's.
 `update` is shrink and expand, without a base product; triton_grouped.py has it for groups of rows.
 
-Which launches serve a call is a plan of triton_kernels/configs.py, where the forms that no GPU has timed are planned on
-request only (triton_plans.py has their names). Each launch is a function beside its kernel. The twin of
+Which launches serve a call is a plan of triton_kernels/configs.py, where some forms are planned on request only
+(triton_plans.py has their names). Each launch is a function beside its kernel. The twin of
 csrc/cuda/lora.cpp.
 """
 
