@@ -139,12 +139,10 @@ def llama(document: dict) -> str:
         return [f"{r['step_ms']:.0f}", f"{r['ratio']:.2f}", f"{r['times_peft']:.2f}", f"{r['memory_ratio']:.2f}"]
 
     head = ["sequences × tokens", "candidate", "ms", "over frozen", "times as fast as PEFT", "memory over frozen"]
-    lines = [
-        [f"{r['sequences']} × {r['tokens']}{', checkpointing' if r['checkpointing'] else ''}", r["candidate"], *cells(r)]
-        for r in rows
-    ]
-    what = f"Llama-3.1-8B's shape ({document['layers']} layers, random bf16 weights, R={document['rank']} on all linears)"
-    title = f"One training step, forward and backward, of {what}:"
+    batch = lambda r: f"{r['sequences']} × {r['tokens']}{', checkpointing' * r['checkpointing']}"  # noqa: E731
+    lines = [[batch(r), r["candidate"], *cells(r)] for r in rows]
+    sizes = f"{document['layers']} layers, random bf16 weights, R={document['rank']} on all linears"
+    title = f"One training step, forward and backward, of Llama-3.1-8B's shape ({sizes}):"
     return "\n".join([f"{origin(document)} {title}", "", *table(head, lines)])
 
 
