@@ -116,7 +116,7 @@ sanitize() { # sanitize TOOL: the exact tests of the compiled kernels; racecheck
 }
 
 # What the heuristics choose, and what differs from it in one respect.
-PLANS=triton,triton:prefetch,triton:one_launch,cuda,cuda:h_shrink,cuda:h_single+dh_single,cuda:wgrad_apart,cuda:dh_shrink,cuda:serial
+PLANS=triton,triton:no_prefetch,triton:one_launch,cuda,cuda:h_shrink,cuda:h_single+dh_single,cuda:wgrad_apart,cuda:dh_shrink,cuda:serial
 
 export -f bring_up tests_here pytest_here compiled_tests run_tests as_the_toolkit_assembles many sanitize
 export PYTHON OUT

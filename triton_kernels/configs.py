@@ -2,10 +2,9 @@
 that they are tested without a GPU.
 
 No table by GPU name and no tuning at call time. A figure behind a choice names the device and the date. A caller may
-say the words of PLAN_WORDS, the rest is chosen here. Planned on request only are one_launch (lora_gemm_shrink), which
-an H100 found level with two launches or slower, and prefetch (lora_gemm's first low-rank tiles are loaded before the
-loop over K), 1 to 3 % faster there and timed nowhere else (2026-11-26). Both are compiled for every target and right in
-the interpreter; `fused-lora tune` and bench/sweep_triton.py ask for them and time them.
+say the words of PLAN_WORDS, the rest is chosen here. Planned on request only is one_launch (lora_gemm_shrink): an H100
+found it level with two launches or slower (2026-11-26). It is compiled for every target and right in the interpreter;
+`fused-lora tune` and bench/sweep_triton.py ask for it and time it.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -24,7 +23,7 @@ class Device(NamedTuple):
 # (word, the argument of forward_plan or backward_plan that it stands for, its value)
 PLAN_WORDS = (
     ("one_launch", "one_launch", True),
-    ("prefetch", "prefetch", True),
+    ("no_prefetch", "prefetch", False),
     ("narrow", "narrow", True),
     ("one_read", "one_read", True),
     ("two_reads", "one_read", False),
@@ -123,7 +122,7 @@ def forward_plan(
     device: Device,
     *,
     one_launch: bool = False,
-    prefetch: bool = False,
+    prefetch: bool = True,
     narrow: bool = False,
 ) -> ForwardPlan:
     """What makes h [M, R] from x [M, K], and y [M, N].
@@ -132,7 +131,7 @@ def forward_plan(
         itemsize: bytes of an element of x.
         one_launch: lora_gemm_shrink where it can serve and is expected to pay; its operands' rows must then start on 16
             bytes.
-        prefetch: in lora_gemm where it is possible.
+        prefetch: in lora_gemm the first low-rank tiles are loaded before the loop over K, where that is possible.
         narrow: tiles of lora_gemm are 128 columns wide where they would be 256.
     """
     if one_launch and not dropout and (both := gemm_shrink_config(M, N, K, R, itemsize, device)):
@@ -156,7 +155,7 @@ def backward_plan(
     *,
     plain: bool = True,
     one_launch: bool = False,
-    prefetch: bool = False,
+    prefetch: bool = True,
     narrow: bool = False,
     one_read: bool | None = None,
 ) -> BackwardPlan:
@@ -213,7 +212,7 @@ def gemm_config(
     itemsize: int,
     dropout: bool,
     device: Device,
-    prefetch: bool = False,
+    prefetch: bool = True,
     narrow: bool = False,
 ) -> GemmConfig:
     """Tiles of lora_gemm for out [M, N] = left [M, K] @ right + low [M, R] @ thin.
@@ -240,9 +239,9 @@ def gemm_config(
     # With TMA one program a multiprocessor walks over the tiles; without it the hardware's own scheduler overlaps tiles
     # better.
     programs = min(tiles, device.sms) if device.tma and warps == 8 else tiles
-    # Prefetched tiles wait in registers: at 128 x 256 a rank block of 32 takes 225 of the 255 (compiled for sm_90).
-    # Several blocks come in a loop of their own; with the first apart from it, Triton 3.6 wants more tensor memory than
-    # sm_100 has.
+    # Prefetched tiles make both directions 1 to 3 % faster in each of eight cases (H100, Triton 3.6, 2026-11-26). They
+    # wait in registers: at 128 x 256 a rank block of 32 takes 225 of the 255 (compiled for sm_90). Several blocks come
+    # in a loop of their own; with the first apart from it, Triton 3.6 wants more tensor memory than sm_100 has.
     prefetch = prefetch and device.tma and itemsize < 4 and R <= BLOCK_R
     return GemmConfig(BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, 8, stages, warps, programs, device.tma, prefetch)
 

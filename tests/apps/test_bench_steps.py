@@ -119,7 +119,7 @@ def test_a_workload_travels_to_the_process_that_measures():
 def test_a_layer_with_an_adapter_for_each_sample(capsys):
     cases = [mixed.MixedCase(count, 32, 16, 24, dtype) for count in (2, 8) for dtype in (torch.float32, torch.bfloat16)]
     for case, rows in zip(cases, mixed.run_mixed(cases, "cpu", budget_s=0, least=1)):
-        assert [r["candidate"] for r in rows] == ["frozen", "one adapter", "fused", "peft", "bmm"]
+        assert [r["candidate"] for r in rows] == ["frozen", "one adapter", "fused", "peft", "padded", "bmm"]
         for r in rows:
             assert "fault" not in r, r
             assert r["adapters"] == case.adapters and r["ratio"] > 0 and r["over_one"] > 0

@@ -60,13 +60,13 @@ def test_large_products_take_the_measured_tile_on_hopper():
     assert (c.BLOCK_M, c.BLOCK_N, c.BLOCK_K, c.num_stages, c.num_warps, c.programs) == (128, 256, 64, 3, 8, 132)
 
 
-def test_what_has_not_run_on_a_gpu_is_planned_on_request_only():
-    """One launch for both halves, and prefetch; and one launch only where there is no dropout and dB is not needed."""
+def test_one_launch_is_planned_on_request_only():
+    """And only where there is no dropout and dB is not needed; what is prefetched by default is not if so asked."""
     sizes, device = (8192, 4096, 4096, 16, 2), DEVICES["H100"]
     forward, backward = forward_plan(*sizes, False, device), backward_plan(*sizes, False, True, True, False, device)
     for plan in (forward, backward):
-        assert plan.lora_gemm_shrink is None and plan.shrink and not plan.lora_gemm.PREFETCH
-    assert forward_plan(*sizes, False, device, prefetch=True).lora_gemm.PREFETCH
+        assert plan.lora_gemm_shrink is None and plan.shrink and plan.lora_gemm.PREFETCH
+    assert not forward_plan(*sizes, False, device, prefetch=False).lora_gemm.PREFETCH
     forward = forward_plan(*sizes, False, device, one_launch=True)
     assert forward.lora_gemm_shrink and forward.shrink is forward.lora_gemm is None
     assert forward_plan(*sizes, True, device, one_launch=True) == forward_plan(*sizes, True, device)
@@ -103,7 +103,7 @@ def test_prefetch_only_where_one_rank_block_is_all():
     for device, M, N, R, itemsize, dropout in itertools.product(
         DEVICES.values(), SIZES, WIDTHS, RANKS, (2, 4), (False, True)
     ):
-        c = gemm_config(M, N, 4096, R, itemsize, dropout, device, prefetch=True)
+        c = gemm_config(M, N, 4096, R, itemsize, dropout, device)
         assert (device.tma and itemsize == 2 and R <= c.BLOCK_R) == c.PREFETCH
 
 

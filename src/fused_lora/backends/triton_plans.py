@@ -14,7 +14,6 @@ from fused_lora.triton_kernels.device import facts, tma_ready
 
 _TAKES = {
     "one_launch": "TMA, half precision, up to 32 ranks, rows of 16 bytes and tiles for every multiprocessor",
-    "prefetch": "TMA, half precision and up to 32 ranks",
     "one_read": "up to 32 ranks",
 }
 
@@ -25,7 +24,7 @@ def plans(request: Request) -> tuple[str, ...]:
     if request.optional:
         return ("",)
     made = {_launches(request, ""): ""}
-    for plan in ("one_launch", "one_launch+two_reads", "prefetch", "narrow", "one_read", "two_reads"):
+    for plan in ("one_launch", "one_launch+two_reads", "no_prefetch", "narrow", "one_read", "two_reads"):
         if _impossible_word(request, plan) is None:
             made.setdefault(_launches(request, plan), plan)
     return tuple(made.values())
@@ -79,7 +78,6 @@ def _impossible_word(request: Request, plan: str) -> str | None:
         forward, backward = _launches(request, word)
         possible = {
             "one_launch": forward.lora_gemm_shrink is not None and request.aligned and not any(rows),
-            "prefetch": forward.lora_gemm is not None and forward.lora_gemm.PREFETCH,
             "one_read": backward.dy_pass is not None,
         }
         if not possible.get(word, True):

@@ -1,4 +1,4 @@
-"""One layer with a different adapter for each sample of a batch: ours, PEFT's loop, a batched product, and one adapter
+"""One layer with a different adapter for each sample of a batch: ours, PEFT's loop, batched products, and one adapter
 for all, forward and backward in one interleaved run."""
 
 from collections.abc import Callable, Iterator
@@ -79,15 +79,23 @@ def _fused(p: _Problem) -> Made:
     return lambda x: grouped_lora_linear(x, p.weight, None, A, B, *segments), [*A, *B]
 
 
+def _batched(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Two batched products over stacked factors in x's dtype: samples of one length are their best case."""
+    low = torch.bmm(x.view(len(A), -1, x.shape[1]), A.mT)
+    return F.linear(x, weight) + SCALING * torch.bmm(low, B.mT).view(x.shape[0], -1)
+
+
+def _padded(p: _Problem) -> Made:
+    """That of the adapters' own parameters, stacked in every step, as what is to be saved and switched by itself is."""
+    A, B = p.leaves()
+    stacked = lambda factors: torch.stack(factors).to(p.x.dtype)  # noqa: E731
+    return lambda x: _batched(x, p.weight, stacked(A), stacked(B)), [*A, *B]
+
+
 def _bmm(p: _Problem) -> Made:
-    """Two batched products over stacked factors in x's dtype: samples of one length are its best case."""
+    """That of two parameters in x's dtype which hold the factors of all adapters: what it costs at the least."""
     A, B = (torch.stack(t).to(p.x.dtype).requires_grad_() for t in (p.lora_A, p.lora_B))
-
-    def forward(x: Tensor) -> Tensor:
-        low = torch.bmm(x.view(len(A), -1, x.shape[1]), A.mT)
-        return F.linear(x, p.weight) + SCALING * torch.bmm(low, B.mT).view(x.shape[0], -1)
-
-    return forward, [A, B]
+    return lambda x: _batched(x, p.weight, A, B), [A, B]
 
 
 def _peft(p: _Problem) -> Made:
@@ -117,6 +125,7 @@ CANDIDATES: dict[str, Callable[[_Problem], Made]] = {
     "one adapter": _one_adapter,
     "fused": _fused,
     "peft": _peft,
+    "padded": _padded,
     "bmm": _bmm,
 }
 
