@@ -183,8 +183,8 @@ py::dict plan_backward(int64_t M, int64_t N, int64_t K, int64_t R, int dtype, in
   if (p.bias_apart) d["bias_wgrad"] = describe(p.bias_wgrad);
   regions["control"] = describe(p.control);
   regions["low_sums"] = describe(p.low_sums);
-  regions["A"] = describe(p.A);
   regions["mask"] = describe(p.mask);
+  regions["A"] = describe(p.A);
   regions["B"] = describe(p.B);
   regions["dh"] = describe(p.dh);
   regions["dA"] = describe(p.dA);
@@ -207,6 +207,8 @@ void bind_heuristics(py::module_& m) {
         "(row, column) of tile number t; those of the columns that make low lead.");
   m.def("lora_gemm_walk", &lora_gemm_walk, py::kw_only(), "col"_a, "low_columns"_a, "k_blocks"_a,
         "(first k-block, first step that makes low, step after the last) of a tile in column `col`.");
+  m.def("cuda_shrink_splits", &shrink_splits, py::kw_only(), "M"_a, "K"_a, "R"_a, "sms"_a,
+        "Blocks of a cluster of shrink, which share K.");
   m.def("lora_gemm_traffic", &tile_of_dx, py::kw_only(), "block_n"_a, "rank_tile"_a, "dropout"_a, "gradients"_a,
         "k_steps"_a, "col_tiles"_a, "low_steps"_a = 0,
         "Cycles of shared memory and of the tensor cores that a tile of dx takes by the model of traffic.h.");

@@ -2,7 +2,7 @@
 //
 // Used for    h = s * drop(x) A^T (down = A [R, K]: reduction along its rows) and dh = s * dy B (down = B [N, R]:
 //             reduction down its rows), where lora_gemm does not compute them on the way: with dropout above 64
-//             ranks, for dA without dx, and where the plan says so
+//             ranks or for few rows (plans.h), for dA without dx, and where the plan says so
 // Types       fp16 or bf16, fp32 accumulators, rounded once; scale holds the dropout's 1 / (1 - p)
 // Tile        a cluster takes 32 rows and up to 64 ranks, each of its blocks a part of K: as many as keep every SM
 //             busy. Steps of 128 through 4 stages of cp.async; 4 warps: 2 row halves x 2 halves of each step, summed

@@ -156,6 +156,18 @@ def test_small_m_runs_in_one_wave_over_the_whole_card():
         assert c["strips"] * c["splits"] >= 66 or c["splits"] == 8
 
 
+def test_shrink_shares_k_as_far_as_its_blocks_are_resident_at_once():
+    for (K, _), M, R, sms in itertools.product(SHAPES, ROWS, RANKS, SMS):
+        tile, steps = next(t for t in (16, 32, 64) if t >= min(R, 64)), -(-K // 128)
+        blocks = -(-M // 32) * -(-R // tile)
+        resident = sms * {16: 4, 32: 3, 64: 2}[tile]
+        splits = _C.cuda_shrink_splits(M=M, K=K, R=R, sms=sms)
+        assert splits in (1, 2, 4, 8)
+        assert splits == 1 or (blocks * splits <= resident and 2 * splits <= steps), "two steps each at least"
+        full = 2 * splits * blocks > resident or 4 * splits > steps
+        assert full or splits == 8, "more blocks would be resident, and have work"
+
+
 def test_backward_plans_ask_only_for_what_is_needed():
     every = itertools.product(
         (1, 300, 8192),
