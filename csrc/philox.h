@@ -44,7 +44,8 @@ struct Philox {
       k1 += 0xBB67AE85u;
     }
   }
-  // Whether draw j is kept: its word against the threshold's, so that nothing is cut out.
+  FUSED_LORA_HD uint32_t draw(int j) const { return w[j / 2] >> (16 * (j % 2)) & 0xffffu; }
+  // Whether draw j is kept, without cutting it out of its word.
   FUSED_LORA_HD bool keeps(int j, uint32_t threshold) const {
     return (j % 2 ? w[j / 2] : w[j / 2] << 16) >= threshold << 16;
   }
