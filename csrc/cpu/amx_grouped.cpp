@@ -80,7 +80,8 @@ class Task {
     const int64_t words = sides(pass.cols_out);
     if (dropout.threshold && pass.backward) {
       keep = buffers.take<uint32_t>(M * words);
-      for (int64_t m = 0; m < M; ++m) dropout_bits(dropout, keep + m * words, at ? at[m] : begin + m, 1, pass.cols_out);
+      for (int64_t m = 0; m < M; ++m)
+        dropout_bits(dropout, keep + m * words, words, at ? at[m] : begin + m, 0, 1, pass.cols_out);
     }
     const AmxGemm g{.left = nullptr,
                     .right = nullptr,

@@ -17,9 +17,6 @@
 namespace fused_lora::cpu {
 namespace {
 
-// The first n of 32, none for n <= 0.
-BF16_DOT_INLINE __mmask32 first32(int64_t n) { return n >= 32 ? ~0u : n > 0 ? (1u << n) - 1 : 0; }
-
 // n of 32 elements as bf16, the others zero.
 BF16_DOT_INLINE __m512i load32(const uint16_t* p, int64_t n) {
   return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(first32(n), p);

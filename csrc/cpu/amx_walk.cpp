@@ -339,7 +339,7 @@ class Backward {
     const Own& own = owns[static_cast<size_t>(t)];
     uint32_t* keep = bits ? bits + m * K_steps : nullptr;
     if (!p.dA) {
-      if (keep) dropout_bits(p.dropout, keep, m0 + m, rows, p.K);
+      if (keep) dropout_bits(p.dropout, keep, K_steps, m0 + m, 0, rows, p.K);
       return;
     }
     const auto* x = static_cast<const uint16_t*>(p.x) + (m0 + m) * p.ldx;

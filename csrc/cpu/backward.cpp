@@ -72,17 +72,31 @@ struct Beside {
   float *ungated, *low, *sums_c;
 };
 
-// dA, dB, dbias, dh_in, dgate, dh [M, Rp] where it is not null and, with `update`, the update of dx or dx_lora.
-template <class Block> void low_rank(const CpuBackwardParams& p, Buffers& buffers, bool update, float* dh) {
+// A, what stands right of dh.
+template <class Block> typename Block::Factor thin_of(const CpuBackwardParams& p, Buffers& buffers, bool wanted) {
+  const void* A = wanted ? p.A : nullptr;
+  return {buffers, A, p.adapter_dtype, p.R, p.K, round_up(p.K, Block::kColumns), false};
+}
+
+// What the base product takes of the walk over rows where it is ours and has the update inside; null where it does not.
+template <class Block> struct ForProduct {
+  typename Block::Low* dh;  // [M, Rp]
+  uint32_t* bits;           // [M, (K + 31) / 32] of x that dropout keeps, in bf16 only; null without dropout
+};
+
+// dA, dB, dbias, dh_in, dgate, what `product` takes and, with `update`, the update of dx or dx_lora by `thin`, which is
+// filled here.
+template <class Block>
+void low_rank(const CpuBackwardParams& p, Buffers& buffers, const typename Block::Factor& thin, bool update,
+              const ForProduct<Block>& product) {
   using Factor = typename Block::Factor;
-  const int64_t Rp = round_up(p.R, Block::kRanks), Kp = round_up(p.K, Block::kColumns);
+  const int64_t Rp = round_up(p.R, Block::kRanks), words = (p.K + 31) / 32;
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
   const bool need_dh = p.dx || p.dx_lora || p.dA || p.dh_in || p.dgate, dropout = p.dropout.threshold > 0;
   const Between between(p, Rp);
   const float* c = p.dA ? p.row_scale : nullptr;
   void* updated = p.dx_lora ? p.dx_lora : p.dx;
   const Factor down(buffers, need_dh ? p.B : nullptr, p.adapter_dtype, p.N, p.R, Rp, false),
-      thin(buffers, update ? p.A : nullptr, p.adapter_dtype, p.R, p.K, Kp, false),
       down_c(buffers, c ? scaled_rows(buffers, p.B, p.adapter_dtype, c, p.N, p.R) : nullptr, Dtype::f32, p.N, p.R, Rp,
              false);
   fill(threads, down, thin);
@@ -124,11 +138,8 @@ template <class Block> void low_rank(const CpuBackwardParams& p, Buffers& buffer
       const int64_t cols = std::min(kPanel, p.N - n);
       const char* from = at(p.dy, m * p.lddy + n, p.dtype);
       if (scale_sums) scale_sums.gather(t, m, n, rows, cols);
-      const auto dy = [&] {
-        if constexpr (Block::kScales)
-          if (p.out_scale) return block.scaled_panel(from, p.lddy, p.out_scale + n, rows, cols);
-        return block.panel(from, p.lddy, nullptr, rows, cols);
-      }();
+      const auto dy = p.out_scale ? block.scaled_panel(from, p.lddy, p.out_scale + n, rows, cols)
+                                  : block.panel(from, p.lddy, {}, rows, cols);
       if (need_dh) block.shrink(dy, down, n, rows, cols);
       if (down_c) on_c([&] { block.shrink(dy, down_c, n, rows, cols); });
       if (dB) dB.gather(block, dy, t, n, rows, cols);
@@ -145,14 +156,16 @@ template <class Block> void low_rank(const CpuBackwardParams& p, Buffers& buffer
     if (between) between.gradient(block.low, beside.ungated, m, rows);
     block.scale_low(factor, rows);
     if (dA && !down_c) block.gather_by_low(rows);
-    for (int64_t k = 0; (dA || thin) && k < p.K; k += kPanel) {
+    for (int64_t k = 0; (dA || update || product.bits) && k < p.K; k += kPanel) {
       const int64_t cols = std::min(kPanel, p.K - k);
-      if (dropout) dropout_mask(p.dropout, block.mask, m, k, rows, cols);
-      if (dA)
-        dA.gather(block, block.panel(at(p.x, m * p.ldx + k, p.dtype), p.ldx, block.mask, rows, cols), t, k, rows, cols);
-      if (thin) block.expand(thin, block.mask, at(updated, m * p.K + k, p.dtype), p.K, k, rows, cols);
+      if (dropout) block.draw(p.dropout, 0, m, k, rows, cols);
+      if constexpr (requires { block.copy_bits(product.bits, words, rows, cols); })
+        if (product.bits) block.copy_bits(product.bits + m * words + k / 32, words, rows, cols);
+      const auto keep = block.keep();
+      if (dA) dA.gather(block, block.panel(at(p.x, m * p.ldx + k, p.dtype), p.ldx, keep, rows, cols), t, k, rows, cols);
+      if (update) block.expand(thin, keep, at(updated, m * p.K + k, p.dtype), p.K, k, rows, cols);
     }
-    if (dh) std::copy_n(block.low, rows * Rp, dh + m * Rp);
+    if (product.dh) block.copy_low(product.dh + m * Rp, rows);
   };
   for_row_blocks(p.M, threads, clear, body);
 
@@ -161,6 +174,41 @@ template <class Block> void low_rank(const CpuBackwardParams& p, Buffers& buffer
   if (dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
   scale_sums.store();
 }
+
+#ifdef FUSED_LORA_BF16_DOT
+void backward_bf16(const CpuBackwardParams& p, Buffers& buffers) {
+  // dx by bf16_gemm has the update inside, but where it goes elsewhere.
+  const bool own = p.dx && p.W, inside = own && !p.dx_lora, update = p.dx_lora || (p.dx && !inside);
+  const int64_t Rp = round_up(p.R, BlockBf16::kRanks), words = (p.K + 31) / 32;
+  const ForProduct<BlockBf16> product{
+      .dh = inside ? buffers.take<uint16_t>(p.M * Rp) : nullptr,
+      .bits = inside && p.dropout.threshold > 0 ? buffers.take<uint32_t>(p.M * words) : nullptr};
+  const auto thin = thin_of<BlockBf16>(p, buffers, inside || update);
+  low_rank<BlockBf16>(p, buffers, thin, update, product);
+  if (!own) return;
+  const Bf16Gemm dx{.left = static_cast<const uint16_t*>(p.dy),
+                    .left_scale = p.out_scale,
+                    .right = static_cast<const uint16_t*>(p.W),
+                    .low = product.dh,
+                    .thin = thin.data(),
+                    .keep = product.bits,
+                    .bias = nullptr,
+                    .out_scale = nullptr,
+                    .out = static_cast<uint16_t*>(p.dx),
+                    .M = p.M,
+                    .N = p.K,
+                    .K = p.N,
+                    .R = inside ? p.R : 0,
+                    .ld_left = p.lddy,
+                    .ld_right = p.ldw,
+                    .Rp = Rp,
+                    .ld_thin = thin.ld(),
+                    .ld_keep = words,
+                    .scale = p.dropout.scale(),
+                    .by_rows = true};
+  bf16_gemm(dx, buffers, threads_worth(p.M * p.N * p.K / 4, p.threads));
+}
+#endif
 
 }  // namespace
 }  // namespace fused_lora::cpu
@@ -174,10 +222,9 @@ Status cpu_backward(const CpuBackwardParams& p) {
 #ifdef FUSED_LORA_AMX
   if (p.dtype == Dtype::bf16 && features.amx) return amx_backward(p, buffers), Status::ok;
 #endif
-  if (in_bf16(p.dtype)) {
-    low_rank<BlockBf16>(p, buffers, p.dx || p.dx_lora, nullptr);
-    return Status::ok;
-  }
+#ifdef FUSED_LORA_BF16_DOT
+  if (in_bf16(p.dtype)) return backward_bf16(p, buffers), Status::ok;
+#endif
   // dx by lora_gemm has the update inside, but where dropout's mask keeps it out or it goes elsewhere.
   const bool own = p.dx && p.W, inside = own && p.dropout.threshold == 0 && !p.dx_lora;
   const int64_t Rp = round_up(p.R, BlockFp32::kRanks);
@@ -201,7 +248,8 @@ Status cpu_backward(const CpuBackwardParams& p) {
                     .by_rows = true};
   const int threads = threads_worth(p.M * p.N * p.K, p.threads);
   if (own && !inside) lora_gemm(dx, buffers, threads);
-  low_rank<BlockFp32>(p, buffers, p.dx_lora || (p.dx && !inside), dh);
+  const bool update = p.dx_lora || (p.dx && !inside);
+  low_rank<BlockFp32>(p, buffers, thin_of<BlockFp32>(p, buffers, update), update, {dh, nullptr});
   if (inside) lora_gemm(dx, buffers, threads);
   return Status::ok;
 }

@@ -19,7 +19,6 @@ class BlockBf16 {
   static constexpr int64_t kGathered = 2 * kLanes;  // columns of a gradient's slab likewise
   static constexpr bool kRanksFirst = true;         // a slab lies as [Rp, columns]
   static constexpr bool kMaskScales = false;        // a masked panel holds 0 or x itself
-  static constexpr bool kScales = false;            // the base product is never its own: dy is dz already
 
   // `down` [K or N, Rp] or `thin` [R, ld] in pairs of rows, [(rows + 1) / 2, ld], padded with zeros. The calling thread
   // takes the memory, any may fill it. src null: nobody will read it.
@@ -80,26 +79,53 @@ class BlockBf16 {
     int64_t ld;
   };
 
-  float *mask, *low;  // [rows, kPanel], null without dropout; [rows, Rp] sums of h or dh
+  // Bits of the elements that dropout keeps, [rows, columns / 32 (row stride ld)], none without it; and its factor.
+  struct Keep {
+    const uint32_t* bits = nullptr;
+    int64_t ld = 0;
+    float scale = 1.0f;
+  };
+  using Low = uint16_t;  // an element of low in bf16
+
+  float* low;  // [rows, Rp] sums of h or dh
 
   // rows: a multiple of kStrip.
   BlockBf16(Buffers& buffers, int64_t rows, Dtype, bool dropout, int64_t R)
-      : mask(dropout ? buffers.take(rows * kPanel) : nullptr),
-        low(buffers.take(rows * round_up(R, kRanks))),
+      : low(buffers.take(rows * round_up(R, kRanks))),
         R_(R),
         Rp_(round_up(R, kRanks)),
         size_(rows * Rp_),
+        bits_(dropout ? buffers.take<uint32_t>(rows * kWords) : nullptr),
         panel_(buffers.take<uint16_t>(rows * kPanel)),
         rounded_(buffers.take<uint16_t>(size_)),
         pairs_(buffers.take<uint32_t>(size_ / 2)) {}
 
   void clear_low() { std::fill_n(low, size_, 0.0f); }
 
-  // src[rows, cols (row stride ld)], 0 where keep is: as it lies where that serves, else a copy.
-  Panel panel(const void* src, int64_t ld, const float* keep, int64_t rows, int64_t cols) {
+  // Draws which elements of the block's rows i.. are kept, which are rows row0.. and columns col0.. of x.
+  void draw(const Dropout& dropout, int64_t i, int64_t row0, int64_t col0, int64_t rows, int64_t cols) {
+    dropout_bits(dropout, bits_ + i * kWords, kWords, row0, col0, rows, cols);
+    scale_ = dropout.scale();
+  }
+  Keep keep() const { return {bits_, kWords, scale_}; }
+  // to[rows, cols / 32 (row stride ld)] = what was drawn.
+  void copy_bits(uint32_t* to, int64_t ld, int64_t rows, int64_t cols) const {
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(bits_ + i * kWords, (cols + 31) / 32, to + i * ld);
+  }
+
+  // src[rows, cols (row stride ld)], 0 where it is not kept: as it lies where that serves, else a copy.
+  Panel panel(const void* src, int64_t ld, Keep keep, int64_t rows, int64_t cols) {
     const auto* from = static_cast<const uint16_t*>(src);
-    if (!keep && rows % kStrip == 0 && cols % kColumns == 0) return {from, ld};
-    copy_panel(from, ld, keep, panel_, rows, cols);
+    if (!keep.bits && rows % kStrip == 0 && cols % kColumns == 0) return {from, ld};
+    copy_panel(from, ld, keep.bits, keep.ld, panel_, rows, cols);
+    return {panel_, kPanel};
+  }
+
+  // src[rows, cols (row stride ld)] * scale[cols], rounded once.
+  Panel scaled_panel(const void* src, int64_t ld, const float* scale, int64_t rows, int64_t cols) {
+    const auto* from = static_cast<const uint16_t*>(src);
+    copy_panel(from, ld, nullptr, 0, panel_, rows, cols);
+    for (int64_t i = 0; i < rows; ++i) scale_row_bf16(from + i * ld, scale, panel_ + i * kPanel, cols);
     return {panel_, kPanel};
   }
 
@@ -121,10 +147,13 @@ class BlockBf16 {
     for (int64_t i = 0; i < rows; ++i) std::copy_n(rounded_ + i * Rp_, R_, static_cast<uint16_t*>(h) + i * R_);
   }
 
+  // to[rows, Rp] = low in bf16.
+  void copy_low(Low* to, int64_t rows) const { std::copy_n(rounded_, rows * Rp_, to); }
+
   // out[rows, cols (row stride ldo)] += low thin[:, n : n + cols] (* keep).
-  void expand(const Factor& thin, const float* keep, void* out, int64_t ldo, int64_t n, int64_t rows, int64_t cols) {
-    expand_bf16(rounded_, Rp_, thin.data() + n, thin.ld(), keep, static_cast<uint16_t*>(out), ldo, rows, cols,
-                (R_ + 1) / 2);
+  void expand(const Factor& thin, Keep keep, void* out, int64_t ldo, int64_t n, int64_t rows, int64_t cols) {
+    expand_bf16(rounded_, Rp_, thin.data() + n, thin.ld(), keep.bits, keep.ld, keep.scale, static_cast<uint16_t*>(out),
+                ldo, rows, cols, (R_ + 1) / 2);
   }
 
   // The right side of the next wgrads: h[rows, R] of the forward, or low.
@@ -150,7 +179,11 @@ class BlockBf16 {
   }
 
  private:
-  int64_t R_, Rp_, size_;       // size of low
+  static constexpr int64_t kWords = kPanel / 32;
+
+  int64_t R_, Rp_, size_;  // size of low
+  uint32_t* bits_;         // [rows, kWords], or null without dropout
+  float scale_ = 1.0f;
   uint16_t *panel_, *rounded_;  // [rows, kPanel]; [rows, Rp] low, or h, in bf16
   uint32_t* pairs_;             // [rows / 2, Rp] rounded, rows in pairs
 };

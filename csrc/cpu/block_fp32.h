@@ -12,7 +12,6 @@ class BlockFp32 {
   static constexpr int64_t kGathered = kLanes;   // columns of a gradient's slab likewise
   static constexpr bool kRanksFirst = true;      // a slab lies as [Rp, columns]
   static constexpr bool kMaskScales = true;      // a masked panel holds dropout's factor
-  static constexpr bool kScales = true;          // has scaled_panel
 
   // `down` [K or N, Rp] or `thin` [R, ld], its rows the summed dimension: src itself where it lies so, else a copy
   // padded with zeros. The calling thread takes the memory, any may fill it. src null: nobody will read it.
@@ -51,23 +50,32 @@ class BlockFp32 {
     int64_t ld;
   };
 
-  float *mask, *low;  // [rows, kPanel], null without dropout; [rows, Rp] h or dh
+  using Keep = const float*;  // [rows, kPanel] dropout's factor or 0; or null
+  using Low = float;          // an element of low
+
+  float* low;  // [rows, Rp] h or dh
 
   BlockFp32(Buffers& buffers, int64_t rows, Dtype dtype, bool dropout, int64_t R)
-      : mask(dropout ? buffers.take(rows * kPanel) : nullptr),
-        low(buffers.take(rows * round_up(R, kRanks))),
+      : low(buffers.take(rows * round_up(R, kRanks))),
         dtype_(dtype),
         R_(R),
         Rp_(round_up(R, kRanks)),
         size_(rows * Rp_),
+        mask_(dropout ? buffers.take(rows * kPanel) : nullptr),
         panel_(buffers.take(rows * kPanel)),
         strip_(buffers.take(kStrip * kPanel)),
         h_(buffers.take(size_)) {}
 
   void clear_low() { std::fill_n(low, size_, 0.0f); }
 
+  // Draws the mask of the block's rows i.., which are rows row0.. and columns col0.. of x.
+  void draw(const Dropout& dropout, int64_t i, int64_t row0, int64_t col0, int64_t rows, int64_t cols) {
+    dropout_mask(dropout, mask_ + i * kPanel, row0, col0, rows, cols);
+  }
+  Keep keep() const { return mask_; }
+
   // src[rows, cols (row stride ld)] (* keep): as it lies where that serves, else a copy.
-  Panel panel(const void* src, int64_t ld, const float* keep, int64_t rows, int64_t cols) {
+  Panel panel(const void* src, int64_t ld, Keep keep, int64_t rows, int64_t cols) {
     if (dtype_ == Dtype::f32 && !keep && rows % kStrip == 0 && cols % kLanes == 0)
       return {static_cast<const float*>(src), ld};
     load_panel(src, dtype_, ld, keep, panel_, rows, cols);
@@ -92,9 +100,11 @@ class BlockFp32 {
   }
 
   void store_low(void* h, int64_t rows) const { store_slab(low, Rp_, h, dtype_, rows, R_); }
+  // to[rows, Rp] = low.
+  void copy_low(Low* to, int64_t rows) const { std::copy_n(low, rows * Rp_, to); }
 
   // out[rows, cols (row stride ldo)] += low thin[:, n : n + cols] (* keep).
-  void expand(const Factor& thin, const float* keep, void* out, int64_t ldo, int64_t n, int64_t rows, int64_t cols) {
+  void expand(const Factor& thin, Keep keep, void* out, int64_t ldo, int64_t n, int64_t rows, int64_t cols) {
     // whole register tiles of columns are updated where they lie
     const int64_t tiles = dtype_ == Dtype::f32 && !keep ? cols / kColumns * kColumns : 0;
     const float* right = thin.data() + n;
@@ -131,8 +141,8 @@ class BlockFp32 {
 
  private:
   Dtype dtype_;
-  int64_t R_, Rp_, size_;       // size of low
-  float *panel_, *strip_, *h_;  // [rows, kPanel]; [kStrip, kPanel]; [rows, Rp]
+  int64_t R_, Rp_, size_;               // size of low
+  float *mask_, *panel_, *strip_, *h_;  // [rows, kPanel], null without dropout, and again; [kStrip, kPanel]; [rows, Rp]
   const float* right_ = nullptr;
 };
 

@@ -105,21 +105,6 @@ void load_panel(const void* src, Dtype dtype, int64_t ld, const float* mask, flo
   });
 }
 
-void copy_panel(const uint16_t* src, int64_t ld, const float* mask, uint16_t* out, int64_t rows, int64_t cols) {
-  widest([=]() INLINED {
-    for (int64_t m = 0; m < round_up(rows, kStrip); ++m) {
-      uint16_t* o = out + m * kPanel;
-      const uint16_t* s = src + m * ld;
-      const int64_t filled = m < rows ? cols : 0;
-      if (mask)
-        for (int64_t n = 0; n < filled; ++n) o[n] = mask[m * kPanel + n] != 0.0f ? s[n] : uint16_t{0};
-      else
-        for (int64_t n = 0; n < filled; ++n) o[n] = s[n];
-      for (int64_t n = filled; n < round_up(cols, 2 * kLanes); ++n) o[n] = 0;
-    }
-  });
-}
-
 void store_row(const float* src, void* dst, Dtype dtype, int64_t n) {
   widest([=]() INLINED {
     switch (dtype) {
@@ -193,6 +178,28 @@ void load_transposed(const void* src, Dtype dtype, float* out, int64_t rows, int
 }
 
 #ifdef FUSED_LORA_BF16_DOT
+BF16_DOT void copy_panel(const uint16_t* src, int64_t ld, const uint32_t* bits, int64_t ld_bits, uint16_t* out,
+                         int64_t rows, int64_t cols) {
+  for (int64_t m = 0; m < round_up(rows, kStrip); ++m)
+    for (int64_t n = 0; n < cols; n += 2 * kLanes) {
+      __mmask32 there = m < rows ? first32(cols - n) : 0;
+      if (bits && there) there &= bits[m * ld_bits + n / 32];
+      _mm512_storeu_si512(out + m * kPanel + n, _mm512_maskz_loadu_epi16(there, src + m * ld + n));
+    }
+}
+
+BF16_DOT void scale_row_bf16(const uint16_t* src, const float* scale, uint16_t* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
+    const __mmask32 there = first32(n - i);
+    const __m512i row = _mm512_maskz_loadu_epi16(there, src + i);
+    const __m512 lo = _mm512_mul_ps(to_fp32(_mm512_castsi512_si256(row)),
+                                    _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), scale + i)),
+                 hi = _mm512_mul_ps(to_fp32(_mm512_extracti64x4_epi64(row, 1)),
+                                    _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), scale + i + kLanes));
+    _mm512_mask_storeu_epi16(to + i, there, (__m512i)_mm512_cvtne2ps_pbh(hi, lo));
+  }
+}
+
 BF16_DOT void pair_rows(const uint16_t* src, uint32_t* out, int64_t pairs, int64_t cols) {
   for (int64_t p = 0; p < pairs; ++p)
     for (int64_t n = 0; n < cols; n += kLanes) {

@@ -61,16 +61,17 @@ void dropout_mask(const Dropout& dropout, float* mask, int64_t row0, int64_t col
 }
 
 #ifdef FUSED_LORA_DRAW_AVX512
-DRAW void dropout_bits(const Dropout& dropout, uint32_t* bits, int64_t row0, int64_t rows, int64_t cols) {
+DRAW void dropout_bits(const Dropout& dropout, uint32_t* bits, int64_t ld, int64_t row0, int64_t col0, int64_t rows,
+                       int64_t cols) {
   const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
   const __m512i threshold = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold));
   const int64_t words = (cols + 31) / 32;
-  for (int64_t m = 0; m < rows; ++m)
+  for (int64_t m = 0; m < rows; ++m, bits += ld)
     for (int64_t k = 0; k < words; k += 2) {
       __mmask32 keep[2];
-      draw64(seed, threshold, row0 + m, 32 * k, keep);
-      *bits++ = keep[0];
-      if (k + 1 < words) *bits++ = keep[1];
+      draw64(seed, threshold, row0 + m, col0 + 32 * k, keep);
+      bits[k] = keep[0];
+      if (k + 1 < words) bits[k + 1] = keep[1];
     }
 }
 #endif

@@ -14,15 +14,21 @@
 namespace fused_lora::cpu {
 namespace {
 
-// h and, without W, the update of y; low [M, Rp] where it is not null.
-template <class Block> void low_rank(const CpuForwardParams& p, Buffers& buffers, float* low) {
-  using Factor = typename Block::Factor;
-  const int64_t Rp = round_up(p.R, Block::kRanks), Np = round_up(p.N, Block::kColumns);
+// B^T, what stands right of h.
+template <class Block> typename Block::Factor thin_of(const CpuForwardParams& p, Buffers& buffers, bool wanted) {
+  const void* B = wanted ? p.B : nullptr;
+  return {buffers, B, p.adapter_dtype, p.R, p.N, round_up(p.N, Block::kColumns), true};
+}
+
+// h, low [M, Rp] where it is not null and, without W, the update of y by `thin`, which is filled here.
+template <class Block>
+void low_rank(const CpuForwardParams& p, Buffers& buffers, const typename Block::Factor& thin,
+              typename Block::Low* low) {
+  const int64_t Rp = round_up(p.R, Block::kRanks);
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
   const bool dropout = p.dropout.threshold > 0;
   const float factor = Block::kMaskScales ? p.scaling : p.scaling * p.dropout.scale();
-  const Factor down(buffers, p.A, p.adapter_dtype, p.K, p.R, Rp, true),         // A^T
-      thin(buffers, p.W ? nullptr : p.B, p.adapter_dtype, p.R, p.N, Np, true);  // B^T
+  const typename Block::Factor down(buffers, p.A, p.adapter_dtype, p.K, p.R, Rp, true);  // A^T
   fill(threads, down, thin);
   const void* input = p.x_lora ? p.x_lora : p.x;
   const int64_t ld = p.x_lora ? p.ldx_lora : p.ldx;
@@ -35,8 +41,8 @@ template <class Block> void low_rank(const CpuForwardParams& p, Buffers& buffers
     block.clear_low();
     for (int64_t k = 0; k < p.K; k += kPanel) {
       const int64_t cols = std::min(kPanel, p.K - k);
-      if (dropout) dropout_mask(p.dropout, block.mask, m, k, rows, cols);
-      const auto x = block.panel(at(input, m * ld + k, p.dtype), ld, block.mask, rows, cols);
+      if (dropout) block.draw(p.dropout, 0, m, k, rows, cols);
+      const auto x = block.panel(at(input, m * ld + k, p.dtype), ld, block.keep(), rows, cols);
       block.shrink(x, down, k, rows, cols);
     }
     block.scale_low(factor, rows);
@@ -46,17 +52,48 @@ template <class Block> void low_rank(const CpuForwardParams& p, Buffers& buffers
       between.times_gate(block.low, m, rows);
       block.scale_low(1.0f, rows);
     }
-    if (low) std::copy_n(block.low, rows * Rp, low + m * Rp);
-    for (int64_t n = 0; thin && n < p.N; n += kPanel) {
+    if (low) block.copy_low(low + m * Rp, rows);
+    for (int64_t n = 0; !p.W && n < p.N; n += kPanel) {
       const int64_t cols = std::min(kPanel, p.N - n);
       char* y = at(p.y, m * p.N + n, p.dtype);
-      block.expand(thin, nullptr, y, p.N, n, rows, cols);
+      block.expand(thin, {}, y, p.N, n, rows, cols);
       if (p.out_scale)
         scale_panel(y, p.N, p.dtype, p.out_scale + n, p.bias ? at(p.bias, n, p.dtype) : nullptr, rows, cols);
     }
   };
   for_row_blocks(p.M, threads, [](int) {}, body);
 }
+
+#ifdef FUSED_LORA_BF16_DOT
+void forward_bf16(const CpuForwardParams& p, Buffers& buffers) {
+  const int64_t Rp = round_up(p.R, BlockBf16::kRanks);
+  auto* low = p.W ? buffers.take<uint16_t>(p.M * Rp) : nullptr;
+  const auto thin = thin_of<BlockBf16>(p, buffers, true);
+  low_rank<BlockBf16>(p, buffers, thin, low);
+  if (!p.W) return;
+  const Bf16Gemm y{.left = static_cast<const uint16_t*>(p.x),
+                   .left_scale = nullptr,
+                   .right = static_cast<const uint16_t*>(p.W),
+                   .low = low,
+                   .thin = thin.data(),
+                   .keep = nullptr,
+                   .bias = static_cast<const uint16_t*>(p.bias),
+                   .out_scale = p.out_scale,
+                   .out = static_cast<uint16_t*>(p.y),
+                   .M = p.M,
+                   .N = p.N,
+                   .K = p.K,
+                   .R = p.R,
+                   .ld_left = p.ldx,
+                   .ld_right = p.ldw,
+                   .Rp = Rp,
+                   .ld_thin = thin.ld(),
+                   .ld_keep = 0,
+                   .scale = 1.0f,
+                   .by_rows = false};
+  bf16_gemm(y, buffers, threads_worth(p.M * p.N * p.K / 4, p.threads));
+}
+#endif
 
 }  // namespace
 }  // namespace fused_lora::cpu
@@ -70,10 +107,12 @@ Status cpu_forward(const CpuForwardParams& p) {
 #ifdef FUSED_LORA_AMX
   if (p.dtype == Dtype::bf16 && features.amx) return amx_forward(p, buffers), Status::ok;
 #endif
-  if (in_bf16(p.dtype)) return low_rank<BlockBf16>(p, buffers, nullptr), Status::ok;
+#ifdef FUSED_LORA_BF16_DOT
+  if (in_bf16(p.dtype)) return forward_bf16(p, buffers), Status::ok;
+#endif
   const int64_t Rp = round_up(p.R, BlockFp32::kRanks);
   float* low = p.W && (p.h_in || p.gate) ? buffers.take(p.M * Rp) : nullptr;  // else it is h
-  low_rank<BlockFp32>(p, buffers, low);
+  low_rank<BlockFp32>(p, buffers, thin_of<BlockFp32>(p, buffers, !p.W), low);
   if (p.W) {
     const LoraGemm y{.left = static_cast<const float*>(p.x),
                      .left_scale = nullptr,

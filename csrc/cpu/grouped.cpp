@@ -51,24 +51,25 @@ template <class Block> class Walker {
         scattered_(p.rows ? buffers.take<char>(kRows * kPanel * item_size(p.dtype)) : nullptr),
         low_(R < p.R ? buffers.take<char>(kRows * R * item_size(p.dtype)) : nullptr) {}
 
-  // Draws dropout's mask for a panel of x; null without dropout.
-  const float* draw(const Dropout& dropout, const Span& at, int64_t k, int64_t cols) {
-    if (dropout.threshold == 0) return nullptr;
-    if (at.run) dropout_mask(dropout, block.mask, rows_[at.m], k, at.rows, cols);
+  // Draws dropout's mask for a panel of x; none without dropout.
+  typename Block::Keep draw(const Dropout& dropout, const Span& at, int64_t k, int64_t cols) {
+    if (dropout.threshold == 0) return {};
+    if (at.run) block.draw(dropout, 0, rows_[at.m], k, at.rows, cols);
     else
-      for (int64_t i = 0; i < at.rows; ++i) dropout_mask(dropout, block.mask + i * kPanel, rows_[at.m + i], k, 1, cols);
-    return block.mask;
+      for (int64_t i = 0; i < at.rows; ++i) block.draw(dropout, i, rows_[at.m + i], k, 1, cols);
+    return block.keep();
   }
 
-  typename Block::Panel panel(const void* src, int64_t ld, const float* keep, const Span& at, int64_t n, int64_t cols) {
+  typename Block::Panel panel(const void* src, int64_t ld, typename Block::Keep keep, const Span& at, int64_t n,
+                              int64_t cols) {
     if (at.run) return block.panel(cpu::at(src, rows_[at.m] * ld + n, p_.dtype), ld, keep, at.rows, cols);
     gather(src, ld, at, n, cols);
     return block.panel(scattered_, kPanel, keep, at.rows, cols);
   }
 
   // dst[rows, n : n + cols (row stride ld)] += low thin (* keep).
-  void expand(const typename Block::Factor& thin, const float* keep, void* dst, int64_t ld, const Span& at, int64_t n,
-              int64_t cols) {
+  void expand(const typename Block::Factor& thin, typename Block::Keep keep, void* dst, int64_t ld, const Span& at,
+              int64_t n, int64_t cols) {
     if (at.run) return block.expand(thin, keep, cpu::at(dst, rows_[at.m] * ld + n, p_.dtype), ld, n, at.rows, cols);
     gather(dst, ld, at, n, cols);
     block.expand(thin, keep, scattered_, kPanel, n, at.rows, cols);
@@ -140,7 +141,7 @@ template <class Block> void OnBlocks<Block>::by_rows(const CpuGroups& p, const R
       walker.block.clear_low();
       for (int64_t k = 0; k < pass.cols_in; k += kPanel) {
         const int64_t cols = std::min(kPanel, pass.cols_in - k);
-        const float* keep = walker.draw(of_in, at, k, cols);
+        const auto keep = walker.draw(of_in, at, k, cols);
         walker.block.shrink(walker.panel(pass.in, pass.ld_in, keep, at, k, cols), down, k, at.rows, cols);
       }
       walker.block.scale_low(factor, at.rows);
@@ -175,7 +176,7 @@ void OnBlocks<Block>::gradient(const CpuGroupedBackwardParams& p, const void* dh
     for (int64_t m = p.offsets[g]; m < p.offsets[g + 1];) {
       const Span at = rows.block(m, p.offsets[g + 1]);
       walker.gather_by(is_A ? dh : p.h, at);
-      const float* keep = is_A ? walker.draw(dropout, at, n, cols) : nullptr;
+      const auto keep = is_A ? walker.draw(dropout, at, n, cols) : typename Block::Keep{};
       const auto panel = walker.panel(is_A ? p.x : p.dy, is_A ? p.ldx : p.lddy, keep, at, n, cols);
       walker.block.wgrad(panel, slab, width, 0, at.rows, cols);
       m += at.rows;

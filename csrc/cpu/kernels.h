@@ -3,7 +3,7 @@
 //   shrink     low = left down         h  = drop(x) A^T     dh = dy B
 //   expand     out = out + low thin    y += h B^T           dx += mask * (dh A)
 //   wgrad      low^T panel             dA = dh^T drop(x)    dB^T = h^T dy
-//   lora_gemm  out = left right + low thin + bias: the base product with its update inside
+//   lora_gemm  out = left right + low thin + bias: the base product with its update inside; bf16_gemm in bf16
 //
 // A walk (forward.cpp, backward.cpp) goes over the row blocks; every product reads a panel of x or dy as it lies or,
 // where its dtype or a dropout mask asks for it, from a copy in L2 ([kRows, kPanel] floats = 144 KiB). Sums are fp32.
@@ -44,9 +44,9 @@ void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64
 void shrink_bf16(const uint16_t* panel, int64_t ld, const uint32_t* down, float* low, int64_t rows, int64_t pairs,
                  int64_t Rp);
 // out[rows, cols (row stride ldo)] += low[rows rounded up to kStrip, Rp] thin[pairs, cols (row stride ldt)]
-// (* mask[rows, kPanel]).
-void expand_bf16(const uint16_t* low, int64_t Rp, const uint32_t* thin, int64_t ldt, const float* mask, uint16_t* out,
-                 int64_t ldo, int64_t rows, int64_t cols, int64_t pairs);
+// (* scale where kept by bits[rows, cols / 32 (row stride ld_bits)], or 0; without bits all of it).
+void expand_bf16(const uint16_t* low, int64_t Rp, const uint32_t* thin, int64_t ldt, const uint32_t* bits,
+                 int64_t ld_bits, float scale, uint16_t* out, int64_t ldo, int64_t rows, int64_t cols, int64_t pairs);
 // out[Rp, cols (row stride ldo)] += low[pairs, Rp]^T panel[2 * pairs, cols (row stride ld)]; cols rounded up to a
 // multiple of 2 * kLanes.
 void wgrad_bf16(const uint16_t* panel, int64_t ld, const uint32_t* low, float* out, int64_t ldo, int64_t pairs,
@@ -70,21 +70,44 @@ struct LoraGemm {
 class Buffers;  // walk.h
 void lora_gemm(const LoraGemm& g, Buffers& buffers, int threads);
 
+// bf16_gemm.cpp  out = out_scale * (left right + scale * keep * (low thin)) + bias in bf16, on all threads, where
+//                features.bf16_dot.
+struct Bf16Gemm {
+  const uint16_t* left;     // [M, K], row stride ld_left
+  const float* left_scale;  // [K], of the columns of left, rounded once; or null
+  const uint16_t* right;    // by_rows: [K, N], else its transpose [N, K]; row stride ld_right
+  const uint16_t* low;      // [M, Rp], zero past R
+  const uint32_t* thin;     // [(R + 1) / 2, N] in pairs of ranks, row stride ld_thin, a multiple of 32, zero past N
+  const uint32_t* keep;     // [M, ld_keep] bits, the lowest column in the lowest bit; or null
+  const uint16_t* bias;     // [N] or null
+  const float* out_scale;   // [N] or null
+  uint16_t* out;            // [M, N], contiguous
+  int64_t M, N, K, R, ld_left, ld_right, Rp, ld_thin, ld_keep;  // R may be 0
+  float scale;                                                  // of what is kept
+  bool by_rows;
+};
+void bf16_gemm(const Bf16Gemm& g, Buffers& buffers, int threads);
+
 // dropout.cpp    mask[rows, kPanel] = dropout.scale() or 0 for rows row0.. and columns col0.. of the [M, K] input; col0
 //                a multiple of 8.
 void dropout_mask(const Dropout& dropout, float* mask, int64_t row0, int64_t col0, int64_t rows, int64_t cols);
 
-// bits[rows, (cols + 31) / 32] = which elements of rows row0.. are kept, the lowest column in the lowest bit; bits past
-// cols are any. On AVX-512 only.
-void dropout_bits(const Dropout& dropout, uint32_t* bits, int64_t row0, int64_t rows, int64_t cols);
+// bits[rows, (cols + 31) / 32 (row stride ld)] = which elements of rows row0.. and columns col0.. are kept, the lowest
+// column in the lowest bit; bits past cols are any; col0 a multiple of 64. On AVX-512 only.
+void dropout_bits(const Dropout& dropout, uint32_t* bits, int64_t ld, int64_t row0, int64_t col0, int64_t rows,
+                  int64_t cols);
 
 // convert.cpp
 // out[rows, kPanel] = src[rows, cols (row stride ld)] (* mask); columns past cols and rows past rows zero, up to
 // multiples of kLanes and kStrip.
 void load_panel(const void* src, Dtype dtype, int64_t ld, const float* mask, float* out, int64_t rows, int64_t cols);
-// out[rows, kPanel] = bf16 src[rows, cols (row stride ld)], zero where mask[rows, kPanel] is; columns past cols and
-// rows past rows zero, up to multiples of 2 * kLanes and kStrip.
-void copy_panel(const uint16_t* src, int64_t ld, const float* mask, uint16_t* out, int64_t rows, int64_t cols);
+// out[rows, kPanel] = bf16 src[rows, cols (row stride ld)], zero where bits[rows, cols / 32 (row stride ld_bits)], which
+// may be null, are; columns past cols and rows past rows zero, up to multiples of 2 * kLanes and kStrip. This and
+// scale_row_bf16 where features.bf16_dot only.
+void copy_panel(const uint16_t* src, int64_t ld, const uint32_t* bits, int64_t ld_bits, uint16_t* out, int64_t rows,
+                int64_t cols);
+// to[n] = bf16 src[n] * scale[n], rounded once.
+void scale_row_bf16(const uint16_t* src, const float* scale, uint16_t* to, int64_t n);
 // dst[0, n) = src[0, n).
 void store_row(const float* src, void* dst, Dtype dtype, int64_t n);
 // dst[0, n) += src[0, n) (* mask[0, n)), added in fp32 and rounded once.

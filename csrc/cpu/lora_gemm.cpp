@@ -9,13 +9,13 @@
 // owns a range of rows and columns and walks it in blocks of kWidth columns and kDepth steps. A block of `right` is
 // packed once into panels of 32 columns (768 KiB in L2) and meets strips of up to 12 rows of `left` (18 KiB in L1) in
 // register tiles of 12 x 32 (AVX-512) or 6 x 16. A strip's rows are copied kPitch apart, a constant, so that one
-// pointer reaches all of them: GCC keeps row strides out of registers and reloads them in the loop. The rows of a task
-// are cut into strips of equal height, give or take one: 64 rows are 4 x 11 + 2 x 10, not 5 x 12 + 4.
+// pointer reaches all of them: GCC keeps row strides out of registers and reloads them in the loop.
 // Numerics: sums start afresh in every block, so that rounding errors grow with kDepth and not with all of K; the first
 // block stores its sums and adds the bias, the others add theirs.
 // Source of the loop order: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3),
 // 2008.
 #include "pack.h"
+#include "strips.h"
 #include "walk.h"
 
 namespace fused_lora::cpu {
@@ -144,23 +144,6 @@ template <int H, class V> INLINE void multiply(const Strip& s) {
   }
 }
 
-template <class V> INLINE void multiply(int64_t height, const Strip& s) {
-  switch (height) {
-    case 1: return multiply<1, V>(s);
-    case 2: return multiply<2, V>(s);
-    case 3: return multiply<3, V>(s);
-    case 4: return multiply<4, V>(s);
-    case 5: return multiply<5, V>(s);
-    case 6: return multiply<6, V>(s);
-    case 7: return multiply<7, V>(s);
-    case 8: return multiply<8, V>(s);
-    case 9: return multiply<9, V>(s);
-    case 10: return multiply<10, V>(s);
-    case 11: return multiply<11, V>(s);
-    case 12: return multiply<12, V>(s);
-  }
-}
-
 constexpr int64_t kStripSize = kStrip * kPitch;
 // Floats of one task's strip, and of its packed block below it.
 int64_t buffer_size(const LoraGemm& g) {
@@ -206,38 +189,35 @@ INLINE void pack_strip(const LoraGemm& g, const Block& b, float* strip, int64_t 
 template <class V> INLINE void task(const LoraGemm& g, Range rows, Range cols, float* buffer) {
   const int64_t steps = g.K + g.R, blocks = (steps + kDepth - 1) / kDepth,
                 step = round_up((steps + blocks - 1) / blocks, 8);
-  const int64_t strips = (rows.end - rows.begin + kStrip - 1) / kStrip;
   float *strip = buffer, *panels = buffer + kStripSize;
   for (int64_t n = cols.begin; n < cols.end; n += kWidth)
     for (int64_t k = 0; k < steps; k += step) {
       const Block b{n, std::min(kWidth, cols.end - n), k, std::min(step, steps - k)};
       pack_block<V>(g, b, panels);
       const int64_t copied = copied_as_read(g) ? b.base(g) : 0;
-      for (int64_t i = 0; i < strips; ++i) {
-        const Range r = part(rows.end - rows.begin, 1, i, strips);
-        const int64_t m = rows.begin + r.begin, height = r.end - r.begin;
-        pack_strip(g, b, strip, m, height);
-        multiply<V>(height, {.rows = strip,
-                             .panels = panels,
-                             .unpacked = {g.right + b.k * g.ld_right + b.n, g.ld_right, i == 0 ? copied : 0},
-                             .depth = b.depth,
-                             .width = b.width,
-                             .out = g.out + m * g.N + n,
-                             .ldo = g.N,
-                             .add = k > 0,
-                             .bias = k == 0 && g.bias ? g.bias + n : nullptr,
-                             .next = g.left + (m + height) * g.ld_left + k,
-                             .ld_next = g.ld_left});
-      }
+      for_strips(rows.begin, rows.end, [&](int64_t, int64_t m, auto height) INLINED {
+        constexpr int H = decltype(height)::value;
+        pack_strip(g, b, strip, m, H);
+        multiply<H, V>({.rows = strip,
+                        .panels = panels,
+                        .unpacked = {g.right + b.k * g.ld_right + b.n, g.ld_right, m == rows.begin ? copied : 0},
+                        .depth = b.depth,
+                        .width = b.width,
+                        .out = g.out + m * g.N + n,
+                        .ldo = g.N,
+                        .add = k > 0,
+                        .bias = k == 0 && g.bias ? g.bias + n : nullptr,
+                        .next = g.left + (m + H) * g.ld_left + k,
+                        .ld_next = g.ld_left});
+      });
     }
 }
 
 }  // namespace
 
 void lora_gemm(const LoraGemm& g, Buffers& buffers, int threads) {
-  // Columns first: a task packs only its own part of `right`. Rows, too, where threads outnumber the pairs of panels.
-  const int64_t pairs = (g.N + 2 * kColumns - 1) / (2 * kColumns), by_cols = std::min<int64_t>(threads, pairs),
-                by_rows = threads / by_cols, size = round_up(buffer_size(g), 16);
+  const auto [by_cols, by_rows] = split_tasks(g.N, threads);
+  const int64_t size = round_up(buffer_size(g), 16);
   float* buffer = buffers.take(by_cols * by_rows * size);
   parallel(static_cast<int>(by_cols * by_rows), [&](int t) {
     const Range cols = part(g.N, kColumns, t % by_cols, by_cols), rows = part(g.M, kStrip, t / by_cols, by_rows);

@@ -100,7 +100,7 @@ template <class Params> Status check(const Params& p) {
   const auto known = [](Dtype dtype) { return dtype == Dtype::f32 || dtype == Dtype::f16 || dtype == Dtype::bf16; };
   if (!known(p.dtype) || !known(p.adapter_dtype)) return Status::bad_dtype;
   const bool own_product =
-      p.dtype == Dtype::f32 ? p.adapter_dtype == Dtype::f32 : p.dtype == Dtype::bf16 && features.amx;
+      p.dtype == Dtype::f32 ? p.adapter_dtype == Dtype::f32 : p.dtype == Dtype::bf16 && features.bf16_dot;
   if (p.W && !own_product) return Status::bad_dtype;
   if constexpr (requires { p.sums; })
     if (p.out_scale && !own_product) return Status::bad_dtype;

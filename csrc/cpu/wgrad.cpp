@@ -80,12 +80,7 @@ void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64
 BF16_DOT void wgrad_bf16(const uint16_t* panel, int64_t ld, const uint32_t* low, float* out, int64_t ldo, int64_t pairs,
                          int64_t cols, int64_t Rp) {
   constexpr int kRanks = 8;
-  alignas(64) uint16_t order[2][2 * kLanes];  // lanes of two rows in turn: columns 0 to 15, and 16 to 31
-  for (uint16_t i = 0; i < 2 * kLanes; ++i) {
-    order[0][i] = static_cast<uint16_t>(i / 2 + i % 2 * 2 * kLanes);
-    order[1][i] = static_cast<uint16_t>(order[0][i] + kLanes);
-  }
-  const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]);
+  const PairOrder order;
   for (int64_t n = 0; n < cols; n += 2 * kLanes)
     for (int64_t r = 0; r < Rp; r += kRanks) {
       __m512 acc[kRanks][2] = {};
@@ -96,8 +91,7 @@ BF16_DOT void wgrad_bf16(const uint16_t* panel, int64_t ld, const uint32_t* low,
           _mm_prefetch(row + kPanel, _MM_HINT_T1);
           _mm_prefetch(row + ld + kPanel, _MM_HINT_T1);
         }
-        const __m512bh lo = (__m512bh)_mm512_permutex2var_epi16(even, first, odd),
-                       hi = (__m512bh)_mm512_permutex2var_epi16(even, second, odd);
+        const __m512bh lo = (__m512bh)order.first_half(even, odd), hi = (__m512bh)order.second_half(even, odd);
 #pragma GCC unroll 8
         for (int i = 0; i < kRanks; ++i) {
           const __m512bh a = broadcast_pair(low + p * Rp + r + i);

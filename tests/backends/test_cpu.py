@@ -38,7 +38,7 @@ def threads():
 
 
 # Around panels of 384 columns, strips of 12 and blocks of 96 rows; more than one of each, whole and ragged. Not rank 1:
-# PyTorch's product is then a matrix by a vector, with errors of its own kind (test_lora_gemm_tails has it, exactly).
+# PyTorch's product is then a matrix by a vector, with errors of its own kind (test_gemm_tails has it, exactly).
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("shape", [(96, 384, 768, 16), (100, 385, 770, 12), (391, 800, 416, 33), (25, 1153, 383, 4)])
 def test_panels_and_blocks(poison, planned, shape, dropout_p):
@@ -57,25 +57,38 @@ def test_panels_and_blocks(poison, planned, shape, dropout_p):
         assert_close(run(p, backend=planned(p), **masked), run(p, backend="reference", **masked), truth(p, **masked))
 
 
-# lora_gemm: register tiles of 1 to 12 rows, panels of 32 columns, blocks of 512 columns and of 384 steps of K and R
-# together, each with a neighbour above and below; a rank that begins a block, and ranks that fill one.
+# Register tiles of 1 to 12 rows, panels of 32 columns, and blocks, each with a neighbour above and below: of 512
+# columns and 384 steps of K and R together in fp32 (lora_gemm), of 384 columns and 512 pairs of K in bf16 (bf16_gemm).
+# A rank that begins a block, ranks that fill one, and ranks at each of the strides that bf16_gemm knows.
 @pytest.mark.parametrize("M", [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 21, 37])
 @pytest.mark.parametrize("N, K", [(1, 1), (31, 33), (64, 7), (321, 385), (513, 384), (1056, 1160)])
-def test_lora_gemm_tails(poison, planned, M, N, K):
-    for R, bias in ((1, True), (3, True), (16, False), (400, True)):
-        p = exact_problem(M, N, K, R, bias=bias)
-        assert_exact(run(p, backend=planned(p)), truth(p))
+def test_gemm_tails(poison, planned, M, N, K):
+    for dtype in (torch.float32, torch.bfloat16):
+        for R, bias in ((1, True), (3, True), (16, False), (21, False), (60, True), (400, True)):
+            p = exact_problem(M, N, K, R, dtype, bias=bias)
+            assert_exact(run(p, backend=planned(p)), truth(p))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_lora_gemm_threads(poison, threads, count):
+def test_gemm_threads(poison, threads, planned, count, dtype):
     """Tasks over columns and, where these run out, over rows; an element's sum has one order whatever the tasks are."""
-    p, narrow = random_problem(260, 400, 700, 8), exact_problem(400, 40, 24, 8)
-    one = run(p, backend="cpu:inside")
+    p, narrow = random_problem(260, 400, 700, 8, dtype), exact_problem(400, 40, 24, 8, dtype)
+    one = run(p, backend=planned(p))
     threads(count)
-    assert_exact(run(narrow, backend="cpu:inside"), truth(narrow))
-    many = run(p, backend="cpu:inside")
+    assert_exact(run(narrow, backend=planned(narrow)), truth(narrow))
+    many = run(p, backend=planned(p))
     assert torch.equal(one["y"], many["y"]) and torch.equal(one["dx"], many["dx"])
+
+
+# bf16_gemm: two runs of 1536 rows where the sums of more than one block of K wait in between.
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_runs_of_rows_in_bf16(poison, planned, dropout_p):
+    p = exact_problem(1550, 40, 1100, 5, torch.bfloat16)
+    assert_exact(run(p, backend=planned(p)), truth(p))
+    p, masked = random_problem(1550, 1100, 40, 5, torch.bfloat16), dict(dropout_p=dropout_p, seed=torch.tensor([5]))
+    expect = run(p, backend="reference", **masked), truth(p, **masked)
+    assert_close(run(p, backend=planned(p), **masked), *expect)
 
 
 # AMX: several walks over rows (8 MiB of x each) and chunks of 1024 steps with edges; several groups of 256 columns and

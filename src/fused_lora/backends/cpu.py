@@ -1,6 +1,7 @@
 """CPU back end: C++ kernels (csrc/cpu) for everything low-rank, and for the base product in one plan of two.
 
 inside    our own product, in one pass with the update: fp32 by csrc/cpu/lora_gemm.cpp, bf16 by amx_gemm.cpp on AMX
+          and by bf16_gemm.cpp on AVX512-BF16
 around    PyTorch's own GEMM writes y (dx), and the kernel adds the update into it
 
 `update` and `grouped_update`, whose base product somebody else has made, have the second plan only. The optional
@@ -46,7 +47,7 @@ def plans(request: Request) -> tuple[str, ...]:
     if not request.aligned:  # a transposed weight, which PyTorch's product takes as it lies and ours would copy
         return ("around",)
     if request.dtype is torch.bfloat16:
-        return ("inside", "around") if _FEATURES["amx"] else ("around",)
+        return ("inside", "around") if _FEATURES["bf16_dot"] else ("around",)
     return ("inside", "around") if _FEATURES["avx2"] else ("around", "inside")
 
 

@@ -1,0 +1,52 @@
+// Strips of rows: how lora_gemm.cpp and bf16_gemm.cpp cut the left side of a product.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace fused_lora::cpu {
+
+static_assert(kStrip == 12);
+
+// Calls body(std::integral_constant<int, height>), a height of at most kStrip rows.
+template <class Body> INLINE void with_height(int64_t height, const Body& body) {
+  switch (height) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+    case 5: return body(std::integral_constant<int, 5>{});
+    case 6: return body(std::integral_constant<int, 6>{});
+    case 7: return body(std::integral_constant<int, 7>{});
+    case 8: return body(std::integral_constant<int, 8>{});
+    case 9: return body(std::integral_constant<int, 9>{});
+    case 10: return body(std::integral_constant<int, 10>{});
+    case 11: return body(std::integral_constant<int, 11>{});
+    case 12: return body(std::integral_constant<int, 12>{});
+  }
+}
+
+// Calls body(number, first row, height as with_height has it) for every strip of the rows [begin, end): of equal height,
+// give or take one, so that 64 rows are 4 x 11 + 2 x 10 and not 5 x 12 + 4.
+template <class Body> INLINE void for_strips(int64_t begin, int64_t end, const Body& body) {
+  const int64_t rows = end - begin, strips = (rows + kStrip - 1) / kStrip;
+  for (int64_t i = 0; i < strips; ++i) {
+    const int64_t from = rows * i / strips, to = rows * (i + 1) / strips;
+    with_height(to - from, [&](auto height) INLINED { body(i, begin + from, height); });
+  }
+}
+
+// How many ranges of columns and of rows a product is cut into, a task each: columns first, since a task packs only its
+// own part of the right side; rows, too, where threads outnumber the pairs of panels of 32 columns.
+struct Split {
+  int64_t by_cols, by_rows;
+};
+INLINE Split split_tasks(int64_t columns, int threads) {
+  const int64_t by_cols = std::min<int64_t>(threads, (columns + 63) / 64);
+  return {by_cols, threads / by_cols};
+}
+
+}  // namespace fused_lora::cpu
