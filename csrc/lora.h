@@ -47,8 +47,8 @@ struct Dropout {
   float scale() const { return 65536.0f / (65536.0f - static_cast<float>(threshold)); }
 };
 
-// CPU, the forward: writes h, and y with the base product of its own (fp32, and bf16 on AVX512-BF16 or AMX) or, without W, by adding
-// h B^T to the caller's x W^T + bias, of which the bias is left to us where there is an out_scale.
+// CPU, the forward: writes h, and y with the base product of its own (fp32, and bf16 on AVX512-BF16 or AMX) or, without
+// W, by adding h B^T to the caller's x W^T + bias, of which the bias is left to us where there is an out_scale.
 struct CpuForwardParams {
   const void* x;     // [M, K], row stride ldx, dtype
   const void* W;     // [N, K], row stride ldw, dtype; or null
@@ -69,8 +69,8 @@ struct CpuForwardParams {
   int64_t ldx_lora, gates;
 };
 
-// CPU, the backward: dx with the base product of its own (fp32, and bf16 on AVX512-BF16 or AMX) or, without W, added to the caller's
-// dy W. A null output is not computed. Where there is a dx_lora it gets the update, and dx is dy W alone.
+// CPU, the backward: dx with the base product of its own (fp32, and bf16 on AVX512-BF16 or AMX) or, without W, added to
+// the caller's dy W. A null output is not computed. Where there is a dx_lora it gets the update, and dx is dy W alone.
 struct CpuBackwardParams {
   const void* dy;  // [M, N], row stride lddy, dtype
   const void* x;   // [M, K], row stride ldx, dtype, the low-rank path's input; read for dA only

@@ -8,8 +8,8 @@
 // neighbours along the summed dimension, 32 bits.
 // Tiles: as in lora_gemm.cpp, 12 rows by 32 columns, with the same strips of `left` at a constant pitch against panels
 // of `right` in L2. The update comes first, so that dropout's mask falls on it in registers and not on the base
-// product. Of a summed dimension longer than kDepth steps the sums wait in fp32, a tile in one piece: at a row stride of
-// 2 KiB they would meet in the same lines of L1. Rows are walked in runs of kRowsAtOnce for that.
+// product. Of a summed dimension longer than kDepth steps the sums wait in fp32, a tile in one piece: at a row stride
+// of 2 KiB they would meet in the same lines of L1. Rows are walked in runs of kRowsAtOnce for that.
 // Numerics: products and sums in fp32, which start afresh in every block; rounded to nearest even once, at the end.
 #include "bf16_dot.h"
 #include "strips.h"

@@ -101,8 +101,8 @@ void dropout_bits(const Dropout& dropout, uint32_t* bits, int64_t ld, int64_t ro
 // out[rows, kPanel] = src[rows, cols (row stride ld)] (* mask); columns past cols and rows past rows zero, up to
 // multiples of kLanes and kStrip.
 void load_panel(const void* src, Dtype dtype, int64_t ld, const float* mask, float* out, int64_t rows, int64_t cols);
-// out[rows, kPanel] = bf16 src[rows, cols (row stride ld)], zero where bits[rows, cols / 32 (row stride ld_bits)], which
-// may be null, are; columns past cols and rows past rows zero, up to multiples of 2 * kLanes and kStrip. This and
+// out[rows, kPanel] = bf16 src[rows, cols (row stride ld)], zero where bits[rows, cols / 32 (row stride ld_bits)] are,
+// which may be null; columns past cols and rows past rows zero, up to multiples of 2 * kLanes and kStrip. This and
 // scale_row_bf16 where features.bf16_dot only.
 void copy_panel(const uint16_t* src, int64_t ld, const uint32_t* bits, int64_t ld_bits, uint16_t* out, int64_t rows,
                 int64_t cols);

@@ -29,8 +29,8 @@ template <class Body> INLINE void with_height(int64_t height, const Body& body) 
   }
 }
 
-// Calls body(number, first row, height as with_height has it) for every strip of the rows [begin, end): of equal height,
-// give or take one, so that 64 rows are 4 x 11 + 2 x 10 and not 5 x 12 + 4.
+// Calls body(number, first row, height as with_height has it) for every strip of the rows [begin, end): of equal
+// height, give or take one, so that 64 rows are 4 x 11 + 2 x 10 and not 5 x 12 + 4.
 template <class Body> INLINE void for_strips(int64_t begin, int64_t end, const Body& body) {
   const int64_t rows = end - begin, strips = (rows + kStrip - 1) / kStrip;
   for (int64_t i = 0; i < strips; ++i) {

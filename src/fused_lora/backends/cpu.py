@@ -1,7 +1,6 @@
 """CPU back end: C++ kernels (csrc/cpu) for everything low-rank, and for the base product in one plan of two.
 
-inside    our own product, in one pass with the update: fp32 by csrc/cpu/lora_gemm.cpp, bf16 by amx_gemm.cpp on AMX
-          and by bf16_gemm.cpp on AVX512-BF16
+inside    our own product with the update, by csrc/cpu: fp32 lora_gemm.cpp, bf16 amx_gemm.cpp or bf16_gemm.cpp
 around    PyTorch's own GEMM writes y (dx), and the kernel adds the update into it
 
 `update` and `grouped_update`, whose base product somebody else has made, have the second plan only. The optional
