@@ -163,24 +163,31 @@ def truth(p: Problem, *, dropout_p=0.0, seed=None, needs=(True,) * 4) -> dict[st
     return run(p.to(torch.float64), backend="reference", dropout_p=dropout_p, seed=seed, needs=needs)
 
 
-def tolerance(same_dtype: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> float:
-    """2 max|same-dtype PyTorch - fp64| plus a floor of two units in the last place of the largest element.
+# `factor` for gradients and steps of whole models, where one layer's rounding grows through all the others: two orders
+# of sums differ by up to 7.7 times there (1400 tensors of five tiny models from eight starts, median 1.08), and what is
+# wrong differs by thousands.
+WHOLE_MODEL = 10.0
+
+
+def tolerance(same_dtype: Tensor, exact: Tensor, dtype: torch.dtype | None = None, factor: float = 2.0) -> float:
+    """factor * max|same-dtype PyTorch - fp64| plus a floor of two units in the last place of the largest element.
 
     Args:
         same_dtype: PyTorch's result.
         exact: the truth.
         dtype: the one with these places, where the result is in a finer one than what it was computed from: dA in fp32
             is a product with dh in x's dtype.
+        factor: how many times PyTorch's error is allowed.
     """
     if exact.numel() == 0:
         return 0.0
     floor = 2 * torch.finfo(dtype or same_dtype.dtype).eps * exact.abs().max().item()
-    return 2 * (same_dtype.double() - exact).abs().max().item() + floor
+    return factor * (same_dtype.double() - exact).abs().max().item() + floor
 
 
-def assert_close(out: dict, same_dtype: dict, exact: dict) -> None:
+def assert_close(out: dict, same_dtype: dict, exact: dict, factor: float = 2.0) -> None:
     """Every tensor of `out` is as near to the fp64 truth as PyTorch's composition in the same dtype, up to the factor
-    of `tolerance`.
+    of `tolerance`: 2, or WHOLE_MODEL.
 
     The measure is a maximum over elements, so one bad tile cannot hide in an average.
     Raises: AssertionError naming the tensor, its error and the limit.
@@ -194,7 +201,8 @@ def assert_close(out: dict, same_dtype: dict, exact: dict) -> None:
         assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, expected {list(want.shape)}"
         assert got.dtype == peer.dtype, f"{name}: dtype {got.dtype}, expected {peer.dtype}"
         assert torch.isfinite(got).all(), f"{name}: {(~torch.isfinite(got)).sum()} elements are not finite"
-        error, limit = (got.double() - want).abs().max().item() if got.numel() else 0.0, tolerance(peer, want, coarsest)
+        error = (got.double() - want).abs().max().item() if got.numel() else 0.0
+        limit = tolerance(peer, want, coarsest, factor)
         assert error <= limit, f"{name}: max error {error:.3e} over the limit {limit:.3e}"
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from fused_lora.adapters import apply_lora, load_adapter, print_trainable_parameters, save_adapter, set_adapter
 from fused_lora.nn import LoRALinear
 from fused_lora.nn.modules_to_save import ModuleToSave
-from fused_lora.testing import assert_close
+from fused_lora.testing import WHOLE_MODEL, assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 IDS = torch.arange(48).reshape(2, 24) * 7 % 128
@@ -80,7 +80,7 @@ def test_logits_and_gradients_are_peft_s(case, tmp_path):
             [torch.cat([(out[name] / largest[name]).flatten() for name in largest]) for out in (got, peer, exact)]
         )
     got, peer, exact = (torch.cat(parts) for parts in zip(*errors, strict=True))
-    assert_close({"all": got}, {"all": peer}, {"all": exact})
+    assert_close({"all": got}, {"all": peer}, {"all": exact}, WHOLE_MODEL)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -123,7 +123,7 @@ def test_half_precision_base(tie, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_adapter(llama(torch.bfloat16, tie), tmp_path / "theirs")
     exact = copy.deepcopy(theirs).double()(IDS).logits
-    assert_close({"logits": ours(IDS).logits}, {"logits": theirs(IDS).logits}, {"logits": exact})
+    assert_close({"logits": ours(IDS).logits}, {"logits": theirs(IDS).logits}, {"logits": exact}, WHOLE_MODEL)
     save_adapter(ours, tmp_path / "ours")
     want, got = load_file(tmp_path / "theirs" / WEIGHTS), load_file(tmp_path / "ours" / WEIGHTS)
     assert {key: t.dtype for key, t in got.items()} == {key: t.dtype for key, t in want.items()}

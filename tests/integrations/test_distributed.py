@@ -19,7 +19,7 @@ from two_processes import TARGETS, Decoder, adapted, batch, loss_of, outcomes, r
 
 from fused_lora import LoRALinear, apply_lora, disable_adapter, load_adapter, save_adapter, set_adapter
 from fused_lora.schedules import MergeSchedule
-from fused_lora.testing import assert_close
+from fused_lora.testing import WHOLE_MODEL, assert_close
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
@@ -43,7 +43,7 @@ def both_losses(dtype: torch.dtype, model: nn.Module) -> None:
 
 def equal_to_one_process(model: nn.Module, losses=my_loss, single=both_losses, **lora) -> None:
     one, exact = (steps(adapted(**lora).to(t), partial(single, t)) for t in (torch.float32, torch.float64))
-    assert_close(steps(model, losses), one, exact)
+    assert_close(steps(model, losses), one, exact, WHOLE_MODEL)
 
 
 def replicated(directory: Path) -> None:
@@ -137,7 +137,7 @@ def sharded_in_mixed_precision(directory: Path) -> None:
     model = sharded(adapted(), mp_policy=BF16)
     my_loss(model)
     got, peer, want = ({n: whole(p.grad) for n, p in trained(m).items()} for m in (model, one, exact))
-    assert_close(got, peer, want)
+    assert_close(got, peer, want, WHOLE_MODEL)
 
 
 def checkpoints_come_back(directory: Path) -> None:
@@ -187,7 +187,7 @@ def several_adapters_sharded(directory: Path) -> None:
     set_adapter(want, "other")
     torch.testing.assert_close(again(batch(0)[0]), want(batch(0)[0]))
     set_adapter(model, ["default", "other"])
-    assert_close(steps(model, my_loss), one, exact)
+    assert_close(steps(model, my_loss), one, exact, WHOLE_MODEL)
 
 
 def adapters_sharded_by_themselves_are_refused(directory: Path) -> None:
@@ -240,7 +240,7 @@ def models_of_peft(directory: Path) -> None:
     sharded(ours.base_model.model)
     peft_layer.lora_linear = lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1]
     try:
-        assert_close(steps(ours, my_loss), one, exact)
+        assert_close(steps(ours, my_loss), one, exact, WHOLE_MODEL)
     finally:
         peft_layer.lora_linear = real
     assert len(calls) == 2 * 2 * len(TARGETS)

@@ -19,7 +19,7 @@ from two_processes import Collectives, Decoder, adapted, batch, loss_of, outcome
 from fused_lora import LoRALinear, apply_lora, load_adapter, lora_linear, merged, save_adapter, set_adapter
 from fused_lora.distributed import ColwiseLoRA, RowwiseLoRA, tensor_parallel_plan
 from fused_lora.ops import linear
-from fused_lora.testing import assert_close
+from fused_lora.testing import WHOLE_MODEL, assert_close
 
 COLUMNS, ROWS = ("q", "k", "v", "up"), ("o", "down")
 
@@ -39,7 +39,7 @@ def one_batch(dtype):
 
 def gradients_and_steps(directory: Path) -> None:
     one, exact = (steps(adapted().to(dtype), one_batch(dtype)) for dtype in (torch.float32, torch.float64))
-    assert_close(steps(split(adapted()), one_batch(torch.float32)), one, exact)
+    assert_close(steps(split(adapted()), one_batch(torch.float32)), one, exact, WHOLE_MODEL)
 
 
 def outputs_are_those_of_the_fused_op_on_shards(directory: Path) -> None:
@@ -206,7 +206,7 @@ def plan_of_transformers(directory: Path) -> None:
         output = model.to(dtype)(input_ids=ids, labels=ids)
         output.loss.backward()
         found.append({"logits": output.logits} | {name: whole(p.grad) for name, p in trained(model).items()})
-    assert_close(*found)
+    assert_close(*found, WHOLE_MODEL)
     with pytest.raises(
         ValueError, match="model must have a tp_plan, as transformers' models do; got a Decoder without"
     ):
@@ -223,7 +223,7 @@ def both_kinds_of_parallelism(directory: Path) -> None:
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh["data"])
     one, exact = (steps(adapted().to(dtype), one_batch(dtype)) for dtype in (torch.float32, torch.float64))
-    assert_close(steps(model, one_batch(torch.float32)), one, exact)
+    assert_close(steps(model, one_batch(torch.float32)), one, exact, WHOLE_MODEL)
     assert model.blocks[0].q.weight.device_mesh.ndim == 2
 
 
