@@ -23,7 +23,8 @@ template <class Block> class Gradient {
       : dst_(dst),
         dtype_(dtype),
         width_(width),
-        padded_(round_up(width, Block::kGathered)),
+        // rows a multiple of 2 KiB apart would meet in one or two sets of L1
+        padded_(round_up(width, Block::kGathered) + (width % 512 ? 0 : Block::kGathered)),
         R_(R),
         Rp_(round_up(R, Block::kRanks)),
         ranks_first_(ranks_first),

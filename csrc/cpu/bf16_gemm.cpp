@@ -282,12 +282,14 @@ void task(const Bf16Gemm& g, Range rows, Range cols, uint32_t* buffer) {
   const int64_t packed = std::min(kWidth, round_up(g.N, kColumns)) * std::min(kDepth, steps);
   const Scratch scratch{
       .strip = buffer, .panels = buffer + kStripSize, .sums = reinterpret_cast<float*>(buffer + kStripSize + packed)};
+  const int64_t columns = cols.end - cols.begin, groups = (columns + kWidth - 1) / kWidth,
+                width = round_up((columns + groups - 1) / std::max<int64_t>(groups, 1), kColumns);
   const int64_t at_once = steps > kDepth ? kRowsAtOnce : rows.end - rows.begin;
   for (int64_t m = rows.begin; m < rows.end; m += at_once)
-    for (int64_t n = cols.begin; n < cols.end; n += kWidth)
+    for (int64_t n = cols.begin; n < cols.end; n += width)
       for (int64_t k = 0; k < steps; k += step) {
         const Block b{.n = n,
-                      .width = std::min(kWidth, cols.end - n),
+                      .width = std::min(width, cols.end - n),
                       .k = k,
                       .depth = std::min(step, steps - k),
                       .m = m,

@@ -182,9 +182,13 @@ BF16_DOT void copy_panel(const uint16_t* src, int64_t ld, const uint32_t* bits, 
                          int64_t rows, int64_t cols) {
   for (int64_t m = 0; m < round_up(rows, kStrip); ++m)
     for (int64_t n = 0; n < cols; n += 2 * kLanes) {
-      __mmask32 there = m < rows ? first32(cols - n) : 0;
-      if (bits && there) there &= bits[m * ld_bits + n / 32];
-      _mm512_storeu_si512(out + m * kPanel + n, _mm512_maskz_loadu_epi16(there, src + m * ld + n));
+      const uint16_t* from = src + m * ld + n;
+      const __mmask32 there = m < rows ? first32(cols - n) : 0;
+      __m512i row;
+      if (there == ~__mmask32{0}) row = _mm512_loadu_si512(from), _mm_prefetch(from + kPanel, _MM_HINT_T1);
+      else row = _mm512_maskz_loadu_epi16(there, from);
+      if (bits && there) row = _mm512_maskz_mov_epi16(bits[m * ld_bits + n / 32], row);
+      _mm512_storeu_si512(out + m * kPanel + n, row);
     }
 }
 

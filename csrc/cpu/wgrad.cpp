@@ -4,7 +4,8 @@
 // Layouts: rows of the panel with a row stride. The fp32 kernel reads `low` as it lies; the bf16 one reads it with its
 // rows in pairs, [rows / 2, Rp], and pairs the panel's in registers.
 // Tiles: 16 ranks by 16 columns of sums in registers (AVX-512), 6 by 16, in bf16 8 by 32. A line of the panel meets all
-// of 16 ranks at once: lines a power of two apart fall into one set of L1 and would not wait there for more ranks.
+// of 16 ranks at once: lines a power of two apart fall into one set of L1 and would not wait there for more ranks. In
+// bf16 it is read for the first 8 ranks, and its pairs are kept for the others.
 // Numerics: products and sums in fp32; a block's sum starts at zero and joins `out` at its end, that of column_sums in
 // four chains.
 #include "bf16_dot.h"
@@ -77,36 +78,55 @@ void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64
 }
 
 #ifdef FUSED_LORA_BF16_DOT
+namespace {
+
+constexpr int kRanks = 8;  // of a tile
+
+// out[8, 32] += low[pairs, 8 (row stride Rp)]^T paired(p), two vectors of pairs: columns 0 to 15 and 16 to 31.
+template <class Paired>
+BF16_DOT_INLINE void gather_pairs(const uint32_t* low, int64_t Rp, float* out, int64_t ldo, int64_t pairs,
+                                  const Paired& paired) {
+  __m512 acc[kRanks][2] = {};
+  for (int64_t p = 0; p < pairs; ++p) {
+    __m512bh lo, hi;
+    paired(p, lo, hi);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRanks; ++i) {
+      const __m512bh a = broadcast_pair(low + p * Rp + i);
+      acc[i][0] = _mm512_dpbf16_ps(acc[i][0], a, lo);
+      acc[i][1] = _mm512_dpbf16_ps(acc[i][1], a, hi);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRanks; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      float* o = out + i * ldo + kLanes * j;
+      _mm512_storeu_ps(o, _mm512_add_ps(_mm512_loadu_ps(o), acc[i][j]));
+    }
+}
+
+}  // namespace
+
 BF16_DOT void wgrad_bf16(const uint16_t* panel, int64_t ld, const uint32_t* low, float* out, int64_t ldo, int64_t pairs,
                          int64_t cols, int64_t Rp) {
-  constexpr int kRanks = 8;
   const PairOrder order;
-  for (int64_t n = 0; n < cols; n += 2 * kLanes)
-    for (int64_t r = 0; r < Rp; r += kRanks) {
-      __m512 acc[kRanks][2] = {};
-      for (int64_t p = 0; p < pairs; ++p) {
-        const uint16_t* row = panel + 2 * p * ld + n;
-        const __m512i even = _mm512_loadu_si512(row), odd = _mm512_loadu_si512(row + ld);
-        if (r == 0) {
-          _mm_prefetch(row + kPanel, _MM_HINT_T1);
-          _mm_prefetch(row + ld + kPanel, _MM_HINT_T1);
-        }
-        const __m512bh lo = (__m512bh)order.first_half(even, odd), hi = (__m512bh)order.second_half(even, odd);
-#pragma GCC unroll 8
-        for (int i = 0; i < kRanks; ++i) {
-          const __m512bh a = broadcast_pair(low + p * Rp + r + i);
-          acc[i][0] = _mm512_dpbf16_ps(acc[i][0], a, lo);
-          acc[i][1] = _mm512_dpbf16_ps(acc[i][1], a, hi);
-        }
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kRanks; ++i)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-          float* o = out + (r + i) * ldo + n + kLanes * j;
-          _mm512_storeu_ps(o, _mm512_add_ps(_mm512_loadu_ps(o), acc[i][j]));
-        }
-    }
+  alignas(64) uint32_t kept[kRows / 2 * 2 * kLanes];  // 32 columns in pairs
+  for (int64_t n = 0; n < cols; n += 2 * kLanes) {
+    gather_pairs(low, Rp, out + n, ldo, pairs, [&](int64_t p, __m512bh& lo, __m512bh& hi) BF16_DOT_INLINED {
+      const uint16_t* row = panel + 2 * p * ld + n;
+      const __m512i even = _mm512_loadu_si512(row), odd = _mm512_loadu_si512(row + ld);
+      _mm_prefetch(row + kPanel, _MM_HINT_T1), _mm_prefetch(row + ld + kPanel, _MM_HINT_T1);
+      lo = (__m512bh)order.first_half(even, odd), hi = (__m512bh)order.second_half(even, odd);
+      _mm512_store_si512(kept + p * 2 * kLanes, (__m512i)lo);
+      _mm512_store_si512(kept + p * 2 * kLanes + kLanes, (__m512i)hi);
+    });
+    for (int64_t r = kRanks; r < Rp; r += kRanks)
+      gather_pairs(low + r, Rp, out + r * ldo + n, ldo, pairs,
+                   [&](int64_t p, __m512bh& lo, __m512bh& hi) BF16_DOT_INLINED {
+                     lo = load_pairs(kept + p * 2 * kLanes), hi = load_pairs(kept + p * 2 * kLanes + kLanes);
+                   });
+  }
 }
 
 BF16_DOT void column_sums_bf16(const uint16_t* panel, int64_t ld, float* out, int64_t rows, int64_t cols) {
