@@ -120,9 +120,24 @@ struct CpuScaleParams {
   int threads;
 };
 
+// CPU, the lengths of the rows of W + s B A, for DoRA.
+struct CpuRowNormParams {
+  const void* W;         // [N, K], row stride ldw, dtype
+  const float* A;        // [R, K], contiguous
+  const float* B;        // [N, R], contiguous
+  const float* squares;  // [N], |W_i|^2
+  float* norm;           // [N], 1 where empty
+  float* empty;          // [N], 1 for a row without length, else 0
+  int64_t N, K, R, ldw;
+  Dtype dtype;
+  float scaling;
+  int threads;
+};
+
 Status cpu_forward(const CpuForwardParams& p);
 Status cpu_backward(const CpuBackwardParams& p);
 Status cpu_scale(const CpuScaleParams& p);
+Status cpu_row_norm(const CpuRowNormParams& p);
 
 // CPU, updates by an adapter of its own for each group of rows: position m of group g, from offsets[g] to
 // offsets[g + 1], is row rows[m] of x and y, or row m without `rows`.

@@ -19,7 +19,13 @@ def _cpu(monkeypatch, tmp_path, text):
 @pytest.mark.parametrize(
     "vendor_id, model, flags, name, vendor",
     [
-        ("AuthenticAMD", "AMD EPYC", "fpu avx2 avx512f avx512_bf16", "AMD EPYC (avx512f, avx512_bf16)", "amd"),
+        (
+            "AuthenticAMD",
+            "AMD EPYC\ncpu family\t: 26\nmodel\t\t: 2",
+            "fpu avx2 avx512f avx512_bf16",
+            "AMD EPYC (family 26 model 2, avx512f, avx512_bf16)",
+            "amd",
+        ),
         (
             "GenuineIntel",
             "Xeon",

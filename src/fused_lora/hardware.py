@@ -54,12 +54,15 @@ def cpu_features() -> dict[str, bool]:
 
 
 def cpu_name() -> str:
-    """The CPU's name with the instruction sets that decide its speed: "AMD EPYC (avx512f, avx512_bf16)"."""
-    flags = _first_cpu().get("flags", "").split()
+    """The CPU's name with what decides its speed: "AMD EPYC (family 26 model 2, avx512f, avx512_bf16)". Many a guest is
+    told no more of its name than that, in every generation."""
+    cpu = _first_cpu()
+    flags = cpu.get("flags", "").split()
     if not flags:
         return cpu_model()
     present = [name for name in _INSTRUCTION_SETS if name in flags] or ["avx2" if "avx2" in flags else "no AVX2"]
-    return f"{cpu_model()} ({', '.join(present)})"
+    numbers = [f"family {cpu['cpu family']} model {cpu['model']}"] if "cpu family" in cpu and "model" in cpu else []
+    return f"{cpu_model()} ({', '.join(numbers + present)})"
 
 
 def gpu_name(device: torch.device) -> str:

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fused_lora import LoRALinear
 from fused_lora.bench import memory, mixed, report, steps, ways
 from fused_lora.bench.steps import Batch, Candidate, Workload, model_for, run_steps
+from fused_lora.variants import dora
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 BASE = functools.partial(LlamaForCausalLM, LlamaConfig(vocab_size=64, use_cache=False, **SHAPE))
@@ -50,6 +52,19 @@ def test_a_step_of_every_variant(quick, capsys):
     printed = capsys.readouterr().out
     assert "x LoRA" in printed and all(len(line) <= 80 and line == line.rstrip() for line in printed.splitlines())
     assert {kind for workload in variants for kind in workload.kinds} | {"peft+fuse", "addmm"} == set(ways.WAYS)
+
+
+def test_every_timed_step_is_one_after_an_optimizer_s(monkeypatch):
+    """DoRA's norms are kept until parameters change, and a step of training changes them."""
+    counts, real = [], dora.row_norm
+    monkeypatch.setattr(dora, "row_norm", lambda *given: counts.append(None) or real(*given))
+    model = model_for(Candidate("dora"), BASE())
+    one = steps.timed(model, steps.step_of(model, SMALL.batches[0]))
+    one()
+    counts.clear()
+    one(), one()
+    layers = sum(isinstance(m, LoRALinear) for m in model.modules())
+    assert len(counts) == 2 * layers > 0
 
 
 def test_candidates_share_the_weights_of_the_base():

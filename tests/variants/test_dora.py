@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from fused_lora import LoRALinear, lora_linear
-from fused_lora.backends import pick
+from fused_lora.backends import cpu_norm, pick
 from fused_lora.ops.reference import Variant
 from fused_lora.ops.schema import request_of
 from fused_lora.variants import dora
@@ -141,6 +141,37 @@ def test_norms_of_rows():
     want = torch.linalg.vector_norm(weight.double() + S * B.double() @ A.double(), dim=1)
     assert empty.nonzero().flatten().tolist() == [0, 1] and n.dtype is torch.float32
     torch.testing.assert_close((n - empty).double(), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (100, 385, 7), (391, 40, 33), (25, 800, 130)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_s_norms_of_rows(shape, dtype):
+    """Exactly, of integers; of a W in a wider matrix, whose rows and ranks make several blocks or no whole one."""
+    N, K, R = shape
+    g = torch.Generator().manual_seed(N)
+    wide, A, B = (torch.randint(-2, 3, s, generator=g).float() for s in ((N + 1, K + 3), (R, K), (N, R)))
+    weight = wide.to(dtype)[1:, 2:-1]
+    squares = dora.row_squares(weight)
+    assert cpu_norm.refusal(weight, squares, A, B) is None
+    n, empty = cpu_norm.row_norm(weight, squares, A, B, 0.5)
+    want = (weight.double() + 0.5 * B.double() @ A.double()).square().sum(1)
+    assert torch.equal(n, want.where(want > 0, torch.ones_like(want)).sqrt().float())
+    assert torch.equal(empty, (want == 0).float())
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float64, torch.float32])
+def test_norms_by_the_kernel_where_it_serves(monkeypatch, adapter_dtype):
+    """Not in fp64, with the gradient through the norms, or where torch.func looks."""
+    calls, real = [], cpu_norm.row_norm
+    monkeypatch.setattr(cpu_norm, "row_norm", lambda *given: calls.append(None) or real(*given))
+    for exact in (False, True):
+        layer = trained(dtype=adapter_dtype, adapter_dtype=adapter_dtype, dora_exact=exact)
+        calls.clear()
+        layer(inputs(9, dtype=adapter_dtype))
+        assert len(calls) == (adapter_dtype is torch.float32 and not exact)
+        calls.clear()
+        torch.func.vmap(layer)(inputs(2, 9, dtype=adapter_dtype))
+        assert calls == []
 
 
 def test_rows_of_zeros_train():

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_lora.backends import cpu_norm
+from fused_lora.ops.autograd import nobody_listens
 from fused_lora.ops.internals import without_autocast
 from fused_lora.variants import Update
 from fused_lora.variants.once import OncePerStep
@@ -21,6 +23,8 @@ from fused_lora.variants.once import OncePerStep
 class _Times(torch.autograd.Function):
     """A Wt [R, N] in fp32 at least, of A [R, K] and a frozen W [N, K] in any dtype; no copy of W outlives a block of
     rows."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, lora_A: Tensor) -> Tensor:
@@ -69,6 +73,10 @@ def row_norm(
         lora_A, lora_B, scaling: [R, K], [N, R], a number or a 0-d tensor.
     Returns: n [N] and empty [N], 1 for such rows and else 0.
     """
+    given = weight, squares, lora_A, lora_B
+    plain = not torch.is_grad_enabled() and nobody_listens(*given, None)
+    if plain and isinstance(scaling, float) and cpu_norm.refusal(*given) is None:
+        return cpu_norm.row_norm(*given, scaling)
     with without_autocast(weight):
         A, Bt = lora_A.to(squares.dtype), lora_B.to(squares.dtype).t()
         if isinstance(scaling, Tensor):
