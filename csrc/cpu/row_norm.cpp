@@ -1,10 +1,10 @@
-// row_norm: the lengths of the rows of W + s B A, of which B A is never formed.
+// row_norm: the lengths of the rows of W + s B A, or of s B A, of which B A is never formed.
 //
 //   n^2 = |W_i|^2 + s * sum_r B * (2 W A^T + s B (A A^T))
 //
-// Used by DoRA, once an optimizer step. One walk over W in blocks of kRows rows: W A^T as shrink makes h of x, while a
-// row's sum follows at once.
-// Numerics: fp32 whatever W's dtype is. A row without length, or with less than none by rounding, has 1 for it.
+// Used by DoRA, and without W by ALLoRA, once an optimizer step. One walk over W in blocks of kRows rows: W A^T as
+// shrink makes h of x, and a row's sum follows at once.
+// Numerics: fp32 whatever W's dtype is. With W a row without length, or with less than none by rounding, has 1 for it.
 #include <cmath>
 
 #include "block_fp32.h"
@@ -41,32 +41,33 @@ Status cpu_row_norm(const CpuRowNormParams& p) {
     blocks.emplace_back(buffers, block_rows(p.N, threads), p.dtype, false, p.R);
     inners.push_back(buffers.take(Rp));
   }
-  for_row_blocks(
-      p.N, threads, [](int) {},
-      [&](int t, int64_t n0, int64_t rows) {
-        BlockFp32& block = blocks[static_cast<size_t>(t)];
-        float* inner = inners[static_cast<size_t>(t)];
-        times_A(block, at(p.W, n0 * p.ldw, p.dtype), p.dtype, p.ldw, rows);
-        const float *B = p.B + n0 * p.R, *low = block.low, *squares = p.squares + n0;
-        float *norm = p.norm + n0, *empty = p.empty + n0;
-        const int64_t R = p.R;
-        const float s = p.scaling;
-        widest([=]() INLINED {
-          for (int64_t i = 0; i < rows; ++i) {
-            const float* b = B + i * R;
-            for (int64_t r = 0; r < R; ++r) inner[r] = 2.0f * low[i * Rp + r];
-            for (int64_t q = 0; q < R; ++q) {
-              const float factor = s * b[q];
-              for (int64_t r = 0; r < R; ++r) inner[r] += factor * gram[q * Rp + r];
-            }
-            float sum = 0.0f;
-            for (int64_t r = 0; r < R; ++r) sum += b[r] * inner[r];
-            const float squared = squares[i] + s * sum;
-            norm[i] = squared <= 0.0f ? 1.0f : std::sqrt(squared);
-            empty[i] = squared <= 0.0f ? 1.0f : 0.0f;
-          }
-        });
-      });
+  const auto body = [&](int t, int64_t n0, int64_t rows) {
+    BlockFp32& block = blocks[static_cast<size_t>(t)];
+    float* inner = inners[static_cast<size_t>(t)];
+    if (p.W) times_A(block, at(p.W, n0 * p.ldw, p.dtype), p.dtype, p.ldw, rows);
+    else block.clear_low();
+    const float *B = p.B + n0 * p.R, *low = block.low, *squares = p.W ? p.squares + n0 : nullptr;
+    float *norm = p.norm + n0, *empty = p.W ? p.empty + n0 : nullptr;
+    const int64_t R = p.R;
+    const float s = p.scaling;
+    widest([=]() INLINED {
+      for (int64_t i = 0; i < rows; ++i) {
+        const float* b = B + i * R;
+        for (int64_t r = 0; r < R; ++r) inner[r] = 2.0f * low[i * Rp + r];
+        for (int64_t q = 0; q < R; ++q) {
+          const float factor = s * b[q];
+          for (int64_t r = 0; r < R; ++r) inner[r] += factor * gram[q * Rp + r];
+        }
+        float sum = 0.0f;
+        for (int64_t r = 0; r < R; ++r) sum += b[r] * inner[r];
+        const float squared = (squares ? squares[i] : 0.0f) + s * sum;
+        const bool none = squared <= 0.0f;
+        norm[i] = none ? (empty ? 1.0f : 0.0f) : std::sqrt(squared);
+        if (empty) empty[i] = none ? 1.0f : 0.0f;
+      }
+    });
+  };
+  for_row_blocks(p.N, threads, [](int) {}, body);
   return Status::ok;
 }
 

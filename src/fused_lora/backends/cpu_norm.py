@@ -1,4 +1,4 @@
-"""The CPU's kernel for the norms of the rows of W + s B A (csrc/cpu/row_norm.cpp)."""
+"""The CPU's kernel for the norms of the rows of W + s B A, or of B A alone (csrc/cpu/row_norm.cpp)."""
 
 import torch
 from torch import Tensor
@@ -10,34 +10,49 @@ from fused_lora.ops import internals
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 
 
-def refusal(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
+def refusal(lora_A: Tensor, lora_B: Tensor, weight: Tensor | None = None) -> str | None:
     """Why the kernel does not take these, or None."""
-    if not weight.is_cpu:
-        return f"CPU tensors; got {weight.device}"
-    if weight.dtype not in FUSED_DTYPES:
-        return f"W in bfloat16, float16 or float32; got {weight.dtype}"
-    if any(t.dtype is not torch.float32 for t in (squares, lora_A, lora_B)):
+    if not lora_A.is_cpu:
+        return f"CPU tensors; got {lora_A.device}"
+    if lora_A.dtype is not torch.float32 or lora_B.dtype is not torch.float32:
         return f"A and B in float32; got {lora_A.dtype}, {lora_B.dtype}"
     if lora_A.shape[0] < 1:
         return "at least one rank"
-    if weight.stride(1) != 1:
+    if weight is not None and weight.dtype not in FUSED_DTYPES:
+        return f"W in bfloat16, float16 or float32; got {weight.dtype}"
+    if weight is not None and weight.stride(1) != 1:
         return "W with neighbouring columns adjacent in memory"
     return None
 
 
 def row_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """See `variants.dora.row_norm`; without gradients."""
-    lora_A, lora_B, squares = lora_A.contiguous(), lora_B.contiguous(), squares.contiguous()
-    (N, K), R = weight.shape, lora_A.shape[0]
-    norm, empty = internals.empty_on_cpu((N,), (1,), torch.float32), internals.empty_on_cpu((N,), (1,), torch.float32)
+    norm, empty, squares = _empty(lora_B), _empty(lora_B), squares.contiguous()
+    W = weight.data_ptr(), weight.stride(0)
+    _call(W, _CODE[weight.dtype], squares.data_ptr(), (norm.data_ptr(), empty.data_ptr()), lora_A, lora_B, scaling)
+    return norm, empty
+
+
+def product_norms(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """See `variants.allora.product_norms`."""
+    norm = _empty(lora_B)
+    _call((0, 0), _CODE[torch.float32], 0, (norm.data_ptr(), 0), lora_A, lora_B, 1.0)
+    return norm
+
+
+def _empty(lora_B: Tensor) -> Tensor:
+    return internals.empty_on_cpu((lora_B.shape[0],), (1,), torch.float32)
+
+
+def _call(W, dtype, squares, norm, lora_A, lora_B, scaling):
+    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     _C.cpu_row_norm(
-        W=(weight.data_ptr(), weight.stride(0)),
+        W=W,
         factors=(lora_A.data_ptr(), lora_B.data_ptr()),
-        squares=squares.data_ptr(),
-        norm=(norm.data_ptr(), empty.data_ptr()),
-        sizes=(N, K, R),
-        dtype=_CODE[weight.dtype],
+        squares=squares,
+        norm=norm,
+        sizes=(lora_B.shape[0], lora_A.shape[1], lora_A.shape[0]),
+        dtype=dtype,
         scaling=scaling,
         threads=torch.get_num_threads(),
     )
-    return norm, empty

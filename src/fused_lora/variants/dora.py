@@ -73,10 +73,9 @@ def row_norm(
         lora_A, lora_B, scaling: [R, K], [N, R], a number or a 0-d tensor.
     Returns: n [N] and empty [N], 1 for such rows and else 0.
     """
-    given = weight, squares, lora_A, lora_B
-    plain = not torch.is_grad_enabled() and nobody_listens(*given, None)
-    if plain and isinstance(scaling, float) and cpu_norm.refusal(*given) is None:
-        return cpu_norm.row_norm(*given, scaling)
+    plain = not torch.is_grad_enabled() and nobody_listens(weight.detach(), squares, lora_A, lora_B, None)
+    if plain and isinstance(scaling, float) and cpu_norm.refusal(lora_A, lora_B, weight) is None:
+        return cpu_norm.row_norm(weight, squares, lora_A, lora_B, scaling)
     with without_autocast(weight):
         A, Bt = lora_A.to(squares.dtype), lora_B.to(squares.dtype).t()
         if isinstance(scaling, Tensor):
