@@ -24,6 +24,7 @@ void check(Status status) {
 void forward(const CpuForwardParams& p) { check(cpu_forward(p)); }
 void backward(const CpuBackwardParams& p) { check(cpu_backward(p)); }
 void scale(const CpuScaleParams& p) { check(cpu_scale(p)); }
+void product(const CpuProductParams& p) { check(cpu_product(p)); }
 void row_norm(const CpuRowNormParams& p) { check(cpu_row_norm(p)); }
 void grouped_forward(const CpuGroupedForwardParams& p) { check(cpu_grouped_forward(p)); }
 void grouped_backward(const CpuGroupedBackwardParams& p) { check(cpu_grouped_backward(p)); }
@@ -84,6 +85,18 @@ constexpr Keyword<S> kScale[] = {
     {"out_scale", put<S, &S::out_scale>}, {"dz", put<S, &S::dz>},          {"sums", put<S, &S::sums, &S::squares>},
     {"dbias", put<S, &S::dbias>},         {"sizes", put<S, &S::M, &S::N>}, {"dtype", put<S, &S::dtype>},
     {"threads", put<S, &S::threads>},
+};
+
+using P = CpuProductParams;
+constexpr Keyword<P> kProduct[] = {
+    {"left", put<P, &P::left, &P::ld_left>},
+    {"right", put<P, &P::right, &P::ld_right>},
+    {"bias", put<P, &P::bias>},
+    {"out", put<P, &P::out>},
+    {"sizes", put<P, &P::M, &P::N, &P::K>},
+    {"dtype", put<P, &P::dtype>},
+    {"by_rows", put<P, &P::by_rows>},
+    {"threads", put<P, &P::threads>},
 };
 
 using N = CpuRowNormParams;
@@ -158,6 +171,7 @@ PYBIND11_MODULE(_C, m) {
   def_keywords<kBackward, backward>(
       m, "cpu_backward", "Writes dA, dB and dbias, and writes or updates dx; CpuBackwardParams of csrc/lora.h.");
   def_keywords<kScale, scale>(m, "cpu_scale", "Writes dz and the sums of dy and y; CpuScaleParams of csrc/lora.h.");
+  def_keywords<kProduct, product>(m, "cpu_product", "Writes a product with a weight; CpuProductParams of csrc/lora.h.");
   def_keywords<kRowNorm, row_norm>(m, "cpu_row_norm", "Writes the norms of rows; CpuRowNormParams of csrc/lora.h.");
   def_keywords<kGroupedForward, grouped_forward>(
       m, "cpu_grouped_forward", "Writes h and updates y by groups of rows; CpuGroupedForwardParams of csrc/lora.h.");

@@ -120,6 +120,18 @@ struct CpuScaleParams {
   int threads;
 };
 
+// CPU, the base product alone: x W^T + bias, or by_rows dy W; in fp32, and in bf16 on AVX512-BF16.
+struct CpuProductParams {
+  const void* left;   // [M, K], row stride ld_left, dtype
+  const void* right;  // [N, K], or by_rows [K, N], row stride ld_right, dtype
+  const void* bias;   // [N], dtype; or null
+  void* out;          // [M, N], contiguous, dtype
+  int64_t M, N, K, ld_left, ld_right;
+  Dtype dtype;
+  bool by_rows;
+  int threads;
+};
+
 // CPU, the lengths of the rows of W + s B A, for DoRA, or of s B A alone, for ALLoRA.
 struct CpuRowNormParams {
   const void* W;         // [N, K], row stride ldw, dtype; or null
@@ -137,6 +149,7 @@ struct CpuRowNormParams {
 Status cpu_forward(const CpuForwardParams& p);
 Status cpu_backward(const CpuBackwardParams& p);
 Status cpu_scale(const CpuScaleParams& p);
+Status cpu_product(const CpuProductParams& p);
 Status cpu_row_norm(const CpuRowNormParams& p);
 
 // CPU, updates by an adapter of its own for each group of rows: position m of group g, from offsets[g] to

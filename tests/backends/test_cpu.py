@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from fused_lora import _C, lora_linear
-from fused_lora.backends import cpu
+from fused_lora.backends import cpu, cpu_product
 from fused_lora.ops import internals
 from fused_lora.ops.reference import PLAIN
 from fused_lora.ops.schema import request_of
@@ -190,7 +190,7 @@ _ORDER = ("baseline", "avx2", "avx512", "bf16_dot", "amx")
 _PATHS = """
 import torch
 from fused_lora import _C
-from fused_lora.backends import cpu
+from fused_lora.backends import cpu, cpu_product
 from fused_lora.ops.reference import PLAIN
 from fused_lora.ops.schema import request_of
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth, with_optional
@@ -261,3 +261,17 @@ def test_a_plan_that_is_not_there_is_refused():
     ):
         with pytest.raises(ValueError, match=words):
             lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (37, 321, 385), (100, 1056, 1160)])
+def test_the_product_alone(poison, dtype, M, N, K):
+    """y and dx without an update, exactly; of rows in a wider matrix."""
+    if not cpu_product.serves(dtype):
+        pytest.skip("no product alone on AMX")
+    p = exact_problem(M, N, K, 1, dtype)
+    x, dy = (torch.nn.functional.pad(t, (3, 5), value=float("nan"))[:, 3:-5] for t in (p.x, p.dy))
+    y = p.x.double() @ p.weight.double().t()
+    assert torch.equal(cpu_product.product(x, p.weight, p.bias).double(), y + p.bias.double())
+    assert torch.equal(cpu_product.product(x, p.weight).double(), y)
+    assert torch.equal(cpu_product.product_backward(dy, p.weight).double(), p.dy.double() @ p.weight.double())

@@ -6,8 +6,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_lora import grouped_lora_update
+from fused_lora.backends import cpu_product, pick
 from fused_lora.ops import grouped_linear
 from fused_lora.ops.grouped_linear import grouped_lora_linear
+from fused_lora.ops.reference import PLAIN
+from fused_lora.ops.schema import request_of
 from fused_lora.testing import assert_close
 
 N, K, RANKS = 24, 33, (3, 8, 2)
@@ -56,10 +59,29 @@ def test_is_the_base_product_and_the_update(trains, indexed, biased):
         for _ in range(2):  # the second call relies on the first one's checks
             assert_close(results(ours, given, dy, leaves), results(apart, given, dy, leaves), truth)
         with torch.no_grad():
-            assert torch.equal(ours(*given, *leaves), apart(*given, *leaves))
+            found = [{"y": f(*given, *leaves)} for f in (ours, apart)]
+            assert_close(*found, truth)
     masked = [results(f, given, dy, leaves, ps=(0.5, 0.1, 0.0)) for f in (ours, apart)]
-    assert torch.equal(masked[0].pop("y"), masked[1].pop("y"))
     torch.testing.assert_close(*masked, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_base_product_is_plain_lora_s(monkeypatch, dtype):
+    """Of the kernels where that is "inside", forward and backward; its row follows from the weight's strides."""
+    calls, real = [], cpu_product._product
+    monkeypatch.setattr(cpu_product, "_product", lambda *given: calls.append(given[-1]) or real(*given))
+    weight, *given, dy, leaves = problem(dtype)
+    for each in (weight, weight.t().contiguous().t()):
+        x = leaves[0].detach()
+        own = "inside" in request_plan(x, each, leaves[1]) and cpu_product.serves(dtype)
+        calls.clear()
+        results(ours, (each, *given), dy, leaves)
+        assert calls == [False, True] * own
+
+
+def request_plan(x, weight, lora_A) -> str:
+    """The plan of plain LoRA."""
+    return pick("auto", request_of(x, weight, lora_A, PLAIN)).plan
 
 
 def test_other_tensors_after_the_first_call_are_checked_anew():

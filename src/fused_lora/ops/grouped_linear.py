@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
-from fused_lora.backends import GROUPED, Request, bucket, pick
+from fused_lora.backends import GROUPED, Request, bucket, cpu_product, pick
 from fused_lora.ops.autograd import matrix, nobody_listens
 from fused_lora.ops.checks import grouped_fault
 from fused_lora.ops.dropout import dropout_threshold
@@ -25,6 +25,7 @@ from fused_lora.ops.internals import (
     without_autocast,
 )
 from fused_lora.ops.linear import draw_seed
+from fused_lora.ops.schema import aligned
 
 
 def grouped_lora_linear(
@@ -55,13 +56,13 @@ def grouped_lora_linear(
         rows: int64 [M'], likewise, or None.
     Returns: [..., N].
     """
-    back_end = _serving(x, weight, bias, lora_A, lora_B, offsets, rows)
-    if back_end is None:
+    serving = _serving(x, weight, bias, lora_A, lora_B, offsets, rows)
+    if serving is None:
         y = F.linear(x, weight, bias)
         return grouped_lora_update(y, x, lora_A, lora_B, scaling, offsets, rows=rows, dropout_p=dropout_p)
     ps = list(dropout_p) if any(map(dropout_threshold, dropout_p)) else []
     segments = _numbers(tuple(scaling)), offsets, rows, draw_seed(x, max(ps)) if ps else None
-    call = back_end, weight, bias, segments, (len(lora_A), ps, "auto")
+    call = serving, weight, bias, segments, (len(lora_A), ps, "auto")
     if torch.is_grad_enabled():
         return _apply(call, x, *lora_A, *lora_B)
     return _forward(call, x, lora_A, lora_B)[0]
@@ -78,8 +79,9 @@ class _Verdict(NamedTuple):
 _VERDICTS: dict[tuple[int, int], _Verdict] = {}
 
 
-def _serving(x, weight, bias, lora_A, lora_B, offsets, rows) -> Any:
-    """The CPU back end, if it serves the call and nobody listens; otherwise None."""
+def _serving(x, weight, bias, lora_A, lora_B, offsets, rows) -> tuple[Any, bool] | None:
+    """The CPU back end and whether the base product is its own, as plain LoRA's is; None if it does not serve the call
+    or somebody listens."""
     if is_dynamo_compiling() or not x.is_cpu or any_autocast_enabled():
         return None
     key, given = (id(lora_A[0]), len(lora_A)), (x, weight, *lora_A, *lora_B)
@@ -93,9 +95,12 @@ def _serving(x, weight, bias, lora_A, lora_B, offsets, rows) -> Any:
             _VERDICTS.clear()
         _VERDICTS[key] = _Verdict(check, bias is not None)
     M, R, (N, K) = bucket(x.numel() // x.shape[-1]), max([A.shape[0] for A in lora_A]), weight.shape
-    request = Request(x.device, x.dtype, lora_A[0].dtype, M, N, K, R, True, GROUPED)
+    request = Request(x.device, x.dtype, lora_A[0].dtype, M, N, K, R, aligned(weight), GROUPED)
     back_end = pick("auto", request).backend
-    return back_end if hasattr(back_end, "grouped_update_onto") else None
+    if not hasattr(back_end, "grouped_update_onto"):
+        return None
+    plain = pick("auto", request._replace(optional=()))
+    return back_end, plain == (back_end, "inside") and cpu_product.serves(x.dtype)
 
 
 def _checked(x, weight, bias, lora_A, lora_B, offsets, rows) -> Callable[..., bool] | None:
@@ -123,9 +128,12 @@ def _numbers(values: tuple[float, ...]) -> Tensor:
 
 def _forward(call, x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """y [..., N] and h [M', R]."""
-    back_end, weight, bias, (scaling, offsets, rows, seed), (_, ps, _) = call
+    (back_end, own), weight, bias, (scaling, offsets, rows, seed), (_, ps, _) = call
     flat = matrix(x)
-    y = F.linear(flat, weight) if bias is None else linear_with_bias(flat, weight, bias)
+    if own:
+        y = cpu_product.product(flat, weight, bias)
+    else:
+        y = F.linear(flat, weight) if bias is None else linear_with_bias(flat, weight, bias)
     h = back_end.grouped_update_onto(y, flat, lora_A, lora_B, scaling, offsets, rows, ps, seed)
     return y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[1])), h
 
@@ -147,7 +155,7 @@ class _GroupedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         weight, x, h, *factors = ctx.saved_tensors
-        back_end, segments, settings, lead = ctx.call
+        (back_end, own), segments, settings, lead = ctx.call
         split, ps, _ = settings
         dy, needs = matrix(dy), list(ctx.needs_input_grad[1:])
         if torch.is_grad_enabled() or dispatch_modes_active() or any_autocast_enabled() or has_no_memory(dy):
@@ -156,7 +164,9 @@ class _GroupedLinearFunction(torch.autograd.Function):
                 dx = dx if dx is None else dx + dy @ weight
         else:
             x = x if x is None else matrix(x)
-            dx = dy.mm(weight) if needs[0] else None
+            dx = None
+            if needs[0]:
+                dx = cpu_product.product_backward(dy, weight) if own else dy.mm(weight)
             given = dy, x, factors[:split], factors[split:], h, *segments[:3], ps, segments[3]
             dx, *others = back_end.grouped_backward_onto(dx, *given, needs)
         return None, dx if dx is None or len(lead) == 1 else dx.view(*lead, dx.shape[1]), *others
