@@ -303,11 +303,12 @@ void task(const Bf16Gemm& g, Range rows, Range cols, uint32_t* buffer) {
 }  // namespace
 
 void bf16_gemm(const Bf16Gemm& g, Buffers& buffers, int threads) {
-  const auto [by_cols, by_rows] = split_tasks(g.N, threads);
+  const Split split = split_tasks(g.N, threads);
   const int64_t size = round_up(buffer_size(g), kLanes);
-  auto* buffer = buffers.take<uint32_t>(by_cols * by_rows * size);
-  parallel(static_cast<int>(by_cols * by_rows), [&](int t) {
-    task(g, part(g.M, kStrip, t / by_cols, by_rows), part(g.N, kColumns, t % by_cols, by_cols), buffer + t * size);
+  auto* buffer = buffers.take<uint32_t>(split.by_cols * split.by_rows * size);
+  parallel(static_cast<int>(split.by_cols * split.by_rows), [&](int t) {
+    task(g, part(g.M, kStrip, t / split.by_cols, split.by_rows), part(g.N, kColumns, t % split.by_cols, split.by_cols),
+         buffer + t * size);
   });
 }
 

@@ -216,11 +216,12 @@ template <class V> INLINE void task(const LoraGemm& g, Range rows, Range cols, f
 }  // namespace
 
 void lora_gemm(const LoraGemm& g, Buffers& buffers, int threads) {
-  const auto [by_cols, by_rows] = split_tasks(g.N, threads);
+  const Split split = split_tasks(g.N, threads);
   const int64_t size = round_up(buffer_size(g), 16);
-  float* buffer = buffers.take(by_cols * by_rows * size);
-  parallel(static_cast<int>(by_cols * by_rows), [&](int t) {
-    const Range cols = part(g.N, kColumns, t % by_cols, by_cols), rows = part(g.M, kStrip, t / by_cols, by_rows);
+  float* buffer = buffers.take(split.by_cols * split.by_rows * size);
+  parallel(static_cast<int>(split.by_cols * split.by_rows), [&](int t) {
+    const Range cols = part(g.N, kColumns, t % split.by_cols, split.by_cols),
+                rows = part(g.M, kStrip, t / split.by_cols, split.by_rows);
     float* own = buffer + t * size;
     widest_vector([=, &g](auto lanes) INLINED { task<typename decltype(lanes)::Vector>(g, rows, cols, own); });
   });
