@@ -11,6 +11,7 @@
 // product. Of a summed dimension longer than kDepth steps the sums wait in fp32, a tile in one piece: at a row stride
 // of 2 KiB they would meet in the same lines of L1. Rows are walked in runs of kRowsAtOnce for that.
 // Numerics: products and sums in fp32, which start afresh in every block; rounded to nearest even once, at the end.
+// Source of the loop order: as lora_gemm.cpp.
 #include "bf16_dot.h"
 #include "strips.h"
 #include "transpose_avx512.h"

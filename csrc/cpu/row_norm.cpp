@@ -4,7 +4,9 @@
 //
 // Used by DoRA, and without W by ALLoRA, once an optimizer step. One walk over W in blocks of kRows rows: W A^T as
 // shrink makes h of x, and a row's sum follows at once.
+// Layouts: W with a row stride, A and B as they lie in their parameters. Tiles: shrink's.
 // Numerics: fp32 whatever W's dtype is. With W a row without length, or with less than none by rounding, has 1 for it.
+// Source: Liu et al., "DoRA", arXiv 2402.09353, with its norm in factors.
 #include <cmath>
 
 #include "block_fp32.h"

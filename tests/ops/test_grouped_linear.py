@@ -73,15 +73,11 @@ def test_the_base_product_is_plain_lora_s(monkeypatch, dtype):
     weight, *given, dy, leaves = problem(dtype)
     for each in (weight, weight.t().contiguous().t()):
         x = leaves[0].detach()
-        own = "inside" in request_plan(x, each, leaves[1]) and cpu_product.serves(dtype)
+        plan = pick("auto", request_of(x, each, leaves[1], PLAIN)).plan
+        own = plan == "inside" and cpu_product.serves(dtype)
         calls.clear()
         results(ours, (each, *given), dy, leaves)
         assert calls == [False, True] * own
-
-
-def request_plan(x, weight, lora_A) -> str:
-    """The plan of plain LoRA."""
-    return pick("auto", request_of(x, weight, lora_A, PLAIN)).plan
 
 
 def test_other_tensors_after_the_first_call_are_checked_anew():

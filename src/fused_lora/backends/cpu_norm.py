@@ -10,19 +10,12 @@ from fused_lora.ops import internals
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 
 
-def refusal(lora_A: Tensor, lora_B: Tensor, weight: Tensor | None = None) -> str | None:
-    """Why the kernel does not take these, or None."""
-    if not lora_A.is_cpu:
-        return f"CPU tensors; got {lora_A.device}"
-    if lora_A.dtype is not torch.float32 or lora_B.dtype is not torch.float32:
-        return f"A and B in float32; got {lora_A.dtype}, {lora_B.dtype}"
-    if lora_A.shape[0] < 1:
-        return "at least one rank"
-    if weight is not None and weight.dtype not in FUSED_DTYPES:
-        return f"W in bfloat16, float16 or float32; got {weight.dtype}"
-    if weight is not None and weight.stride(1) != 1:
-        return "W with neighbouring columns adjacent in memory"
-    return None
+def serves(lora_A: Tensor, lora_B: Tensor, weight: Tensor | None = None) -> bool:
+    """Whether the kernel takes these: on the CPU, A [R, K] with a rank and B [N, R] in fp32, W [N, K] in a dtype that
+    is fused and its neighbouring columns adjacent in memory."""
+    if not lora_A.is_cpu or lora_A.dtype is not torch.float32 or lora_B.dtype is not torch.float32:
+        return False
+    return lora_A.shape[0] > 0 and (weight is None or (weight.dtype in FUSED_DTYPES and weight.stride(1) == 1))
 
 
 def row_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

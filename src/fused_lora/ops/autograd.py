@@ -124,21 +124,21 @@ def linear_apply(*inputs: Any) -> tuple[Tensor, Tensor]:
     return LoRALinearFunction.apply(*inputs) if is_dynamo_compiling() else _linear_apply(*inputs)
 
 
+def plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether this is plain eager mode on plain tensors: no tracing, torch.compile, torch.func, selective checkpointing
+    or other dispatch mode, no tensor subclass."""
+    return _unheard(*tensors) and not (transforms_active() or is_tracing())
+
+
 def nobody_listens(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, *optional: Tensor
 ) -> bool:
-    """Whether this is plain eager mode over a frozen layer: no tracing, torch.compile, torch.func, selective
-    checkpointing or other dispatch mode, no tensor subclass. Otherwise calls go through torch.ops.fused_lora.*, which
-    all of those see."""
+    """Whether this is plain eager mode over a frozen layer. Otherwise calls go through torch.ops.fused_lora.*, which
+    all who listen see."""
     return (
-        type(x) in _PLAIN_TENSORS
-        and type(weight) in _PLAIN_TENSORS
-        and type(lora_A) in _PLAIN_TENSORS
-        and type(lora_B) in _PLAIN_TENSORS
-        and (bias is None or (type(bias) in _PLAIN_TENSORS and not bias.requires_grad))
+        plain_eager(x, weight, lora_A, lora_B, bias, *optional)
         and not weight.requires_grad
-        and all(type(t) in _PLAIN_TENSORS for t in optional)
-        and not (is_dynamo_compiling() or dispatch_modes_active() or transforms_active() or is_tracing())
+        and (bias is None or not bias.requires_grad)
     )
 
 

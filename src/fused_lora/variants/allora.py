@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from torch.utils.hooks import RemovableHandle
 
 from fused_lora.backends import cpu_norm
-from fused_lora.ops.autograd import nobody_listens
+from fused_lora.ops.autograd import plain_eager
 from fused_lora.ops.internals import without_autocast
 from fused_lora.variants import Update
 from fused_lora.variants.once import OncePerStep
@@ -26,7 +26,7 @@ from fused_lora.variants.once import OncePerStep
 @torch.no_grad()
 def product_norms(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """The norms of the rows of B A [N] of A [R, K] and B [N, R], in fp32 at least; B A is not formed."""
-    if nobody_listens(lora_A, lora_A.detach(), lora_B, lora_B, None) and cpu_norm.refusal(lora_A, lora_B) is None:
+    if plain_eager(lora_A, lora_B) and cpu_norm.serves(lora_A, lora_B):
         return cpu_norm.product_norms(lora_A, lora_B)
     with without_autocast(lora_A):
         dtype = torch.promote_types(lora_A.dtype, torch.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.backends import cpu_norm
-from fused_lora.ops.autograd import nobody_listens
+from fused_lora.ops.autograd import plain_eager
 from fused_lora.ops.internals import without_autocast
 from fused_lora.variants import Update
 from fused_lora.variants.once import OncePerStep
@@ -73,8 +73,8 @@ def row_norm(
         lora_A, lora_B, scaling: [R, K], [N, R], a number or a 0-d tensor.
     Returns: n [N] and empty [N], 1 for such rows and else 0.
     """
-    plain = not torch.is_grad_enabled() and nobody_listens(weight.detach(), squares, lora_A, lora_B, None)
-    if plain and isinstance(scaling, float) and cpu_norm.refusal(lora_A, lora_B, weight) is None:
+    plain = not torch.is_grad_enabled() and plain_eager(weight, squares, lora_A, lora_B)
+    if plain and isinstance(scaling, float) and cpu_norm.serves(lora_A, lora_B, weight):
         return cpu_norm.row_norm(weight, squares, lora_A, lora_B, scaling)
     with without_autocast(weight):
         A, Bt = lora_A.to(squares.dtype), lora_B.to(squares.dtype).t()

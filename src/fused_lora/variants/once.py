@@ -53,14 +53,7 @@ class OncePerStep:
         # what is gone may have left its id or its address to another
         if kept is not None and kept[0] == key and all(alive() is not None for alive in kept[1]):
             return kept[2]
-        # tensors that a later backward can save, of no graph
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False), torch.no_grad():
-                value = compute()
-        elif torch.is_grad_enabled():
-            with torch.no_grad():
-                value = compute()
-        else:
+        with torch.inference_mode(False), torch.no_grad():  # tensors that a later backward can save, of no graph
             value = compute()
         references = [ref(each) for t in tensors for each in (t, t.untyped_storage())]
         self._kept = key, references, value  # at once: threads of DataParallel share this object
