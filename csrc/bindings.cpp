@@ -32,7 +32,7 @@ void grouped_backward(const CpuGroupedBackwardParams& p) { check(cpu_grouped_bac
 using F = CpuForwardParams;
 constexpr Keyword<F> kForward[] = {
     {"x", put<F, &F::x, &F::ldx>},
-    {"W", put<F, &F::W, &F::ldw>},
+    {"W", put<F, &F::W, &F::ldw, &F::W_transposed>},
     {"A", put<F, &F::A>},
     {"B", put<F, &F::B>},
     {"bias", put<F, &F::bias>},
@@ -53,11 +53,11 @@ using D = CpuBackwardParams;
 constexpr Keyword<D> kBackward[] = {
     {"dy", put<D, &D::dy, &D::lddy>},
     {"x", put<D, &D::x, &D::ldx>},
-    {"W", put<D, &D::W, &D::ldw>},
+    {"W", put<D, &D::W, &D::ldw, &D::W_transposed>},
     {"A", put<D, &D::A>},
     {"B", put<D, &D::B>},
     {"h", put<D, &D::h>},
-    {"dx", put<D, &D::dx>},
+    {"dx", put<D, &D::dx, &D::add>},
     {"dA", put<D, &D::dA>},
     {"dB", put<D, &D::dB>},
     {"dbias", put<D, &D::dbias>},
@@ -89,13 +89,12 @@ constexpr Keyword<S> kScale[] = {
 
 using P = CpuProductParams;
 constexpr Keyword<P> kProduct[] = {
-    {"left", put<P, &P::left, &P::ld_left>},
-    {"right", put<P, &P::right, &P::ld_right>},
+    {"x", put<P, &P::x, &P::ldx>},
+    {"W", put<P, &P::W, &P::ldw, &P::W_transposed>},
     {"bias", put<P, &P::bias>},
-    {"out", put<P, &P::out>},
+    {"y", put<P, &P::y>},
     {"sizes", put<P, &P::M, &P::N, &P::K>},
     {"dtype", put<P, &P::dtype>},
-    {"by_rows", put<P, &P::by_rows>},
     {"threads", put<P, &P::threads>},
 };
 

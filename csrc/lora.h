@@ -51,13 +51,14 @@ struct Dropout {
 // W, by adding h B^T to the caller's x W^T + bias, of which the bias is left to us where there is an out_scale.
 struct CpuForwardParams {
   const void* x;     // [M, K], row stride ldx, dtype
-  const void* W;     // [N, K], row stride ldw, dtype; or null
+  const void* W;     // [N, K] or, W_transposed, [K, N], row stride ldw, dtype; or null
   const void* A;     // [R, K], contiguous, adapter_dtype
   const void* B;     // [N, R], contiguous, adapter_dtype
   const void* bias;  // [N], dtype, read with W or out_scale only; or null
   void* h;           // [M, R], contiguous, dtype
   void* y;           // [M, N], contiguous, dtype; updated where W is null
   int64_t M, N, K, R, ldx, ldw;
+  bool W_transposed;
   Dtype dtype, adapter_dtype;
   float scaling;
   Dropout dropout;
@@ -74,7 +75,7 @@ struct CpuForwardParams {
 struct CpuBackwardParams {
   const void* dy;  // [M, N], row stride lddy, dtype
   const void* x;   // [M, K], row stride ldx, dtype, the low-rank path's input; read for dA only
-  const void* W;   // [N, K], row stride ldw, dtype, read for dx only; or null
+  const void* W;   // [N, K] or, W_transposed, [K, N], row stride ldw, dtype, read for dx only; or null
   const void* A;   // [R, K], contiguous, adapter_dtype
   const void* B;   // [N, R], contiguous, adapter_dtype
   const void* h;   // [M, R], contiguous, dtype; read for dB and dgate only
@@ -83,6 +84,8 @@ struct CpuBackwardParams {
   void* dB;        // [N, R], contiguous, adapter_dtype
   void* dbias;     // [N], contiguous, dtype
   int64_t M, N, K, R, ldx, lddy, ldw;
+  bool W_transposed;
+  bool add;  // dx with the base product to what it holds; in fp32 only
   Dtype dtype, adapter_dtype;
   float scaling;
   Dropout dropout;
@@ -120,15 +123,15 @@ struct CpuScaleParams {
   int threads;
 };
 
-// CPU, the base product alone: x W^T + bias, or by_rows dy W; in fp32, and in bf16 on AVX512-BF16.
+// CPU, the base product alone: y = x W^T + bias, in fp32, and in bf16 on AVX512-BF16.
 struct CpuProductParams {
-  const void* left;   // [M, K], row stride ld_left, dtype
-  const void* right;  // [N, K], or by_rows [K, N], row stride ld_right, dtype
-  const void* bias;   // [N], dtype; or null
-  void* out;          // [M, N], contiguous, dtype
-  int64_t M, N, K, ld_left, ld_right;
+  const void* x;     // [M, K], row stride ldx, dtype
+  const void* W;     // [N, K] or, W_transposed, [K, N], row stride ldw, dtype
+  const void* bias;  // [N], dtype; or null
+  void* y;           // [M, N], contiguous, dtype
+  int64_t M, N, K, ldx, ldw;
+  bool W_transposed;
   Dtype dtype;
-  bool by_rows;
   int threads;
 };
 

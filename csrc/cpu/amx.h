@@ -122,7 +122,7 @@ struct AmxGemm {
   const uint16_t* left;    // blocks[sides(M)][sides(K)]
   const uint16_t* right;   // by_rows: [K, N], else its transpose [N, K]; row stride ld_right; or null
   const uint16_t* low;     // [M rounded up to 32, Rp], bf16
-  const void* thin;        // by_rows: [R, N], else its transpose [N, R]; contiguous, thin_dtype
+  const void* thin;        // thin_by_rows: [R, N], else its transpose [N, R]; contiguous, thin_dtype
   const uint16_t* bias;    // [N] or null
   const float* out_scale;  // [N] or null
   const uint32_t* keep;    // [M, sides(N)] bits, or null
@@ -130,7 +130,7 @@ struct AmxGemm {
   int64_t M, N, K, R, ld_right;
   Dtype thin_dtype;
   float scale;
-  bool by_rows;
+  bool by_rows, thin_by_rows;
   const int64_t* rows = nullptr;  // [M], which rows of a larger `out` these are; null: all in their order
 };
 // What its tasks need, for products of at most g's sizes: columns are split first, rows where threads are left.

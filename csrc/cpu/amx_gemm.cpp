@@ -1,8 +1,9 @@
 // amx_gemm: out = out_scale * (left right + scale * keep * (low thin)) + bias on AMX tiles, a base product with its
 // update inside.
 //
-//   forward   y [M, N]  = x [M, K] W^T + h [M, R] B^T + bias        W, B [columns, depth]: by_rows = false
-//   backward  dx [M, K] = dy [M, N] W  + mask * (dh [M, R] A)       W, A [depth, columns]: by_rows = true
+//   forward   y [M, N]  = x [M, K] W^T + h [M, R] B^T + bias        W, B [columns, depth]: by_rows, thin_by_rows false
+//   backward  dx [M, K] = dy [M, N] W  + mask * (dh [M, R] A)       W, A [depth, columns]: by_rows, thin_by_rows true
+//   of a W that is given as its transpose by_rows is the other one
 //
 // Layouts: `left` in blocks (amx.h), `low` padded, the rest as it lies, `out` contiguous.
 // Tiles: a task owns a range of rows and of columns. kDepth x kGroup of `right` is packed into pairs (512 KiB in
@@ -122,10 +123,10 @@ int64_t group_size(const AmxGemm& g) {
   return std::min(kGroup, sides(g.N) * kSide) * (deep + round_up(g.R, kSide));
 }
 
-BF16_DOT void pack(const AmxGemm& g, const void* src, Dtype dtype, int64_t ld, int64_t k, int64_t n, uint16_t* pairs,
+BF16_DOT void pack(bool by_rows, const void* src, Dtype dtype, int64_t ld, int64_t k, int64_t n, uint16_t* pairs,
                    int64_t depth, int64_t cols) {
   const int64_t panel = sides(depth) * kBlock;
-  if (g.by_rows) pair_panels(at(src, k * ld + n, dtype), dtype, ld, pairs, panel, depth, cols);
+  if (by_rows) pair_panels(at(src, k * ld + n, dtype), dtype, ld, pairs, panel, depth, cols);
   else pair_panels_transposed(at(src, n * ld + k, dtype), dtype, ld, pairs, panel, depth, cols);
 }
 
@@ -138,10 +139,10 @@ BF16_DOT void task(const AmxGemm& g, Range rows, Range cols, uint16_t* group, fl
   for (int64_t n0 = cols.begin; n0 < cols.end; n0 += kGroup) {
     const int64_t width = std::min(kGroup, cols.end - n0), panels = sides(width);
     uint16_t* thin = group + (g.right ? std::min(kDepth, all * kSide) : 0) * panels * kSide;
-    if (g.R) pack(g, g.thin, g.thin_dtype, g.by_rows ? g.N : g.R, 0, n0, thin, g.R, width);
+    if (g.R) pack(g.thin_by_rows, g.thin, g.thin_dtype, g.thin_by_rows ? g.N : g.R, 0, n0, thin, g.R, width);
     for (int64_t k = 0; k < depth; k += kDepth) {
       const int64_t deep = std::min(kDepth, depth - k), steps = g.right ? sides(deep) : 0;
-      if (steps) pack(g, g.right, Dtype::bf16, g.ld_right, k, n0, group, deep, width);
+      if (steps) pack(g.by_rows, g.right, Dtype::bf16, g.ld_right, k, n0, group, deep, width);
       for (int64_t m = rows.begin; m < rows.end; m += kSide)
         for (int64_t s = 0; s == 0 || s < steps; s += kNear) {
           const int64_t near = std::min(kNear, steps - s);

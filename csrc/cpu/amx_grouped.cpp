@@ -98,7 +98,8 @@ class Task {
                     .ld_right = 0,
                     .thin_dtype = p.adapter_dtype,
                     .scale = keep ? dropout.scale() : 1.0f,
-                    .by_rows = pass.backward,
+                    .by_rows = false,
+                    .thin_by_rows = pass.backward,
                     .rows = at};
     amx_gemm(g, AmxScratch(g, buffers, 1));
   }

@@ -107,7 +107,8 @@ class Forward {
           .ld_right = p.ldw,
           .thin_dtype = p.adapter_dtype,
           .scale = 1.0f,
-          .by_rows = false},
+          .by_rows = p.W_transposed,
+          .thin_by_rows = false},
         scratch(y, buffers, threads) {
     down.take(buffers);
   }
@@ -234,7 +235,8 @@ class Backward {
            .ld_right = p.ldw,
            .thin_dtype = p.adapter_dtype,
            .scale = p.dropout.scale(),
-           .by_rows = true},
+           .by_rows = !p.W_transposed,
+           .thin_by_rows = true},
         dx_lora(dx),
         scratch(dx, buffers, p.dx ? threads : 0),
         scratch_lora(update_alone(dx_lora), buffers, p.dx_lora ? threads : 0) {

@@ -206,7 +206,7 @@ void backward_bf16(const CpuBackwardParams& p, Buffers& buffers) {
                     .ld_thin = thin.ld(),
                     .ld_keep = words,
                     .scale = p.dropout.scale(),
-                    .by_rows = true};
+                    .by_rows = !p.W_transposed};
   bf16_gemm(dx, buffers, threads_worth(p.M * p.N * p.K / 4, p.threads));
 }
 #endif
@@ -246,7 +246,9 @@ Status cpu_backward(const CpuBackwardParams& p) {
                     .ld_right = p.ldw,
                     .ld_low = Rp,
                     .ld_thin = p.K,
-                    .by_rows = true};
+                    .by_rows = !p.W_transposed,
+                    .thin_by_rows = true,
+                    .add = p.add};
   const int threads = threads_worth(p.M * p.N * p.K, p.threads);
   if (own && !inside) lora_gemm(dx, buffers, threads);
   const bool update = p.dx_lora || (p.dx && !inside);

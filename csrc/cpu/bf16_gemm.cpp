@@ -3,6 +3,7 @@
 //
 //   forward   y [M, N]  = x [M, K] W^T + h [M, R] B^T + bias      W [columns, depth]: by_rows = false
 //   backward  dx [M, K] = dy [M, N] W  + mask * (dh [M, R] A)     W [depth, columns]: by_rows = true
+//   of a W that is given as its transpose by_rows is the other one
 //
 // Layouts: rows of every operand with a row stride, `out` contiguous, `thin` in pairs of ranks. A step is a pair of
 // neighbours along the summed dimension, 32 bits.

@@ -90,7 +90,7 @@ void forward_bf16(const CpuForwardParams& p, Buffers& buffers) {
                    .ld_thin = thin.ld(),
                    .ld_keep = 0,
                    .scale = 1.0f,
-                   .by_rows = false};
+                   .by_rows = p.W_transposed};
   bf16_gemm(y, buffers, threads_worth(p.M * p.N * p.K / 4, p.threads));
 }
 #endif
@@ -130,7 +130,8 @@ Status cpu_forward(const CpuForwardParams& p) {
                      .ld_right = p.ldw,
                      .ld_low = low ? Rp : p.R,
                      .ld_thin = p.R,
-                     .by_rows = false};
+                     .by_rows = p.W_transposed,
+                     .thin_by_rows = false};
     lora_gemm(y, buffers, threads_worth(p.M * p.N * p.K, p.threads));
   }
   return Status::ok;

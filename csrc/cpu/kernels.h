@@ -54,18 +54,20 @@ void wgrad_bf16(const uint16_t* panel, int64_t ld, const uint32_t* low, float* o
 // out[cols] += sum over rows of panel; cols rounded up to a multiple of kLanes.
 void column_sums_bf16(const uint16_t* panel, int64_t ld, float* out, int64_t rows, int64_t cols);
 
-// lora_gemm.cpp  out = left right + low thin + bias in fp32, on all threads: y, or dx, where N and K change places.
+// lora_gemm.cpp  out = left right + low thin + bias (+ out) in fp32, on all threads: y, or dx, where N and K change
+//                places.
 struct LoraGemm {
   const float* left;        // [M, K], row stride ld_left
   const float* left_scale;  // [K], of the columns of left; or null
   const float* right;       // by_rows: [K, N], else its transpose [N, K]; row stride ld_right
   const float* low;         // [M, R], row stride ld_low; R may be 0
-  const float* thin;        // by_rows: [R, N], else its transpose [N, R]; row stride ld_thin
+  const float* thin;        // thin_by_rows: [R, N], else its transpose [N, R]; row stride ld_thin
   const float* bias;        // [N] or null
-  const float* scale;       // [N], of the columns of right and thin, where not by_rows; or null
+  const float* scale;       // [N], of the columns of right and thin; or null
   float* out;               // [M, N], contiguous
   int64_t M, N, K, R, ld_left, ld_right, ld_low, ld_thin;
-  bool by_rows;
+  bool by_rows, thin_by_rows;
+  bool add = false;  // to what out holds
 };
 class Buffers;  // walk.h
 void lora_gemm(const LoraGemm& g, Buffers& buffers, int threads);

@@ -1,8 +1,9 @@
 // lora_gemm: out = left right + low thin + bias in fp32, a base product with its low-rank update inside.
 //
-//   forward   y [M, N]  = x [M, K] W^T + h [M, R] B^T + bias      W, B [columns, depth]: by_rows = false
+//   forward   y [M, N]  = x [M, K] W^T + h [M, R] B^T + bias      W, B [columns, depth]: by_rows, thin_by_rows false
 //             with a scale of the columns W and B are packed times it; left likewise is copied times its own
-//   backward  dx [M, K] = dy [M, N] W  + dh [M, R] A              W, A [depth, columns]: by_rows = true
+//   backward  dx [M, K] = dy [M, N] W  + dh [M, R] A              W, A [depth, columns]: by_rows, thin_by_rows true
+//   of a W that is given as its transpose by_rows is the other one
 //
 // Layouts: rows of every operand with a row stride, `out` contiguous.
 // Tiles: the update is R more steps of the summed dimension: `thin` lies below `right`, `low` beside `left`. A task
@@ -38,7 +39,7 @@ constexpr int64_t kStepsAhead = 24;  // what is read so is fetched before
 
 // Whether the rows of `right` are read so: at a stride of whole pages they meet in the same lines of the L1, and the
 // product of 512 rows takes 3 to 5 % longer.
-INLINE bool copied_as_read(const LoraGemm& g) { return g.by_rows && g.ld_right % 1024 != 0; }
+INLINE bool copied_as_read(const LoraGemm& g) { return g.by_rows && !g.scale && g.ld_right % 1024 != 0; }
 
 // One strip against every panel of a block.
 struct Strip {
@@ -161,16 +162,17 @@ struct Block {
 template <class V> INLINE void pack_block(const LoraGemm& g, const Block& b, float* panels) {
   const int64_t base = b.base(g), ranks = b.depth - base, r = b.first_rank(g), stride = b.depth * kColumns;
   float* below = panels + base * kColumns;
+  const float* scale = g.scale ? g.scale + b.n : nullptr;
   if (g.by_rows) {
     const int64_t whole = copied_as_read(g) ? b.width / kColumns * kColumns : 0;
-    pack_rows(g.right + b.k * g.ld_right + b.n + whole, g.ld_right, panels + whole * b.depth, stride, base,
+    pack_rows(g.right + b.k * g.ld_right + b.n + whole, g.ld_right, scale, panels + whole * b.depth, stride, base,
               b.width - whole);
-    if (ranks) pack_rows(g.thin + r * g.ld_thin + b.n, g.ld_thin, below, stride, ranks, b.width);
   } else {
-    const float* scale = g.scale ? g.scale + b.n : nullptr;
     pack_columns<V>(g.right + b.n * g.ld_right + b.k, g.ld_right, scale, panels, stride, base, b.width);
-    if (ranks) pack_columns<V>(g.thin + b.n * g.ld_thin + r, g.ld_thin, scale, below, stride, ranks, b.width);
   }
+  if (!ranks) return;
+  if (g.thin_by_rows) pack_rows(g.thin + r * g.ld_thin + b.n, g.ld_thin, scale, below, stride, ranks, b.width);
+  else pack_columns<V>(g.thin + b.n * g.ld_thin + r, g.ld_thin, scale, below, stride, ranks, b.width);
 }
 
 // strip[height, depth (row stride kPitch)] = rows m.. of `left` and `low`.
@@ -205,7 +207,7 @@ template <class V> INLINE void task(const LoraGemm& g, Range rows, Range cols, f
                         .width = b.width,
                         .out = g.out + m * g.N + n,
                         .ldo = g.N,
-                        .add = k > 0,
+                        .add = g.add || k > 0,
                         .bias = k == 0 && g.bias ? g.bias + n : nullptr,
                         .next = g.left + (m + H) * g.ld_left + k,
                         .ld_next = g.ld_left});

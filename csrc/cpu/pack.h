@@ -102,17 +102,21 @@ INLINE void pack_panel(const float* right, int64_t ld, const float* scale, float
     }
 }
 
-// panels[c / 32, k, 32] = right[k, c], for k < depth and c < width; `stride` floats from panel to panel, columns past
-// width zero. Whole rows at a time: 32 columns of each row would be a page a step.
-INLINE void pack_rows(const float* right, int64_t ld, float* panels, int64_t stride, int64_t depth, int64_t width) {
+// panels[c / 32, k, 32] = right[k, c] (* scale[c]), for k < depth and c < width; `stride` floats from panel to panel,
+// columns past width zero. Whole rows at a time: 32 columns of each row would be a page a step.
+INLINE void pack_rows(const float* right, int64_t ld, const float* scale, float* panels, int64_t stride, int64_t depth,
+                      int64_t width) {
   const int64_t whole = width / kColumns * kColumns;
   for (int64_t k = 0; k < depth; ++k, right += ld, panels += kColumns) {
     float* to = panels;
     for (int64_t c = 0; c < whole; c += kColumns, to += stride) {
       __builtin_prefetch(right + 4 * ld + c), __builtin_prefetch(right + 4 * ld + c + 16);
-      std::copy_n(right + c, kColumns, to);
+      if (scale)
+        for (int64_t j = 0; j < kColumns; ++j) to[j] = right[c + j] * scale[c + j];
+      else std::copy_n(right + c, kColumns, to);
     }
-    for (int64_t c = whole; whole < width && c < whole + kColumns; ++c) to[c - whole] = c < width ? right[c] : 0.0f;
+    for (int64_t c = whole; whole < width && c < whole + kColumns; ++c)
+      to[c - whole] = c < width ? right[c] * (scale ? scale[c] : 1.0f) : 0.0f;
   }
 }
 

@@ -1,6 +1,6 @@
-// product: out = left right + bias, the base product alone, by lora_gemm or bf16_gemm without a rank.
+// product: y = x W^T + bias, the base product alone, by lora_gemm or bf16_gemm without a rank.
 //
-// Used where the update is no plain LoRA's: a batch of several adapters (grouped.cpp) adds theirs to it.
+// Used where the update comes apart from it: of several adapters (grouped.cpp), of each of a mixture's experts.
 #include <type_traits>
 
 #include "cpu_features.h"
@@ -14,10 +14,10 @@ namespace {
 template <class Gemm> Gemm gemm_of(const CpuProductParams& p) {
   Gemm g{};
   using Element = std::remove_pointer_t<decltype(g.out)>;
-  g.left = static_cast<const Element*>(p.left), g.ld_left = p.ld_left;
-  g.right = static_cast<const Element*>(p.right), g.ld_right = p.ld_right;
-  g.bias = static_cast<const Element*>(p.bias), g.out = static_cast<Element*>(p.out);
-  g.M = p.M, g.N = p.N, g.K = p.K, g.by_rows = p.by_rows;
+  g.left = static_cast<const Element*>(p.x), g.ld_left = p.ldx;
+  g.right = static_cast<const Element*>(p.W), g.ld_right = p.ldw, g.by_rows = p.W_transposed;
+  g.bias = static_cast<const Element*>(p.bias), g.out = static_cast<Element*>(p.y);
+  g.M = p.M, g.N = p.N, g.K = p.K;
   return g;
 }
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from fused_lora import _C, lora_linear
 from fused_lora.backends import cpu, cpu_product
 from fused_lora.ops import internals
-from fused_lora.ops.reference import PLAIN
+from fused_lora.ops.reference import PLAIN, Gradients
 from fused_lora.ops.schema import request_of
-from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
+from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth, with_optional
 
 
 @pytest.fixture(params=["inside", "around"])
@@ -106,15 +106,32 @@ def test_amx_walks_chunks_and_groups(poison, threads, shape, count):
         assert_close(run(p, backend=f"cpu:{plan}", **masked), *expect)
 
 
-def test_strided_weight(poison, planned):
-    """Rows of a wider matrix, and transposed storage; the NaNs around the view must not leak in."""
-    p = exact_problem(40, 70, 90, 8)
-    want = truth(p)
-    wide = torch.full((72, 106), float("nan"))
-    wide[1:-1, 8:-8] = p.weight
-    for weight in (wide[1:-1, 8:-8], p.weight.t().contiguous().t()):
-        p.weight = weight
-        assert_exact(run(p, backend=planned(p)), want)
+def strided(weight):
+    """A weight as rows of a wider matrix and as columns of one, transposed, and with every other column of one. What
+    lies around it is NaN in fp32, and finite in bf16, where PyTorch's own product multiplies it by zero."""
+    around = float("nan") if weight.dtype is torch.float32 else 99.0
+    N, K = weight.shape
+    wide, tall = weight.new_full((N + 2, K + 16), around), weight.new_full((K + 2, N + 16), around)
+    apart = weight.new_full((N, 2 * K), around)
+    views = wide[1:-1, 8:-8], tall[1:-1, 8:-8].t(), weight.new_empty(K, N).t(), apart[:, ::2]
+    for view in views:
+        yield view.copy_(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(40, 70, 90, 8), (4, 31, 1, 3), (37, 1056, 1160, 60), (25, 513, 385, 400)])
+def test_strided_weight(poison, planned, dtype, shape):
+    """What lies around it must not leak in; dropout, and DoRA's scale of its rows, come to it as it lies, too."""
+    p = exact_problem(*shape, dtype)
+    q = with_optional(exact_problem(*shape, dtype), ("out_scale", "h_in"), exact=True)
+    r, masked = random_problem(*shape, dtype), dict(dropout_p=0.25, seed=torch.tensor([5]))
+    wants = truth(p), truth(q, needs=q.needs())
+    expect = run(r, backend="reference", **masked), truth(r, **masked)
+    for views in zip(strided(p.weight), strided(q.weight), strided(r.weight)):
+        p.weight, q.weight, r.weight = views
+        assert_exact(run(p, backend=planned(p)), wants[0])
+        assert_exact(run(q, backend=planned(q), needs=q.needs()), wants[1])
+        assert_close(run(r, backend=planned(r), **masked), *expect)
 
 
 def test_a_row_of_y_does_not_depend_on_the_others():
@@ -159,7 +176,9 @@ def test_onednn_is_left_alone_where_it_is_switched_off(monkeypatch):
 def test_the_door_takes_each_keyword_once():
     """A missing, unknown, positional or unfit argument is a TypeError, and what the kernels refuse a ValueError."""
     t = torch.zeros(1)
-    good = dict(x=(0, 1), W=(0, 0), A=t.data_ptr(), B=t.data_ptr(), bias=0, h=0, y=0, sizes=(0, 1, 1, 1), dtypes=(0, 0))
+    good = dict(
+        x=(0, 1), W=(0, 0, 0), A=t.data_ptr(), B=t.data_ptr(), bias=0, h=0, y=0, sizes=(0, 1, 1, 1), dtypes=(0, 0)
+    )
     good |= dict(scaling=1.0, dropout=(0, 0), threads=1)
     _C.cpu_forward(**good)
     _C.cpu_forward(**dict(reversed(good.items())))
@@ -170,7 +189,7 @@ def test_the_door_takes_each_keyword_once():
         _C.cpu_forward(**good, z=1)
     with pytest.raises(TypeError, match="by keyword"):
         _C.cpu_forward(*good.values())
-    unfit = dict(x=0, W=(0, 0, 0), A=None, y=-1, sizes=(0, 1, 1), dtypes=(0, 1 << 40), scaling="1", threads=1.5)
+    unfit = dict(x=0, W=(0, 0), A=None, y=-1, sizes=(0, 1, 1), dtypes=(0, 1 << 40), scaling="1", threads=1.5)
     for name, value in (unfit | dict(dropout=(0, -1), threads=1 << 31)).items():
         with pytest.raises(TypeError, match=f"{name} does not take"):
             _C.cpu_forward(**good | {name: value})
@@ -199,11 +218,15 @@ assert _C.cpu_features() == {expect}
 for dtype, adapter in ((torch.float32, None), (torch.bfloat16, torch.float32), (torch.float16, None)):
     for shape in ((1, 40, 24, 1), (101, 330, 400, 33), (50, 513, 769, 8)):
         p = exact_problem(*shape, dtype, adapter)
+        turned = p._replace(weight=p.weight.t().contiguous().t()) if False else exact_problem(*shape, dtype, adapter)
         for plan in cpu.plans(request_of(p.x, p.weight, p.lora_A, PLAIN)):
             assert_exact(run(p, backend="cpu:" + plan), truth(p))
             q, masked = random_problem(*shape, dtype, adapter), dict(dropout_p=0.25, seed=torch.tensor([5]))
             assert_close(run(q, backend="cpu:" + plan, **masked), run(q, backend="reference", **masked),
                          truth(q, **masked))
+        want, p.weight = truth(p), p.weight.t().contiguous().t()
+        for plan in cpu.plans(request_of(p.x, p.weight, p.lora_A, PLAIN)):
+            assert_exact(run(p, backend="cpu:" + plan), want)
     optional = ("x_lora", "h_in", "gate", "out_scale", "grad_row_scale", "dh")
     for names in (optional, optional[1:]):
         p = with_optional(exact_problem(101, 413, 100, 8, dtype, adapter), names, exact=True, gates=4)
@@ -263,15 +286,32 @@ def test_a_plan_that_is_not_there_is_refused():
             lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0, backend=backend)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("shape", [(4, 31, 33, 3), (100, 1056, 770, 60)])
+def test_dx_is_added_to_another_layer_s(poison, shape, dropout_p):
+    """backward_onto in each plan: exact where nothing is dropped, else what backward has, up to a rounding."""
+    for plan in ("inside", "around"):
+        p, before = exact_problem(*shape), torch.randint(-2, 3, (shape[0], shape[2])).float()
+        seed, needs = torch.tensor([5]) if dropout_p else None, Gradients(True, False, True, True, *[False] * 5)
+        h = cpu.forward(p.x, p.weight, p.lora_A, p.lora_B, None, p.scaling, dropout_p, seed, PLAIN, plan)[1]
+        given, settings = (p.x, p.weight, p.lora_A, p.lora_B, h), (p.scaling, dropout_p, seed, needs)
+        want = cpu.backward(p.dy, None, *given, None, None, *settings, PLAIN, plan)
+        found = cpu.backward_onto(before.clone(), p.dy, *given, *settings, plan)
+        torch.testing.assert_close(found.x, want.x + before, rtol=0, atol=1e-5 * dropout_p)
+        assert torch.equal(found.lora_A, want.lora_A) and torch.equal(found.lora_B, want.lora_B)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("M, N, K", [(1, 1, 1), (37, 321, 385), (100, 1056, 1160)])
 def test_the_product_alone(poison, dtype, M, N, K):
-    """y and dx without an update, exactly; of rows in a wider matrix."""
+    """y and dx without an update, exactly; of rows in a wider matrix, with W however it lies, into what is given."""
     if not cpu_product.serves(dtype):
         pytest.skip("no product alone on AMX")
     p = exact_problem(M, N, K, 1, dtype)
     x, dy = (torch.nn.functional.pad(t, (3, 5), value=float("nan"))[:, 3:-5] for t in (p.x, p.dy))
-    y = p.x.double() @ p.weight.double().t()
-    assert torch.equal(cpu_product.product(x, p.weight, p.bias).double(), y + p.bias.double())
-    assert torch.equal(cpu_product.product(x, p.weight).double(), y)
-    assert torch.equal(cpu_product.product_backward(dy, p.weight).double(), p.dy.double() @ p.weight.double())
+    y, dx = p.x.double() @ p.weight.double().t(), p.dy.double() @ p.weight.double()
+    for weight in strided(p.weight):
+        assert torch.equal(cpu_product.product(x, weight, p.bias).double(), y + p.bias.double())
+        assert torch.equal(cpu_product.product(x, weight).double(), y)
+        given = torch.full((M, K), float("nan"), dtype=dtype)
+        assert cpu_product.product(dy, weight.t(), y=given) is given and torch.equal(given.double(), dx)

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 from transformers.pytorch_utils import Conv1D
 
 from fused_lora.adapters import apply_lora, load_adapter, merged, save_adapter
-from fused_lora.backends import cpu
+from fused_lora.backends import cpu, cpu_product
 from fused_lora.nn import LoRALinear
 from fused_lora.nn.around import LoRALinearAround
 from fused_lora.ops.reference import PLAIN
@@ -204,7 +204,9 @@ def test_conv1d_is_taken_over_as_it_lies(bias, dtype):
 def test_a_transposed_weight_is_multiplied_as_it_lies():
     weight, x, A = torch.randn(SIZES), torch.randn(64, SIZES[0]), torch.randn(4, SIZES[0])
     assert not request_of(x, weight.t(), A, PLAIN).aligned and request_of(x, weight.t().contiguous(), A, PLAIN).aligned
-    assert cpu.plans(request_of(x, weight.t(), A, PLAIN)) == ("around",)
+    assert sorted(cpu.plans(request_of(x, weight.t(), A, PLAIN))) == ["around", "inside"]
+    laid, ld, transposed = cpu_product.laid(weight.t())
+    assert laid.data_ptr() == weight.data_ptr() and ld == SIZES[1] and transposed
 
 
 def test_conv1d_with_a_hook_stays_itself():

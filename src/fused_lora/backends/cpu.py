@@ -19,6 +19,7 @@ from fused_lora.backends.cpu_grouped import grouped_backward_onto as grouped_bac
 from fused_lora.backends.cpu_grouped import grouped_update as grouped_update
 from fused_lora.backends.cpu_grouped import grouped_update_backward as grouped_update_backward
 from fused_lora.backends.cpu_grouped import grouped_update_onto as grouped_update_onto
+from fused_lora.backends.cpu_product import LEAST_ROWS, laid
 from fused_lora.ops import internals
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import linear_with_bias
@@ -26,7 +27,6 @@ from fused_lora.ops.reference import PLAIN, Gradients, Variant, out_scale_gradie
 
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 _FEATURES = _C.cpu_features()
-_LEAST_ROWS = 4  # below, packing W costs more than MKL's product without it (EPYC 9004, 2026-11-24)
 
 
 def refusal(request: Request) -> str | None:
@@ -41,13 +41,13 @@ def refusal(request: Request) -> str | None:
 def plans(request: Request) -> tuple[str, ...]:
     """See `backends`. Where there are instructions for it "inside" is as fast as PyTorch's product without the update,
     or faster (bench/NOTES.md)."""
-    if request.M < _LEAST_ROWS or request.dtype is torch.float16 or request.optional in (UPDATE, GROUPED):
+    if request.M < LEAST_ROWS or request.dtype is torch.float16 or request.optional in (UPDATE, GROUPED):
         return ("around",)
-    if not request.aligned:  # a transposed weight, which PyTorch's product takes as it lies and ours would copy
+    if request.dtype is torch.bfloat16 and not _FEATURES["bf16_dot"]:
         return ("around",)
-    if request.dtype is torch.bfloat16:
-        return ("inside", "around") if _FEATURES["bf16_dot"] else ("around",)
-    return ("inside", "around") if _FEATURES["avx2"] else ("around", "inside")
+    # of a transposed weight not measured on AMX
+    first = _FEATURES["avx2"] and (request.aligned or request.dtype is torch.float32 or not _FEATURES["amx"])
+    return ("inside", "around") if first else ("around", "inside")
 
 
 def summary(request: Request, plan: str) -> str:
@@ -65,11 +65,9 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, 
     if plan == "inside":
         y = internals.empty_on_cpu((x.shape[0], weight.shape[0]), (weight.shape[0], 1), x.dtype)
         return y, _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant)
-    if variant.out_scale is not None:  # the bias comes after it
-        y = F.linear(x, weight)
-        return y, _forward(y, x, None, lora_A, lora_B, bias, scaling, dropout_p, seed, variant)
-    y = F.linear(x, weight) if bias is None else linear_with_bias(x, weight, bias)
-    return y, _forward(y, x, None, lora_A, lora_B, None, scaling, dropout_p, seed, variant)
+    early, late = (bias, None) if variant.out_scale is None else (None, bias)  # the bias comes after out_scale
+    y = F.linear(x, weight) if early is None else linear_with_bias(x, weight, early)
+    return y, _forward(y, x, None, lora_A, lora_B, late, scaling, dropout_p, seed, variant)
 
 
 def update(y, x, lora_A, lora_B, scaling, dropout_p, seed):
@@ -113,17 +111,17 @@ def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, varia
     (M, K), (N, R) = x.shape, lora_B.shape
     x, ldx = (x, K) if x.is_contiguous() else _rows(x)
     h = internals.empty_on_cpu((M, R), (R, 1), dtype)
-    W_ptr = ldw = bias_ptr = 0
+    W, bias_ptr = (0, 0, False), 0
     if weight is not None:
-        weight, ldw = (weight, K) if weight.is_contiguous() else _rows(weight)
-        W_ptr = weight.data_ptr()
+        weight, ldw, transposed = (weight, K, False) if weight.is_contiguous() else laid(weight)
+        W = weight.data_ptr(), ldw, transposed
     if bias is not None:
         bias = bias.contiguous()
         bias_ptr = bias.data_ptr()
     dropout = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     call(
         x=(x.data_ptr(), ldx),
-        W=(W_ptr, ldw),
+        W=W,
         A=lora_A.data_ptr(),
         B=lora_B.data_ptr(),
         bias=bias_ptr,
@@ -151,11 +149,12 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, 
     return _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
 
 
-def backward_onto(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
-    """`backward` of plain LoRA with dx [M, K], contiguous, added to what is there."""
-    if needs.x:
+def backward_onto(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, plan):
+    """`backward` of plain LoRA in fp32 with dx [M, K], contiguous, added to what is there."""
+    if needs.x and plan != "inside":
         dx.addmm_(dy, weight)
-    return _backward(dx, dy, x, None, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
+        weight = None
+    return _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, add=True)
 
 
 def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant, plan):
@@ -250,22 +249,23 @@ def update_backward(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
     return _backward(dx, dy, x, None, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
 
 
-def _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, optional=None):
+def _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, optional=None, add=False):
     """The gradients that `needs` asks for; dx [M, K], contiguous, is written or, without the weight, updated.
 
-    `optional`: the kernels' keywords of the optional tensors, or None.
+    `optional`: the kernels' keywords of the optional tensors, or None. `add`: to what dx holds.
     """
     call = _C.cpu_backward if optional is None else partial(_C.cpu_backward, **optional)
     lora_A, lora_B, dtype, adapter_dtype = lora_A.contiguous(), lora_B.contiguous(), dy.dtype, lora_A.dtype
     (M, N), (R, K) = dy.shape, lora_A.shape
     dy, lddy = (dy, N) if dy.is_contiguous() else _rows(dy)
     dA = dB = dbias = None
-    dx_ptr = dA_ptr = dB_ptr = dbias_ptr = x_ptr = ldx = h_ptr = W_ptr = ldw = 0
+    dx_ptr = dA_ptr = dB_ptr = dbias_ptr = x_ptr = ldx = h_ptr = 0
+    W = 0, 0, False
     if needs.x:
         dx_ptr = dx.data_ptr()
         if weight is not None:
-            weight, ldw = (weight, K) if weight.is_contiguous() else _rows(weight)
-            W_ptr = weight.data_ptr()
+            weight, ldw, transposed = (weight, K, False) if weight.is_contiguous() else laid(weight)
+            W = weight.data_ptr(), ldw, transposed
     if needs.lora_A:
         x, ldx = (x, K) if x.is_contiguous() else _rows(x)
         dA = internals.empty_on_cpu((R, K), (K, 1), adapter_dtype)
@@ -283,11 +283,11 @@ def _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, ne
     call(
         dy=(dy.data_ptr(), lddy),
         x=(x_ptr, ldx),
-        W=(W_ptr, ldw),
+        W=W,
         A=lora_A.data_ptr(),
         B=lora_B.data_ptr(),
         h=h_ptr,
-        dx=dx_ptr,
+        dx=(dx_ptr, add),
         dA=dA_ptr,
         dB=dB_ptr,
         dbias=dbias_ptr,

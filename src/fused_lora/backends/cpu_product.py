@@ -8,36 +8,42 @@ from fused_lora.ops.internals import empty_on_cpu
 
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 _FEATURES = _C.cpu_features()
+LEAST_ROWS = 4  # below, packing W costs more than MKL's product without it (EPYC 9004, 2026-11-24)
 
 
 def serves(dtype: torch.dtype) -> bool:
-    """Whether there is one where plain LoRA's plan is "inside". On AMX that has no product alone."""
-    return dtype is torch.float32 or (dtype is torch.bfloat16 and _FEATURES["bf16_dot"] and not _FEATURES["amx"])
+    """Whether there is one where plain LoRA's first plan is "inside". On AMX that has no product alone."""
+    if dtype is torch.float32:
+        return _FEATURES["avx2"]
+    return dtype is torch.bfloat16 and _FEATURES["bf16_dot"] and not _FEATURES["amx"]
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wt + bias [M, N] of x [M, K] and W [N, K], whose neighbouring columns are adjacent in memory."""
-    return _product(x, weight, bias, weight.shape[0], False)
+def laid(weight: Tensor) -> tuple[Tensor, int, bool]:
+    """A weight [N, K] as the kernels take it: itself, the stride of its rows and whether these are its transpose's. A
+    copy where neither its columns nor its rows have their neighbours beside them in memory."""
+    if weight.stride(1) == 1:
+        return weight, weight.stride(0), False
+    if weight.stride(0) == 1:
+        return weight, weight.stride(1), True
+    return weight.contiguous(), weight.shape[1], False
 
 
-def product_backward(dy: Tensor, weight: Tensor) -> Tensor:
-    """dx = dy W [M, K] of dy [M, N]."""
-    return _product(dy, weight, None, weight.shape[1], True)
-
-
-def _product(left: Tensor, weight: Tensor, bias: Tensor | None, width: int, by_rows: bool) -> Tensor:
-    left = left if left.stride(1) == 1 else left.contiguous()
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+    """y = x Wt + bias [M, N] of x [M, K] and W [N, K]; into `y`, contiguous, if it is given. dx = dy W is the product
+    with the transpose of W."""
+    x = x if x.stride(1) == 1 else x.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    M, K = left.shape
-    out = empty_on_cpu((M, width), (width, 1), left.dtype)
+    weight, ldw, transposed = laid(weight)
+    (N, K), M = weight.shape, x.shape[0]
+    if y is None:
+        y = empty_on_cpu((M, N), (N, 1), x.dtype)
     _C.cpu_product(
-        left=(left.data_ptr(), left.stride(0)),
-        right=(weight.data_ptr(), weight.stride(0)),
+        x=(x.data_ptr(), x.stride(0)),
+        W=(weight.data_ptr(), ldw, transposed),
         bias=0 if bias is None else bias.data_ptr(),
-        out=out.data_ptr(),
-        sizes=(M, width, K),
-        dtype=_CODE[left.dtype],
-        by_rows=by_rows,
+        y=y.data_ptr(),
+        sizes=(M, N, K),
+        dtype=_CODE[x.dtype],
         threads=torch.get_num_threads(),
     )
-    return out
+    return y

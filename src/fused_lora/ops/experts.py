@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_lora.backends import cpu_product
 from fused_lora.ops.internals import after_import, without_autocast
 
 _lib = torch.library.Library("fused_lora", "FRAGMENT")
@@ -60,15 +61,18 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: b
             return F.grouped_mm(x.contiguous(), matrices, offs=offsets[1:].to(torch.int32))
         y = x.new_empty(x.shape[0], matrices.shape[2])
         rows = offsets.tolist()
+        own = x.is_cpu and weight.is_cpu and x.dtype is weight.dtype and cpu_product.serves(x.dtype)
         for matrix, start, end in zip(matrices, rows, rows[1:], strict=False):
-            if start < end:
+            if own and end - start >= cpu_product.LEAST_ROWS:
+                cpu_product.product(x[start:end], matrix.t(), y=y[start:end])
+            elif start < end:
                 torch.mm(x[start:end], matrix, out=y[start:end])
         return y
 
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch has one kernel for all experts: of CUDA's compute capability 8.0, for rows of whole 16 bytes. On
-    a CPU it has this loop."""
+    a CPU it has a loop."""
     if x.device.type != "cuda" or x.dtype not in _GROUPED_MM or torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
     rows = (x.shape[1], *weight.stride()[:2])

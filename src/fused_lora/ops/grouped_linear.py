@@ -166,7 +166,7 @@ class _GroupedLinearFunction(torch.autograd.Function):
             x = x if x is None else matrix(x)
             dx = None
             if needs[0]:
-                dx = cpu_product.product_backward(dy, weight) if own else dy.mm(weight)
+                dx = cpu_product.product(dy, weight.t()) if own else dy.mm(weight)
             given = dy, x, factors[:split], factors[split:], h, *segments[:3], ps, segments[3]
             dx, *others = back_end.grouped_backward_onto(dx, *given, needs)
         return None, dx if dx is None or len(lead) == 1 else dx.view(*lead, dx.shape[1]), *others

@@ -115,7 +115,8 @@ def _gradients(dy, dx, x, kept, call, needs) -> tuple:
     given = dy, None, x, weight, lora_A, lora_B, h, None, None, scaling, dropout_p, seed
     grads = unusual_backward(given, needs, PLAIN, serving)
     if grads is None and dx is not None:
-        grads = cpu.backward_onto(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
+        factors = weight, lora_A, lora_B
+        grads = cpu.backward_onto(dx, dy, x, *factors, h, scaling, dropout_p, seed, needs, serving.plan)
         return dx, grads.lora_A, grads.lora_B
     if grads is None:
         grads = cpu.backward(*given, needs, PLAIN, serving.plan)
