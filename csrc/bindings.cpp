@@ -100,9 +100,9 @@ constexpr Keyword<P> kProduct[] = {
 
 using N = CpuRowNormParams;
 constexpr Keyword<N> kRowNorm[] = {
-    {"W", put<N, &N::W, &N::ldw>},         {"factors", put<N, &N::A, &N::B>},      {"squares", put<N, &N::squares>},
-    {"norm", put<N, &N::norm, &N::empty>}, {"sizes", put<N, &N::N, &N::K, &N::R>}, {"dtype", put<N, &N::dtype>},
-    {"scaling", put<N, &N::scaling>},      {"threads", put<N, &N::threads>},
+    {"W", put<N, &N::W, &N::ldw>},          {"factors", put<N, &N::A, &N::B>}, {"norm", put<N, &N::norm, &N::empty>},
+    {"sizes", put<N, &N::N, &N::K, &N::R>}, {"dtype", put<N, &N::dtype>},      {"scaling", put<N, &N::scaling>},
+    {"threads", put<N, &N::threads>},
 };
 
 using GF = CpuGroupedForwardParams;

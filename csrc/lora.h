@@ -137,12 +137,11 @@ struct CpuProductParams {
 
 // CPU, the lengths of the rows of W + s B A, for DoRA, or of s B A alone, for ALLoRA.
 struct CpuRowNormParams {
-  const void* W;         // [N, K], row stride ldw, dtype; or null
-  const float* A;        // [R, K], contiguous
-  const float* B;        // [N, R], contiguous
-  const float* squares;  // [N], |W_i|^2; with W only
-  float* norm;           // [N], with W 1 where empty
-  float* empty;          // [N], 1 for a row without length, else 0; with W only
+  const void* W;   // [N, K], row stride ldw, dtype; or null
+  const float* A;  // [R, K], contiguous
+  const float* B;  // [N, R], contiguous
+  float* norm;     // [N], with W 1 where empty
+  float* empty;    // [N], 1 for a row without length, else 0; with W only
   int64_t N, K, R, ldw;
   Dtype dtype;
   float scaling;

@@ -1,9 +1,9 @@
 // row_norm: the lengths of the rows of W + s B A, or of s B A, of which B A is never formed.
 //
-//   n^2 = |W_i|^2 + s * sum_r B * (2 W A^T + s B (A A^T))
+//   n^2 = |W_i|^2 + 2 s * sum_r B * low,     low = W A^T + B (s/2 A A^T)
 //
-// Used by DoRA, and without W by ALLoRA, once an optimizer step. One walk over W in blocks of kRows rows: W A^T as
-// shrink makes h of x, and a row's sum follows at once.
+// Used by DoRA, and without W by ALLoRA, once an optimizer step. One walk over W in blocks of kRows rows: both parts of
+// low as shrink makes h of x, the squares of a panel while it is in L2, and a row's sum at the end.
 // Layouts: W with a row stride, A and B as they lie in their parameters. Tiles: shrink's.
 // Numerics: fp32 whatever W's dtype is. With W a row without length, or with less than none by rounding, has 1 for it.
 // Source: Liu et al., "DoRA", arXiv 2402.09353, with its norm in factors.
@@ -11,6 +11,50 @@
 
 #include "block_fp32.h"
 #include "walk.h"
+
+namespace fused_lora::cpu {
+namespace {
+
+constexpr int64_t kLane = kVec;
+
+// squares[rows, kLane] += panel[rows, cols (row stride ld)]^2, lane by lane; rows a multiple of 4, cols of kLane.
+void add_squares(BlockFp32::Panel panel, float* squares, int64_t rows, int64_t cols) {
+  widest([=]() INLINED {
+    for (int64_t i = 0; i < rows; i += 4) {
+      Vec8 sums[4], v;
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) load(sums[j], squares + (i + j) * kLane);
+      for (int64_t k = 0; k < cols; k += kLane)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          load(v, panel.data + (i + j) * panel.ld + k);
+          sums[j] += v * v;
+        }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) store(squares + (i + j) * kLane, sums[j]);
+    }
+  });
+}
+
+// squares[rows, kLane] += factor * low[rows, cols (row stride Rp)] * B[rows, cols (row stride B.ld)], lane by lane.
+void add_products(BlockFp32::Panel B, const float* low, int64_t Rp, float factor, float* squares, int64_t rows,
+                  int64_t cols) {
+  widest([=]() INLINED {
+    for (int64_t i = 0; i < rows; ++i) {
+      Vec8 sum{}, b, v;
+      for (int64_t r = 0; r < cols; r += kLane) {
+        load(b, B.data + i * B.ld + r), load(v, low + i * Rp + r);
+        sum += b * v;
+      }
+      load(v, squares + i * kLane);
+      v += factor * sum;
+      store(squares + i * kLane, v);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fused_lora::cpu
 
 namespace fused_lora {
 using namespace cpu;
@@ -22,52 +66,59 @@ Status cpu_row_norm(const CpuRowNormParams& p) {
   const int threads = threads_for(p.N, p.K, p.R, p.threads);
   const BlockFp32::Factor down(buffers, p.A, Dtype::f32, p.K, p.R, Rp, true);
   down.fill();
-  // block.low = src[rows, K] A^T
-  const auto times_A = [&](BlockFp32& block, const void* src, Dtype dtype, int64_t ld, int64_t rows) {
-    block.clear_low();
+  // block.low = src[rows, K] A^T; seen(panel, cols) on the way.
+  const auto times_A = [&](BlockFp32& block, const void* src, Dtype dtype, int64_t ld, int64_t rows, const auto& seen) {
     for (int64_t k = 0; k < p.K; k += kPanel) {
       const int64_t cols = std::min(kPanel, p.K - k);
-      block.shrink(block.panel(at(src, k, dtype), ld, {}, rows, cols), down, k, rows, cols);
+      const auto panel = block.panel(at(src, k, dtype), ld, {}, rows, cols);
+      block.shrink(panel, down, k, rows, cols);
+      seen(panel, cols);
     }
   };
-  auto* gram = buffers.take(p.R * Rp);  // A A^T
+  auto* gram = buffers.take(p.R * Rp);  // s/2 A A^T
   BlockFp32 of_A(buffers, std::min(kRows, round_up(p.R, kStrip)), Dtype::f32, false, p.R);
   for (int64_t r = 0; r < p.R; r += kRows) {
     const int64_t rows = std::min(kRows, p.R - r);
-    times_A(of_A, p.A + r * p.K, Dtype::f32, p.K, rows);
+    of_A.clear_low();
+    times_A(of_A, p.A + r * p.K, Dtype::f32, p.K, rows, [](auto, int64_t) {});
+    of_A.scale_low(0.5f * p.scaling, rows);
     of_A.copy_low(gram + r * Rp, rows);
   }
-  std::vector<BlockFp32> blocks;
-  std::vector<float*> inners;
+  const int64_t most = block_rows(p.N, threads);
+  std::vector<BlockFp32> of_W, of_B;
+  std::vector<float*> sums;  // [most, kLane]
   for (int t = 0; t < threads; ++t) {
-    blocks.emplace_back(buffers, block_rows(p.N, threads), p.dtype, false, p.R);
-    inners.push_back(buffers.take(Rp));
+    of_W.emplace_back(buffers, most, p.dtype, false, p.R);
+    of_B.emplace_back(buffers, most, Dtype::f32, false, p.R);
+    sums.push_back(buffers.take(most * kLane));
   }
   const auto body = [&](int t, int64_t n0, int64_t rows) {
-    BlockFp32& block = blocks[static_cast<size_t>(t)];
-    float* inner = inners[static_cast<size_t>(t)];
-    if (p.W) times_A(block, at(p.W, n0 * p.ldw, p.dtype), p.dtype, p.ldw, rows);
-    else block.clear_low();
-    const float *B = p.B + n0 * p.R, *low = block.low, *squares = p.W ? p.squares + n0 : nullptr;
-    float *norm = p.norm + n0, *empty = p.W ? p.empty + n0 : nullptr;
-    const int64_t R = p.R;
-    const float s = p.scaling;
-    widest([=]() INLINED {
-      for (int64_t i = 0; i < rows; ++i) {
-        const float* b = B + i * R;
-        for (int64_t r = 0; r < R; ++r) inner[r] = 2.0f * low[i * Rp + r];
-        for (int64_t q = 0; q < R; ++q) {
-          const float factor = s * b[q];
-          for (int64_t r = 0; r < R; ++r) inner[r] += factor * gram[q * Rp + r];
-        }
-        float sum = 0.0f;
-        for (int64_t r = 0; r < R; ++r) sum += b[r] * inner[r];
-        const float squared = (squares ? squares[i] : 0.0f) + s * sum;
-        const bool none = squared <= 0.0f;
-        norm[i] = none ? (empty ? 1.0f : 0.0f) : std::sqrt(squared);
-        if (empty) empty[i] = none ? 1.0f : 0.0f;
+    BlockFp32 &block = of_W[static_cast<size_t>(t)], &copies = of_B[static_cast<size_t>(t)];
+    float* squares = sums[static_cast<size_t>(t)];
+    const int64_t padded = round_up(rows, kStrip);
+    std::fill_n(squares, padded * kLane, 0.0f);
+    block.clear_low();
+    const auto seen = [&](BlockFp32::Panel panel, int64_t cols) {
+      add_squares(panel, squares, padded, round_up(cols, kLane));
+    };
+    if (p.W) times_A(block, at(p.W, n0 * p.ldw, p.dtype), p.dtype, p.ldw, rows, seen);
+    const auto for_B = [&](const auto& work) {
+      for (int64_t r = 0; r < p.R; r += kPanel) {
+        const int64_t cols = std::min(kPanel, p.R - r);
+        work(copies.panel(p.B + n0 * p.R + r, p.R, {}, rows, cols), r, cols);
       }
+    };
+    for_B([&](auto B, int64_t r, int64_t cols) { shrink(B.data, B.ld, gram + r * Rp, block.low, padded, cols, Rp); });
+    for_B([&](auto B, int64_t r, int64_t cols) {
+      add_products(B, block.low + r, Rp, 2.0f * p.scaling, squares, rows, round_up(cols, kLane));
     });
+    for (int64_t i = 0; i < rows; ++i) {
+      float squared = 0.0f;
+      for (int64_t j = 0; j < kLane; ++j) squared += squares[i * kLane + j];
+      const bool none = squared <= 0.0f;
+      p.norm[n0 + i] = none ? (p.W ? 1.0f : 0.0f) : std::sqrt(squared);
+      if (p.W) p.empty[n0 + i] = none ? 1.0f : 0.0f;
+    }
   };
   for_row_blocks(p.N, threads, [](int) {}, body);
   return Status::ok;

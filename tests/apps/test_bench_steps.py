@@ -8,9 +8,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fused_lora import LoRALinear
+from fused_lora.backends import cpu_norm
 from fused_lora.bench import memory, mixed, report, steps, ways
 from fused_lora.bench.steps import Batch, Candidate, Workload, model_for, run_steps
-from fused_lora.variants import dora
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 BASE = functools.partial(LlamaForCausalLM, LlamaConfig(vocab_size=64, use_cache=False, **SHAPE))
@@ -56,8 +56,8 @@ def test_a_step_of_every_variant(quick, capsys):
 
 def test_every_timed_step_is_one_after_an_optimizer_s(monkeypatch):
     """DoRA's norms are kept until parameters change, and a step of training changes them."""
-    counts, real = [], dora.row_norm
-    monkeypatch.setattr(dora, "row_norm", lambda *given: counts.append(None) or real(*given))
+    counts, real = [], cpu_norm.row_norm
+    monkeypatch.setattr(cpu_norm, "row_norm", lambda *given: counts.append(None) or real(*given))
     model = model_for(Candidate("dora"), BASE())
     one = steps.timed(model, steps.step_of(model, SMALL.batches[0]))
     one()

@@ -151,9 +151,8 @@ def test_the_kernel_s_norms_of_rows(shape, dtype):
     g = torch.Generator().manual_seed(N)
     wide, A, B = (torch.randint(-2, 3, s, generator=g).float() for s in ((N + 1, K + 3), (R, K), (N, R)))
     weight = wide.to(dtype)[1:, 2:-1]
-    squares = dora.row_squares(weight)
     assert cpu_norm.serves(A, B, weight)
-    n, empty = cpu_norm.row_norm(weight, squares, A, B, 0.5)
+    n, empty = cpu_norm.row_norm(weight, A, B, 0.5)
     want = (weight.double() + 0.5 * B.double() @ A.double()).square().sum(1)
     assert torch.equal(n, want.where(want > 0, torch.ones_like(want)).sqrt().float())
     assert torch.equal(empty, (want == 0).float())
@@ -284,8 +283,10 @@ def test_copies_keep_norms_of_their_own(how):
     assert not torch.allclose(twin(x), y)
 
 
-def test_norms_once_a_step(monkeypatch):
-    """Micro-batches, checkpointing, evaluation and inference mode share them; |W|^2 is computed once for good."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_once_a_step(monkeypatch, dtype):
+    """Micro-batches, checkpointing, evaluation and inference mode share them; where no kernel serves, in fp64, |W|^2 is
+    computed once for good."""
     counts = dict(row_norm=0, row_squares=0)
 
     def counted(name, function):
@@ -295,9 +296,9 @@ def test_norms_once_a_step(monkeypatch):
 
         return call
 
-    layer, x = trained(dtype=torch.float32), inputs(9, dtype=torch.float32)
-    for name in counts:
-        monkeypatch.setattr(dora, name, counted(name, getattr(dora, name)))
+    layer, x = trained(dtype=dtype, adapter_dtype=dtype), inputs(9, dtype=dtype)
+    for module, name in ((cpu_norm if dtype is torch.float32 else dora, "row_norm"), (dora, "row_squares")):
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     for _ in range(2):
         with torch.inference_mode():

@@ -18,18 +18,18 @@ def serves(lora_A: Tensor, lora_B: Tensor, weight: Tensor | None = None) -> bool
     return lora_A.shape[0] > 0 and (weight is None or (weight.dtype in FUSED_DTYPES and weight.stride(1) == 1))
 
 
-def row_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """See `variants.dora.row_norm`; without gradients."""
-    norm, empty, squares = _empty(lora_B), _empty(lora_B), squares.contiguous()
+def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """See `variants.dora.row_norm`; without gradients, and |W_i|^2 is computed on the way."""
+    norm, empty = _empty(lora_B), _empty(lora_B)
     W = weight.data_ptr(), weight.stride(0)
-    _call(W, _CODE[weight.dtype], squares.data_ptr(), (norm.data_ptr(), empty.data_ptr()), lora_A, lora_B, scaling)
+    _call(W, _CODE[weight.dtype], (norm.data_ptr(), empty.data_ptr()), lora_A, lora_B, scaling)
     return norm, empty
 
 
 def product_norms(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """See `variants.allora.product_norms`."""
     norm = _empty(lora_B)
-    _call((0, 0), _CODE[torch.float32], 0, (norm.data_ptr(), 0), lora_A, lora_B, 1.0)
+    _call((0, 0), _CODE[torch.float32], (norm.data_ptr(), 0), lora_A, lora_B, 1.0)
     return norm
 
 
@@ -37,12 +37,11 @@ def _empty(lora_B: Tensor) -> Tensor:
     return internals.empty_on_cpu((lora_B.shape[0],), (1,), torch.float32)
 
 
-def _call(W, dtype, squares, norm, lora_A, lora_B, scaling):
+def _call(W, dtype, norm, lora_A, lora_B, scaling):
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     _C.cpu_row_norm(
         W=W,
         factors=(lora_A.data_ptr(), lora_B.data_ptr()),
-        squares=squares,
         norm=norm,
         sizes=(lora_B.shape[0], lora_A.shape[1], lora_A.shape[0]),
         dtype=dtype,

@@ -73,9 +73,6 @@ def row_norm(
         lora_A, lora_B, scaling: [R, K], [N, R], a number or a 0-d tensor.
     Returns: n [N] and empty [N], 1 for such rows and else 0.
     """
-    plain = not torch.is_grad_enabled() and plain_eager(weight, squares, lora_A, lora_B)
-    if plain and isinstance(scaling, float) and cpu_norm.serves(lora_A, lora_B, weight):
-        return cpu_norm.row_norm(weight, squares, lora_A, lora_B, scaling)
     with without_autocast(weight):
         A, Bt = lora_A.to(squares.dtype), lora_B.to(squares.dtype).t()
         if isinstance(scaling, Tensor):
@@ -88,7 +85,8 @@ def row_norm(
 
 
 class RowNorm:
-    """`row_norm` of one adapter in one layer, computed once an optimizer step, |W_i|^2 once for a frozen W."""
+    """`row_norm` of one adapter in one layer, computed once an optimizer step; |W_i|^2 once for a frozen W, but on the
+    CPU, where a kernel makes it on its way."""
 
     def __init__(self) -> None:
         self._squares, self._norm = OncePerStep(), OncePerStep()
@@ -116,8 +114,11 @@ class RowNorm:
             return row_squares(weight())
 
         def norm() -> tuple[Tensor, Tensor]:
+            W, number = weight(), isinstance(scaling, float)
+            if number and cpu_norm.serves(lora_A, lora_B, W) and plain_eager(W, lora_A, lora_B):
+                return cpu_norm.row_norm(W, lora_A, lora_B, scaling)
             with torch.no_grad():
-                return row_norm(weight(), self._squares(squares, source), lora_A, lora_B, scaling)
+                return row_norm(W, self._squares(squares, source), lora_A, lora_B, scaling)
 
         if exact and torch.is_grad_enabled():
             return row_norm(weight(), self._squares(squares, source), lora_A, lora_B, scaling)

@@ -39,7 +39,7 @@ class OncePerStep:
             _hooks.append(register_optimizer_step_post_hook(_count))
 
     def __call__(self, compute: Callable[[], Any], *tensors: Tensor, also: Any = None) -> Any:
-        """compute() without gradients, or what it returned before for these tensors and an equal `also`."""
+        """compute(), which makes no graph, or what it returned before for these tensors and an equal `also`."""
         if is_dynamo_compiling() or dispatch_modes_active() or transforms_active() or is_tracing():
             return compute()
         if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
@@ -53,7 +53,10 @@ class OncePerStep:
         # what is gone may have left its id or its address to another
         if kept is not None and kept[0] == key and all(alive() is not None for alive in kept[1]):
             return kept[2]
-        with torch.inference_mode(False), torch.no_grad():  # tensors that a later backward can save, of no graph
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():  # tensors that a later backward can save
+                value = compute()
+        else:
             value = compute()
         references = [ref(each) for t in tensors for each in (t, t.untyped_storage())]
         self._kept = key, references, value  # at once: threads of DataParallel share this object
