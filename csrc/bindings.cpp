@@ -76,15 +76,16 @@ constexpr Keyword<D> kBackward[] = {
     {"out_scale", put<D, &D::out_scale>, true},
     {"y", put<D, &D::y, &D::ldy>, true},
     {"bias", put<D, &D::bias>, true},
-    {"sums", put<D, &D::sums, &D::squares>, true},
+    {"dout_scale", put<D, &D::dout_scale, &D::lost>, true},
 };
 
 using S = CpuScaleParams;
 constexpr Keyword<S> kScale[] = {
-    {"dy", put<S, &S::dy, &S::lddy>},     {"y", put<S, &S::y, &S::ldy>},   {"bias", put<S, &S::bias>},
-    {"out_scale", put<S, &S::out_scale>}, {"dz", put<S, &S::dz>},          {"sums", put<S, &S::sums, &S::squares>},
-    {"dbias", put<S, &S::dbias>},         {"sizes", put<S, &S::M, &S::N>}, {"dtype", put<S, &S::dtype>},
-    {"threads", put<S, &S::threads>},
+    {"dy", put<S, &S::dy, &S::lddy>}, {"y", put<S, &S::y, &S::ldy>},
+    {"bias", put<S, &S::bias>},       {"out_scale", put<S, &S::out_scale>},
+    {"dz", put<S, &S::dz>},           {"dout_scale", put<S, &S::dout_scale, &S::lost>},
+    {"dbias", put<S, &S::dbias>},     {"sizes", put<S, &S::M, &S::N>},
+    {"dtype", put<S, &S::dtype>},     {"threads", put<S, &S::threads>},
 };
 
 using P = CpuProductParams;
@@ -169,7 +170,7 @@ PYBIND11_MODULE(_C, m) {
   def_keywords<kForward, forward>(m, "cpu_forward", "Writes h and y, or updates y; CpuForwardParams of csrc/lora.h.");
   def_keywords<kBackward, backward>(
       m, "cpu_backward", "Writes dA, dB and dbias, and writes or updates dx; CpuBackwardParams of csrc/lora.h.");
-  def_keywords<kScale, scale>(m, "cpu_scale", "Writes dz and the sums of dy and y; CpuScaleParams of csrc/lora.h.");
+  def_keywords<kScale, scale>(m, "cpu_scale", "Writes dz, dbias and dout_scale; CpuScaleParams of csrc/lora.h.");
   def_keywords<kProduct, product>(m, "cpu_product", "Writes a product with a weight; CpuProductParams of csrc/lora.h.");
   def_keywords<kRowNorm, row_norm>(m, "cpu_row_norm", "Writes the norms of rows; CpuRowNormParams of csrc/lora.h.");
   def_keywords<kGroupedForward, grouped_forward>(

@@ -97,26 +97,26 @@ struct CpuBackwardParams {
   void* dx_lora;           // [M, K], contiguous, dtype; updated
   void* dh_in;             // [M, R], contiguous, dtype
   float* dgate;            // [M, gates], contiguous
-  // What the walk itself makes of out_scale, where the base product is its own: dz of dy, and the sums. Else null, and
-  // dy is dz already (cpu_scale).
+  // What the walk itself makes of out_scale, where the base product is its own: dz of dy, and its gradient. Else null,
+  // and dy is dz already (cpu_scale).
   const float* out_scale;  // [N]
-  const void* y;           // [M, N], row stride ldy, dtype; read for sums and squares only
+  const void* y;           // [M, N], row stride ldy, dtype; read for dout_scale only
   const void* bias;        // [N], dtype; or null
-  float* sums;             // [N], sum_M dy * (y - bias)
-  float* squares;          // [N + 1], sum_M (y - bias)^2, and of how many columns y tells too little; with sums only
+  float* dout_scale;       // [N], sum_M dy * (y - bias) / out_scale
+  int64_t* lost;           // [1], of how many columns y tells too little for it; with dout_scale only
   int64_t gates, ldy;
 };
 
 // CPU, what comes before the backward where there is an out_scale and the base product is somebody else's: dz =
-// out_scale * dy in one pass over dy, with the sums that read the same rows. A null output is not computed.
+// out_scale * dy in one pass over dy, with the gradients that read the same rows. A null output is not computed.
 struct CpuScaleParams {
   const void* dy;          // [M, N], row stride lddy, dtype
-  const void* y;           // [M, N], row stride ldy, dtype; read for sums and squares only
+  const void* y;           // [M, N], row stride ldy, dtype; read for dout_scale only
   const void* bias;        // [N], dtype; or null
   const float* out_scale;  // [N]
   void* dz;                // [M, N], contiguous, dtype
-  float* sums;             // [N], sum_M dy * (y - bias)
-  float* squares;          // [N + 1], sum_M (y - bias)^2, and of how many columns y tells too little; with sums only
+  float* dout_scale;       // [N], sum_M dy * (y - bias) / out_scale
+  int64_t* lost;           // [1], of how many columns y tells too little for it; with dout_scale only
   void* dbias;             // [N], dtype, sum_M dy
   int64_t M, N, lddy, ldy;
   Dtype dtype;

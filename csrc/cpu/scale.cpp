@@ -1,5 +1,5 @@
 // scale: dz = out_scale * dy before the backward of y = out_scale * z + bias, for the plan in which somebody else
-// multiplies dz by W; and the sums of scale.h, for every plan.
+// multiplies dz by W; and the gradients of scale.h, for every plan.
 //
 // Layouts: rows of dy and y with a row stride, dz contiguous. One pass over dy and y, in the blocks and panels of the
 // walks, four rows at a time.
@@ -89,11 +89,11 @@ void scale(const CpuScaleParams& p, Buffers& buffers) {
 
 ScaleSums::ScaleSums(const CpuScaleParams& p, Buffers& buffers, int threads)
     : p_(p),
-      sums_(p.sums, round_up(p.N, kLanes)),
-      squares_(p.sums, round_up(p.N, kLanes)),
+      sums_(p.dout_scale, round_up(p.N, kLanes)),
+      squares_(p.dout_scale, round_up(p.N, kLanes)),
       dbias_(p.dbias, round_up(p.N, kLanes)) {
   for (int t = 0; t < threads; ++t) sums_.add(buffers), squares_.add(buffers), dbias_.add(buffers);
-  if (!p.sums) return;
+  if (!p.dout_scale) return;
   float* bias = buffers.take(p.N);
   std::fill_n(bias, p.N, 0.0f);
   if (p.bias) load_matrix(p.bias, p.dtype, bias, 1, p.N, p.N);
@@ -103,7 +103,8 @@ ScaleSums::ScaleSums(const CpuScaleParams& p, Buffers& buffers, int threads)
 void ScaleSums::gather(int t, int64_t m, int64_t n0, int64_t rows, int64_t cols) {
   for (int64_t n = n0; n < n0 + cols; n += kPanel) {
     const int64_t width = std::min(kPanel, n0 + cols - n);
-    const void *dy = at(p_.dy, m * p_.lddy + n, p_.dtype), *y = p_.sums ? at(p_.y, m * p_.ldy + n, p_.dtype) : nullptr;
+    const void *dy = at(p_.dy, m * p_.lddy + n, p_.dtype),
+               *y = p_.dout_scale ? at(p_.y, m * p_.ldy + n, p_.dtype) : nullptr;
     Panel panel;
     widest([=, this, &panel]() INLINED {
       with_elements(p_.dtype, [&](auto element) INLINED {
@@ -112,22 +113,23 @@ void ScaleSums::gather(int t, int64_t m, int64_t n0, int64_t rows, int64_t cols)
         else sum_panel<false, T>(dy, p_.lddy, y, 0, nullptr, rows, width, panel);
       });
     });
-    if (p_.sums) add(panel.products, sums_[t] + n, width), add(panel.squares, squares_[t] + n, width);
+    if (p_.dout_scale) add(panel.products, sums_[t] + n, width), add(panel.squares, squares_[t] + n, width);
     if (p_.dbias) add(panel.dy, dbias_[t] + n, width);
   }
 }
 
 void ScaleSums::store() {
-  if (p_.sums) {
-    std::copy_n(sums_.sum(), p_.N, p_.sums), std::copy_n(squares_.sum(), p_.N, p_.squares);
+  if (p_.dout_scale) {
+    const float *sums = sums_.sum(), *squares = squares_.sum();
     // as in ops/reference.py, which is asked for these columns
     const float smallest = 2.0f * (p_.dtype == Dtype::f16 ? 0x1p-14f : 0x1p-126f), rows = static_cast<float>(p_.M);
     int64_t lost = 0;
     for (int64_t n = 0; n < p_.N; ++n) {
       const float least = std::max(std::abs(bias_[n]), smallest);
-      lost += p_.squares[n] <= rows * (least * least);
+      lost += squares[n] <= rows * (least * least);
+      p_.dout_scale[n] = sums[n] / p_.out_scale[n];
     }
-    p_.squares[p_.N] = static_cast<float>(lost);
+    *p_.lost = lost;
   }
   if (p_.dbias) store_row(dbias_.sum(), p_.dbias, p_.dtype, p_.N);
 }

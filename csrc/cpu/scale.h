@@ -1,6 +1,8 @@
-// The sums that out_scale's gradient is made of, and dbias, which read dy as it is before out_scale: one slab a thread.
+// The gradient of out_scale, and dbias, which read dy as it is before out_scale: one slab a thread for each sum.
 //
-//   sums = sum_M dy * (y - bias)      squares = sum_M (y - bias)^2      dbias = sum_M dy
+//   dout_scale = sum_M dy * (y - bias) / out_scale      dbias = sum_M dy      squares = sum_M (y - bias)^2
+//
+// The squares tell of which columns y tells too little: those are counted, and somebody else computes dout_scale.
 #pragma once
 
 #include "walk.h"
@@ -11,7 +13,7 @@ class ScaleSums {
  public:
   // p.dz is not read.
   ScaleSums(const CpuScaleParams& p, Buffers& buffers, int threads);
-  explicit operator bool() const { return p_.sums || p_.dbias; }
+  explicit operator bool() const { return p_.dout_scale || p_.dbias; }
   void clear(int t) { sums_.clear(t), squares_.clear(t), dbias_.clear(t); }
   // A thread's share: rows m.. and columns n.. of dy and y.
   void gather(int t, int64_t m, int64_t n, int64_t rows, int64_t cols);
@@ -30,8 +32,8 @@ inline CpuScaleParams scale_params(const CpuBackwardParams& p) {
           .bias = p.bias,
           .out_scale = p.out_scale,
           .dz = nullptr,
-          .sums = p.sums,
-          .squares = p.squares,
+          .dout_scale = p.dout_scale,
+          .lost = p.lost,
           .dbias = p.out_scale ? p.dbias : nullptr,
           .M = p.M,
           .N = p.N,

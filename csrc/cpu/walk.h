@@ -102,7 +102,7 @@ template <class Params> Status check(const Params& p) {
   const bool own_product =
       p.dtype == Dtype::f32 ? p.adapter_dtype == Dtype::f32 : p.dtype == Dtype::bf16 && features.bf16_dot;
   if (p.W && !own_product) return Status::bad_dtype;
-  if constexpr (requires { p.sums; })
+  if constexpr (requires { p.dout_scale; })
     if ((p.out_scale && !own_product) || (p.add && p.dtype != Dtype::f32)) return Status::bad_dtype;
   return p.M < 0 || p.N < 1 || p.K < 1 || p.R < 1 ? Status::bad_shape : Status::ok;
 }

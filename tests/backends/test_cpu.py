@@ -218,7 +218,6 @@ assert _C.cpu_features() == {expect}
 for dtype, adapter in ((torch.float32, None), (torch.bfloat16, torch.float32), (torch.float16, None)):
     for shape in ((1, 40, 24, 1), (101, 330, 400, 33), (50, 513, 769, 8)):
         p = exact_problem(*shape, dtype, adapter)
-        turned = p._replace(weight=p.weight.t().contiguous().t()) if False else exact_problem(*shape, dtype, adapter)
         for plan in cpu.plans(request_of(p.x, p.weight, p.lora_A, PLAIN)):
             assert_exact(run(p, backend="cpu:" + plan), truth(p))
             q, masked = random_problem(*shape, dtype, adapter), dict(dropout_p=0.25, seed=torch.tensor([5]))

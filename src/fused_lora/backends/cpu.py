@@ -8,6 +8,7 @@ tensors act within the same kernels; around PyTorch's product out_scale has a pa
 backward.
 """
 
+from array import array
 from functools import partial
 
 import torch
@@ -159,11 +160,11 @@ def backward_onto(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed
 
 def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant, plan):
     """The gradients with optional tensors."""
-    (M, N), (R, K), dz, dbias, sums, inside = dy.shape, lora_A.shape, dy, None, None, plan == "inside"
-    kept, given = _between(variant)
+    M, (R, K), dz, dbias, dscale, lost = dy.shape[0], lora_A.shape, dy, None, None, (0,)
+    (kept, given), inside = _between(variant), plan == "inside"
     scaled, apart = variant.out_scale is not None, variant.x_lora is not None
     if scaled:
-        sums, keywords = _scaling(variant.out_scale, y, bias, needs, kept)
+        dscale, lost, keywords = _scaling(variant.out_scale, y, bias, needs, kept)
         if inside:
             given |= keywords
         else:
@@ -191,46 +192,42 @@ def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling,
         low = needs._replace(
             x=written is not None, weight=False, bias=needs.bias and not late, out_scale=needs.out_scale and not late
         )
-    grads, out_scale = Gradients(bias=dbias), None
+    grads = Gradients(bias=dbias)
     if any(low):
         left = variant.x_lora if apart else x
         grads = _backward(written, dz, left, base, lora_A, lora_B, h, scaling, dropout_p, seed, low, given)
         grads = grads if dbias is None else grads._replace(bias=dbias)
-    if sums is not None:
-        sums, squares, lost = sums.split_with_sizes((N, N, 1))
-        if lost.item():
-            out_scale = out_scale_gradient(sums, squares, dy, x, weight, lora_B, h, bias, scaling, variant)
-        else:  # the same of each column, without the operators that look for lost ones
-            out_scale = sums / variant.out_scale
+    if lost[0]:
+        dscale = out_scale_gradient(dy, y, x, weight, lora_B, h, bias, scaling, variant)
     if dgate is not None and variant.gate.dtype is not torch.float32:
         dgate = dgate.to(variant.gate.dtype)
-    return grads._replace(x=dx, x_lora=dx_lora if needs.x_lora else None, h_in=dh_in, gate=dgate, out_scale=out_scale)
+    return grads._replace(x=dx, x_lora=dx_lora if needs.x_lora else None, h_in=dh_in, gate=dgate, out_scale=dscale)
 
 
 def _scaling(out_scale, y, bias, needs, kept):
-    """The sums of `out_scale_gradient` one behind the other and how many columns are lost, [2 N + 1], if it is needed;
-    and what the kernels take of out_scale."""
+    """The gradient of out_scale, if it is needed, of how many columns y tells too little for it, and what the kernels
+    take of out_scale."""
     kept.append(_single(out_scale))
     keywords = {"out_scale": kept[-1].data_ptr()}
     if not needs.out_scale:
-        return None, keywords
-    N, (y, ldy) = out_scale.shape[0], _rows(y)
-    sums = torch.empty(2 * N + 1)
+        return None, (0,), keywords
+    (y, ldy), lost = _rows(y), array("q", (0,))
+    dscale = internals.empty_on_cpu((out_scale.shape[0],), (1,), torch.float32)
     kept.append(y)
-    keywords |= {"y": (y.data_ptr(), ldy), "sums": (sums.data_ptr(), sums.data_ptr() + 4 * N)}
+    keywords |= {"y": (y.data_ptr(), ldy), "dout_scale": (dscale.data_ptr(), lost.buffer_info()[0])}
     if bias is not None:
         kept.append(bias.contiguous())
         keywords["bias"] = kept[-1].data_ptr()
-    return sums, keywords
+    return dscale, lost, keywords
 
 
 def _scale(dy, needs, keywords):
-    """dz = out_scale * dy, and dbias if `needs` asks for it, in the pass that makes the sums, too."""
+    """dz = out_scale * dy, and dbias if `needs` asks for it, in the pass that makes out_scale's gradient, too."""
     dy, lddy = _rows(dy)
     M, N = dy.shape
     dz = torch.empty(M, N, dtype=dy.dtype)
     dbias = torch.empty(N, dtype=dy.dtype) if needs.bias else None
-    keywords = {"y": (0, 0), "sums": (0, 0), "bias": 0} | keywords
+    keywords = {"y": (0, 0), "dout_scale": (0, 0), "bias": 0} | keywords
     _C.cpu_scale(
         dy=(dy.data_ptr(), lddy),
         dz=dz.data_ptr(),

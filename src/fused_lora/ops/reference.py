@@ -139,14 +139,11 @@ def backward(
         per_rank = (dz @ B) * _ungated(h, scaling, variant)
         grads["gate"] = per_rank.unflatten(1, (variant.gate.shape[1], -1)).sum(-1).to(variant.gate.dtype)
     if needs.out_scale:
-        wide = torch.promote_types(dtype, torch.float32)
-        scaled = y.to(wide) if bias is None else y.to(wide) - bias
-        sums, squares = (dy * scaled).sum(0), scaled.square().sum(0)
-        grads["out_scale"] = out_scale_gradient(sums, squares, dy, x, weight, B, h, bias, scaling, variant)
+        grads["out_scale"] = out_scale_gradient(dy, y, x, weight, B, h, bias, scaling, variant)
     return Gradients(**grads)
 
 
-def out_scale_gradient(sums, squares, dy, x, weight, lora_B, h, bias, scaling, variant) -> Tensor:
+def out_scale_gradient(dy, y, x, weight, lora_B, h, bias, scaling, variant) -> Tensor:
     """The gradient of out_scale, sum_M dy * z, from y = out_scale * z + bias, which is there, instead of from z: a base
     product, a third of a training step, is not computed again.
 
@@ -155,11 +152,12 @@ def out_scale_gradient(sums, squares, dy, x, weight, lora_B, h, bias, scaling, v
     dtype, or zero, for out_scale is. Their z is computed again. Which ones they are is read on the host; not while a
     CUDA graph is captured, where all are computed.
 
-    Args:
-        sums, squares: sum_M dy * (y - bias) and sum_M (y - bias)^2, [N] in fp32.
-        dy, x, weight, lora_B, h, bias, scaling, variant: as in `backward`, for the columns whose z is computed.
+    Args: as in `backward`.
     Returns: [N] in out_scale's dtype.
     """
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    scaled = y.to(wide) if bias is None else y.to(wide) - bias
+    sums, squares = (dy * scaled).sum(0), scaled.square().sum(0)
     smallest = 2 * torch.finfo(dy.dtype).tiny
     least = torch.full_like(squares, smallest) if bias is None else bias.to(squares.dtype).abs().clamp(min=smallest)
     lost = squares <= least.square() * dy.shape[0]

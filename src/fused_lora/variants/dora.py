@@ -114,8 +114,8 @@ class RowNorm:
             return row_squares(weight())
 
         def norm() -> tuple[Tensor, Tensor]:
-            W, number = weight(), isinstance(scaling, float)
-            if number and cpu_norm.serves(lora_A, lora_B, W) and plain_eager(W, lora_A, lora_B):
+            W = weight()
+            if isinstance(scaling, float) and cpu_norm.serves(lora_A, lora_B, W) and plain_eager(W, lora_A, lora_B):
                 return cpu_norm.row_norm(W, lora_A, lora_B, scaling)
             with torch.no_grad():
                 return row_norm(W, self._squares(squares, source), lora_A, lora_B, scaling)
