@@ -2,8 +2,8 @@
 
     python bench/readme.py [README.md] [bench/results]
 
-One section for each readme-*.json, with the plot beside it if there is one, one for each llama-*.json
-(bench/bench_llama.py) and one for each variants-*.json, between two comments of README.md.
+Between two comments of README.md: a summary of all files; each readme-*.json's plot, if there is one, and its tables,
+folded; and, folded too, those of each llama-*.json (bench/bench_llama.py) and variants-*.json.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from fused_lora.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+LLAMA = "Llama-3.1-8B's shape"
 
 
 def table(head: list[str], lines: list[list[str]]) -> list[str]:
@@ -129,6 +130,11 @@ def mixed(rows: list[dict]) -> list[str]:
     return ["", title, "", *table(["dtype", "adapters", "one adapter, ms", *names], lines)]
 
 
+def batch(r: dict) -> str:
+    checkpointing = ", checkpointing" if r.get("checkpointing") else ""
+    return f"{r.get('sequences', 1)} × {r['tokens']}{checkpointing}"
+
+
 def llama(document: dict) -> str:
     """README's text for one file of a large model's training steps."""
     rows = document["rows"]
@@ -139,10 +145,9 @@ def llama(document: dict) -> str:
         return [f"{r['step_ms']:.0f}", f"{r['ratio']:.2f}", f"{r['times_peft']:.2f}", f"{r['memory_ratio']:.2f}"]
 
     head = ["sequences × tokens", "candidate", "ms", "over frozen", "times as fast as PEFT", "memory over frozen"]
-    batch = lambda r: f"{r['sequences']} × {r['tokens']}{', checkpointing' * r['checkpointing']}"  # noqa: E731
     lines = [[batch(r), r["candidate"], *cells(r)] for r in rows]
     sizes = f"{document['layers']} layers, random bf16 weights, R={document['rank']} on all linears"
-    title = f"One training step, forward and backward, of Llama-3.1-8B's shape ({sizes}):"
+    title = f"One training step, forward and backward, of {LLAMA} ({sizes}):"
     return "\n".join([f"{origin(document)} {title}", "", *table(head, lines)])
 
 
@@ -154,12 +159,53 @@ def origin(document: dict) -> str:
 
 
 def section(document: dict) -> str:
-    """README's text for one file of figures."""
-    text = [origin(document), ""]
-    text += layers(document["rows"])
+    """README's tables of one file of figures."""
+    text = layers(document["rows"])
     text += steps(document["train_step"]) if document["train_step"] else []
     text += host(document["host"]) if document["host"] else []
     return "\n".join(text)
+
+
+def summary(documents: list[dict]) -> str:
+    """A line a device and dtype: from the best to the worst of its layers of rank 16 without dropout."""
+    names = [n for n in dict.fromkeys(r["candidate"] for d in documents for r in d["rows"]) if n != "frozen"]
+
+    def cell(rows: list[dict], name: str) -> str:
+        ratios = [r["both_ratio"] for r in rows if r["candidate"] == name and "fault" not in r]
+        text = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "–"
+        return f"**{text}**" if name == "fused" else text
+
+    lines = []
+    for document in documents:
+        plain = [r for r in document["rows"] if (r["R"], r["dropout"]) == (16, 0.0)]
+        for dtype in dict.fromkeys(r["dtype"] for r in plain):
+            rows = [r for r in plain if r["dtype"] == dtype]
+            lines.append([document["environment"]["device"], dtype, *(cell(rows, name) for name in names)])
+    title = "Forward + backward of a layer over the frozen one's, R = 16, from the best to the worst of the shapes:"
+    return "\n".join([title, "", *table(["device", "dtype", *names], lines)])
+
+
+def step_summary(documents: list[dict], large: list[dict]) -> str:
+    """A line a device and batch: a training step over the frozen model's."""
+    names = ["peft", "peft+fuse", "fused"]
+    found: dict[tuple, dict[str, str]] = {}
+    for what, field, of in (("SmolLM2-135M, fp32", "train_step", documents), (f"{LLAMA}, bf16", "rows", large)):
+        for document in of:
+            for r in document[field]:
+                if r["candidate"] in names:
+                    line = found.setdefault((document["environment"]["device"], f"{what}: {batch(r)}"), {})
+                    line[r["candidate"]] = r["fault"] if "fault" in r else f"{r['ratio']:.2f}"
+    lines = [
+        [*key, *(f"**{of.get(n, '–')}**" if n == "fused" else of.get(n, "–") for n in names)]
+        for key, of in found.items()
+    ]
+    title = "A training step, forward and backward, over the frozen model's, R = 16 on all linears:"
+    return "\n".join([title, "", *table(["device", "model: sequences × tokens", *names], lines)])
+
+
+def folded(title: str, text: str) -> str:
+    """Text that a click unfolds."""
+    return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
 def update(readme: Path, results: Path) -> None:
@@ -176,15 +222,22 @@ def update(readme: Path, results: Path) -> None:
             f"{results} must hold readme-*.json, which `fused-lora bench --preset readme --output {results}` writes; "
             "got none"
         )
-    sections = []
-    for file in files:
-        sections.append(section(json.loads(file.read_text(encoding="utf-8"))))
+    documents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    large = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(results.glob("llama-*.json"))]
+    sections = [summary(documents), step_summary(documents, large)]
+    for file, document in zip(files, documents):
+        sections.append(origin(document))
         plot = file.with_suffix(".png")
         if plot.exists():
             link = Path(os.path.relpath(plot.resolve(), readme.resolve().parent)).as_posix()
             sections.append(f"![Time over the frozen layer's]({link})")
-    sections += [llama(json.loads(f.read_text(encoding="utf-8"))) for f in sorted(results.glob("llama-*.json"))]
-    sections += [variants(json.loads(f.read_text(encoding="utf-8"))) for f in sorted(results.glob("variants-*.json"))]
+        sections.append(folded("Every layer, a training step, the host's cost", section(document)))
+    kinds = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(results.glob("variants-*.json"))]
+    for what, tables, of in (
+        (f"A training step of {LLAMA}", llama, large),
+        ("LoRA's variants and mixed batches", variants, kinds),
+    ):
+        sections += [folded(f"{what}: {d['environment']['device']}", tables(d)) for d in of]
     head, tail, body = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :], "\n\n".join(sections)
     write_whole({readme: f"{head}\n{body}\n{tail}".encode()})
 

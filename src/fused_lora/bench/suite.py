@@ -5,6 +5,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def run(
         device: cpu, cuda or cuda:<index>.
         preset: quick, readme or full; readme and full add a SmolLM2 training step on the CPU. Or variants, that step
             alone with LoRA's variants. Or latency, a forward of SmolLM2 merged, unmerged and with adapters of other
-            kinds, which takes neither candidates nor train_step nor resume.
+            kinds. These two take neither candidates nor plot nor resume, latency no train_step either.
         output: JSON file to write, or a directory for <preset>-cpu-<vendor>.json or <preset>-cuda.json; written aside
             and renamed after every case.
         plot: PNG file to write, or a directory.
@@ -59,9 +60,8 @@ def run(
     names = _names(kind, candidates)
     cases = cases_of(preset, kind)
     _check_numbers(threads, budget_s)
-    latency = preset == "latency"
-    if latency and (candidates or train_step or resume):
-        raise ValueError("preset 'latency' and candidates, train_step or resume exclude each other; got both")
+    latency, layers = preset == "latency", preset not in ("variants", "latency")
+    _check_options(preset, layers, candidates=candidates, plot=plot, resume=resume, train_step=latency and train_step)
     steps = train_step if train_step is not None else (preset not in ("quick", "latency") and kind == "cpu")
     if steps or latency:
         _check_steps()
@@ -80,10 +80,10 @@ def run(
     report.print_environment(document["environment"])
     if "peft" not in names and candidates is None:
         report.say("without PEFT, which is not installed: pip install 'fused-lora[peft]'\n")
-    if steps or latency or preset == "variants" or "peft" in names:
+    if steps or not layers or "peft" in names:
         import_peft()
     _time_cases(document, cases, budget_s, output)
-    if preset not in ("variants", "latency") and (candidates is None or "peft" in names):
+    if layers and (candidates is None or "peft" in names):
         document["host"] = runner.host_cost(kind, min(budget_s, 10.0), [n for n in names if n != "compile"])
         report.print_host(document["host"])
     _time_models(document, steps, budget_s, output)
@@ -180,6 +180,13 @@ def _check_steps() -> None:
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     packaged_model()
+
+
+def _check_options(preset: str, layers: bool, **options: Any) -> None:
+    """Raises ValueError for an option that a preset without layers has no use for."""
+    for name, value in options.items():
+        if value and not layers:
+            raise ValueError(f"{name} must be left out with preset {preset!r}, which times no layers; got {value!r}")
 
 
 def _targets(document: dict, output: str | Path | None, plot: str | Path | None) -> tuple[Path | None, Path | None]:
