@@ -103,7 +103,7 @@ struct CpuBackwardParams {
   const void* y;           // [M, N], row stride ldy, dtype; read for dout_scale only
   const void* bias;        // [N], dtype; or null
   float* dout_scale;       // [N], sum_M dy * (y - bias) / out_scale
-  int64_t* lost;           // [1], of how many columns y tells too little for it; with dout_scale only
+  int64_t* lost;           // [1], of how many columns y tells too little for it, which are NaN; with dout_scale only
   int64_t gates, ldy;
 };
 
@@ -116,7 +116,7 @@ struct CpuScaleParams {
   const float* out_scale;  // [N]
   void* dz;                // [M, N], contiguous, dtype
   float* dout_scale;       // [N], sum_M dy * (y - bias) / out_scale
-  int64_t* lost;           // [1], of how many columns y tells too little for it; with dout_scale only
+  int64_t* lost;           // [1], of how many columns y tells too little for it, which are NaN; with dout_scale only
   void* dbias;             // [N], dtype, sum_M dy
   int64_t M, N, lddy, ldy;
   Dtype dtype;

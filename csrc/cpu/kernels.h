@@ -54,7 +54,7 @@ void wgrad_bf16(const uint16_t* panel, int64_t ld, const uint32_t* low, float* o
 // out[cols] += sum over rows of panel; cols rounded up to a multiple of kLanes.
 void column_sums_bf16(const uint16_t* panel, int64_t ld, float* out, int64_t rows, int64_t cols);
 
-// lora_gemm.cpp  out = left right + low thin + bias (+ out) in fp32, on all threads: y, or dx, where N and K change
+// lora_gemm.cpp  out = left right + low thin + bias (or + out) in fp32, on all threads: y, or dx, where N and K change
 //                places.
 struct LoraGemm {
   const float* left;        // [M, K], row stride ld_left
@@ -62,7 +62,7 @@ struct LoraGemm {
   const float* right;       // by_rows: [K, N], else its transpose [N, K]; row stride ld_right
   const float* low;         // [M, R], row stride ld_low; R may be 0
   const float* thin;        // thin_by_rows: [R, N], else its transpose [N, R]; row stride ld_thin
-  const float* bias;        // [N] or null
+  const float* bias;        // [N] or null; null where add
   const float* scale;       // [N], of the columns of right and thin; or null
   float* out;               // [M, N], contiguous
   int64_t M, N, K, R, ld_left, ld_right, ld_low, ld_thin;

@@ -12,7 +12,7 @@
 // register tiles of 12 x 32 (AVX-512) or 6 x 16. A strip's rows are copied kPitch apart, a constant, so that one
 // pointer reaches all of them: GCC keeps row strides out of registers and reloads them in the loop.
 // Numerics: sums start afresh in every block, so that rounding errors grow with kDepth and not with all of K; the first
-// block stores its sums and adds the bias, the others add theirs.
+// block stores its sums and adds the bias, or adds them where `add`, the others add theirs.
 // Source of the loop order: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3),
 // 2008.
 #include "pack.h"
@@ -165,8 +165,8 @@ template <class V> INLINE void pack_block(const LoraGemm& g, const Block& b, flo
   const float* scale = g.scale ? g.scale + b.n : nullptr;
   if (g.by_rows) {
     const int64_t whole = copied_as_read(g) ? b.width / kColumns * kColumns : 0;
-    pack_rows(g.right + b.k * g.ld_right + b.n + whole, g.ld_right, scale, panels + whole * b.depth, stride, base,
-              b.width - whole);
+    pack_rows(g.right + b.k * g.ld_right + b.n + whole, g.ld_right, scale ? scale + whole : nullptr,
+              panels + whole * b.depth, stride, base, b.width - whole);
   } else {
     pack_columns<V>(g.right + b.n * g.ld_right + b.k, g.ld_right, scale, panels, stride, base, b.width);
   }

@@ -36,14 +36,14 @@ void add_squares(BlockFp32::Panel panel, float* squares, int64_t rows, int64_t c
   });
 }
 
-// squares[rows, kLane] += factor * low[rows, cols (row stride Rp)] * B[rows, cols (row stride B.ld)], lane by lane.
-void add_products(BlockFp32::Panel B, const float* low, int64_t Rp, float factor, float* squares, int64_t rows,
+// squares[rows, kLane] += factor * low[rows, cols (row stride Rp)] * B[rows, kPanel], lane by lane.
+void add_products(const float* B, const float* low, int64_t Rp, float factor, float* squares, int64_t rows,
                   int64_t cols) {
   widest([=]() INLINED {
     for (int64_t i = 0; i < rows; ++i) {
       Vec8 sum{}, b, v;
       for (int64_t r = 0; r < cols; r += kLane) {
-        load(b, B.data + i * B.ld + r), load(v, low + i * Rp + r);
+        load(b, B + i * kPanel + r), load(v, low + i * Rp + r);
         sum += b * v;
       }
       load(v, squares + i * kLane);
@@ -85,16 +85,16 @@ Status cpu_row_norm(const CpuRowNormParams& p) {
     of_A.copy_low(gram + r * Rp, rows);
   }
   const int64_t most = block_rows(p.N, threads);
-  std::vector<BlockFp32> of_W, of_B;
-  std::vector<float*> sums;  // [most, kLane]
+  std::vector<BlockFp32> of_W;
+  std::vector<float*> sums, copies;  // [most, kLane], and of B [most, kPanel]
   for (int t = 0; t < threads; ++t) {
     of_W.emplace_back(buffers, most, p.dtype, false, p.R);
-    of_B.emplace_back(buffers, most, Dtype::f32, false, p.R);
     sums.push_back(buffers.take(most * kLane));
+    copies.push_back(buffers.take(most * kPanel));
   }
   const auto body = [&](int t, int64_t n0, int64_t rows) {
-    BlockFp32 &block = of_W[static_cast<size_t>(t)], &copies = of_B[static_cast<size_t>(t)];
-    float* squares = sums[static_cast<size_t>(t)];
+    BlockFp32& block = of_W[static_cast<size_t>(t)];
+    float *squares = sums[static_cast<size_t>(t)], *copy = copies[static_cast<size_t>(t)];
     const int64_t padded = round_up(rows, kStrip);
     std::fill_n(squares, padded * kLane, 0.0f);
     block.clear_low();
@@ -105,12 +105,13 @@ Status cpu_row_norm(const CpuRowNormParams& p) {
     const auto for_B = [&](const auto& work) {
       for (int64_t r = 0; r < p.R; r += kPanel) {
         const int64_t cols = std::min(kPanel, p.R - r);
-        work(copies.panel(p.B + n0 * p.R + r, p.R, {}, rows, cols), r, cols);
+        load_panel(p.B + n0 * p.R + r, Dtype::f32, p.R, nullptr, copy, rows, cols);
+        work(r, cols);
       }
     };
-    for_B([&](auto B, int64_t r, int64_t cols) { shrink(B.data, B.ld, gram + r * Rp, block.low, padded, cols, Rp); });
-    for_B([&](auto B, int64_t r, int64_t cols) {
-      add_products(B, block.low + r, Rp, 2.0f * p.scaling, squares, rows, round_up(cols, kLane));
+    for_B([&](int64_t r, int64_t cols) { shrink(copy, kPanel, gram + r * Rp, block.low, padded, cols, Rp); });
+    for_B([&](int64_t r, int64_t cols) {
+      add_products(copy, block.low + r, Rp, 2.0f * p.scaling, squares, rows, round_up(cols, kLane));
     });
     for (int64_t i = 0; i < rows; ++i) {
       float squared = 0.0f;

@@ -8,6 +8,7 @@
 #include "scale.h"
 
 #include <cmath>
+#include <limits>
 
 #include "elements.h"
 
@@ -126,8 +127,9 @@ void ScaleSums::store() {
     int64_t lost = 0;
     for (int64_t n = 0; n < p_.N; ++n) {
       const float least = std::max(std::abs(bias_[n]), smallest);
-      lost += squares[n] <= rows * (least * least);
-      p_.dout_scale[n] = sums[n] / p_.out_scale[n];
+      const bool little = squares[n] <= rows * (least * least);
+      p_.dout_scale[n] = little ? std::numeric_limits<float>::quiet_NaN() : sums[n] / p_.out_scale[n];
+      lost += little;
     }
     *p_.lost = lost;
   }

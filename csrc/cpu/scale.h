@@ -2,7 +2,7 @@
 //
 //   dout_scale = sum_M dy * (y - bias) / out_scale      dbias = sum_M dy      squares = sum_M (y - bias)^2
 //
-// The squares tell of which columns y tells too little: those are counted, and somebody else computes dout_scale.
+// The squares tell of which columns y tells too little: those are NaN and counted, and somebody else computes them.
 #pragma once
 
 #include "walk.h"

@@ -15,8 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_lora
 from fused_lora import apply_lora, merge_and_unload, set_adapter
+from fused_lora.backends import cpu, pick
 from fused_lora.nn import LoRALinear
 from fused_lora.nn.grouped import GroupedLoRALinear
+from fused_lora.ops.reference import PLAIN
+from fused_lora.ops.schema import request_of
 
 ATTENTION = ["q_proj", "k_proj", "v_proj"]
 
@@ -92,6 +95,16 @@ def test_the_same_as_alone(dropout):
         got, want = step(model, rows().detach()), step(alone, rows().detach())
         assert got.keys() == want.keys() and got["dx"] is None
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_dx_is_added_in_the_layers_own_plan(monkeypatch):
+    seen, real = [], cpu.backward_onto
+    monkeypatch.setattr(cpu, "backward_onto", lambda *given: seen.append(given[-1]) or real(*given))
+    model = net()
+    step(model)
+    q = model.three.q
+    usual = pick("auto", request_of(rows(), q.weight, q.lora_A["default"], PLAIN)).plan
+    assert seen == [usual] * 2
 
 
 @pytest.fixture(scope="module")

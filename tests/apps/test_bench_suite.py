@@ -221,7 +221,7 @@ def test_a_missing_package_is_found_before_the_timing(nothing_is_timed, monkeypa
         ("--plot=", "plot must be a .png file or a directory; got an empty path"),
         ("--plot b.jpg", "plot must be a .png file or a directory; got 'b.jpg'"),
         ("--resume", "resume needs output"),
-        ("--preset variants --plot .", "plot must be left out with preset 'variants', which times no layers; got '.'"),
+        ("--preset variants --plot .", "plot must be left out with preset 'variants'; got '.'"),
         ("--preset latency --resume", "resume must be left out with preset 'latency'"),
         ("--preset latency --train-step", "train_step must be left out with preset 'latency'"),
     ],

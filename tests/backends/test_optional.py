@@ -75,7 +75,7 @@ def test_strided(poison, dtype, adapter):
 
     optional = p.variant
     for moved in (inside, turned):
-        p.x, p.dy, p.dh = moved(p.x), moved(p.dy), moved(p.dh)
+        p.x, p.dy, p.dh, p.weight = moved(p.x), moved(p.dy), moved(p.dh), moved(p.weight)
         p.variant = optional._replace(**{n: moved(getattr(optional, n)) for n in ("x_lora", "h_in", "gate")})
         for way in ways(p):
             assert_exact(run(p, backend=way, needs=p.needs()), want)
@@ -87,6 +87,19 @@ def test_no_rows_and_one(poison, M):
         p = with_optional(exact_problem(M, 24, 40, 4, dtype, adapter), ALL, exact=True)
         for way in ways(p):
             assert_exact(run(p, backend=way, needs=p.needs()), truth(p, needs=p.needs()))
+
+
+@pytest.mark.parametrize("names", [("out_scale",), ("x_lora", "out_scale")], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transposed_weight_under_dropout(poison, dtype, names):
+    """Of several panels and blocks, and of one column."""
+    masked = dict(dropout_p=0.25, seed=torch.tensor([5]))
+    for shape in ((100, 1056, 1160, 16), (37, 1, 70, 5), (37, 70, 1, 5)):
+        p = with_optional(random_problem(*shape, dtype), names, exact=False)
+        expect = run(p, backend="reference", needs=p.needs(), **masked), truth(p, needs=p.needs(), **masked)
+        p.weight = p.weight.t().contiguous().t()
+        for way in ways(p):
+            assert_close(run(p, backend=way, needs=p.needs(), **masked), *expect)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

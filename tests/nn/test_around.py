@@ -204,7 +204,8 @@ def test_conv1d_is_taken_over_as_it_lies(bias, dtype):
 def test_a_transposed_weight_is_multiplied_as_it_lies():
     weight, x, A = torch.randn(SIZES), torch.randn(64, SIZES[0]), torch.randn(4, SIZES[0])
     assert not request_of(x, weight.t(), A, PLAIN).aligned and request_of(x, weight.t().contiguous(), A, PLAIN).aligned
-    assert sorted(cpu.plans(request_of(x, weight.t(), A, PLAIN))) == ["around", "inside"]
+    usual = cpu.plans(request_of(x, weight.t().contiguous(), A, PLAIN))
+    assert cpu.plans(request_of(x, weight.t(), A, PLAIN)) == usual and "inside" in usual
     laid, ld, transposed = cpu_product.laid(weight.t())
     assert laid.data_ptr() == weight.data_ptr() and ld == SIZES[1] and transposed
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
+from fused_lora.backends import cpu_product
 from fused_lora.ops.experts import grouped_linear
 
 E, K, N = 4, 10, 6
@@ -36,6 +37,35 @@ def test_each_expert_multiplies_its_own_rows(dtype, is_transposed):
     assert torch.equal(dx, wanted)
     (expanded,) = torch.autograd.grad(grouped_linear(x, weight, OFFSETS, is_transposed).sum(), x)
     assert expanded.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_whole_panels_and_several_blocks(monkeypatch, dtype, is_transposed):
+    """By the CPU's own product where that serves and an expert has rows enough."""
+    rows, taken, real = [5, 3, 0, 60], [], cpu_product.product
+    monkeypatch.setattr(
+        cpu_product, "product", lambda x, *given, **more: taken.append(len(x)) or real(x, *given, **more)
+    )
+    g, (K, N) = torch.Generator().manual_seed(0), (1160, 1056)
+    x = (torch.rand(sum(rows), K, generator=g) < 0.05).to(dtype).requires_grad_()
+    shape = (4, K, N) if is_transposed else (4, N, K)
+    weight, offsets = torch.randint(-1, 2, shape, generator=g).to(dtype), torch.tensor([0, *rows]).cumsum(0)
+    y, want = (product(x, weight, offsets, is_transposed) for product in (grouped_linear, by_loop))
+    assert torch.equal(y, want) and taken == [5, 60] * cpu_product.serves(dtype)
+    dy = (torch.rand(y.shape, generator=g) < 0.05).to(dtype)
+    (dx,), (wanted,) = (torch.autograd.grad(out, x, dy) for out in (y, want))
+    assert torch.equal(dx, wanted) and taken == [5, 60] * 2 * cpu_product.serves(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_width_that_does_not_fit_is_refused(dtype):
+    x, weight = problem(dtype)
+    for wrong, is_transposed in ((x[:, :-1], False), (x, True)):
+        with pytest.raises(ValueError, match="x must have the weight's .* columns; got shape"):
+            grouped_linear(wrong, weight, OFFSETS, is_transposed)
+    nothing = grouped_linear(x[:, :0], weight[:, :, :0], OFFSETS)
+    assert torch.equal(nothing, torch.zeros(9, N, dtype=dtype))
 
 
 def test_gradients_of_gradients_and_no_rows():

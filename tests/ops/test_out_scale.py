@@ -52,6 +52,18 @@ def test_a_scale_that_leaves_nothing_of_z(dtype, scale):
         assert_close({"out_scale": got}, {"out_scale": peer}, {"out_scale": exact})
 
 
+@pytest.mark.parametrize("plan", ["inside", "around"])
+def test_the_gradient_has_the_scale_s_dtype(plan):
+    p = random_problem(9, 12, 16, 4)
+    for lost in (False, True):
+        m = torch.rand(12, dtype=torch.float64) + 0.5
+        m[3] *= not lost
+        op = lambda m: lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.5, out_scale=m, backend=f"cpu:{plan}")
+        want = composition(p.x, p.weight, p.lora_A, p.lora_B, None, 1.5, None, Variant(out_scale=m))[0]
+        assert gradient(p, m, op).dtype is torch.float64
+        torch.testing.assert_close(op(m), want)
+
+
 def test_y_must_stay_as_it_is_only_for_the_scale():
     p = random_problem(8, 12, 16, 4)
     m = torch.ones(12, requires_grad=True)

@@ -104,6 +104,16 @@ def test_a_fresh_adapter_changes_not_one_bit(bias, p, around):
     assert layer.lora_magnitude_vector["default"].dtype is torch.float32
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_fresh_adapter_s_scale_is_one(exact):
+    """m and n come from the same operators, with gradients and without."""
+    layer = LoRALinear(576, 1536, 16, use_dora=True, dora_exact=exact)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            g = layer.variants["default"].scale(layer, layer.lora_A["default"], layer.lora_B["default"])
+        assert torch.equal(g, torch.ones(1536))
+
+
 def test_magnitudes_are_fp32_over_a_bf16_base():
     layer = LoRALinear(K, N, R, bias=False, dtype=torch.bfloat16, use_dora=True, adapter_dtype=torch.bfloat16)
     m, x = layer.lora_magnitude_vector["default"], inputs(9, dtype=torch.bfloat16)

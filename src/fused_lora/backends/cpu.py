@@ -24,7 +24,7 @@ from fused_lora.backends.cpu_product import LEAST_ROWS, laid
 from fused_lora.ops import internals
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.internals import linear_with_bias
-from fused_lora.ops.reference import PLAIN, Gradients, Variant, out_scale_gradient
+from fused_lora.ops.reference import PLAIN, Gradients, Variant, out_scale_columns
 
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 _FEATURES = _C.cpu_features()
@@ -46,7 +46,7 @@ def plans(request: Request) -> tuple[str, ...]:
         return ("around",)
     if request.dtype is torch.bfloat16 and not _FEATURES["bf16_dot"]:
         return ("around",)
-    # of a transposed weight not measured on AMX
+    # a transposed weight in bf16 is not measured on AMX; in fp32 the two directions change places, packing and all
     first = _FEATURES["avx2"] and (request.aligned or request.dtype is torch.float32 or not _FEATURES["amx"])
     return ("inside", "around") if first else ("around", "inside")
 
@@ -114,7 +114,7 @@ def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, varia
     h = internals.empty_on_cpu((M, R), (R, 1), dtype)
     W, bias_ptr = (0, 0, False), 0
     if weight is not None:
-        weight, ldw, transposed = (weight, K, False) if weight.is_contiguous() else laid(weight)
+        weight, ldw, transposed = laid(weight)
         W = weight.data_ptr(), ldw, transposed
     if bias is not None:
         bias = bias.contiguous()
@@ -198,7 +198,10 @@ def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling,
         grads = _backward(written, dz, left, base, lora_A, lora_B, h, scaling, dropout_p, seed, low, given)
         grads = grads if dbias is None else grads._replace(bias=dbias)
     if lost[0]:
-        dscale = out_scale_gradient(dy, y, x, weight, lora_B, h, bias, scaling, variant)
+        columns = dscale.isnan().nonzero().flatten()
+        dscale = out_scale_columns(dscale, columns, dy, x, weight, lora_B, h, scaling, variant)
+    if dscale is not None and variant.out_scale.dtype is not torch.float32:
+        dscale = dscale.to(variant.out_scale.dtype)
     if dgate is not None and variant.gate.dtype is not torch.float32:
         dgate = dgate.to(variant.gate.dtype)
     return grads._replace(x=dx, x_lora=dx_lora if needs.x_lora else None, h_in=dh_in, gate=dgate, out_scale=dscale)
@@ -261,7 +264,7 @@ def _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, ne
     if needs.x:
         dx_ptr = dx.data_ptr()
         if weight is not None:
-            weight, ldw, transposed = (weight, K, False) if weight.is_contiguous() else laid(weight)
+            weight, ldw, transposed = laid(weight)
             W = weight.data_ptr(), ldw, transposed
     if needs.lora_A:
         x, ldx = (x, K) if x.is_contiguous() else _rows(x)

@@ -22,6 +22,10 @@ from fused_lora.files import write_json
 from fused_lora.hardware import gpu_clocks
 from fused_lora.models import packaged_model
 
+_WITHOUT_LAYERS = ("variants", "latency")
+# By option, the presets that it says nothing to.
+_USELESS = dict.fromkeys(("candidates", "plot", "resume"), _WITHOUT_LAYERS) | {"train_step": ("latency",)}
+
 
 def run(
     device: str = "cpu",
@@ -60,8 +64,8 @@ def run(
     names = _names(kind, candidates)
     cases = cases_of(preset, kind)
     _check_numbers(threads, budget_s)
-    latency, layers = preset == "latency", preset not in ("variants", "latency")
-    _check_options(preset, layers, candidates=candidates, plot=plot, resume=resume, train_step=latency and train_step)
+    latency, layers = preset == "latency", preset not in _WITHOUT_LAYERS
+    _check_options(preset, candidates=candidates, plot=plot, resume=resume, train_step=train_step)
     steps = train_step if train_step is not None else (preset not in ("quick", "latency") and kind == "cpu")
     if steps or latency:
         _check_steps()
@@ -182,11 +186,11 @@ def _check_steps() -> None:
     packaged_model()
 
 
-def _check_options(preset: str, layers: bool, **options: Any) -> None:
-    """Raises ValueError for an option that a preset without layers has no use for."""
+def _check_options(preset: str, **options: Any) -> None:
+    """Raises ValueError for an option that a preset has no use for: without layers, or for latency without steps."""
     for name, value in options.items():
-        if value and not layers:
-            raise ValueError(f"{name} must be left out with preset {preset!r}, which times no layers; got {value!r}")
+        if value and preset in _USELESS.get(name, ()):
+            raise ValueError(f"{name} must be left out with preset {preset!r}; got {value!r}")
 
 
 def _targets(document: dict, output: str | Path | None, plot: str | Path | None) -> tuple[Path | None, Path | None]:

@@ -32,6 +32,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: bo
         offsets: [E + 1], the integer rows at which the experts begin, and M.
         is_transposed: how the weight lies.
     Returns: [M, N] in x's dtype.
+    Raises: ValueError if x is not as wide as the weight.
     """
     return _GroupedLinear.apply(x, weight, offsets, is_transposed)
 
@@ -56,18 +57,26 @@ class _GroupedLinear(torch.autograd.Function):
 
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: bool) -> Tensor:
     matrices = weight if is_transposed else weight.mT  # [E, K, N]
+    _check_width(x, weight, is_transposed)
     with without_autocast(x):
         if _has_kernel(x, weight):
             return F.grouped_mm(x.contiguous(), matrices, offs=offsets[1:].to(torch.int32))
         y = x.new_empty(x.shape[0], matrices.shape[2])
         rows = offsets.tolist()
         own = x.is_cpu and weight.is_cpu and x.dtype is weight.dtype and cpu_product.serves(x.dtype)
+        own = own and 0 not in matrices.shape
         for matrix, start, end in zip(matrices, rows, rows[1:], strict=False):
             if own and end - start >= cpu_product.LEAST_ROWS:
                 cpu_product.product(x[start:end], matrix.t(), y=y[start:end])
             elif start < end:
                 torch.mm(x[start:end], matrix, out=y[start:end])
         return y
+
+
+def _check_width(x: Tensor, weight: Tensor, is_transposed: bool) -> None:
+    K = weight.shape[1 if is_transposed else 2]
+    if x.shape[1] != K:
+        raise ValueError(f"x must have the weight's {K} columns; got shape {list(x.shape)}")
 
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
@@ -84,6 +93,7 @@ _lib.impl("grouped_linear", _grouped_linear, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("fused_lora::grouped_linear")
 def _fake(x, weight, offsets, is_transposed):
+    _check_width(x, weight, is_transposed)
     return x.new_empty((x.shape[0], weight.shape[2 if is_transposed else 1]))
 
 

@@ -166,11 +166,14 @@ def out_scale_gradient(dy, y, x, weight, lora_B, h, bias, scaling, variant) -> T
     else:
         lost = lost.nonzero().flatten()
     grad = (sums / variant.out_scale).to(variant.out_scale.dtype)
-    if lost.numel() == 0:
-        return grad
-    B = lora_B[lost].to(dy.dtype)
+    return grad if lost.numel() == 0 else out_scale_columns(grad, lost, dy, x, weight, lora_B, h, scaling, variant)
+
+
+def out_scale_columns(grad, lost, dy, x, weight, lora_B, h, scaling, variant) -> Tensor:
+    """grad [N] of out_scale with the columns `lost`, which are int64 [n], from their z."""
+    wide, B = torch.promote_types(dy.dtype, torch.float32), lora_B[lost].to(dy.dtype)
     z = torch.addmm(F.linear(x, weight[lost]), _low(h, scaling, variant), B.t())
-    again = (dy.index_select(1, lost) * z.to(sums.dtype)).sum(0)
+    again = (dy.index_select(1, lost) * z.to(wide)).sum(0)
     return grad.index_copy(0, lost, again.to(grad.dtype))
 
 

@@ -85,8 +85,11 @@ def row_norm(
 
 
 class RowNorm:
-    """`row_norm` of one adapter in one layer, computed once an optimizer step; |W_i|^2 once for a frozen W, but on the
-    CPU, where a kernel makes it on its way."""
+    """`row_norm` of one adapter in one layer, computed once an optimizer step, and |W_i|^2 once for a frozen W.
+
+    Where the CPU's kernel serves both come from it, but for `exact`, whose gradient the kernel has not: m and n must
+    have the same rounding for m / n to be 1.
+    """
 
     def __init__(self) -> None:
         self._squares, self._norm = OncePerStep(), OncePerStep()
@@ -115,7 +118,12 @@ class RowNorm:
 
         def norm() -> tuple[Tensor, Tensor]:
             W = weight()
-            if isinstance(scaling, float) and cpu_norm.serves(lora_A, lora_B, W) and plain_eager(W, lora_A, lora_B):
+            if (
+                not exact
+                and isinstance(scaling, float)
+                and cpu_norm.serves(lora_A, lora_B, W)
+                and plain_eager(W, lora_A, lora_B)
+            ):
                 return cpu_norm.row_norm(W, lora_A, lora_B, scaling)
             with torch.no_grad():
                 return row_norm(W, self._squares(squares, source), lora_A, lora_B, scaling)
