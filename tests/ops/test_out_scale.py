@@ -5,7 +5,7 @@ import torch
 
 from fused_lora import lora_linear
 from fused_lora.ops.reference import Variant, composition
-from fused_lora.testing import assert_close, random_problem
+from fused_lora.testing import assert_close, random_problem, run, with_optional
 
 
 def gradient(p, out_scale, op) -> torch.Tensor:
@@ -53,15 +53,15 @@ def test_a_scale_that_leaves_nothing_of_z(dtype, scale):
 
 
 @pytest.mark.parametrize("plan", ["inside", "around"])
-def test_the_gradient_has_the_scale_s_dtype(plan):
-    p = random_problem(9, 12, 16, 4)
-    for lost in (False, True):
-        m = torch.rand(12, dtype=torch.float64) + 0.5
-        m[3] *= not lost
-        op = lambda m: lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.5, out_scale=m, backend=f"cpu:{plan}")
-        want = composition(p.x, p.weight, p.lora_A, p.lora_B, None, 1.5, None, Variant(out_scale=m))[0]
-        assert gradient(p, m, op).dtype is torch.float64
-        torch.testing.assert_close(op(m), want)
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_gradient_has_the_scale_s_dtype(plan, lost):
+    p = with_optional(random_problem(9, 12, 16, 4), ["out_scale"], exact=False)
+    m = p.variant.out_scale.double()
+    m[3] *= not lost
+    p.variant = p.variant._replace(out_scale=m)
+    got, want = (run(p, backend=name, needs=p.needs())["dout_scale"] for name in (f"cpu:{plan}", "reference"))
+    assert got.dtype is torch.float64
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_y_must_stay_as_it_is_only_for_the_scale():
