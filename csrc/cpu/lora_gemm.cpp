@@ -116,7 +116,7 @@ INLINE void tiles(const float* rows, float* panel, Unpacked from, int64_t depth,
     constexpr int kUpper = (H + 1) / 2, kLower = H / 2;
     for (int64_t n = 0; n < kColumns; n += kColumns / 2) {
       const float* b = bias ? bias + n : nullptr;
-      const Unpacked half{from.rows + n, from.ld, from.steps};
+      const Unpacked half{from.steps ? from.rows + n : nullptr, from.ld, from.steps};
       gemm_tile<kUpper, V>(rows, panel + n, half, depth, out + n, ldo, add, b);
       if constexpr (kLower > 0)
         gemm_tile<kLower, V>(rows + kUpper * kPitch, panel + n, {}, depth, out + kUpper * ldo + n, ldo, add, b);

@@ -5,7 +5,8 @@
 // Used by DoRA, and without W by ALLoRA, once an optimizer step. One walk over W in blocks of kRows rows: both parts of
 // low as shrink makes h of x, the squares of a panel while it is in L2, and a row's sum at the end.
 // Layouts: W with a row stride, A and B as they lie in their parameters. Tiles: shrink's.
-// Numerics: fp32 whatever W's dtype is. With W a row without length, or with less than none by rounding, has 1 for it.
+// Numerics: fp32 whatever W's dtype is. Where s B A takes away nearly all of a row of W the two sums cancel, and the
+// row is summed as it is. With W a row without length has 1 for it.
 // Source: Liu et al., "DoRA", arXiv 2402.09353, with its norm in factors.
 #include <cmath>
 
@@ -53,6 +54,27 @@ void add_products(const float* B, const float* low, int64_t Rp, float factor, fl
   });
 }
 
+// |W_n + s B_n A|^2 of one row, summed as it is.
+float squared_row(const CpuRowNormParams& p, int64_t n) {
+  float total = 0.0f, row[kPanel];
+  for (int64_t k = 0; k < p.K; k += kPanel) {
+    const int64_t cols = std::min(kPanel, p.K - k);
+    load_matrix(at(p.W, n * p.ldw + k, p.dtype), p.dtype, row, 1, cols, cols);
+    for (int64_t r = 0; r < p.R; ++r)
+      for (int64_t j = 0; j < cols; ++j) row[j] += p.scaling * p.B[n * p.R + r] * p.A[r * p.K + k + j];
+    float sum = 0.0f;
+    for (int64_t j = 0; j < cols; ++j) sum += row[j] * row[j];
+    total += sum;
+  }
+  return total;
+}
+
+INLINE float sum_of_lanes(const float* lanes) {
+  float sum = 0.0f;
+  for (int64_t j = 0; j < kLane; ++j) sum += lanes[j];
+  return sum;
+}
+
 }  // namespace
 }  // namespace fused_lora::cpu
 
@@ -86,15 +108,17 @@ Status cpu_row_norm(const CpuRowNormParams& p) {
   }
   const int64_t most = block_rows(p.N, threads);
   std::vector<BlockFp32> of_W;
-  std::vector<float*> sums, copies;  // [most, kLane], and of B [most, kPanel]
+  std::vector<float*> sums, copies, of_rows;  // [most, kLane]; of B [most, kPanel]; |W_i|^2 [most]
   for (int t = 0; t < threads; ++t) {
     of_W.emplace_back(buffers, most, p.dtype, false, p.R);
     sums.push_back(buffers.take(most * kLane));
     copies.push_back(buffers.take(most * kPanel));
+    of_rows.push_back(buffers.take(most));
   }
   const auto body = [&](int t, int64_t n0, int64_t rows) {
     BlockFp32& block = of_W[static_cast<size_t>(t)];
-    float *squares = sums[static_cast<size_t>(t)], *copy = copies[static_cast<size_t>(t)];
+    float *squares = sums[static_cast<size_t>(t)], *copy = copies[static_cast<size_t>(t)],
+          *whole = of_rows[static_cast<size_t>(t)];
     const int64_t padded = round_up(rows, kStrip);
     std::fill_n(squares, padded * kLane, 0.0f);
     block.clear_low();
@@ -102,6 +126,7 @@ Status cpu_row_norm(const CpuRowNormParams& p) {
       add_squares(panel, squares, padded, round_up(cols, kLane));
     };
     if (p.W) times_A(block, at(p.W, n0 * p.ldw, p.dtype), p.dtype, p.ldw, rows, seen);
+    for (int64_t i = 0; i < rows; ++i) whole[i] = sum_of_lanes(squares + i * kLane);
     const auto for_B = [&](const auto& work) {
       for (int64_t r = 0; r < p.R; r += kPanel) {
         const int64_t cols = std::min(kPanel, p.R - r);
@@ -114,8 +139,8 @@ Status cpu_row_norm(const CpuRowNormParams& p) {
       add_products(copy, block.low + r, Rp, 2.0f * p.scaling, squares, rows, round_up(cols, kLane));
     });
     for (int64_t i = 0; i < rows; ++i) {
-      float squared = 0.0f;
-      for (int64_t j = 0; j < kLane; ++j) squared += squares[i * kLane + j];
+      float squared = sum_of_lanes(squares + i * kLane);
+      if (squared < whole[i] / 8.0f) squared = squared_row(p, n0 + i);
       const bool none = squared <= 0.0f;
       p.norm[n0 + i] = none ? (p.W ? 1.0f : 0.0f) : std::sqrt(squared);
       if (p.W) p.empty[n0 + i] = none ? 1.0f : 0.0f;

@@ -124,8 +124,8 @@ inline GemmConfig gemm_config(const GemmRequest& request) {
   GemmConfig c{};
   const int64_t rows = ceil_div(M, kGemmBlockM * kGemmCluster), clusters = sms / kGemmCluster;
   if (M < 1 || N < 1 || R < 0 || R > kMaxRank || clusters < 1) return c;
-  const auto cost = [&](int64_t width, int64_t percent) {
-    return ceil_div(rows * ceil_div(N, width), clusters) * percent;
+  const auto cost = [rows, clusters, columns = N](int64_t width, int64_t percent) {
+    return ceil_div(rows * ceil_div(columns, width), clusters) * percent;
   };
   // A 128-wide tile takes 59 % of a 256-wide one: Triton, 8192 x 4096 x 4096, 415-420 us against 352-360, H100,
   // 2026-11-23.

@@ -42,8 +42,8 @@ def test_each_expert_multiplies_its_own_rows(dtype, is_transposed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_whole_panels_and_several_blocks(monkeypatch, dtype, is_transposed):
-    """By the CPU's own product where that serves and an expert has rows enough."""
-    rows, taken, real = [5, 3, 0, 60], [], cpu_product.product
+    """By the CPU's own product where that pays: in fp32 for rows enough, in bf16 where W is read by rows."""
+    rows, taken, real = [8, 7, 0, 60], [], cpu_product.product
     monkeypatch.setattr(
         cpu_product, "product", lambda x, *given, **more: taken.append(len(x)) or real(x, *given, **more)
     )
@@ -52,10 +52,12 @@ def test_whole_panels_and_several_blocks(monkeypatch, dtype, is_transposed):
     shape = (4, K, N) if is_transposed else (4, N, K)
     weight, offsets = torch.randint(-1, 2, shape, generator=g).to(dtype), torch.tensor([0, *rows]).cumsum(0)
     y, want = (product(x, weight, offsets, is_transposed) for product in (grouped_linear, by_loop))
-    assert torch.equal(y, want) and taken == [5, 60] * cpu_product.serves(dtype)
+    serves, single = cpu_product.serves(dtype), dtype is torch.float32
+    forward, backward = ([8, 60] if single else [8, 7, 60] * by_rows for by_rows in (is_transposed, not is_transposed))
+    assert torch.equal(y, want) and taken == forward * serves
     dy = (torch.rand(y.shape, generator=g) < 0.05).to(dtype)
     (dx,), (wanted,) = (torch.autograd.grad(out, x, dy) for out in (y, want))
-    assert torch.equal(dx, wanted) and taken == [5, 60] * 2 * cpu_product.serves(dtype)
+    assert torch.equal(dx, wanted) and taken == (forward + backward) * serves
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -170,6 +170,23 @@ def test_the_kernel_s_norms_of_rows(shape, dtype):
     assert torch.equal(cpu_norm.product_norms(A, B), want.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_rows_that_the_adapter_nearly_takes_away(by_kernel, dtype):
+    """n by sums that cancel would be wrong by 10 % at a thousandth of |W|, and 1 for a row that it takes for empty."""
+    torch.manual_seed(0)
+    A, B = torch.randn(R, 500), torch.randn(40, R)
+    weight = (-S * B @ A).to(dtype)
+    kept = torch.tensor([1.0, 0.3, 0.1, 1e-2, 1e-3, 3e-4]).repeat(7)[:40, None]
+    B *= 1.0 - kept
+    want = torch.linalg.vector_norm(weight.double() + S * B.double() @ A.double(), dim=1)
+    with torch.no_grad():
+        given = (weight, A, B, S) if by_kernel else (weight, dora.row_squares(weight), A, B, S)
+        n, empty = (cpu_norm if by_kernel else dora).row_norm(*given)
+    assert not empty.any()
+    torch.testing.assert_close(n.double(), want, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("adapter_dtype", [torch.float64, torch.float32])
 def test_norms_by_the_kernel_where_it_serves(monkeypatch, adapter_dtype):
     """Not in fp64, with the gradient through the norms, or where torch.func looks."""

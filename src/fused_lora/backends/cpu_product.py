@@ -18,6 +18,17 @@ def serves(dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and _FEATURES["bf16_dot"] and not _FEATURES["amx"]
 
 
+def pays(M: int, weight: Tensor) -> bool:
+    """Whether the product of M rows with W [N, K] alone, which comes from memory, is faster than PyTorch's: in fp32
+    from 8 rows on; in bf16 where rows of memory are columns of W, as for dx, else it is up to half as slow again
+    (EPYC 9005, 2026-11-27)."""
+    if not (weight.is_cpu and serves(weight.dtype)) or 0 in weight.shape:
+        return False
+    if weight.dtype is torch.float32:
+        return M >= 8
+    return M >= LEAST_ROWS and weight.stride(1) != 1
+
+
 def laid(weight: Tensor) -> tuple[Tensor, int, bool]:
     """A weight [N, K] as the kernels take it: itself, the stride of its rows and whether these are its transpose's. A
     copy where neither its columns nor its rows have their neighbours beside them in memory."""

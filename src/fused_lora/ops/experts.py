@@ -63,10 +63,8 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: b
             return F.grouped_mm(x.contiguous(), matrices, offs=offsets[1:].to(torch.int32))
         y = x.new_empty(x.shape[0], matrices.shape[2])
         rows = offsets.tolist()
-        own = x.is_cpu and weight.is_cpu and x.dtype is weight.dtype and cpu_product.serves(x.dtype)
-        own = own and 0 not in matrices.shape
         for matrix, start, end in zip(matrices, rows, rows[1:], strict=False):
-            if own and end - start >= cpu_product.LEAST_ROWS:
+            if x.dtype is weight.dtype and cpu_product.pays(end - start, matrix.t()):
                 cpu_product.product(x[start:end], matrix.t(), y=y[start:end])
             elif start < end:
                 torch.mm(x[start:end], matrix, out=y[start:end])

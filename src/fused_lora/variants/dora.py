@@ -71,7 +71,8 @@ def row_norm(
         weight: W [N, K], any floating dtype.
         squares: of `row_squares`, whose dtype is that of the sums.
         lora_A, lora_B, scaling: [R, K], [N, R], a number or a 0-d tensor.
-    Returns: n [N] and empty [N], 1 for such rows and else 0.
+    Returns: n [N] and empty [N], 1 for such rows and else 0. Where s B A takes away nearly all of a row, n has
+        (|W_i| / n)^2 times the error of fp32; on the CPU without gradients such a row is summed as it is.
     """
     with without_autocast(weight):
         A, Bt = lora_A.to(squares.dtype), lora_B.to(squares.dtype).t()
@@ -80,8 +81,19 @@ def row_norm(
         times = _Times.apply if torch.is_grad_enabled() else _Times.forward
         inner = torch.addmm(times(weight, A), A @ A.t(), Bt, beta=2.0, alpha=scaling)  # [R, N]
         squared = torch.add(squares, (inner * Bt).sum(0), alpha=scaling)
+        if weight.is_cpu and not torch.is_grad_enabled() and plain_eager(weight, lora_A, lora_B):
+            squared = _summed_anew(squared, squares, weight, A, Bt, scaling)
         empty = squared <= 0.0
         return squared.masked_fill(empty, 1.0).sqrt(), empty.to(squares.dtype)
+
+
+def _summed_anew(squared: Tensor, squares: Tensor, weight: Tensor, A: Tensor, Bt: Tensor, scaling: float) -> Tensor:
+    """The squared norms [N], those anew where s B A takes away nearly all of a row of W."""
+    rows = (squared < squares / 8).nonzero().flatten()
+    if rows.numel() == 0:
+        return squared
+    sums = weight[rows].to(A.dtype) + scaling * (Bt[:, rows].t() @ A)
+    return squared.index_copy(0, rows, sums.square().sum(1))
 
 
 class RowNorm:
