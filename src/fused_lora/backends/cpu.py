@@ -197,7 +197,7 @@ def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling,
         left = variant.x_lora if apart else x
         grads = _backward(written, dz, left, base, lora_A, lora_B, h, scaling, dropout_p, seed, low, given)
         grads = grads if dbias is None else grads._replace(bias=dbias)
-    if lost[0]:
+    if dscale is not None and lost[0]:
         columns = dscale.isnan().nonzero().flatten()
         dscale = out_scale_columns(dscale, columns, dy, x, weight, lora_B, h, scaling, variant)
     if dscale is not None and variant.out_scale.dtype is not torch.float32:
