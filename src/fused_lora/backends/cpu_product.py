@@ -1,5 +1,7 @@
 """The CPU's base product alone (csrc/cpu/product.cpp), for layers whose update is no plain LoRA's."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,15 +20,15 @@ def serves(dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and _FEATURES["bf16_dot"] and not _FEATURES["amx"]
 
 
-def pays(M: int, weight: Tensor) -> bool:
-    """Whether the product of M rows with W [N, K] alone, which comes from memory, is faster than PyTorch's: in fp32
-    from 8 rows on; in bf16 where rows of memory are columns of W, as for dx, else it is up to half as slow again
-    (EPYC 9005, 2026-11-27)."""
-    if not (weight.is_cpu and serves(weight.dtype)) or 0 in weight.shape:
-        return False
-    if weight.dtype is torch.float32:
-        return M >= 8
-    return M >= LEAST_ROWS and weight.stride(1) != 1
+def least_rows(weights: Tensor) -> float:
+    """From how many rows on the product alone with a W of [..., N, K], which comes from memory, is faster than
+    PyTorch's; inf for none. In fp32 from 8; in bf16 where rows of memory are columns of W, as for dx, else it is up to
+    half as slow again (EPYC 9005, 2026-11-27)."""
+    if not (weights.is_cpu and serves(weights.dtype)) or 0 in weights.shape:
+        return math.inf
+    if weights.dtype is torch.float32:
+        return 8
+    return LEAST_ROWS if weights.stride(-2) == 1 else math.inf
 
 
 def laid(weight: Tensor) -> tuple[Tensor, int, bool]:

@@ -1,5 +1,6 @@
 """grouped_linear(): the frozen product of a mixture's experts, whose rows are sorted by expert."""
 
+import math
 from typing import Any
 
 import torch
@@ -62,9 +63,9 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: b
         if _has_kernel(x, weight):
             return F.grouped_mm(x.contiguous(), matrices, offs=offsets[1:].to(torch.int32))
         y = x.new_empty(x.shape[0], matrices.shape[2])
-        rows = offsets.tolist()
+        rows, own = offsets.tolist(), cpu_product.least_rows(matrices.mT) if x.dtype is weight.dtype else math.inf
         for matrix, start, end in zip(matrices, rows, rows[1:], strict=False):
-            if x.dtype is weight.dtype and cpu_product.pays(end - start, matrix.t()):
+            if end - start >= own:
                 cpu_product.product(x[start:end], matrix.t(), y=y[start:end])
             elif start < end:
                 torch.mm(x[start:end], matrix, out=y[start:end])
