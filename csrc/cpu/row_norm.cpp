@@ -2,37 +2,110 @@
 //
 //   n^2 = |W_i|^2 + 2 s * sum_r B * low,     low = W A^T + B (s/2 A A^T)
 //
-// Used by DoRA, and without W by ALLoRA, once an optimizer step. One walk over W in blocks of kRows rows: both parts of
-// low as shrink makes h of x, the squares of a panel while it is in L2, and a row's sum at the end.
-// Layouts: W with a row stride, A and B as they lie in their parameters. Tiles: shrink's.
+// Used by DoRA, and without W by ALLoRA, once an optimizer step. One walk over W in blocks of kRows rows: a strip of
+// kStrip rows and a panel of kPanel columns gives its parts of W A^T and |W_i|^2 while the strip after it is fetched.
+// Layouts: W with a row stride, A and B as they lie in their parameters. Tiles: 12 rows by 16 ranks, AVX2 4 by 16; a
+// panel of A^T (24 KiB at R = 16) and a strip (18 KiB) stay in L1.
 // Numerics: fp32 whatever W's dtype is. Where s B A takes away nearly all of a row of W the two sums cancel, and the
 // row is summed as it is. With W a row without length has 1 for it.
 // Source: Liu et al., "DoRA", arXiv 2402.09353, with its norm in factors.
 #include <cmath>
 
-#include "block_fp32.h"
 #include "walk.h"
 
 namespace fused_lora::cpu {
 namespace {
 
-constexpr int64_t kLane = kVec;
+constexpr int64_t kLane = kLanes;  // floats of a row's sum of squares
+constexpr int64_t kGroup = 16;     // ranks of a register tile
 
-// squares[rows, kLane] += panel[rows, cols (row stride ld)]^2, lane by lane; rows a multiple of 4, cols of kLane.
-void add_squares(BlockFp32::Panel panel, float* squares, int64_t rows, int64_t cols) {
-  widest([=]() INLINED {
-    for (int64_t i = 0; i < rows; i += 4) {
-      Vec8 sums[4], v;
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) load(sums[j], squares + (i + j) * kLane);
-      for (int64_t k = 0; k < cols; k += kLane)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          load(v, panel.data + (i + j) * panel.ld + k);
-          sums[j] += v * v;
-        }
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) store(squares + (i + j) * kLane, sums[j]);
+// Where to fetch from: the first row's address, bytes from row to row, and for kLanes columns.
+struct Ahead {
+  uintptr_t first, row, columns;
+};
+
+// low[MR, ranks (row stride Rp)] += x[MR, k] down[k, ranks] for as many ranks as NV vectors have; k a multiple of
+// kLanes. The first time also squares[MR, kLane] += x^2 lane by lane, and as much is fetched from `ahead`: W comes from
+// memory, and the products do not wait for it so.
+template <int MR, class V, int NV, bool kFirst>
+INLINE void strip_tile(const float* x, int64_t ld, const float* down, int64_t k, float* low, int64_t Rp, float* squares,
+                       const Ahead& ahead) {
+  constexpr int W = sizeof(V) / sizeof(float);
+  V acc[MR][NV] = {}, sums[MR] = {}, v, b[NV];
+  uintptr_t next = ahead.first;
+  for (int64_t q = 0; q < k; q += kLanes, next += ahead.columns) {
+#pragma GCC unroll 16
+    for (int i = 0; kFirst && i < MR; ++i)
+      for (int j = 0; j < kLanes; j += W) {
+        load(v, x + i * ld + q + j);
+        sums[i] += v * v;
+      }
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+      if (kFirst && j < MR)
+        __builtin_prefetch(reinterpret_cast<const void*>(next + static_cast<uintptr_t>(j) * ahead.row), 0, 2);
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; ++n) load(b[n], down + ((q + j) * NV + n) * W);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) {
+        const float a = x[i * ld + q + j];
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) acc[i][n] += a * b[n];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    if (kFirst) {
+      load(v, squares + i * kLane);
+      v += sums[i];
+      store(squares + i * kLane, v);
+    }
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; ++n) {
+      load(v, low + i * Rp + n * W);
+      v += acc[i][n];
+      store(low + i * Rp + n * W, v);
+    }
+  }
+}
+
+// A^T in groups of ranks, [depth, kGroup] each, the last perhaps of kVec; zero past K and R.
+struct Down {
+  int64_t depth, Rp;  // K rounded up to kLanes; R to kVec
+  float* data;
+
+  Down(const CpuRowNormParams& p, Buffers& buffers)
+      : depth(round_up(p.K, kLanes)),
+        Rp(round_up(p.R, kVec)),
+        data(buffers.take(depth * Rp)) {
+    for (int64_t r = 0; r < p.R; r += kGroup) {
+      const int64_t ranks = std::min(kGroup, Rp - r);
+      float* group = data + r * depth;
+      load_transposed(p.A + r * p.K, Dtype::f32, group, std::min(ranks, p.R - r), p.K, ranks);
+      std::fill_n(group + p.K * ranks, (depth - p.K) * ranks, 0.0f);
+    }
+  }
+};
+
+// The same for kStrip rows and all ranks, where x begins at column k0.
+void strip(const float* x, int64_t ld, const Down& all, int64_t k0, int64_t k, float* low, float* squares,
+           const Ahead& ahead) {
+  widest_vector([=, data = all.data, depth = all.depth, Rp = all.Rp]<class L>(L) INLINED {
+    using V = typename L::Vector;
+    constexpr int kHeight = sizeof(V) == sizeof(Vec16) ? kStrip : 4, kVectors = sizeof(V) == sizeof(Vec16) ? 1 : 2;
+    for (int64_t m = 0; m < kStrip; m += kHeight) {
+      const float *rows = x + m * ld, *down = data + k0 * std::min(kGroup, Rp);
+      const Ahead next{ahead.first + static_cast<uintptr_t>(m) * ahead.row, ahead.row, ahead.columns};
+      float *to = low + m * Rp, *sums = squares + m * kLane;
+      if (Rp == kVec) strip_tile<kHeight, Vec8, 1, true>(rows, ld, down, k, to, Rp, sums, next);
+      else strip_tile<kHeight, V, kVectors, true>(rows, ld, down, k, to, Rp, sums, next);
+      for (int64_t r = kGroup; r < Rp; r += kGroup) {
+        const bool whole = Rp - r >= kGroup;
+        down = data + r * depth + k0 * (whole ? kGroup : kVec);
+        if (whole) strip_tile<kHeight, V, kVectors, false>(rows, ld, down, k, to + r, Rp, nullptr, next);
+        else strip_tile<kHeight, Vec8, 1, false>(rows, ld, down, k, to + r, Rp, nullptr, next);
+      }
     }
   });
 }
@@ -43,7 +116,7 @@ void add_products(const float* B, const float* low, int64_t Rp, float factor, fl
   widest([=]() INLINED {
     for (int64_t i = 0; i < rows; ++i) {
       Vec8 sum{}, b, v;
-      for (int64_t r = 0; r < cols; r += kLane) {
+      for (int64_t r = 0; r < cols; r += kVec) {
         load(b, B + i * kPanel + r), load(v, low + i * Rp + r);
         sum += b * v;
       }
@@ -52,6 +125,37 @@ void add_products(const float* B, const float* low, int64_t Rp, float factor, fl
       store(squares + i * kLane, v);
     }
   });
+}
+
+// Rows of a matrix, and what they give; as many as `rows` rounded up to kStrip.
+struct Block {
+  const void* data;
+  int64_t rows, ld;
+  Dtype dtype;
+  float *low, *squares;  // [rows, Rp], [rows, kLane]
+};
+
+// low = data A^T, squares = data^2 by lanes; copy: [kStrip, kPanel] at least.
+void meet(const Block& block, const Down& down, int64_t K, float* copy) {
+  const int64_t padded = round_up(block.rows, kStrip), row_bytes = block.ld * item_size(block.dtype);
+  std::fill_n(block.low, padded * down.Rp, 0.0f);
+  std::fill_n(block.squares, padded * kLane, 0.0f);
+  for (int64_t k = 0; k < K; k += kPanel)
+    for (int64_t m = 0; m < block.rows; m += kStrip) {
+      const int64_t cols = std::min(kPanel, K - k), height = std::min<int64_t>(kStrip, block.rows - m);
+      const char* x = at(block.data, m * block.ld + k, block.dtype);
+      const bool as_it_lies = block.dtype == Dtype::f32 && height == kStrip && cols % kLanes == 0;
+      if (!as_it_lies) load_panel(x, block.dtype, block.ld, nullptr, copy, height, cols);
+      // the next strip of the panel; else the next panel; else the block after this one
+      const int64_t there = m + kStrip < block.rows ? (m + kStrip) * block.ld + k
+                            : k + kPanel < K        ? k + kPanel
+                                                    : block.rows * block.ld;
+      const Ahead ahead{
+          reinterpret_cast<uintptr_t>(block.data) + static_cast<uintptr_t>(there * item_size(block.dtype)),
+          static_cast<uintptr_t>(row_bytes), static_cast<uintptr_t>(kLanes * item_size(block.dtype))};
+      strip(as_it_lies ? reinterpret_cast<const float*>(x) : copy, as_it_lies ? block.ld : kPanel, down, k,
+            round_up(cols, kLanes), block.low + m * down.Rp, block.squares + m * kLane, ahead);
+    }
 }
 
 // |W_n + s B_n A|^2 of one row, summed as it is.
@@ -84,48 +188,25 @@ using namespace cpu;
 Status cpu_row_norm(const CpuRowNormParams& p) {
   if (p.N < 0 || p.K < 1 || p.R < 1) return Status::bad_shape;
   Buffers buffers;
-  const int64_t Rp = round_up(p.R, BlockFp32::kRanks);
-  const int threads = threads_for(p.N, p.K, p.R, p.threads);
-  const BlockFp32::Factor down(buffers, p.A, Dtype::f32, p.K, p.R, Rp, true);
-  down.fill();
-  // block.low = src[rows, K] A^T; seen(panel, cols) on the way.
-  const auto times_A = [&](BlockFp32& block, const void* src, Dtype dtype, int64_t ld, int64_t rows, const auto& seen) {
-    for (int64_t k = 0; k < p.K; k += kPanel) {
-      const int64_t cols = std::min(kPanel, p.K - k);
-      const auto panel = block.panel(at(src, k, dtype), ld, {}, rows, cols);
-      block.shrink(panel, down, k, rows, cols);
-      seen(panel, cols);
-    }
-  };
-  auto* gram = buffers.take(p.R * Rp);  // s/2 A A^T
-  BlockFp32 of_A(buffers, std::min(kRows, round_up(p.R, kStrip)), Dtype::f32, false, p.R);
-  for (int64_t r = 0; r < p.R; r += kRows) {
-    const int64_t rows = std::min(kRows, p.R - r);
-    of_A.clear_low();
-    times_A(of_A, p.A + r * p.K, Dtype::f32, p.K, rows, [](auto, int64_t) {});
-    of_A.scale_low(0.5f * p.scaling, rows);
-    of_A.copy_low(gram + r * Rp, rows);
-  }
-  const int64_t most = block_rows(p.N, threads);
-  std::vector<BlockFp32> of_W;
-  std::vector<float*> sums, copies, of_rows;  // [most, kLane]; of B [most, kPanel]; |W_i|^2 [most]
-  for (int t = 0; t < threads; ++t) {
-    of_W.emplace_back(buffers, most, p.dtype, false, p.R);
-    sums.push_back(buffers.take(most * kLane));
+  const Down down(p, buffers);
+  const int64_t Rp = down.Rp, threads = threads_for(p.N, p.K, p.R, p.threads);
+  const int64_t most = block_rows(p.N, static_cast<int>(threads)), ranks = round_up(p.R, kStrip);
+  std::vector<float*> lows, lanes, copies, wholes;  // [most, Rp]; [most, kLane]; of B [most, kPanel]; |W_i|^2 [most]
+  for (int64_t t = 0; t < threads; ++t) {
+    lows.push_back(buffers.take(most * Rp));
+    lanes.push_back(buffers.take(most * kLane));
     copies.push_back(buffers.take(most * kPanel));
-    of_rows.push_back(buffers.take(most));
+    wholes.push_back(buffers.take(most));
   }
-  const auto body = [&](int t, int64_t n0, int64_t rows) {
-    BlockFp32& block = of_W[static_cast<size_t>(t)];
-    float *squares = sums[static_cast<size_t>(t)], *copy = copies[static_cast<size_t>(t)],
-          *whole = of_rows[static_cast<size_t>(t)];
+  auto* gram = buffers.take(ranks * Rp);  // s/2 A A^T
+  meet({p.A, p.R, p.K, Dtype::f32, gram, buffers.take(ranks * kLane)}, down, p.K, copies[0]);
+  for (int64_t i = 0; i < p.R * Rp; ++i) gram[i] *= 0.5f * p.scaling;
+  const auto body = [&](int thread, int64_t n0, int64_t rows) {
+    const auto t = static_cast<size_t>(thread);
+    float *low = lows[t], *squares = lanes[t], *copy = copies[t], *whole = wholes[t];
     const int64_t padded = round_up(rows, kStrip);
-    std::fill_n(squares, padded * kLane, 0.0f);
-    block.clear_low();
-    const auto seen = [&](BlockFp32::Panel panel, int64_t cols) {
-      add_squares(panel, squares, padded, round_up(cols, kLane));
-    };
-    if (p.W) times_A(block, at(p.W, n0 * p.ldw, p.dtype), p.dtype, p.ldw, rows, seen);
+    if (p.W) meet({at(p.W, n0 * p.ldw, p.dtype), rows, p.ldw, p.dtype, low, squares}, down, p.K, copy);
+    else std::fill_n(low, padded * Rp, 0.0f), std::fill_n(squares, padded * kLane, 0.0f);
     for (int64_t i = 0; i < rows; ++i) whole[i] = sum_of_lanes(squares + i * kLane);
     const auto for_B = [&](const auto& work) {
       for (int64_t r = 0; r < p.R; r += kPanel) {
@@ -134,9 +215,9 @@ Status cpu_row_norm(const CpuRowNormParams& p) {
         work(r, cols);
       }
     };
-    for_B([&](int64_t r, int64_t cols) { shrink(copy, kPanel, gram + r * Rp, block.low, padded, cols, Rp); });
+    for_B([&](int64_t r, int64_t cols) { shrink(copy, kPanel, gram + r * Rp, low, padded, cols, Rp); });
     for_B([&](int64_t r, int64_t cols) {
-      add_products(copy, block.low + r, Rp, 2.0f * p.scaling, squares, rows, round_up(cols, kLane));
+      add_products(copy, low + r, Rp, 2.0f * p.scaling, squares, rows, round_up(cols, kVec));
     });
     for (int64_t i = 0; i < rows; ++i) {
       float squared = sum_of_lanes(squares + i * kLane);
@@ -146,7 +227,7 @@ Status cpu_row_norm(const CpuRowNormParams& p) {
       if (p.W) p.empty[n0 + i] = none ? 1.0f : 0.0f;
     }
   };
-  for_row_blocks(p.N, threads, [](int) {}, body);
+  for_row_blocks(p.N, static_cast<int>(threads), [](int) {}, body);
   return Status::ok;
 }
 

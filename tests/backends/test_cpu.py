@@ -209,7 +209,7 @@ _ORDER = ("baseline", "avx2", "avx512", "bf16_dot", "amx")
 _PATHS = """
 import torch
 from fused_lora import _C
-from fused_lora.backends import cpu, cpu_product
+from fused_lora.backends import cpu, cpu_norm, cpu_product
 from fused_lora.ops.reference import PLAIN
 from fused_lora.ops.schema import request_of
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth, with_optional
@@ -226,6 +226,10 @@ for dtype, adapter in ((torch.float32, None), (torch.bfloat16, torch.float32), (
         want, p.weight = truth(p), p.weight.t().contiguous().t()
         for plan in cpu.plans(request_of(p.x, p.weight, p.lora_A, PLAIN)):
             assert_exact(run(p, backend="cpu:" + plan), want)
+    for N, K, R in ((40, 784, 8), (61, 400, 16), (50, 41, 43)):
+        W, A, B = (torch.randint(-2, 3, size).float() for size in ((N, K), (R, K), (N, R)))
+        want = (W.double() + 0.5 * B.double() @ A.double()).square().sum(1).clamp(min=1.0).sqrt().float()
+        assert torch.equal(cpu_norm.row_norm(W.to(dtype), A, B, 0.5)[0], want)
     optional = ("x_lora", "h_in", "gate", "out_scale", "grad_row_scale", "dh")
     for names in (optional, optional[1:]):
         p = with_optional(exact_problem(101, 413, 100, 8, dtype, adapter), names, exact=True, gates=4)
