@@ -5,6 +5,8 @@
 // in the panel already, those of `down` in [cols / 2, Rp].
 // Tiles: 12 rows by 16 ranks of sums in registers; a panel of `down` (24 KiB at R = 16, 12 in bf16) stays in L1 over
 // all rows.
+// In bf16 the strip after this one is fetched meanwhile, for x comes from the layer before: of 2048 x 1024 105 us rather
+// than 145 to 161 from L3, 125 than 225 from memory, 101 than 94 from L2 (EPYC 9005, 2026-11-27).
 // Numerics: products and sums in fp32; a panel's sum starts at zero and joins `low` at its end.
 #include "bf16_dot.h"
 #include "kernels.h"
@@ -22,11 +24,17 @@ BF16_DOT void shrink_bf16(const uint16_t* panel, int64_t ld, const uint32_t* dow
   for (int64_t m = 0; m < rows; m += kStrip)
     for (int64_t r = 0; r < Rp; r += kLanes) {
       __m512 acc[kStrip] = {};
-      for (int64_t q = 0; q < pairs; ++q) {
-        const __m512bh b = load_pairs(down + q * Rp + r);
+      const uint16_t* x = panel + m * ld;
+      for (int64_t line = 0; line < pairs; line += kLanes, x += 2 * kLanes) {
+        if (r == 0)
 #pragma GCC unroll 12
-        for (int i = 0; i < kStrip; ++i)
-          acc[i] = _mm512_dpbf16_ps(acc[i], broadcast_pair(panel + (m + i) * ld + 2 * q), b);
+          for (int i = 0; i < kStrip; ++i) _mm_prefetch(x + (kStrip + i) * ld, _MM_HINT_T1);
+        const int64_t width = pairs - line < kLanes ? pairs - line : kLanes;
+        for (int64_t q = 0; q < width; ++q) {
+          const __m512bh b = load_pairs(down + (line + q) * Rp + r);
+#pragma GCC unroll 12
+          for (int i = 0; i < kStrip; ++i) acc[i] = _mm512_dpbf16_ps(acc[i], broadcast_pair(x + i * ld + 2 * q), b);
+        }
       }
 #pragma GCC unroll 12
       for (int i = 0; i < kStrip; ++i) {
