@@ -95,11 +95,14 @@ void low_rank(const CpuBackwardParams& p, Buffers& buffers, const typename Block
   const int threads = threads_for(p.M, p.N + p.K, p.R, p.threads);
   const bool need_dh = p.dx || p.dx_lora || p.dA || p.dh_in || p.dgate, dropout = p.dropout.threshold > 0;
   const Between between(p, Rp);
-  const float* c = p.dA ? p.row_scale : nullptr;
+  // What scales the columns of dy scales the rows of B instead, and those of dB at the end.
+  const float *scale = p.out_scale, *scale_c = times(buffers, p.out_scale, p.row_scale, p.N);
+  const auto scaled_B = [&](bool wanted, const float* by) -> const void* {
+    return !wanted ? nullptr : by ? scaled_rows(buffers, p.B, p.adapter_dtype, by, p.N, p.R) : p.B;
+  };
   void* updated = p.dx_lora ? p.dx_lora : p.dx;
-  const Factor down(buffers, need_dh ? p.B : nullptr, p.adapter_dtype, p.N, p.R, Rp, false),
-      down_c(buffers, c ? scaled_rows(buffers, p.B, p.adapter_dtype, c, p.N, p.R) : nullptr, Dtype::f32, p.N, p.R, Rp,
-             false);
+  const Factor down(buffers, scaled_B(need_dh, scale), scale ? Dtype::f32 : p.adapter_dtype, p.N, p.R, Rp, false),
+      down_c(buffers, scaled_B(p.dA && p.row_scale, scale_c), Dtype::f32, p.N, p.R, Rp, false);
   fill(threads, down, thin);
   if (down_c.needs_fill()) down_c.fill();
   Gradient<Block> dA(p.dA, p.adapter_dtype, p.K, p.R, true), dB(p.dB, p.adapter_dtype, p.N, p.R, false);
@@ -139,8 +142,7 @@ void low_rank(const CpuBackwardParams& p, Buffers& buffers, const typename Block
       const int64_t cols = std::min(kPanel, p.N - n);
       const char* from = at(p.dy, m * p.lddy + n, p.dtype);
       if (scale_sums) scale_sums.gather(t, m, n, rows, cols);
-      const auto dy = p.out_scale ? block.scaled_panel(from, p.lddy, p.out_scale + n, rows, cols)
-                                  : block.panel(from, p.lddy, {}, rows, cols);
+      const auto dy = block.panel(from, p.lddy, {}, rows, cols);
       if (need_dh) block.shrink(dy, down, n, rows, cols);
       if (down_c) on_c([&] { block.shrink(dy, down_c, n, rows, cols); });
       if (dB) dB.gather(block, dy, t, n, rows, cols);
@@ -171,7 +173,7 @@ void low_rank(const CpuBackwardParams& p, Buffers& buffers, const typename Block
   for_row_blocks(p.M, threads, clear, body);
 
   const float factor = Block::kMaskScales ? 1.0f : p.dropout.scale();
-  both(dA && dB ? threads : 1, [&] { dA.store(factor, nullptr); }, [&] { dB.store(1.0f, p.row_scale); });
+  both(dA && dB ? threads : 1, [&] { dA.store(factor, nullptr); }, [&] { dB.store(1.0f, scale_c); });
   if (dbias) store_row(dbias.sum(), p.dbias, p.dtype, p.N);
   scale_sums.store();
 }

@@ -70,9 +70,18 @@ void Between::gradient_c(float* t, int64_t m, int64_t rows) const {
 float* scaled_rows(Buffers& buffers, const void* B, Dtype dtype, const float* c, int64_t N, int64_t R) {
   float* scaled = buffers.take(N * R);
   load_matrix(B, dtype, scaled, N, R, R);
-  for (int64_t n = 0; n < N; ++n)
-    for (int64_t r = 0; r < R; ++r) scaled[n * R + r] *= c[n];
+  widest([=]() INLINED {
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t r = 0; r < R; ++r) scaled[n * R + r] *= c[n];
+  });
   return scaled;
+}
+
+const float* times(Buffers& buffers, const float* a, const float* b, int64_t N) {
+  if (!a || !b) return a ? a : b;
+  float* both = buffers.take(N);
+  for (int64_t n = 0; n < N; ++n) both[n] = a[n] * b[n];
+  return both;
 }
 
 }  // namespace fused_lora::cpu

@@ -35,5 +35,7 @@ struct Between {
 // c[N] * B[N, R] in fp32, from the buffers of a call.
 class Buffers;
 float* scaled_rows(Buffers& buffers, const void* B, Dtype dtype, const float* c, int64_t N, int64_t R);
+// a[N] * b[N], the one that there is, or null.
+const float* times(Buffers& buffers, const float* a, const float* b, int64_t N);
 
 }  // namespace fused_lora::cpu

@@ -121,14 +121,6 @@ class BlockBf16 {
     return {panel_, kPanel};
   }
 
-  // src[rows, cols (row stride ld)] * scale[cols], rounded once.
-  Panel scaled_panel(const void* src, int64_t ld, const float* scale, int64_t rows, int64_t cols) {
-    const auto* from = static_cast<const uint16_t*>(src);
-    copy_panel(from, ld, nullptr, 0, panel_, rows, cols);
-    for (int64_t i = 0; i < rows; ++i) scale_row_bf16(from + i * ld, scale, panel_ + i * kPanel, cols);
-    return {panel_, kPanel};
-  }
-
   // low += left down[n : n + cols].
   void shrink(Panel left, const Factor& down, int64_t n, int64_t rows, int64_t cols) {
     shrink_bf16(left.data, left.ld, down.data() + n / 2 * Rp_, low, round_up(rows, kStrip), (cols + 1) / 2, Rp_);

@@ -82,14 +82,6 @@ class BlockFp32 {
     return {panel_, kPanel};
   }
 
-  // src[rows, cols (row stride ld)] * scale[cols], of fp32.
-  Panel scaled_panel(const void* src, int64_t ld, const float* scale, int64_t rows, int64_t cols) {
-    load_panel(src, dtype_, ld, nullptr, panel_, rows, cols);
-    for (int64_t m = 0; m < rows; ++m)
-      for (int64_t n = 0; n < cols; ++n) panel_[m * kPanel + n] *= scale[n];
-    return {panel_, kPanel};
-  }
-
   // low += left down[n : n + cols].
   void shrink(Panel left, const Factor& down, int64_t n, int64_t rows, int64_t cols) {
     cpu::shrink(left.data, left.ld, down.data() + n * Rp_, low, round_up(rows, kStrip), cols, Rp_);

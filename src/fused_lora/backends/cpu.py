@@ -186,17 +186,13 @@ def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling,
     dh_in = internals.empty_on_cpu((M, R), (R, 1), dy.dtype) if needs.h_in else None
     dgate = torch.empty(M, variant.gate.shape[1]) if needs.gate else None
     given |= {name: t.data_ptr() for name, t in (("dh_in", dh_in), ("dgate", dgate)) if t is not None}
-    low, written = needs, dx
-    if scaled or apart or needs.weight:
-        written, late = None if apart and not inside else dx, scaled and not inside
-        low = needs._replace(
-            x=written is not None, weight=False, bias=needs.bias and not late, out_scale=needs.out_scale and not late
-        )
-    grads = Gradients(bias=dbias)
+    written, late = None if apart and not inside else dx, scaled and not inside
+    low = needs._replace(x=written is not None, weight=False) if apart or needs.weight or late else needs
+    low = low._replace(bias=False, out_scale=False) if late else low
+    grads = Gradients()
     if any(low):
         left = variant.x_lora if apart else x
         grads = _backward(written, dz, left, base, lora_A, lora_B, h, scaling, dropout_p, seed, low, given)
-        grads = grads if dbias is None else grads._replace(bias=dbias)
     if dscale is not None and lost[0]:
         columns = dscale.isnan().nonzero().flatten()
         dscale = out_scale_columns(dscale, columns, dy, x, weight, lora_B, h, scaling, variant)
@@ -204,7 +200,8 @@ def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling,
         dscale = dscale.to(variant.out_scale.dtype)
     if dgate is not None and variant.gate.dtype is not torch.float32:
         dgate = dgate.to(variant.gate.dtype)
-    return grads._replace(x=dx, x_lora=dx_lora if needs.x_lora else None, h_in=dh_in, gate=dgate, out_scale=dscale)
+    dbias, dx_lora = grads.bias if dbias is None else dbias, dx_lora if needs.x_lora else None
+    return Gradients(dx, None, grads.lora_A, grads.lora_B, dbias, dx_lora, dh_in, dgate, dscale)
 
 
 def _scaling(out_scale, y, bias, needs, kept):

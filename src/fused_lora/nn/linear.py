@@ -179,17 +179,28 @@ class LoRALinear(WithMagnitudes):
     def _varied(self, x: Tensor, variant: LayerVariant) -> Tensor:
         """The layer with a variant's update."""
         update = variant.update(self, x)
-        y = self._updated(x, summed_bias(self.bias, update.bias, x.dtype), update)
+        bias = self.bias if update.bias is None else summed_bias(self.bias, update.bias, x.dtype)
+        y = self._updated(x, bias, update)
         return y if update.more is None else y + self._updated(x, None, update.more)
 
     def _updated(self, x: Tensor, bias: Tensor | None, update: Update) -> Tensor:
         """The op on what a variant hands over."""
-        given: Any = (x if update.x is None else update.x, self.matrix(), *update[:3])
-        options: Any = {"bias": bias, "dropout_p": update.dropout_p, **update.optional}
-        if update.take_h is None:
-            return lora_linear(*given, **options)  # type: ignore[return-value]
-        y, h = lora_linear(*given, return_h=True, **options)
-        update.take_h(h)
+        lora_A, lora_B, scaling, dropout_p, optional, take_h, other_x, _, _ = update
+        returned: Any = lora_linear(
+            x if other_x is None else other_x,
+            self.matrix(),
+            lora_A,
+            lora_B,
+            scaling,
+            bias=bias,
+            dropout_p=dropout_p,
+            return_h=take_h is not None,
+            **optional,
+        )
+        if take_h is None:
+            return returned
+        y, h = returned
+        take_h(h)
         return y
 
     def _several(self, x: Tensor) -> Tensor:
