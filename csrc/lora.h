@@ -140,8 +140,8 @@ struct CpuRowNormParams {
   const void* W;   // [N, K], row stride ldw, dtype; or null
   const float* A;  // [R, K], contiguous
   const float* B;  // [N, R], contiguous
-  float* norm;     // [N], with W 1 where empty
-  float* empty;    // [N], 1 for a row without length, else 0; with W only
+  float* norm;     // [N]
+  int64_t* empty;  // [1], of how many rows that is 0; or null
   int64_t N, K, R, ldw;
   Dtype dtype;
   float scaling;

@@ -7,9 +7,10 @@
 // Layouts: W with a row stride, A and B as they lie in their parameters. Tiles: 12 rows by 16 ranks, AVX2 4 by 16; a
 // panel of A^T (24 KiB at R = 16) and a strip (18 KiB) stay in L1.
 // Numerics: fp32 whatever W's dtype is. Where s B A takes away nearly all of a row of W the two sums cancel, and the
-// row is summed as it is. With W a row without length has 1 for it.
+// row is summed as it is.
 // Source: Liu et al., "DoRA", arXiv 2402.09353, with its norm in factors.
 #include <cmath>
+#include <numeric>
 
 #include "walk.h"
 
@@ -192,6 +193,7 @@ Status cpu_row_norm(const CpuRowNormParams& p) {
   const int64_t Rp = down.Rp, threads = threads_for(p.N, p.K, p.R, p.threads);
   const int64_t most = block_rows(p.N, static_cast<int>(threads)), ranks = round_up(p.R, kStrip);
   std::vector<float*> lows, lanes, copies, wholes;  // [most, Rp]; [most, kLane]; of B [most, kPanel]; |W_i|^2 [most]
+  std::vector<int64_t> empty(static_cast<size_t>(threads));
   for (int64_t t = 0; t < threads; ++t) {
     lows.push_back(buffers.take(most * Rp));
     lanes.push_back(buffers.take(most * kLane));
@@ -222,12 +224,12 @@ Status cpu_row_norm(const CpuRowNormParams& p) {
     for (int64_t i = 0; i < rows; ++i) {
       float squared = sum_of_lanes(squares + i * kLane);
       if (squared < whole[i] / 8.0f) squared = squared_row(p, n0 + i);
-      const bool none = squared <= 0.0f;
-      p.norm[n0 + i] = none ? (p.W ? 1.0f : 0.0f) : std::sqrt(squared);
-      if (p.W) p.empty[n0 + i] = none ? 1.0f : 0.0f;
+      if (squared <= 0.0f) ++empty[t];
+      p.norm[n0 + i] = std::sqrt(std::max(squared, 0.0f));
     }
   };
   for_row_blocks(p.N, static_cast<int>(threads), [](int) {}, body);
+  if (p.empty) *p.empty = std::accumulate(empty.begin(), empty.end(), int64_t{0});
   return Status::ok;
 }
 

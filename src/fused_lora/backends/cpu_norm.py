@@ -1,5 +1,7 @@
 """The CPU's kernel for the norms of the rows of W + s B A, or of B A alone (csrc/cpu/row_norm.cpp)."""
 
+from array import array
+
 import torch
 from torch import Tensor
 
@@ -18,22 +20,25 @@ def serves(lora_A: Tensor, lora_B: Tensor, weight: Tensor | None = None) -> bool
     return lora_A.shape[0] > 0 and (weight is None or (weight.dtype in FUSED_DTYPES and weight.stride(1) == 1))
 
 
-def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
     """See `variants.dora.row_norm`; without gradients, and |W_i|^2 is computed on the way."""
-    norm, empty = _empty(lora_B), _empty(lora_B)
+    norm, count = _uninitialized(lora_B), array("q", (0,))
     W = weight.data_ptr(), weight.stride(0)
-    _call(W, _CODE[weight.dtype], (norm.data_ptr(), empty.data_ptr()), lora_A, lora_B, scaling)
-    return norm, empty
+    _call(W, _CODE[weight.dtype], (norm.data_ptr(), count.buffer_info()[0]), lora_A, lora_B, scaling)
+    if count[0] == 0:
+        return norm, None
+    empty = (norm == 0.0).to(norm.dtype)
+    return norm + empty, empty
 
 
 def product_norms(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """See `variants.allora.product_norms`."""
-    norm = _empty(lora_B)
+    norm = _uninitialized(lora_B)
     _call((0, 0), _CODE[torch.float32], (norm.data_ptr(), 0), lora_A, lora_B, 1.0)
     return norm
 
 
-def _empty(lora_B: Tensor) -> Tensor:
+def _uninitialized(lora_B: Tensor) -> Tensor:
     return internals.empty_on_cpu((lora_B.shape[0],), (1,), torch.float32)
 
 

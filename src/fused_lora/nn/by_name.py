@@ -1,6 +1,7 @@
 """AdaptersByName: the adapters of a layer and which of them act."""
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -132,7 +133,7 @@ class AdaptersByName(nn.Module):
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """An adapter's A and B for a forward, brought here where they are offloaded; zeros of rank 1 where its rank is
         0, since the op wants a rank."""
-        modules = self._modules  # past Module.__getattr__
+        modules: Any = self._modules  # past Module.__getattr__
         lora_A, lora_B = modules["lora_A"][adapter_name], modules["lora_B"][adapter_name]
         if lora_A.is_meta:  # offloaded, or a model without values
             lora_A, lora_B = self.lora_A(adapter_name), self.lora_B(adapter_name)
@@ -142,7 +143,8 @@ class AdaptersByName(nn.Module):
 
     def magnitude(self, adapter_name: str) -> Tensor:
         """A DoRA adapter's m [N] for a forward, brought here where it is offloaded."""
-        m = self._modules["lora_magnitude_vector"][adapter_name]
+        magnitudes: Any = self._modules["lora_magnitude_vector"]
+        m = magnitudes[adapter_name]
         return self.lora_magnitude_vector(adapter_name) if m.is_meta else m
 
     def out_bias(self) -> Tensor | None:

@@ -88,7 +88,7 @@ class WithMagnitudes(LoRALayer):
             variant: Any = self.variants[adapter_name]
             lora_A, lora_B = self.lora_A[adapter_name], self.lora_B[adapter_name]
             n, empty = variant.norms(self, lora_A, lora_B)
-            self.lora_magnitude_vector[adapter_name].copy_(n - empty)
+            self.lora_magnitude_vector[adapter_name].copy_(n if empty is None else n - empty)
 
     def _merged_rows(self, adapter_name: str) -> Tensor | None:
         variant = self.variants.get(adapter_name)

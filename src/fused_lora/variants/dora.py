@@ -7,6 +7,7 @@ n^2 = |W_i|^2 + s * sum_r B * (2 W At + s B (A At)).
 Source: Liu et al., "DoRA", arXiv 2402.09353; rows (not columns) and the handling of dropout as in Hugging Face PEFT.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from fused_lora.ops.autograd import plain_eager
 from fused_lora.ops.internals import without_autocast
 from fused_lora.variants import Update
 from fused_lora.variants.once import OncePerStep
+
+Norms = tuple[Tensor, Tensor | None]  # n and empty of `row_norm`
 
 
 class _Times(torch.autograd.Function):
@@ -59,9 +62,7 @@ def row_squares(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=dtype).square()
 
 
-def row_norm(
-    weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
-) -> tuple[Tensor, Tensor]:
+def row_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Norms:
     """The norms of the rows of W + s B A, differentiable in A, B and s.
 
     Equivalent to ``torch.linalg.vector_norm(weight + scaling * lora_B @ lora_A, dim=1)``, but that rows which are all
@@ -71,8 +72,9 @@ def row_norm(
         weight: W [N, K], any floating dtype.
         squares: of `row_squares`, whose dtype is that of the sums.
         lora_A, lora_B, scaling: [R, K], [N, R], a number or a 0-d tensor.
-    Returns: n [N] and empty [N], 1 for such rows and else 0. Where s B A takes away nearly all of a row, n has
-        (|W_i| / n)^2 times the error of fp32; on the CPU without gradients such a row is summed as it is.
+    Returns: n [N] and empty [N], 1 for such rows and else 0, or None where there are none. Where s B A takes away
+        nearly all of a row, n has (|W_i| / n)^2 times the error of fp32; on the CPU without gradients such a row is
+        summed as it is.
     """
     with without_autocast(weight):
         A, Bt = lora_A.to(squares.dtype), lora_B.to(squares.dtype).t()
@@ -115,7 +117,7 @@ class RowNorm:
         scaling: float | Tensor,
         training: bool,
         exact: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Norms:
         """`row_norm`, without gradients unless it is exact.
 
         Args:
@@ -125,26 +127,25 @@ class RowNorm:
                 count: so the two modes share nothing.
         """
 
-        def squares() -> Tensor:
-            return row_squares(weight())
-
-        def norm() -> tuple[Tensor, Tensor]:
-            W = weight()
-            if (
-                not exact
-                and isinstance(scaling, float)
-                and cpu_norm.serves(lora_A, lora_B, W)
-                and plain_eager(W, lora_A, lora_B)
-            ):
-                return cpu_norm.row_norm(W, lora_A, lora_B, scaling)
-            with torch.no_grad():
-                return row_norm(W, self._squares(squares, source), lora_A, lora_B, scaling)
-
+        given = source, weight, lora_A, lora_B, scaling
         if exact and torch.is_grad_enabled():
-            return row_norm(weight(), self._squares(squares, source), lora_A, lora_B, scaling)
+            return row_norm(weight(), self._of_weight(weight, source), lora_A, lora_B, scaling)
+        compute = partial(self._compute, given, exact)
         if isinstance(scaling, Tensor):
-            return self._norm(norm, lora_A, lora_B, source, scaling, also=training)
-        return self._norm(norm, lora_A, lora_B, source, also=(scaling, training))
+            return self._norm(compute, lora_A, lora_B, source, scaling, also=training)
+        return self._norm(compute, lora_A, lora_B, source, also=(scaling, training))
+
+    def _of_weight(self, weight: Any, source: Any) -> Tensor:
+        return self._squares(lambda: row_squares(weight()), source)
+
+    def _compute(self, given: tuple, exact: bool) -> Norms:
+        source, weight, lora_A, lora_B, scaling = given
+        W = weight()
+        by_kernel = not exact and type(scaling) is float and cpu_norm.serves(lora_A, lora_B, W)
+        if by_kernel and plain_eager(W, lora_A, lora_B):
+            return cpu_norm.row_norm(W, lora_A, lora_B, scaling)
+        with torch.no_grad():
+            return row_norm(W, self._of_weight(weight, source), lora_A, lora_B, scaling)
 
     def forget(self) -> None:
         """Compute anew next time."""
@@ -152,10 +153,11 @@ class RowNorm:
         self._norm.forget()
 
 
-def out_scale(magnitude: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+def out_scale(magnitude: Tensor, norm: Norms) -> Tensor:
     """m / n [N], 1 for rows of which both are zero; differentiable."""
     n, empty = norm
-    return torch.addcdiv(empty, magnitude if magnitude.dtype is n.dtype else magnitude.to(n.dtype), n)
+    m = magnitude if magnitude.dtype is n.dtype else magnitude.to(n.dtype)
+    return m / n if empty is None else torch.addcdiv(empty, m, n)
 
 
 def with_dropout(x: Tensor, update: Update, dropout_p: float) -> Update:
@@ -187,7 +189,7 @@ class DoRA:
         """Compute the norms anew next time."""
         self.norm.forget()
 
-    def norms(self, layer: Any, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    def norms(self, layer: Any, lora_A: Tensor, lora_B: Tensor) -> Norms:
         """`row_norm` of the layer with its adapter."""
         scaling = layer.scaling[self.adapter_name]
         source = layer.base().weight

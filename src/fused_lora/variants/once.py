@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fused_lora.ops.internals import dispatch_modes_active, is_tracing, marks, transforms_active
 
+_may_be_grouped = torch.distributed.is_available
 _steps = 0  # of all optimizers, since some write past autograd's count (bitsandbytes', those that use .data)
 _hooks: list[RemovableHandle] = []
 
@@ -45,11 +46,14 @@ class OncePerStep:
         if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return compute()
         found = marks(*tensors)
-        if found is None or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if found is None or (_may_be_grouped() and torch.distributed.is_initialized()):
             return compute()
-        trains = any(t.requires_grad for t in tensors)  # no optimizer writes what is frozen
-        key = found, _steps if trains else 0, also
-        kept = self._kept
+        steps = 0
+        for t in tensors:
+            if t.requires_grad:  # no optimizer writes what is frozen
+                steps = _steps
+                break
+        key, kept = (steps, also, found), self._kept
         # what is gone may have left its id or its address to another
         if kept is not None and kept[0] == key and all(alive() is not None for alive in kept[1]):
             return kept[2]
