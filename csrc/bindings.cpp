@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "cpu/cpu_features.h"
+#include "cpu/few_rows.h"
 #include "keywords.h"
 #include "lora.h"
 
@@ -177,6 +178,7 @@ PYBIND11_MODULE(_C, m) {
       m, "cpu_grouped_forward", "Writes h and updates y by groups of rows; CpuGroupedForwardParams of csrc/lora.h.");
   def_keywords<kGroupedBackward, grouped_backward>(
       m, "cpu_grouped_backward", "Updates dx and writes every dA and dB; CpuGroupedBackwardParams of csrc/lora.h.");
+  m.attr("few_rows") = cpu::kFewRows;
   m.def("cpu_features", &cpu_features,
         "Which of avx2, avx512, bf16_dot, amx the CPU kernels use; FUSED_LORA_MAX_CPU_ISA caps them.");
   m.def("build_info", &build_info,

@@ -9,6 +9,7 @@
 #include "between.h"
 #include "block_bf16.h"
 #include "block_fp32.h"
+#include "few_rows.h"
 #include "walk.h"
 
 namespace fused_lora::cpu {
@@ -64,6 +65,60 @@ void low_rank(const CpuForwardParams& p, Buffers& buffers, const typename Block:
   for_row_blocks(p.M, threads, [](int) {}, body);
 }
 
+// Whether few_rows serves the call.
+bool few(const CpuForwardParams& p) {
+  const bool plain = !p.W_transposed && !p.h_in && !p.gate && p.dropout.threshold == 0;
+  return p.W && plain && p.M <= kFewRows && !(p.dtype == Dtype::bf16 && features.amx);
+}
+
+void forward_of_few(const CpuForwardParams& p, Buffers& buffers) {
+  const int64_t Rp = round_up(p.R, kLanes);
+  const bool in_fp32 = p.adapter_dtype == Dtype::f32 && p.dtype != Dtype::f32;  // x for A, and h before it is rounded
+  float *scaling = buffers.take(p.R), *low = buffers.take(p.M * Rp);
+  std::fill_n(scaling, p.R, p.scaling);
+  const void* input = p.x_lora ? p.x_lora : p.x;
+  const int64_t ld = p.x_lora ? p.ldx_lora : p.ldx;
+  FewRows h{.left = input,
+            .right = p.A,
+            .low = nullptr,
+            .thin = nullptr,
+            .bias = nullptr,
+            .scale = scaling,
+            .out = p.h,
+            .M = p.M,
+            .N = p.R,
+            .K = p.K,
+            .R = 0,
+            .ld_left = ld,
+            .ld_right = p.K,
+            .dtype = p.adapter_dtype,
+            .thin_dtype = Dtype::f32};
+  if (in_fp32) {
+    float *x = buffers.take(p.M * p.K), *wide = buffers.take(p.M * p.R);
+    for (int64_t m = 0; m < p.M; ++m) load_matrix(at(input, m * ld, p.dtype), p.dtype, x + m * p.K, 1, p.K, p.K);
+    h.left = x, h.ld_left = p.K, h.out = wide;
+  }
+  few_rows(h, buffers, threads_worth(p.M * p.R * p.K, p.threads));
+  if (in_fp32) store_row(static_cast<const float*>(h.out), p.h, p.dtype, p.M * p.R);
+  load_matrix(p.h, p.dtype, low, p.M, p.R, Rp);
+  const FewRows y{.left = p.x,
+                  .right = p.W,
+                  .low = low,
+                  .thin = p.B,
+                  .bias = p.bias,
+                  .scale = p.out_scale,
+                  .out = p.y,
+                  .M = p.M,
+                  .N = p.N,
+                  .K = p.K,
+                  .R = p.R,
+                  .ld_left = p.ldx,
+                  .ld_right = p.ldw,
+                  .dtype = p.dtype,
+                  .thin_dtype = p.adapter_dtype};
+  few_rows(y, buffers, threads_worth(p.M * p.N * p.K, p.threads));
+}
+
 #ifdef FUSED_LORA_BF16_DOT
 void forward_bf16(const CpuForwardParams& p, Buffers& buffers) {
   const int64_t Rp = round_up(p.R, BlockBf16::kRanks);
@@ -104,6 +159,7 @@ using namespace cpu;
 Status cpu_forward(const CpuForwardParams& p) {
   if (const Status status = check(p); status != Status::ok) return status;
   Buffers buffers;
+  if (few(p)) return forward_of_few(p, buffers), Status::ok;
 #ifdef FUSED_LORA_AMX
   if (p.dtype == Dtype::bf16 && features.amx) return amx_forward(p, buffers), Status::ok;
 #endif

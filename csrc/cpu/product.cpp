@@ -1,10 +1,10 @@
-// product: y = x W^T + bias, the base product alone, by lora_gemm or bf16_gemm without a rank.
+// product: y = x W^T + bias, the base product alone, by few_rows, or lora_gemm or bf16_gemm without a rank.
 //
 // Used where the update comes apart from it: of several adapters (grouped.cpp), of each of a mixture's experts.
 #include <type_traits>
 
 #include "cpu_features.h"
-#include "walk.h"
+#include "few_rows.h"
 
 namespace fused_lora {
 using namespace cpu;
@@ -27,6 +27,24 @@ Status cpu_product(const CpuProductParams& p) {
   if (p.M < 0 || p.N < 1 || p.K < 1) return Status::bad_shape;
   Buffers buffers;
   const int64_t multiplications = p.M * p.N * p.K;
+  if (!p.W_transposed && p.M <= kFewRows && (p.dtype == Dtype::f32 || (p.dtype == Dtype::bf16 && features.bf16_dot))) {
+    const FewRows few{.left = p.x,
+                      .right = p.W,
+                      .low = nullptr,
+                      .thin = nullptr,
+                      .bias = p.bias,
+                      .scale = nullptr,
+                      .out = p.y,
+                      .M = p.M,
+                      .N = p.N,
+                      .K = p.K,
+                      .R = 0,
+                      .ld_left = p.ldx,
+                      .ld_right = p.ldw,
+                      .dtype = p.dtype,
+                      .thin_dtype = Dtype::f32};
+    return few_rows(few, buffers, threads_worth(multiplications, p.threads)), Status::ok;
+  }
   if (p.dtype == Dtype::f32)
     return lora_gemm(gemm_of<LoraGemm>(p), buffers, threads_worth(multiplications, p.threads)), Status::ok;
 #ifdef FUSED_LORA_BF16_DOT

@@ -5,8 +5,8 @@
 // in the panel already, those of `down` in [cols / 2, Rp].
 // Tiles: 12 rows by 16 ranks of sums in registers; a panel of `down` (24 KiB at R = 16, 12 in bf16) stays in L1 over
 // all rows.
-// In bf16 the strip after this one is fetched meanwhile, for x comes from the layer before: of 2048 x 1024 105 us rather
-// than 145 to 161 from L3, 125 than 225 from memory, 101 than 94 from L2 (EPYC 9005, 2026-11-27).
+// In bf16 the strip after this one is fetched meanwhile, for x comes from the layer before: of 2048 x 1024 105 us, not
+// 145 to 161, from L3, 125, not 225, from memory, 101, not 94, from L2 (EPYC 9005, 2026-11-27).
 // Numerics: products and sums in fp32; a panel's sum starts at zero and joins `low` at its end.
 #include "bf16_dot.h"
 #include "kernels.h"

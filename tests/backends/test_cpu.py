@@ -135,12 +135,20 @@ def test_strided_weight(poison, planned, dtype, shape):
 
 
 def test_a_row_of_y_does_not_depend_on_the_others():
-    """lora_gemm sums each element in one order, in whatever register tile it falls."""
-    p = random_problem(100, 96, 800, 8)
-    whole = run(p, backend="cpu:inside")["y"]
-    for rows in (slice(0, 4), slice(7, 20), slice(88, 100)):
-        y = lora_linear(p.x[rows], p.weight, p.lora_A, p.lora_B, p.scaling, bias=p.bias, backend="cpu:inside")
-        assert torch.equal(y, whole[rows])
+    """lora_gemm and few_rows sum each element in one order, in whatever register tile it falls."""
+    p = random_problem(100, 97, 800, 8)
+    few, more = _C.few_rows, _C.few_rows + 1
+
+    def y(rows):
+        given = p.weight, p.lora_A, p.lora_B, p.scaling
+        return lora_linear(p.x[rows], *given, bias=p.bias, backend="cpu:inside")
+
+    whole = y(slice(None))
+    for rows in (slice(0, more), slice(7, 50), slice(60, 100)):
+        assert torch.equal(y(rows), whole[rows])
+    whole = y(slice(few))
+    for rows in (slice(0, 1), slice(3, 7), slice(0, 11), slice(few - 5, few)):
+        assert torch.equal(y(rows), whole[rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -82,7 +82,7 @@ def test_initialisation():
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_fresh_adapter_changes_no_bit(dtype, bias):
     linear = nn.Linear(40, 24, bias=bias, dtype=dtype)
-    x = torch.randn(3, 5, 40, dtype=dtype)
+    x = torch.randn(3, 9, 40, dtype=dtype)
     want = linear(x)
     layer = LoRALinear.from_linear(linear, r=4)
     assert torch.equal(layer(x), want)

@@ -42,7 +42,7 @@ def test_each_expert_multiplies_its_own_rows(dtype, is_transposed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_whole_panels_and_several_blocks(monkeypatch, dtype, is_transposed):
-    """By the CPU's own product where that pays: in fp32 for rows enough, in bf16 where W is read by rows."""
+    """By the CPU's own product where that pays: for few rows, or in fp32 any; where W is read by rows, for enough."""
     rows, taken, real = [8, 7, 0, 60], [], cpu_product.product
     monkeypatch.setattr(
         cpu_product, "product", lambda x, *given, **more: taken.append(len(x)) or real(x, *given, **more)
@@ -53,7 +53,8 @@ def test_whole_panels_and_several_blocks(monkeypatch, dtype, is_transposed):
     weight, offsets = torch.randint(-1, 2, shape, generator=g).to(dtype), torch.tensor([0, *rows]).cumsum(0)
     y, want = (product(x, weight, offsets, is_transposed) for product in (grouped_linear, by_loop))
     serves, single = cpu_product.serves(dtype), dtype is torch.float32
-    forward, backward = ([8, 60] if single else [8, 7, 60] * by_rows for by_rows in (is_transposed, not is_transposed))
+    as_it_lies, by_rows = ([8, 7, 60], [8, 60]) if single else ([8, 7], [8, 7, 60])
+    forward, backward = (by_rows, as_it_lies) if is_transposed else (as_it_lies, by_rows)
     assert torch.equal(y, want) and taken == forward * serves
     dy = (torch.rand(y.shape, generator=g) < 0.05).to(dtype)
     (dx,), (wanted,) = (torch.autograd.grad(out, x, dy) for out in (y, want))

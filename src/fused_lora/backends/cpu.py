@@ -1,6 +1,7 @@
 """CPU back end: C++ kernels (csrc/cpu) for everything low-rank, and for the base product in one plan of two.
 
-inside    our own product with the update, by csrc/cpu: fp32 lora_gemm.cpp, bf16 amx_gemm.cpp or bf16_gemm.cpp
+inside    our own product with the update, by csrc/cpu: few_rows.cpp (forward), fp32 lora_gemm.cpp, bf16 amx_gemm.cpp or
+          bf16_gemm.cpp
 around    PyTorch's own GEMM writes y (dx), and the kernel adds the update into it
 
 `update` and `grouped_update`, whose base product somebody else has made, have the second plan only. The optional
@@ -23,11 +24,11 @@ from fused_lora.backends.cpu_grouped import grouped_update_onto as grouped_updat
 from fused_lora.backends.cpu_product import LEAST_ROWS, laid
 from fused_lora.ops import internals
 from fused_lora.ops.dropout import dropout_threshold
-from fused_lora.ops.internals import linear_with_bias
 from fused_lora.ops.reference import PLAIN, Gradients, Variant, out_scale_columns
 
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 _FEATURES = _C.cpu_features()
+_OF_FEW = {"x_lora", "out_scale"}  # the optional tensors that few_rows takes
 
 
 def refusal(request: Request) -> str | None:
@@ -40,14 +41,16 @@ def refusal(request: Request) -> str | None:
 
 
 def plans(request: Request) -> tuple[str, ...]:
-    """See `backends`. Where there are instructions for it "inside" is as fast as PyTorch's product without the update,
-    or faster (bench/NOTES.md)."""
-    if request.M < LEAST_ROWS or request.dtype is torch.float16 or request.optional in (UPDATE, GROUPED):
+    """See `backends`. Where there are instructions for "inside" it is as fast as PyTorch's product without the update,
+    or faster (bench/NOTES.md); for less than LEAST_ROWS its forward is."""
+    half = request.dtype is not torch.float32
+    if request.dtype is torch.float16 or request.optional in (UPDATE, GROUPED) or (half and not _FEATURES["bf16_dot"]):
         return ("around",)
-    if request.dtype is torch.bfloat16 and not _FEATURES["bf16_dot"]:
+    few_rows = request.aligned and _OF_FEW.issuperset(request.optional) and not (half and _FEATURES["amx"])
+    if request.M < LEAST_ROWS and not few_rows:
         return ("around",)
     # a transposed weight in bf16 is not measured on AMX; in fp32 the two directions change places, packing and all
-    first = _FEATURES["avx2"] and (request.aligned or request.dtype is torch.float32 or not _FEATURES["amx"])
+    first = _FEATURES["avx2"] and (request.aligned or not half or not _FEATURES["amx"])
     return ("inside", "around") if first else ("around", "inside")
 
 
@@ -67,7 +70,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, 
         y = internals.empty_on_cpu((x.shape[0], weight.shape[0]), (weight.shape[0], 1), x.dtype)
         return y, _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant)
     early, late = (bias, None) if variant.out_scale is None else (None, bias)  # the bias comes after out_scale
-    y = F.linear(x, weight) if early is None else linear_with_bias(x, weight, early)
+    y = F.linear(x, weight) if early is None else internals.linear_with_bias(x, weight, early)
     return y, _forward(y, x, None, lora_A, lora_B, late, scaling, dropout_p, seed, variant)
 
 
@@ -143,7 +146,7 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, 
         given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
         return _backward_of_variant(*given, needs, variant, plan)
     dx = None
-    if needs.x and plan == "inside":
+    if needs.x and plan == "inside" and dy.shape[0] >= LEAST_ROWS:
         dx = internals.empty_on_cpu((dy.shape[0], weight.shape[1]), (weight.shape[1], 1), dy.dtype)
     elif needs.x:
         dx, weight = dy.mm(weight), None
@@ -152,7 +155,7 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, 
 
 def backward_onto(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, plan):
     """`backward` of plain LoRA in fp32 with dx [M, K], contiguous, added to what is there."""
-    if needs.x and plan != "inside":
+    if needs.x and (plan != "inside" or dy.shape[0] < LEAST_ROWS):
         dx.addmm_(dy, weight)
         weight = None
     return _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, add=True)
@@ -161,7 +164,7 @@ def backward_onto(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed
 def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant, plan):
     """The gradients with optional tensors."""
     M, (R, K), dz, dbias, dscale, lost = dy.shape[0], lora_A.shape, dy, None, None, (0,)
-    (kept, given), inside = _between(variant), plan == "inside"
+    (kept, given), inside = _between(variant), plan == "inside" and M >= LEAST_ROWS
     scaled, apart = variant.out_scale is not None, variant.x_lora is not None
     if scaled:
         dscale, lost, keywords = _scaling(variant.out_scale, y, bias, needs, kept)

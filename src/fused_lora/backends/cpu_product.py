@@ -1,6 +1,6 @@
 """The CPU's base product alone (csrc/cpu/product.cpp), for layers whose update is no plain LoRA's."""
 
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -10,7 +10,10 @@ from fused_lora.ops.internals import empty_on_cpu
 
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 _FEATURES = _C.cpu_features()
-LEAST_ROWS = 4  # below, packing W costs more than MKL's product without it (EPYC 9004, 2026-11-24)
+# Below, packing W costs more than MKL's product without it (EPYC 9004, 2026-11-24); of rows of W as they lie up to
+# FEW_ROWS are multiplied unpacked.
+LEAST_ROWS = 4
+FEW_ROWS = _C.few_rows
 
 
 def serves(dtype: torch.dtype) -> bool:
@@ -20,15 +23,16 @@ def serves(dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and _FEATURES["bf16_dot"] and not _FEATURES["amx"]
 
 
-def least_rows(weights: Tensor) -> float:
-    """From how many rows on the product alone with a W of [..., N, K], which comes from memory, is faster than
-    PyTorch's; inf for none. In fp32 from 8; in bf16 where rows of memory are columns of W, as for dx, else it is up to
-    half as slow again (EPYC 9005, 2026-11-27)."""
+def paying_rows(weights: Tensor) -> range:
+    """With how many rows the product alone with a W of [..., N, K], which comes from memory, is faster than PyTorch's:
+    few, all in fp32, and from some on where rows of memory are columns of W, as for dx; in bf16 it is up to half as
+    slow again for many rows else (EPYC 9005, 2026-11-27)."""
     if not (weights.is_cpu and serves(weights.dtype)) or 0 in weights.shape:
-        return math.inf
-    if weights.dtype is torch.float32:
-        return 8
-    return LEAST_ROWS if weights.stride(-2) == 1 else math.inf
+        return range(0)
+    single = weights.dtype is torch.float32
+    if weights.stride(-1) != 1:
+        return range(8 if single else LEAST_ROWS, sys.maxsize)
+    return range(1, sys.maxsize if single else FEW_ROWS + 1)
 
 
 def laid(weight: Tensor) -> tuple[Tensor, int, bool]:

@@ -1,6 +1,5 @@
 """grouped_linear(): the frozen product of a mixture's experts, whose rows are sorted by expert."""
 
-import math
 from typing import Any
 
 import torch
@@ -63,9 +62,9 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: b
         if _has_kernel(x, weight):
             return F.grouped_mm(x.contiguous(), matrices, offs=offsets[1:].to(torch.int32))
         y = x.new_empty(x.shape[0], matrices.shape[2])
-        rows, own = offsets.tolist(), cpu_product.least_rows(matrices.mT) if x.dtype is weight.dtype else math.inf
+        rows, own = offsets.tolist(), cpu_product.paying_rows(matrices.mT) if x.dtype is weight.dtype else range(0)
         for matrix, start, end in zip(matrices, rows, rows[1:], strict=False):
-            if end - start >= own:
+            if end - start in own:
                 cpu_product.product(x[start:end], matrix.t(), y=y[start:end])
             elif start < end:
                 torch.mm(x[start:end], matrix, out=y[start:end])

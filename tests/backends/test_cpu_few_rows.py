@@ -1,0 +1,58 @@
+"""few_rows of the CPU back end: x of so few rows that W is not packed for them, as when tokens are generated."""
+
+import pytest
+import torch
+
+from fused_lora import _C, lora_linear
+from fused_lora.backends import cpu, cpu_product
+from fused_lora.ops.reference import PLAIN
+from fused_lora.ops.schema import request_of
+from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth, with_optional
+
+DTYPES = [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize("dtype, adapter", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (67, 33, 8), (130, 513, 17), (64, 512, 16), (9, 97, 40)])
+def test_every_number_of_rows(shape, dtype, adapter):
+    """Whole tiles and parts of them, in both directions, and with the optional tensors that few_rows takes."""
+    for M in range(1, _C.few_rows + 2):
+        p, q = exact_problem(M, *shape, dtype, adapter), random_problem(M, *shape, dtype, adapter)
+        if "inside" not in cpu.plans(request_of(p.x, p.weight, p.lora_A, PLAIN)):
+            assert dtype is torch.bfloat16
+            pytest.skip("this CPU has no bf16 instructions, or AMX, which has no plan inside for so few rows")
+        assert_exact(run(p, backend="cpu:inside"), truth(p))
+        got, other, want = (
+            {"y": values["y"]} for values in (run(q, backend="cpu:inside"), run(q, backend="reference"), truth(q))
+        )
+        assert_close(got, other, want)
+        p = with_optional(p, ("x_lora", "out_scale"), exact=True)
+        assert_exact(run(p, backend="cpu:inside", needs=p.needs()), truth(p, needs=p.needs()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_with_a_stride_beside_nan(dtype):
+    """Exactly, of parts of wider matrices that are NaN elsewhere, by the layer's product and by the product alone."""
+    if not cpu_product.serves(dtype):
+        pytest.skip("this CPU has no product of its own in this dtype")
+    x, weight = torch.full((7, 120), torch.nan, dtype=dtype), torch.full((75, 130), torch.nan, dtype=dtype)
+    x[1:6, 3:84], weight[2:72, 7:88] = torch.randint(-1, 2, (5, 81)), torch.randint(-1, 2, (70, 81))
+    x, weight = x[1:6, 3:84], weight[2:72, 7:88]
+    A, B, bias = torch.randint(-1, 2, (8, 81)).float(), torch.randint(-1, 2, (70, 8)).float(), torch.ones(70).to(dtype)
+    base = x.float() @ weight.float().T + 1.0
+    low = x.float() @ A.T
+    got = lora_linear(x, weight, A, B, 0.0, bias=bias, backend="cpu:inside")
+    assert torch.equal(got, base.to(dtype)) and torch.equal(cpu_product.product(x, weight, bias), base.to(dtype))
+    got = lora_linear(x, weight, A, B, 1.0, bias=bias, backend="cpu:inside")
+    assert torch.equal(got, (base + low.to(dtype).float() @ B.T).to(dtype))
+
+
+def test_the_fewest_rows_are_served_by_default():
+    """A token alone, unless W lies transposed; its gradient is PyTorch's product."""
+    x, weight, A, B = torch.randn(1, 64), torch.randn(48, 64), torch.randn(4, 64), torch.randn(48, 4)
+    first = "inside" if _C.cpu_features()["avx2"] else "around"
+    assert cpu.plans(request_of(x, weight, A, PLAIN))[0] == first
+    assert cpu.plans(request_of(x, weight.t().contiguous().t(), A, PLAIN)) == ("around",)
+    x.requires_grad_()
+    lora_linear(x, weight, A, B, 1.0).sum().backward()
+    torch.testing.assert_close(x.grad, (weight + B @ A).sum(0, keepdim=True), rtol=1e-4, atol=1e-4)
