@@ -26,7 +26,7 @@ BACKENDS = (
 SHAPES = (
     [(8192, 4096, 4096, 16), (2048, 1024, 4096, 64), (16, 4096, 4096, 16)]
     if GPU
-    else [(512, 1024, 1024, 16), (512, 1024, 1024, 64)]
+    else [(512, 1024, 1024, 16), (512, 1024, 1024, 64), (4, 1024, 1024, 16)]
 )
 PRODUCTS = {
     "forward": None,
@@ -68,7 +68,7 @@ def test_product(benchmark, shape, backend, dropout_p, product):
 
 
 @pytest.mark.parametrize("product", ["forward", "dx"])
-@pytest.mark.parametrize("shape", SHAPES[:1], ids=lambda s: "M={} N={} K={}".format(*s))
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1]], ids=lambda s: "M={} N={} K={}".format(*s))
 def test_frozen(benchmark, shape, product):
     p = random_problem(*shape, DTYPE, bias=False, device=DEVICE)
     step = (lambda: p.x @ p.weight.t()) if product == "forward" else (lambda: p.dy @ p.weight)

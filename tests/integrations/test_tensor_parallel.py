@@ -52,7 +52,7 @@ def outputs_are_those_of_the_fused_op_on_shards(directory: Path) -> None:
 
     linear.eager_apply = watched
     try:
-        torch.testing.assert_close(model(batch(0)[0]), want)
+        torch.testing.assert_close(model(batch(0)[0]), want, rtol=1e-4, atol=1e-4)
     finally:
         linear.eager_apply = real
     assert set(seen) == {(16, 8, 16), (8, 16, 8), (16, 12, 16), (12, 16, 12)} and len(seen) == 12
@@ -116,7 +116,7 @@ def files_are_those_of_a_plain_model(directory: Path) -> None:
     assert all((mine / "plain" / name).read_bytes() == (mine / "split" / name).read_bytes() for name in names)
     model = split(adapted())
     load_adapter(model, mine / "plain")
-    torch.testing.assert_close(model(batch(0)[0]), adapted(2)(batch(0)[0]))
+    torch.testing.assert_close(model(batch(0)[0]), adapted(2)(batch(0)[0]), rtol=1e-4, atol=1e-4)
 
 
 def adapters_are_switched_and_disabled(directory: Path) -> None:
@@ -128,7 +128,7 @@ def adapters_are_switched_and_disabled(directory: Path) -> None:
     set_adapter(model, "other")  # fresh, so the base model's
     torch.testing.assert_close(model(x), Decoder()(x))
     set_adapter(model, "default")
-    torch.testing.assert_close(model(x), adapted()(x))
+    torch.testing.assert_close(model(x), adapted()(x), rtol=1e-4, atol=1e-4)
 
 
 def several_act_together(directory: Path) -> None:
@@ -234,7 +234,7 @@ def checkpoints_come_back(directory: Path) -> None:
     dcp.save(states[0], checkpoint_id=directory / "checkpoint")
     dcp.load(states[1], checkpoint_id=directory / "checkpoint")
     set_model_state_dict(models[1], states[1])
-    torch.testing.assert_close(models[1](batch(0)[0]), adapted()(batch(0)[0]))
+    torch.testing.assert_close(models[1](batch(0)[0]), adapted()(batch(0)[0]), rtol=1e-4, atol=1e-4)
 
 
 def what_is_not_served_is_refused(directory: Path) -> None:
