@@ -80,19 +80,14 @@ void forward_of_few(const CpuForwardParams& p, Buffers& buffers) {
   const int64_t ld = p.x_lora ? p.ldx_lora : p.ldx;
   FewRows h{.left = input,
             .right = p.A,
-            .low = nullptr,
-            .thin = nullptr,
-            .bias = nullptr,
-            .scale = scaling,
             .out = p.h,
             .M = p.M,
             .N = p.R,
             .K = p.K,
-            .R = 0,
             .ld_left = ld,
             .ld_right = p.K,
             .dtype = p.adapter_dtype,
-            .thin_dtype = Dtype::f32};
+            .scale = scaling};
   if (in_fp32) {
     float *x = buffers.take(p.M * p.K), *wide = buffers.take(p.M * p.R);
     for (int64_t m = 0; m < p.M; ++m) load_matrix(at(input, m * ld, p.dtype), p.dtype, x + m * p.K, 1, p.K, p.K);
@@ -103,18 +98,18 @@ void forward_of_few(const CpuForwardParams& p, Buffers& buffers) {
   load_matrix(p.h, p.dtype, low, p.M, p.R, Rp);
   const FewRows y{.left = p.x,
                   .right = p.W,
-                  .low = low,
-                  .thin = p.B,
-                  .bias = p.bias,
-                  .scale = p.out_scale,
                   .out = p.y,
                   .M = p.M,
                   .N = p.N,
                   .K = p.K,
-                  .R = p.R,
                   .ld_left = p.ldx,
                   .ld_right = p.ldw,
                   .dtype = p.dtype,
+                  .bias = p.bias,
+                  .scale = p.out_scale,
+                  .low = low,
+                  .thin = p.B,
+                  .R = p.R,
                   .thin_dtype = p.adapter_dtype};
   few_rows(y, buffers, threads_worth(p.M * p.N * p.K, p.threads));
 }

@@ -30,19 +30,14 @@ Status cpu_product(const CpuProductParams& p) {
   if (!p.W_transposed && p.M <= kFewRows && (p.dtype == Dtype::f32 || (p.dtype == Dtype::bf16 && features.bf16_dot))) {
     const FewRows few{.left = p.x,
                       .right = p.W,
-                      .low = nullptr,
-                      .thin = nullptr,
-                      .bias = p.bias,
-                      .scale = nullptr,
                       .out = p.y,
                       .M = p.M,
                       .N = p.N,
                       .K = p.K,
-                      .R = 0,
                       .ld_left = p.ldx,
                       .ld_right = p.ldw,
                       .dtype = p.dtype,
-                      .thin_dtype = Dtype::f32};
+                      .bias = p.bias};
     return few_rows(few, buffers, threads_worth(multiplications, p.threads)), Status::ok;
   }
   if (p.dtype == Dtype::f32)

@@ -66,7 +66,7 @@ def _rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan):
     """y [M, N] and h [M, R]; see `reference.forward`."""
-    if plan == "inside":
+    if plan == "inside" and (seed is None or x.shape[0] >= LEAST_ROWS):  # few_rows draws no mask
         y = internals.empty_on_cpu((x.shape[0], weight.shape[0]), (weight.shape[0], 1), x.dtype)
         return y, _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant)
     early, late = (bias, None) if variant.out_scale is None else (None, bias)  # the bias comes after out_scale

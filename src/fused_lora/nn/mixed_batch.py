@@ -173,20 +173,13 @@ class MixedLinear(Mixed, LoRALinear):
 
     def _adapters(self, found: Segments) -> tuple[list[Tensor], list[Tensor], list[float], list[float]]:
         """A, B, scaling and dropout of each adapter of a batch, the factors in one dtype."""
-        factors = [self._pair(name) for name in found.names]
+        factors = [self.factors(name) for name in found.names]
         if len({t.dtype for pair in factors for t in pair}) > 1:
             factors = [(A.float(), B.float()) for A, B in factors]
         numbers, rates = self.scaling, self.lora_dropout
         scaling = [float(numbers[name]) for name in found.names]
         dropout_p = [rates[name] for name in found.names]
         return [A for A, _ in factors], [B for _, B in factors], scaling, dropout_p
-
-    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """`factors`, past Module.__getattr__ where that can be: for many adapters it would take most of the call."""
-        tensors_A: Any = self._modules["lora_A"]
-        tensors_B: Any = self._modules["lora_B"]
-        lora_A, lora_B = tensors_A._parameters.get(name), tensors_B._parameters.get(name)
-        return self.factors(name) if lora_A is None or lora_B is None or lora_A.is_meta else (lora_A, lora_B)
 
     def _out_scale(self, name: str) -> Tensor:
         variant = self.variants.get(name)

@@ -12,7 +12,6 @@ from torch.utils.hooks import RemovableHandle
 
 from fused_lora.ops.internals import dispatch_modes_active, is_tracing, marks, transforms_active
 
-_may_be_grouped = torch.distributed.is_available
 _steps = 0  # of all optimizers, since some write past autograd's count (bitsandbytes', those that use .data)
 _hooks: list[RemovableHandle] = []
 
@@ -46,7 +45,7 @@ class OncePerStep:
         if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return compute()
         found = marks(*tensors)
-        if found is None or (_may_be_grouped() and torch.distributed.is_initialized()):
+        if found is None or (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return compute()
         steps = 0
         for t in tensors:
