@@ -3,13 +3,14 @@
     python bench/readme.py [README.md] [bench/results]
 
 Between two comments of README.md: a summary of all files; each readme-*.json's plot, if there is one, and its tables,
-folded; and, folded too, those of each llama-*.json (bench/bench_llama.py) and variants-*.json.
+folded; and, folded too, those of each llama-*.json (bench/bench_llama.py), variants-*.json and latency-*.json.
 """
 
 import argparse
 import json
 import os
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -130,6 +131,30 @@ def mixed(rows: list[dict]) -> list[str]:
     return ["", title, "", *table(["dtype", "adapters", "one adapter, ms", *names], lines)]
 
 
+def latency(document: dict) -> str:
+    """README's text for one file of forwards without gradients: a line a batch, each over the frozen model."""
+    rows = document["latency"]
+    names = [n for n in dict.fromkeys(r["candidate"] for r in rows) if n != "frozen"]
+    cases: dict[tuple, dict[str, dict]] = {}
+    for r in rows:
+        cases.setdefault((r["sequences"], r["tokens"], r["generated"]), {})[r["candidate"]] = r
+
+    def cell(row: dict) -> str:
+        text = row["fault"] if "fault" in row else f"{row['ratio']:.2f}"
+        return f"**{text}**" if row["candidate"] == "fused" else text
+
+    lines = [
+        [f"{sequences} × {tokens}{', a token after it' if generated else ''}", f"{of['frozen']['forward_ms']:.1f}"]
+        + [cell(of[name]) for name in names]
+        for (sequences, tokens, generated), of in cases.items()
+    ]
+    title = (
+        "A forward of SmolLM2-135M without gradients (fp32, R=16 on all linears of all layers), over the frozen one's:"
+    )
+    head = ["sequences × tokens", "frozen, ms", *names]
+    return "\n".join([f"{origin(document)} {title}", "", *table(head, lines)])
+
+
 def batch(r: dict) -> str:
     checkpointing = ", checkpointing" if r.get("checkpointing") else ""
     return f"{r.get('sequences', 1)} × {r['tokens']}{checkpointing}"
@@ -208,6 +233,10 @@ def folded(title: str, text: str) -> str:
     return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
+def loaded(files: Iterable[Path]) -> list[dict]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(files)]
+
+
 def update(readme: Path, results: Path) -> None:
     """Rewrite the block between the two comments from every readme-*.json in `results`; the rest stays as it is.
 
@@ -222,8 +251,8 @@ def update(readme: Path, results: Path) -> None:
             f"{results} must hold readme-*.json, which `fused-lora bench --preset readme --output {results}` writes; "
             "got none"
         )
-    documents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    large = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(results.glob("llama-*.json"))]
+    documents = loaded(files)
+    large, kinds, forwards = (loaded(results.glob(f"{kind}-*.json")) for kind in ("llama", "variants", "latency"))
     sections = [summary(documents), step_summary(documents, large)]
     for file, document in zip(files, documents):
         sections.append(origin(document))
@@ -232,10 +261,10 @@ def update(readme: Path, results: Path) -> None:
             link = Path(os.path.relpath(plot.resolve(), readme.resolve().parent)).as_posix()
             sections.append(f"![Time over the frozen layer's]({link})")
         sections.append(folded("Every layer, a training step, the host's cost", section(document)))
-    kinds = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(results.glob("variants-*.json"))]
     for what, tables, of in (
         (f"A training step of {LLAMA}", llama, large),
         ("LoRA's variants and mixed batches", variants, kinds),
+        ("Prompts and generation", latency, forwards),
     ):
         sections += [folded(f"{what}: {d['environment']['device']}", tables(d)) for d in of]
     head, tail, body = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :], "\n\n".join(sections)

@@ -10,13 +10,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fused_lora import bench
 from fused_lora.bench import latency, results, suite
+from fused_lora.bench.latency import Prompts
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 BASE = functools.partial(LlamaForCausalLM, LlamaConfig(vocab_size=64, use_cache=False, **SHAPE))
 
 
 def small(device, budget_s, least=2):
-    return latency.run_latency(device, 0.0, least, BASE, ((1, 8), (2, 16)))
+    return latency.run_latency(device, 0.0, least, BASE, (Prompts(1, 8), Prompts(2, 16, 3)))
 
 
 def test_the_preset_is_a_table_of_every_candidate(monkeypatch, tmp_path, capsys):
@@ -29,9 +30,10 @@ def test_the_preset_is_a_table_of_every_candidate(monkeypatch, tmp_path, capsys)
     for r in rows:
         assert r["rounds"] == 2 and 0 < r["forward_p20_ms"] <= r["forward_ms"]
         assert r["ratio"] == 1.0 or r["candidate"] != "frozen"
-    assert (rows[0]["sequences"], rows[-1]["tokens"]) == (1, 16)
+    assert [rows[0][key] for key in ("sequences", "tokens", "generated")] == [1, 8, 0]
+    assert [rows[-1][key] for key in ("sequences", "tokens", "generated")] == [2, 16, 3]
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("2 x 16", "houlsby", "x frozen"))
+    assert all(name in printed for name in ("2 x 16", "houlsby", "x frozen", "one forward", "a generated token"))
     with pytest.raises(ValueError, match="candidates must be left out with preset 'latency'"):
         bench.run(preset="latency", candidates=["fused"])
 
@@ -53,6 +55,16 @@ def test_adapters_of_every_kind_share_the_weights_and_act():
             assert (model(ids).logits - want).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", latency.CANDIDATES)
+def test_generated_tokens_see_the_prompt_and_each_other(kind):
+    """The last logits are those of one forward over the prompts and the tokens, in the second pass, too."""
+    model = latency.model_of(kind, BASE().eval())
+    whole, generate = latency.forward_of(model, Prompts(2, 9)), latency.forward_of(model, Prompts(2, 6, 3))
+    want = whole()
+    torch.testing.assert_close(generate(), want)
+    torch.testing.assert_close(generate(), want)
+
+
 def test_a_wrong_candidate_is_dropped(monkeypatch):
     real = latency.model_of
 
@@ -71,7 +83,7 @@ def test_a_wrong_candidate_is_dropped(monkeypatch):
 
 def test_a_batch_that_is_timed_is_in_the_file_at_once(tmp_path, monkeypatch, capsys):
     def stopped(*args, **kwargs):
-        yield [dict(candidate="merged", sequences=1, tokens=8, fault="wrong", why="it is")]
+        yield [dict(candidate="merged", sequences=1, tokens=8, generated=0, fault="wrong", why="it is")]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(suite, "run_latency", stopped)

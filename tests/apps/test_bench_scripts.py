@@ -50,6 +50,21 @@ def test_readme_has_the_variants_of_their_file(tmp_path):
     assert "| float32 | 32 | 3.0 | **1.07** |" in text
 
 
+def test_readme_has_a_line_a_batch_of_prompts():
+    env = dict(device="A CPU", kind="cpu", threads=2, features={}, torch="2", commit="abc", date="today")
+    prompts = dict(sequences=8, tokens=128, generated=0)
+    rows = [
+        prompts | dict(candidate="frozen", forward_ms=150.21, ratio=1.0),
+        prompts | dict(candidate="fused", forward_ms=90.0, ratio=0.6),
+        prompts | dict(candidate="peft", fault="failed", why="it did"),
+    ]
+    rows += [row | dict(generated=16) for row in rows]
+    text = script("readme").latency(dict(environment=env, latency=rows))
+    assert "**A CPU**, 2 threads; torch 2; commit abc; today. A forward" in text
+    assert "| frozen, ms | fused | peft |" in text and "| 8 × 128 | 150.2 | **0.60** | failed |" in text
+    assert "| 8 × 128, a token after it | 150.2 | **0.60** | failed |" in text
+
+
 def test_readme_has_the_steps_of_a_large_model(tmp_path):
     env = dict(device="A GPU", kind="cuda", features={}, torch="2", commit="abc", date="today")
     step = dict(sequences=4, tokens=2048, step_ms=880.4, ratio=1.111, times_peft=1.556, memory_ratio=1.004)

@@ -1,6 +1,6 @@
 """One forward of SmolLM2-135M without gradients, the latency table of LoRA's paper in spirit: frozen, LoRA merged,
 unmerged on the op and through PEFT, bottleneck adapters and prefix tuning, over one set of weights in one interleaved
-run.
+run. Whole prompts, and generation: one token a sequence after a prompt that the cache holds.
 
 LoRA has r=16 on every linear layer but the head. The bottleneck adapters, h + W_up relu(W_down h) of size 64, stand
 after the attention and the MLP of every layer (houlsby: arXiv 1902.00751) or after the MLP alone (pfeiffer: arXiv
@@ -8,7 +8,9 @@ after the attention and the MLP of every layer (houlsby: arXiv 1902.00751) or af
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,8 +22,20 @@ from fused_lora.bench.steps import Candidate, model_for, smollm2_on, timed
 from fused_lora.bench.timing import Pass, Spread, interleave, ratio
 
 SIZE, VIRTUAL_TOKENS = 64, 30
-BATCHES = ((1, 128), (4, 128), (8, 256))  # sequences, tokens
 CANDIDATES = ("frozen", "merged", "fused", "peft+fuse", "peft", "houlsby", "pfeiffer", "prefix")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Random tokens [sequences, tokens], and how many tokens a pass generates after them, each in a forward of its own
+    over the cache; 0 for a pass that is the forward of the prompts themselves."""
+
+    sequences: int
+    tokens: int
+    generated: int = 0
+
+
+BATCHES = (Prompts(1, 128), Prompts(4, 128), Prompts(8, 256), Prompts(1, 128, 16), Prompts(8, 128, 16))
 
 
 class Bottleneck(nn.Module):
@@ -60,18 +74,33 @@ def model_of(kind: str, base: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def forward_of(model: nn.Module, sequences: int, tokens: int) -> Callable[[], Tensor]:
-    """One forward over random tokens [sequences, tokens]; returns the logits of the last."""
-    device: Any = next(model.parameters()).device
-    vocabulary: Any = model.config.vocab_size  # type: ignore[union-attr]
+def forward_of(model: Any, prompts: Prompts) -> Callable[[], Tensor]:
+    """The forward of the prompts, or those of the tokens after them, which are given ones, so that every candidate has
+    the same; returns the logits of the last token."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, vocabulary, (sequences, tokens), generator=generator).to(device)
+    shape = prompts.sequences, prompts.tokens + prompts.generated
+    ids = torch.randint(0, inner.config.vocab_size, shape, generator=generator).to(inner.device)
+    given, following = ids[:, : prompts.tokens], ids[:, prompts.tokens :]
+
+    def forward(cached: bool = False) -> Any:
+        return model(input_ids=given, logits_to_keep=1, use_cache=cached)
+
+    if not prompts.generated:
+        return torch.no_grad()(lambda: forward().logits[:, -1])
+    with torch.no_grad():
+        cache = forward(cached=True).past_key_values  # a prefix is in it, so that tokens pass by PEFT's forward
 
     @torch.no_grad()
-    def forward() -> Tensor:
-        return model(input_ids=ids, logits_to_keep=1).logits[:, -1]
+    def generate() -> Tensor:
+        with warnings.catch_warnings():  # the names that transformers 5 has from its first release on
+            warnings.simplefilter("ignore", FutureWarning)
+            for token in following.split(1, dim=1):
+                out = inner(input_ids=token, past_key_values=cache, use_cache=True)
+        cache.crop(-prompts.generated)
+        return out.logits[:, -1]
 
-    return forward
+    return generate
 
 
 def check(kind: str, logits: Tensor, frozen: Tensor) -> None:
@@ -90,35 +119,35 @@ def run_latency(
     budget_s: float = 60.0,
     least: int = 7,
     base: Callable[[], nn.Module] | None = None,
-    batches: tuple[tuple[int, int], ...] = BATCHES,
+    batches: tuple[Prompts, ...] = BATCHES,
 ) -> Iterator[list[dict]]:
-    """For each batch, a row per candidate: milliseconds a forward with their interval, and the ratio to the frozen
-    model's; or that the candidate was dropped, and why.
+    """For each batch, a row per candidate: milliseconds a forward (where tokens are generated, each has one) with their
+    interval, and the ratio to the frozen model's; or that the candidate was dropped, and why.
 
     Args:
         device: cpu or cuda.
         budget_s: seconds of timing for all of it.
         least: rounds at the least, whatever they take.
         base: gives the frozen model; SmolLM2-135M where None.
-        batches: sequences and tokens of each.
+        batches: one group of rows each.
     """
     frozen = (base or smollm2_on(device).base)()
     models, missing = prepare(list(CANDIDATES), lambda kind: model_of(kind, frozen))
-    for sequences, tokens in batches:
-        want = forward_of(models["frozen"], sequences, tokens)()
+    for prompts in batches:
+        want = forward_of(models["frozen"], prompts)()
 
-        def make(kind: str, shape=(sequences, tokens), want=want) -> Pass:
-            forward = forward_of(models[kind], *shape)
+        def make(kind: str, prompts=prompts, want=want) -> Pass:
+            forward = forward_of(models[kind], prompts)
             check(kind, forward(), want)
             return timed(models[kind], forward)
 
         passes, dropped = prepare(list(models), make)
         times = interleave(passes, budget_s=budget_s / len(batches), least=least)
         rows = {
-            kind: Spread.of(series.seconds()).facts("forward", "ms", 1e3)
+            kind: Spread.of(series.seconds()).facts("forward", "ms", 1e3 / max(1, prompts.generated))
             | dict(rounds=series.clean)
             | ratio_facts("ratio", ratio(series, times["frozen"]))
             for kind, series in times.items()
         }
         found = rows | dropped | missing
-        yield [dict(candidate=kind, sequences=sequences, tokens=tokens) | found[kind] for kind in CANDIDATES]
+        yield [dict(candidate=kind) | asdict(prompts) | found[kind] for kind in CANDIDATES]

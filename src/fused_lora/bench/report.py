@@ -143,7 +143,8 @@ def _mixed_cells(r: dict) -> tuple[str, ...]:
 
 
 def print_latency(rows: list[dict]) -> None:
-    say("SmolLM2-135M: one forward without gradients, r=16 on all linears but the head", "italic")
+    what = "a generated token" if rows[0]["generated"] else "one forward"
+    say(f"SmolLM2-135M: {what}, without gradients, r=16 on all linears but the head", "italic")
     _table(("batch", "candidate", "ms", "95 %", "x frozen"), rows, _latency_cells)
 
 
