@@ -51,6 +51,34 @@ def test_what_comes_out_of_the_weight_is_peft_s(init, tmp_path):
     assert torch.equal(logits(again), logits(ours))
 
 
+@pytest.mark.parametrize("init", _BY_PEFT)
+def test_conv1d_starts_as_a_linear_layer_of_the_same_weight(init, tmp_path):
+    """Of a weight that is not square: PEFT's olora takes it the wrong way round and fails there."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    conv, linear = nn.Sequential(Conv1D(8, 6)), nn.Sequential(nn.Linear(6, 8))
+    linear.load_state_dict({"0.weight": conv[0].weight.T, "0.bias": conv[0].bias})
+    weight, x = conv[0].weight.clone(), torch.randn(5, 6)
+    want = conv(x)
+    for model in (conv, linear):
+        torch.manual_seed(1)
+        apply_lora(model, r=4, target_modules=["0"], init_lora_weights=init)
+    for name in ("lora_A", "lora_B"):
+        torch.testing.assert_close(getattr(conv[0], name)["default"], getattr(linear[0], name)["default"])
+    torch.testing.assert_close(conv[0].weight, linear[0].weight.T)
+    assert torch.equal(conv[0].weight, weight) == (init == "orthogonal") and not conv[0].weight.requires_grad
+    torch.testing.assert_close(conv(x), want)
+    save_adapter(conv, tmp_path)
+    fresh = nn.Sequential(Conv1D(8, 6))
+    fresh[0].weight.data, fresh[0].bias.data = weight, conv[0].bias.data
+    torch.testing.assert_close(load_adapter(fresh, tmp_path)(x), want)
+    for model in (conv, linear):
+        torch.manual_seed(2)
+        apply_lora(model, r=2, target_modules=["0"], init_lora_weights=init, adapter_name="second")
+    torch.testing.assert_close(conv(x), linear(x))
+
+
 @pytest.mark.parametrize("init", [False, "gaussian", "orthogonal"])
 def test_random_starts(init):
     torch.manual_seed(0)

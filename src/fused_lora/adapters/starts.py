@@ -10,8 +10,9 @@ from torch import nn
 from fused_lora.adapters.holders import Layers, holders_of
 from fused_lora.adapters.plan import Plan
 from fused_lora.config import LoraConfig
+from fused_lora.deepspeed_zero import is_split
 from fused_lora.nn import LoRALinear
-from fused_lora.nn.base_linear import absorbable, is_conv1d
+from fused_lora.nn.base_linear import absorbable
 from fused_lora.nn.experts import LoRAParameter, pattern_name
 from fused_lora.nn.layer import LoRALayer
 
@@ -36,10 +37,12 @@ def check_start(plan: Plan, config: LoraConfig) -> None:
     owners = Counter(id(parameter) for base in bases for parameter in base.parameters(recurse=False))
     for name, module in plan.linears.items():
         weight, r = getattr(module, "weight", None), config.layer(name).r
-        plain = type(module) is LoRALinear or (not isinstance(module, LoRALayer) and absorbable(module))
-        if not plain or is_conv1d(module) or not isinstance(weight, nn.Parameter) or weight.is_meta:
+        plain = module.base() is module if isinstance(module, LoRALayer) else absorbable(module)
+        if not plain or not isinstance(weight, nn.Parameter) or weight.is_meta or is_split(weight):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            raise ValueError(f"init_lora_weights={init!r} needs plain linear layers with values; got {name}, a {kind}")
+            raise ValueError(
+                f"init_lora_weights={init!r} needs plain linear layers with whole values; got {name}, a {kind}"
+            )
         if init != "orthogonal" and owners[id(weight)] > 1:
             raise ValueError(
                 f"init_lora_weights={init!r} changes the weight, which must be of one layer alone; got {name}, tied"
@@ -84,15 +87,17 @@ def start(root: nn.Module, adapter_name: str, init: bool | str) -> None:
 
 
 def _by_peft(layer: Any, adapter_name: str, init: bool | str) -> None:
-    """A and B of PEFT's layer over the same weight."""
+    """A and B of PEFT's layer over the same weight; over Conv1D's as nn.Linear would hold it."""
     from peft import LoraConfig as PeftConfig
     from peft.tuners.lora.layer import Linear
 
+    weight, matrix = layer.weight.requires_grad_(False), layer.matrix()  # [N, K]
     base = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    base.weight = layer.weight
+    base.weight = weight if matrix is weight else nn.Parameter(matrix.contiguous(), requires_grad=False)
     given = {"r": layer.r[adapter_name], "lora_alpha": layer.lora_alpha[adapter_name]}
     config = PeftConfig(**given, use_rslora=layer.use_rslora[adapter_name], init_lora_weights=init)
     theirs = Linear(base, adapter_name, config=config, **given)
-    layer.weight.requires_grad_(False)
+    if base.weight is not weight:
+        matrix.copy_(base.weight)
     layer.lora_A[adapter_name].copy_(theirs.lora_A[adapter_name].weight)
     layer.lora_B[adapter_name].copy_(theirs.lora_B[adapter_name].weight)
