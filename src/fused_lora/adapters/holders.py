@@ -147,15 +147,19 @@ def trained_biases(model: nn.Module, adapter_name: str) -> dict[str, nn.Paramete
     return biases_in(model, which, layers)
 
 
-def live_keys(model: nn.Module, adapter_name: str) -> list[str]:
-    """The keys of an adapter's tensors in the model's own state dict, in the order of `tensors_of`."""
+def own_tensors(model: nn.Module, adapter_name: str) -> list[Tensor]:
+    """An adapter's tensors as the model holds them, in the order of `tensors_of`."""
     layers, saved = holders_of(model, adapter_name)
     own: list[Tensor] = [tensor for layer in layers.values() for tensor in layer.own_tensors(adapter_name)]
     for wrapper in saved.values():
         own += wrapper.modules_to_save[adapter_name].state_dict(keep_vars=True).values()
-    own += trained_biases(model, adapter_name).values()
+    return [*own, *trained_biases(model, adapter_name).values()]
+
+
+def live_keys(model: nn.Module, adapter_name: str) -> list[str]:
+    """The keys of an adapter's tensors in the model's own state dict, in the order of `tensors_of`."""
     names = {id(tensor): plain_key(key) for key, tensor in (*model.named_parameters(), *model.named_buffers())}
-    return [names[id(tensor)] for tensor in own]
+    return [names[id(tensor)] for tensor in own_tensors(model, adapter_name)]
 
 
 def file_keys(model: nn.Module, adapter_name: str) -> list[str]:

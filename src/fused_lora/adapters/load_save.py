@@ -19,6 +19,7 @@ from fused_lora.adapters.holders import (
     holders_of,
     live_keys,
     module_names,
+    own_tensors,
     rows_of,
     tensors_of,
     trained_biases,
@@ -36,7 +37,16 @@ from fused_lora.adapters.model import (
 from fused_lora.adapters.places import parameter_names, walk
 from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.starts import check_start, start
-from fused_lora.adapters.wrappers import check_no_peft, fetched, fill, plain_key, unwrapped, whole, whole_tensor
+from fused_lora.adapters.wrappers import (
+    check_no_peft,
+    check_readable_again,
+    fetched,
+    fill,
+    plain_key,
+    unwrapped,
+    whole,
+    whole_tensor,
+)
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, layer_class
 from fused_lora.nn.experts import LoRAParameter, pattern_name
@@ -48,8 +58,8 @@ from fused_lora.nn.trained_rows import ROWS_KEY, TrainedRows
 def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
     """Write an adapter as PEFT does: adapter_config.json and adapter_model.safetensors, tensors in their own dtype.
 
-    Names are those of the plain model, whatever wraps it or a part of it. Under FSDP and tensor parallelism every
-    process must call this, and each writes the whole adapter.
+    Names are those of the plain model, whatever wraps it or a part of it. Under FSDP, ZeRO-3 and tensor parallelism
+    every process must call this, and each writes the whole adapter.
 
     Args:
         model: a model with adapters.
@@ -71,7 +81,7 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     root = unwrapped(model)
     layers, saved = _layers_of(root, adapter_name)
     copies = [wrapper.modules_to_save[adapter_name] for wrapper in saved.values()]
-    with whole(model), fetched([*layers.values(), *copies]):
+    with whole(model), fetched([*layers.values(), *copies], own_tensors(root, adapter_name)):
         tensors = {key: whole_tensor(t) for key, t in tensors_of(root, adapter_name).items()}
         for key, tensor in tensors.items():
             if tensor.is_meta:
@@ -121,7 +131,7 @@ def load_adapter(
 
     Args:
         model: the base model, plain or with adapters of this library, in wrappers or not. Under FSDP, tensor
-            parallelism and DistributedDataParallel only an adapter that it has can be read again.
+            parallelism and DistributedDataParallel only an adapter that it has can be read again, under DeepSpeed none.
         directory: holds adapter_config.json and adapter_model.safetensors; or "owner/name" on the Hugging Face hub, if
             huggingface_hub is installed.
         adapter_name: the name to give it.
@@ -137,6 +147,7 @@ def load_adapter(
     if known:
         check_no_peft(model)
         check_may_train(model, [adapter_name])
+        check_readable_again(model)
         check_not_merged(root, "an adapter is read again")
         check_not_mixed(root, "reading an adapter")
     else:

@@ -12,6 +12,7 @@ from fused_lora.adapters.saved import Saved, find_saved
 from fused_lora.adapters.weight_readers import reader_of
 from fused_lora.adapters.wrappers import unwrapped
 from fused_lora.config import LoraConfig, unknown_name
+from fused_lora.deepspeed_zero import is_split
 from fused_lora.name_patterns import endings
 from fused_lora.nn import LoRALayer, check_base, layer_class
 from fused_lora.nn.experts import LoRAParameter, pattern_name
@@ -122,6 +123,11 @@ def _found_nothing(config: LoraConfig, places: list[Place]) -> ValueError:
 def _check_saved(saved: Saved, adapted: list[str]) -> None:
     """Raises ValueError for a module that cannot be copied and called in another's place, or that holds adapters."""
     for name, module in saved.modules.items():
+        if any(is_split(parameter) for parameter in module.parameters()):
+            raise ValueError(
+                "modules_to_save and trainable_token_indices must name modules with whole weights, so load the model "
+                f"outside of deepspeed.zero.Init; got {name}, which ZeRO-3 has split"
+            )
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
             raise ValueError(f"modules_to_save must name modules with a forward; got {name}, a {type(module).__name__}")
         if any(

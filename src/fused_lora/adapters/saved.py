@@ -6,6 +6,7 @@ from torch import nn
 
 from fused_lora.adapters.places import Place
 from fused_lora.config import LoraConfig, unknown_name
+from fused_lora.deepspeed_zero import whole_shape
 from fused_lora.nn import LoRALayer
 from fused_lora.nn.modules_to_save import ModuleToSave
 from fused_lora.nn.trained_rows import TrainedRows
@@ -83,7 +84,7 @@ def _check_rows(name: str, module: nn.Module, rows: list[int]) -> None:
         TrainedRows.check_module(_plain(module))
     except ValueError as error:
         raise ValueError(f"trainable_token_indices: {name}: {error}") from None
-    size = len(_plain(module).weight)  # type: ignore[arg-type]
+    size = whole_shape(_plain(module).weight)[0]  # type: ignore[arg-type]
     if max(rows) >= size:
         raise ValueError(
             f"trainable_token_indices must be below {size}, the rows of {name} (resize the vocabulary first); got "

@@ -1,5 +1,6 @@
-"""What hides a model or its tensors: wrappers of torch.compile, data parallelism, checkpointing and averaging, FSDP's
-shards, accelerate's offloading, PEFT. Names are those of the plain model, tensors are whole."""
+"""What hides a model or its tensors: wrappers of torch.compile, data parallelism, DeepSpeed, checkpointing and
+averaging, shards of FSDP and ZeRO-3, accelerate's offloading, PEFT. Names are those of the plain model, tensors are
+whole."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,16 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from fused_lora.deepspeed_zero import gathered, is_copied, is_split
+
 _INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # torch.compile, checkpointing, FSDP1
 _AROUND = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # all hold `module`
 
 
 def inner_attribute(module: nn.Module) -> str | None:
     """The attribute in which a wrapper holds the module that it stands for, or None if it is no wrapper."""
-    if isinstance(module, _AROUND):
+    if isinstance(module, _AROUND) or _is_engine(module):
         return "module"
     children = [name for name, _ in module.named_children() if name in _INNER]
     return children[0] if children else None
+
+
+def _is_engine(module: nn.Module) -> bool:
+    """Whether a module is what deepspeed.initialize returns; without its import there is none."""
+    deepspeed = sys.modules.get("deepspeed")
+    return isinstance(module, getattr(deepspeed, "DeepSpeedEngine", ()))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -45,10 +54,10 @@ def _of_fsdp(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP1 or FSDP2 holds parameters of the model, or tensor parallelism has split some."""
+    """Whether FSDP1 or FSDP2 holds parameters of the model, or tensor parallelism or ZeRO-3 has split some."""
     if _of_fsdp(model, "FSDPModule") or _of_fsdp(model, "FullyShardedDataParallel"):
         return True
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    return any(hasattr(parameter, "full_tensor") or is_split(parameter) for parameter in model.parameters())
 
 
 def is_replicated(model: nn.Module) -> bool:
@@ -56,10 +65,23 @@ def is_replicated(model: nn.Module) -> bool:
     return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
 
 
+def is_of_deepspeed(model: nn.Module) -> bool:
+    """Whether deepspeed.initialize has taken stock of the model's parameters, as far as that shows: its engine is
+    around the model, ZeRO has copies of what trains, ZeRO-3 has numbered the modules."""
+    known = any(_is_engine(module) or hasattr(module, "ds_id") for module in model.modules())
+    return known or any(is_copied(parameter) for parameter in model.parameters())
+
+
 def check_open(model: nn.Module) -> None:
     """Raises ValueError unless adapters can be put on the model now: a wrapper that has taken stock of the parameters
-    would never see new ones, PEFT's layers would get adapters on their adapters."""
-    if is_sharded(model):
+    would never see new ones. ZeRO-3 splits a model as it is loaded, and has not taken stock of it then."""
+    if is_of_deepspeed(model):
+        raise ValueError(
+            "model must not be deepspeed.initialize's yet when adapters are added, it would not train them; got one "
+            "that is"
+        )
+    split = any(is_split(parameter) for parameter in model.parameters())
+    if not split and is_sharded(model):
         raise ValueError(
             "model must not be sharded when adapters are added, apply_lora before FSDP and tensor parallelism; got a "
             "sharded one"
@@ -68,6 +90,16 @@ def check_open(model: nn.Module) -> None:
         raise ValueError(
             "model must be wrapped in DistributedDataParallel after adapters are added, it would not synchronise their "
             "gradients; got a wrapped one"
+        )
+
+
+def check_readable_again(model: nn.Module) -> None:
+    """Raises ValueError where an adapter's new values would be lost: DeepSpeed steps copies of its own, and puts them
+    in the parameters' place."""
+    if is_of_deepspeed(model):
+        raise ValueError(
+            "model must not be deepspeed.initialize's yet when an adapter is read: load_adapter before it, or the "
+            "engine's load_checkpoint; got one that is"
         )
 
 
@@ -109,9 +141,10 @@ def whole(model: nn.Module, writeback: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def fetched(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, tensors that accelerate has offloaded are on the CPU, for reading."""
-    with ExitStack() as stack:
+def fetched(modules: Iterable[nn.Module], parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, tensors of the modules that accelerate has offloaded are on the CPU, and parameters that ZeRO-3 has split
+    are whole, for reading. Every process must come here."""
+    with gathered(parameters), ExitStack() as stack:
         for module in modules:
             for inner in module.modules():
                 if hasattr(inner, "_hf_hook") and any(t.is_meta for t in inner.parameters(recurse=False)):

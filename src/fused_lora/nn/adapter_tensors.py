@@ -5,11 +5,14 @@ from torch import Tensor, nn
 
 class AdapterTensors(nn.ParameterDict):
     """The A or the B of every adapter of a layer. Where something brings tensors from elsewhere when a module is
-    called, as accelerate's offloading does, a call fetches one."""
+    called, as accelerate's offloading does, a call fetches one; DeepSpeed's ZeRO-3, when an item of `_parameters` is
+    taken."""
 
     def __getitem__(self, adapter_name: str) -> nn.Parameter:
-        own = self._parameters.get(adapter_name)  # past ParameterDict's own, which costs a small layer a microsecond
-        return super().__getitem__(adapter_name) if own is None else own
+        try:  # past ParameterDict's own, which costs a small layer a microsecond
+            return self._parameters[adapter_name]  # type: ignore[return-value]
+        except KeyError:  # FSDP1 has put something else in a parameter's place
+            return super().__getitem__(adapter_name)
 
     def __call__(self, adapter_name: str) -> nn.Parameter:
         return nn.Module.__call__(self, adapter_name)  # ParameterDict's own refuses

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fused_lora.deepspeed_zero import whole_shape
 from fused_lora.ops.internals import bare, runs
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -88,7 +89,7 @@ def check_weight(weight: torch.Tensor, shape: tuple[int, ...]) -> None:
         )
     if weight.dtype not in _DTYPES:
         raise ValueError(f"weight must be bfloat16, float16, float32 or float64; got {weight.dtype}")
-    if tuple(weight.shape) != shape:
+    if whole_shape(weight) != shape:
         raise ValueError(
             f"weight must have shape {list(shape)}, whole and unpacked, when adapters are added; got "
             f"{list(weight.shape)}"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lora.bases import added, quantised
+from fused_lora.deepspeed_zero import gathered
 from fused_lora.layer_config import LayerConfig
 from fused_lora.nn.by_name import Summand
 from fused_lora.nn.layer import LoRALayer
@@ -87,7 +88,8 @@ class WithMagnitudes(LoRALayer):
         if adapter_name in self.lora_magnitude_vector:
             variant: Any = self.variants[adapter_name]
             lora_A, lora_B = self.lora_A[adapter_name], self.lora_B[adapter_name]
-            n, empty = variant.norms(self, lora_A, lora_B)
+            with gathered([getattr(self.base(), "weight", None)]):
+                n, empty = variant.norms(self, lora_A, lora_B)
             self.lora_magnitude_vector[adapter_name].copy_(n if empty is None else n - empty)
 
     def _merged_rows(self, adapter_name: str) -> Tensor | None:

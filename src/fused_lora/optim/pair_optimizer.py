@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from fused_lora.optim.batches import Batch, batches, dense_gradient, joined, maths_dtype
-from fused_lora.optim.pairs import Pair, pair_groups
+from fused_lora.optim.pairs import Pair, pair_groups, replaced
 
 
 class PairOptimizer(Optimizer):
@@ -57,7 +57,8 @@ class PairOptimizer(Optimizer):
         Args:
             closure: evaluates the model again and returns the loss.
         Returns: what the closure returns.
-        Raises: ValueError for a gradient that is sparse or a factor that is sharded.
+        Raises: ValueError for a gradient that is sparse, a factor that is sharded, and where others stand in the place
+            of the factors.
         """
         loss = None
         if closure is not None:
@@ -78,6 +79,8 @@ class PairOptimizer(Optimizer):
         raise NotImplementedError
 
     def _batches(self, group: dict[str, Any]) -> list[Batch]:
+        if len(group["params"]) != 2 * len(group["lora_pairs"]):
+            raise replaced(type(self).__name__)
         tensors = zip(group["params"][::2], group["params"][1::2])
         pairs = [Pair(A, B, *about) for (A, B), about in zip(tensors, group["lora_pairs"])]
         pairs = [pair for pair in pairs if pair.A.grad is not None or pair.B.grad is not None]

@@ -64,6 +64,14 @@ class Pair:
             )
 
 
+def replaced(optimizer: str) -> ValueError:
+    """For an optimizer whose parameters are no more those that it was given."""
+    return ValueError(
+        f"{optimizer} needs A and B themselves among its parameters, both factors for a step; got others, perhaps "
+        "pieces of all parameters in one, which DeepSpeed's ZeRO puts in their place"
+    )
+
+
 @dataclass(frozen=True)
 class Adapter:
     """The tensors of one adapter in one layer."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fused_lora import bases
+from fused_lora.deepspeed_zero import is_copied, is_split
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.variants.allora import ALLoRA, ScaledSteps
 
@@ -23,6 +24,11 @@ def check_foldable(root: nn.Module, layers: Mapping[str, LoRALayer], adapter_nam
             raise ValueError(
                 f"the base weight of {name} must not be quantised: most of an update is smaller than the steps of a "
                 f"quantised weight and would be lost; got {type(layer.base().weight).__name__}"
+            )
+        if any(is_copied(t) or is_split(t) for t in layer.own_tensors(adapter_name)):
+            raise ValueError(
+                f"A and B of {name} must be the optimizer's own to be folded into the weight: DeepSpeed's ZeRO steps "
+                "copies, and would put these back; got ones that ZeRO has"
             )
         variant = layer.link or layer.variants.get(adapter_name)
         if variant is not None and not isinstance(variant, ALLoRA | ScaledSteps):  # whose forward is LoRA's

@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from torch.utils.hooks import RemovableHandle
 
 from fused_lora.backends import cpu_norm
+from fused_lora.deepspeed_zero import is_copied, is_split
 from fused_lora.ops.autograd import plain_eager
 from fused_lora.ops.internals import without_autocast
 from fused_lora.variants import Update
@@ -120,8 +121,14 @@ class ScaledSteps:
         return self._Bs[self.adapter_name]
 
     def check(self) -> None:
-        """Raises ValueError for FSDP1's B, a view in the forward and a piece of a vector in an optimizer."""
+        """Raises ValueError for FSDP1's B, a view in the forward and a piece of a vector in an optimizer, and for
+        ZeRO's, of which the optimizer has a copy."""
         lora_B = self.lora_B
+        if is_copied(lora_B) or is_split(lora_B):
+            raise ValueError(
+                "allora_mode='update', which needs an optimizer with B, and DeepSpeed's ZeRO, whose optimizer has a "
+                "copy, exclude each other; got a B that ZeRO has"
+            )
         if not isinstance(lora_B, nn.Parameter) or lora_B.dim() != 2:
             raise ValueError(
                 "allora_mode='update', which needs an optimizer with B, and FullyShardedDataParallel exclude each "

@@ -1,0 +1,200 @@
+"""DeepSpeed's ZeRO in two processes: its three stages give one process's steps, files hold whole adapters, and what
+cannot work under it is refused."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from two_processes import TARGETS, Decoder, adapted, batch, loss_of, outcomes, run_checks, trained
+
+from fused_lora import apply_lora, load_adapter, merged, save_adapter
+from fused_lora.deepspeed_zero import gathered
+from fused_lora.optim import LoRARite, create_lorafa_optimizer
+from fused_lora.schedules import MergeSchedule
+from fused_lora.testing import WHOLE_MODEL, assert_close
+
+STAGES = (1, 2, 3)
+
+
+def config(stage: int) -> dict:
+    zero = dict(stage=stage, stage3_param_persistence_threshold=0, overlap_comm=False)
+    return dict(
+        train_micro_batch_size_per_gpu=1, gradient_clipping=0.0, zero_allow_untested_optimizer=True,
+        zero_optimization=zero,
+    )  # fmt: skip
+
+
+def sgd(model):
+    return torch.optim.SGD(trained(model).values(), lr=0.01, momentum=0.9)
+
+
+def engine_of(model, stage, optimizer=sgd):
+    import deepspeed
+
+    return deepspeed.initialize(model=model, optimizer=optimizer(model), config=config(stage))[0]
+
+
+def split_decoder():
+    """The decoder as ZeRO-3 loads it, with the values of the other."""
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=config(3)):
+        model = Decoder()
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
+        model.load_state_dict(Decoder().state_dict())
+    assert model.head.weight.shape == (0,)
+    return model
+
+
+def values(model) -> dict[str, torch.Tensor]:
+    parameters = trained(model)
+    with gathered(parameters.values()):
+        return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+def stepped(engine) -> dict[str, torch.Tensor]:
+    for _ in range(2):
+        engine.backward(loss_of(engine, dist.get_rank()))
+        engine.step()
+    return values(engine.module)
+
+
+def stepped_by_one(model, dtype) -> dict[str, torch.Tensor]:
+    model = model.to(dtype)
+    optimizer = sgd(model)
+    for _ in range(2):
+        for part in (0, 1):
+            (loss_of(model, part, dtype) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach() for name, p in trained(model).items()}
+
+
+def trains_as_one_process_does(directory: Path) -> None:
+    for lora in ({}, {"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["head"]}):
+        one, exact = (stepped_by_one(adapted(**lora), dtype) for dtype in (torch.float32, torch.float64))
+        for stage in STAGES:
+            assert_close(stepped(engine_of(adapted(**lora), stage)), one, exact, WHOLE_MODEL)
+
+
+def a_model_that_zero_3_has_loaded(directory: Path) -> None:
+    for lora in ({}, {"use_dora": True}):
+        model = apply_lora(split_decoder(), 4, target_modules=list(TARGETS), **lora)
+        plain = apply_lora(Decoder(), 4, target_modules=list(TARGETS), **lora)
+        with torch.no_grad():
+            for parameter, like in zip(trained(model).values(), trained(plain).values(), strict=True):
+                if "use_dora" in lora and parameter.dim() == 1:
+                    torch.testing.assert_close(parameter, like)  # the norms of rows that were split
+                parameter.copy_(like)
+        one, exact = (stepped_by_one(plain, dtype) for dtype in (torch.float32, torch.float64))
+        assert_close(stepped(engine_of(model, 3)), one, exact, WHOLE_MODEL)
+
+
+def what_needs_values_is_refused_where_they_are_split(directory: Path) -> None:
+    for arguments, message in (
+        (dict(modules_to_save=["head"]), "modules_to_save .* must name modules with whole weights, .* got head, which"),
+        (dict(init_lora_weights="pissa"), "needs plain linear layers with whole values; got blocks.0.q"),
+    ):
+        model = split_decoder()
+        with pytest.raises(ValueError, match=message):
+            apply_lora(model, 4, **{"target_modules": list(TARGETS), **arguments})
+        assert not any(parameter.requires_grad and "lora" in name for name, parameter in model.named_parameters())
+
+
+def files_hold_whole_adapters(directory: Path) -> None:
+    x = batch(0)[0]
+    for stage in STAGES:
+        for lora in ({}, {"use_dora": True, "modules_to_save": ["head"]}):
+            for split in (False, True)[: 1 + (stage == 3 and not lora)]:
+                model = apply_lora(split_decoder(), 4, target_modules=list(TARGETS)) if split else adapted(**lora)
+                engine = engine_of(model, stage)
+                stepped(engine)
+                with torch.no_grad():
+                    want = engine(x)
+                assert want.isfinite().all(), (stage, lora, split)
+                mine = directory / f"{stage}{len(lora)}{split}{dist.get_rank()}"
+                save_adapter(engine if split else engine.module, mine)
+                torch.testing.assert_close(load_adapter(Decoder(), mine)(x), want)
+
+
+def what_would_be_lost_is_refused(directory: Path) -> None:
+    mine = directory / f"again{dist.get_rank()}"
+    save_adapter(adapted(), mine)
+    for stage in STAGES:
+        model = adapted()
+        schedule = MergeSchedule.periodic(model, every=1, reset_scheduler=False)
+        engine = engine_of(model, stage)
+        for inside in (engine, engine.module):
+            with pytest.raises(ValueError, match="must not be deepspeed.initialize's yet when adapters are added"):
+                apply_lora(inside, adapter_name="second")
+            with pytest.raises(ValueError, match="deepspeed.initialize's yet when an adapter is read"):
+                load_adapter(inside, mine)
+        with pytest.raises(ValueError, match="A and B of blocks.0.q must be the optimizer's own"):
+            schedule.merge(engine.optimizer.optimizer)
+        assert (stage == 3) == (model.blocks[0].q.weight.numel() == 0)
+    with pytest.raises(ValueError, match="must not be sharded to be merged"), merged(engine):
+        pass
+
+
+def optimizers_that_need_both_factors_say_so(directory: Path) -> None:
+    for optimizer in (lambda model: LoRARite(model, lr=0.1), create_lorafa_optimizer):
+        for stage in STAGES:
+            engine = engine_of(adapted(), stage, optimizer)
+            engine.backward(loss_of(engine, dist.get_rank()))
+            with pytest.raises(ValueError, match="needs A and B themselves among its parameters"):
+                engine.step()
+    engine = engine_of(adapted(allora_eta=2.0, allora_mode="update"), 2)
+    with pytest.raises(ValueError, match="allora_mode='update'.* and DeepSpeed's ZeRO, .* exclude each other"):
+        loss_of(engine, 0)
+
+
+def models_of_peft(directory: Path) -> None:
+    """ZeRO-3's hooks on every module must be called: there the layers run PEFT's forward."""
+    import peft
+
+    import fused_lora.peft
+
+    def build():
+        torch.manual_seed(1)
+        model = peft.inject_adapter_in_model(
+            peft.LoraConfig(r=4, target_modules=list(TARGETS), init_lora_weights=False), Decoder()
+        )
+        return model
+
+    one, exact = (stepped_by_one(build(), dtype) for dtype in (torch.float32, torch.float64))
+    for stage in STAGES:
+        model = build()
+        fused_lora.peft.fuse(model)
+        assert_close(stepped(engine_of(model, stage)), one, exact, WHOLE_MODEL)
+
+
+CHECKS = [
+    trains_as_one_process_does,
+    a_model_that_zero_3_has_loaded,
+    what_needs_values_is_refused_where_they_are_split,
+    files_hold_whole_adapters,
+    what_would_be_lost_is_refused,
+    optimizers_that_need_both_factors_say_so,
+    models_of_peft,
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    return outcomes(__file__, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+def test_in_two_processes(check, found):
+    assert found[check] == [None, None], "\n".join(map(str, found[check]))
+
+
+if __name__ == "__main__":
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": "2"}
+    run_checks(CHECKS, int(sys.argv[1]), Path(sys.argv[2]))
