@@ -8,6 +8,7 @@ after the attention and the MLP of every layer (houlsby: arXiv 1902.00751) or af
 """
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -84,19 +85,19 @@ def forward_of(model: Any, prompts: Prompts) -> Callable[[], Tensor]:
     given, following = ids[:, : prompts.tokens], ids[:, prompts.tokens :]
 
     def forward(cached: bool = False) -> Any:
-        return model(input_ids=given, logits_to_keep=1, use_cache=cached)
+        with torch.no_grad(), warnings.catch_warnings():  # PEFT's prefix tuning has transformers' older names
+            warnings.simplefilter("ignore", FutureWarning)
+            return model(input_ids=given, logits_to_keep=1, use_cache=cached)
 
     if not prompts.generated:
-        return torch.no_grad()(lambda: forward().logits[:, -1])
-    with torch.no_grad():
-        cache = forward(cached=True).past_key_values  # a prefix is in it, so that tokens pass by PEFT's forward
+        return lambda: forward().logits[:, -1]
+    name = "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
+    cache = getattr(forward(cached=True), name)  # a prefix is in it, so that tokens pass by PEFT's forward
 
     @torch.no_grad()
     def generate() -> Tensor:
-        with warnings.catch_warnings():  # the names that transformers 5 has from its first release on
-            warnings.simplefilter("ignore", FutureWarning)
-            for token in following.split(1, dim=1):
-                out = inner(input_ids=token, past_key_values=cache, use_cache=True)
+        for token in following.split(1, dim=1):
+            out = inner(input_ids=token, use_cache=True, **{name: cache})
         cache.crop(-prompts.generated)
         return out.logits[:, -1]
 

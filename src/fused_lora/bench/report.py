@@ -45,9 +45,13 @@ def _print_dropped(rows: list[dict]) -> None:
             say(f"{row['candidate']}: {row['fault']}, not timed: {row['why']}", "red")
 
 
-def print_environment(env: dict) -> None:
+def print_environment(env: dict, layers: bool = True) -> None:
+    """Args: layers: whether tables of layers follow, whose columns it explains."""
     say(env["device"] + (f", {env['threads']} threads" if env["kind"] == "cpu" else ""), "bold")
     say(f"torch {env['torch']} | fused-lora {env['fused_lora']} {env['commit']} | {env['date']}{amx(env, ' | ')}")
+    if not layers:
+        say("medians of the undisturbed rounds of one interleaved run\n")
+        return
     say("forward + backward, medians of the undisturbed rounds of one interleaved run")
     say("x frozen, fwd, bwd: time over the frozen layer's, of both passes and of each;")
     say("over: what it has above the floor, the time of LoRA's arithmetic alone\n")

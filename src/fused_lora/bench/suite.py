@@ -81,7 +81,7 @@ def run(
     for path in (output, plot):
         if path is not None:
             results.check_writable(path)
-    report.print_environment(document["environment"])
+    report.print_environment(document["environment"], layers)
     if "peft" not in names and candidates is None:
         report.say("without PEFT, which is not installed: pip install 'fused-lora[peft]'\n")
     if steps or not layers or "peft" in names:
