@@ -32,7 +32,11 @@ def outcomes(script: str, directory: Path) -> dict[str, list[str | None]]:
         subprocess.Popen([*command, str(rank), str(directory)], env=environment, stderr=subprocess.PIPE)
         for rank in (0, 1)
     ]
-    said = [rank.communicate(timeout=300)[1].decode()[-3000:] for rank in ranks]
+    try:
+        said = [rank.communicate(timeout=300)[1].decode()[-3000:] for rank in ranks]
+    finally:  # one that waits for the other is no use to anybody
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
     found = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return {name: [one[name] for one in found] for name in found[0]}

@@ -73,7 +73,7 @@ def test_the_program_runs_without_this_library(model, program, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_onnx(model, program, tmp_path):
+def check_onnx(model, program, tmp_path):
     import onnx
     import onnxruntime
 
@@ -84,6 +84,26 @@ def test_onnx(model, program, tmp_path):
     for ids in (IDS, OTHER):
         (got,) = session.run(None, {"input_ids": ids.numpy()})
         torch.testing.assert_close(torch.from_numpy(got), model(ids).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_onnx(model, program, tmp_path):
+    check_onnx(model, program, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        dict(trainable_token_indices={"embed_tokens": [1, 49], "lm_head": [1, 49]}),
+        dict(use_dora=True),
+        dict(target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"]),
+    ],
+    ids=["rows", "dora", "embedding and head"],
+)
+def test_other_adapters_are_plain_operators_too(lora, tmp_path):
+    model = Logits(randomise(apply_lora(llama(hidden=32), 4, **lora))).eval()
+    program = torch.export.export(model, (IDS,), dynamic_shapes=DYNAMIC)
+    assert not ours(program)
+    check_onnx(model, program, tmp_path)
 
 
 class Layer(nn.Module):

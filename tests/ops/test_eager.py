@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora import lora_linear
+from fused_lora.ops import eager as eager_path
 from fused_lora.ops import internals, linear
 from fused_lora.testing import random_problem
 
@@ -123,3 +124,20 @@ def test_one_tensor_given_twice():
         both = torch.autograd.grad(call(p, leaves, {"x_lora": leaves[0]}).sum(), leaves[0])[0]
         apart = torch.autograd.grad(call(p, leaves, {"x_lora": other}).sum(), (leaves[0], other))
         torch.testing.assert_close(both, apart[0] + apart[1])
+
+
+@eager
+@pytest.mark.parametrize("lead", [(6,), LEAD])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_no_function_is_applied(monkeypatch, mode, lead):
+    """The same bits; and a result that the residual can be added to in place, then and with gradients."""
+    p, leaves, _ = problem((), lead=lead)
+    want = call(p, leaves, {})
+    monkeypatch.setattr(eager_path, "_apply", None)
+    with mode():
+        y = call(p, leaves, {})
+        assert torch.equal(y, want) and not y.requires_grad and y.grad_fn is None
+        assert torch.equal(y.clone().add_(1.0), want + 1.0)
+    if mode is torch.no_grad:
+        y += leaves[0].sum()
+        assert y.requires_grad
