@@ -19,6 +19,22 @@ def is_copied(t: Tensor) -> bool:
     return hasattr(t, "_hp_mapping")
 
 
+def is_absent(t: Tensor) -> bool:
+    """Whether ZeRO-3 has a parameter and it is not gathered now."""
+    return t.numel() == 0 and is_split(t) and t.shape != whole_shape(t)
+
+
+def hooks_are_zero_s(module: Any) -> bool:
+    """Whether ZeRO-3 has hooked a module, and nothing else has: they gather its parameters, as reading `_parameters`
+    does in the engine's forward, for the module that runs then."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return hasattr(module, "ds_id") and all(
+        (getattr(hook, "__module__", None) or "").partition(".")[0] == "deepspeed"
+        for table in hooks
+        for hook in table.values()
+    )
+
+
 def whole_shape(t: Tensor) -> tuple[int, ...]:
     """The shape of a tensor, of a split one when it is whole."""
     return tuple(getattr(t, "ds_shape", t.shape))

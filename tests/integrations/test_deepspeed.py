@@ -153,23 +153,31 @@ def optimizers_that_need_both_factors_say_so(directory: Path) -> None:
 
 
 def models_of_peft(directory: Path) -> None:
-    """ZeRO-3's hooks on every module must be called: there the layers run PEFT's forward."""
+    """`fuse`d layers run on the op, also where ZeRO-3 hooks the modules in them, and PEFT's forward is not called."""
     import peft
 
     import fused_lora.peft
 
-    def build():
+    def build(dora: bool):
         torch.manual_seed(1)
-        model = peft.inject_adapter_in_model(
-            peft.LoraConfig(r=4, target_modules=list(TARGETS), init_lora_weights=False), Decoder()
-        )
-        return model
+        config = peft.LoraConfig(r=4, target_modules=list(TARGETS), init_lora_weights=False, use_dora=dora)
+        return peft.inject_adapter_in_model(config, Decoder())
 
-    one, exact = (stepped_by_one(build(), dtype) for dtype in (torch.float32, torch.float64))
-    for stage in STAGES:
-        model = build()
-        fused_lora.peft.fuse(model)
-        assert_close(stepped(engine_of(model, stage)), one, exact, WHOLE_MODEL)
+    def not_fused(self, x, *args, **kwargs):
+        raise AssertionError("PEFT's forward")
+
+    for dora in (False, True):
+        one, exact = (stepped_by_one(build(dora), dtype) for dtype in (torch.float32, torch.float64))
+        for stage in STAGES:
+            model = build(dora)
+            fused_lora.peft.fuse(model)
+            engine = engine_of(model, stage)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(peft.tuners.lora.layer.Linear, "forward", not_fused)
+                found = stepped(engine)
+            assert_close(found, one, exact, WHOLE_MODEL)
+            row = fused_lora.peft.explain(model).rows[0]
+            assert ("until ZeRO-3 gathers" in str(row)) == (stage == 3), row
 
 
 CHECKS = [

@@ -12,6 +12,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fused_lora.deepspeed_zero import hooks_are_zero_s, is_absent
 from fused_lora.ops.internals import any_autocast_enabled, any_module_hook, autocasts, bare
 from fused_lora.ops.update import joined
 
@@ -67,14 +68,14 @@ def active_update(layer: Any) -> Update | str:
 def readable_base(layer: Any) -> Base | str:
     """The tensors of the base layer, or why its own forward must run."""
     base = layer._modules["base_layer"]
-    if not bare(base):
+    if not _bare(base):
         return "its base layer has hooks or a forward of its own"
     if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
         return f"its base layer is a {_class(base)}"
     weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
-    if weight is None or type(weight) not in _PLAIN_TENSORS:
+    if weight is None or not _plain(weight):
         return f"its base weight is {_kind(weight)}"
-    if bias is not None and type(bias) not in _PLAIN_TENSORS:
+    if bias is not None and not _plain(bias):
         return f"its base bias is {_kind(bias)}"
     return Base(weight.t() if layer.fan_in_fan_out else weight, bias)
 
@@ -114,9 +115,25 @@ def _castable(*tensors: Tensor | None) -> bool:
 
 
 def _tensor(module: Any, name: str) -> Tensor | None:
-    """A parameter of the module, or what FSDP1 puts before it during a forward: an attribute."""
+    """A parameter of the module, or what FSDP1 puts before it during a forward: an attribute. An item of `_parameters`
+    is what ZeRO-3 gathers during one, `get` is not."""
     attribute = module.__dict__.get(name)
-    return module._parameters.get(name) if attribute is None else attribute
+    if attribute is not None:
+        return attribute
+    try:
+        return module._parameters[name]
+    except KeyError:
+        return None
+
+
+def _plain(t: Any) -> bool:
+    """Whether the op takes what holds a parameter's values."""
+    return type(t) in _PLAIN_TENSORS and not is_absent(t)
+
+
+def _bare(module: Any) -> bool:
+    """Whether calling the module would run its class's forward and nothing else, but for what reading a tensor does."""
+    return bare(module) or ("forward" not in module.__dict__ and hooks_are_zero_s(module))
 
 
 def adapter_update(layer: Any, name: str) -> Update | str:
@@ -127,7 +144,7 @@ def adapter_update(layer: Any, name: str) -> Update | str:
     variant, dora = layer.lora_variant.get(name), None
     if type(variant) is DoraLinearVariant:
         dora = modules["lora_magnitude_vector"]._modules[name]
-        if type(dora) is not DoraLinearLayer or not bare(dora) or type(_tensor(dora, "weight")) not in _PLAIN_TENSORS:
+        if type(dora) is not DoraLinearLayer or not _bare(dora) or not _plain(_tensor(dora, "weight")):
             return f"adapter {name!r} holds its magnitudes in a {_class(dora)} with {_kind(_tensor(dora, 'weight'))}"
     elif variant is not None:
         kind = type(variant).__name__.removesuffix("LinearVariant")
@@ -135,11 +152,11 @@ def adapter_update(layer: Any, name: str) -> Update | str:
     if type(module_A) is not nn.Linear or type(module_B) is not nn.Linear:
         other = module_B if type(module_A) is nn.Linear else module_A
         return f"adapter {name!r} has a {_class(other)} in the place of an nn.Linear"
-    if not (bare(module_A) and bare(module_B) and bare(dropout)):
+    if not (_bare(module_A) and _bare(module_B) and _bare(dropout)):
         return f"adapter {name!r} has hooks or a forward of its own"
     lora_A, lora_B = _tensor(module_A, "weight"), _tensor(module_B, "weight")
-    if lora_A is None or lora_B is None or {type(lora_A), type(lora_B)} - _PLAIN_TENSORS:
-        other = lora_B if type(lora_A) in _PLAIN_TENSORS else lora_A
+    if lora_A is None or lora_B is None or not (_plain(lora_A) and _plain(lora_B)):
+        other = lora_B if _plain(lora_A) else lora_A
         return f"adapter {name!r} holds {_kind(other)}"
     if lora_A.dtype is not lora_B.dtype:
         return f"adapter {name!r} has lora_A in {_name(lora_A.dtype)} and lora_B in {_name(lora_B.dtype)}"
@@ -174,6 +191,8 @@ def _joined(updates: list[Update]) -> Update | str:
 
 
 def _kind(t: Any) -> str:
+    if type(t) in _PLAIN_TENSORS:
+        return f"a {type(t).__name__} in pieces, until ZeRO-3 gathers them for a forward"
     gathered = ", until FSDP2 gathers it for a forward" if type(t).__name__ == "DTensor" else ""
     return f"a {type(t).__name__}, no plain tensor{gathered}"
 
