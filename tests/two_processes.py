@@ -1,5 +1,6 @@
 """Checks that run in two processes of a gloo group, and a tiny decoder for them that needs PyTorch alone."""
 
+import importlib
 import json
 import os
 import socket
@@ -44,6 +45,7 @@ def outcomes(script: str, directory: Path) -> dict[str, list[str | None]]:
 
 def run_checks(checks: Iterable[Callable[[Path], None]], rank: int, directory: Path) -> None:
     """Run every check in this process, whatever the one before it found, and write down what was found."""
+    importlib.import_module("torch._dynamo")  # before the group, as in finetune.processes
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     found: dict[str, str | None] = {}

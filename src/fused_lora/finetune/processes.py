@@ -5,6 +5,7 @@ Model, adapter and optimizer are whole and alike, to the bit, in all of them; th
 the case of one, without communication. A group that the caller has made already counts as it is.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ def joined(device: str) -> Iterator[None]:
         raise ValueError(f"--device must be cpu or cuda with several processes, a GPU for each; got {device}")
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+    # Which the first optimizer step would import, and which then keeps the group beyond its end: gloo's threads live on
+    # to the interpreter's, where one of them may abort the process.
+    importlib.import_module("torch._dynamo")
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield
