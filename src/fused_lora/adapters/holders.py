@@ -158,9 +158,7 @@ def own_tensors(model: nn.Module, adapter_name: str) -> list[Tensor]:
 
 def live_keys(model: nn.Module, adapter_name: str) -> list[str]:
     """The keys of an adapter's tensors in the model's own state dict, in the order of `tensors_of`."""
-    own = own_tensors(
-        model, adapter_name
-    )  # before the names: FSDP2 puts its shards in place when it is asked for state
+    own = own_tensors(model, adapter_name)  # before the names: FSDP2 puts its shards in place when asked for state
     names = {id(tensor): plain_key(key) for key, tensor in (*model.named_parameters(), *model.named_buffers())}
     return [names[id(tensor)] for tensor in own]
 
