@@ -17,18 +17,14 @@ Replaced = dict[nn.Parameter, nn.Parameter]  # the new Parameter of each old one
 
 def check_foldable(root: nn.Module, layers: Mapping[str, LoRALayer], adapter_name: str) -> None:
     """Raises ValueError naming the first layer whose base weight must not be changed in place: quantised, tied, not
-    plain, or under an adapter that is no plain LoRA."""
+    plain, or under an adapter that is no plain LoRA; or if ZeRO has A and B."""
+    check_stepped(layers, adapter_name)
     owners = Counter(id(p) for module in root.modules() for p in module._parameters.values() if p is not None)
     for name, layer in layers.items():
         if bases.quantised(layer.base()):
             raise ValueError(
                 f"the base weight of {name} must not be quantised: most of an update is smaller than the steps of a "
                 f"quantised weight and would be lost; got {type(layer.base().weight).__name__}"
-            )
-        if any(is_copied(t) or is_split(t) for t in layer.own_tensors(adapter_name)):
-            raise ValueError(
-                f"A and B of {name} must be the optimizer's own to be folded into the weight: DeepSpeed's ZeRO steps "
-                "copies, and would put these back; got ones that ZeRO has"
             )
         variant = layer.link or layer.variants.get(adapter_name)
         if variant is not None and not isinstance(variant, ALLoRA | ScaledSteps):  # whose forward is LoRA's
@@ -43,6 +39,17 @@ def check_foldable(root: nn.Module, layers: Mapping[str, LoRALayer], adapter_nam
             raise ValueError(
                 f"the base weight of {name} must be of this layer alone, a merge would change its twin; got a weight "
                 "that is tied to another module's: untie it, or leave the layer out of target_modules"
+            )
+
+
+def check_stepped(layers: Mapping[str, LoRALayer], adapter_name: str) -> None:
+    """Raises ValueError naming the first layer of which the optimizer steps copies."""
+    for name, layer in layers.items():
+        A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        if is_copied(A) or is_copied(B) or is_split(A) or is_split(B):
+            raise ValueError(
+                f"A and B of {name} must be the optimizer's own to be folded into the weight: DeepSpeed's ZeRO steps "
+                "copies, and would put these back; got ones that ZeRO has"
             )
 
 

@@ -19,6 +19,7 @@ from fused_lora.schedules.folding import (
     check_exchangeable,
     check_finite,
     check_foldable,
+    check_stepped,
     fold,
     master_of,
     set_rank,
@@ -110,8 +111,10 @@ class MergeSchedule:
 
         Args: optimizer, scheduler: whose state is reset; needed for that alone.
         Returns: whether there was a merge.
-        Raises: ValueError as `merge`; for an optimizer or a scheduler that is not given at the first step already.
+        Raises: ValueError as `merge`; at the first step already for an optimizer or a scheduler that is not given, and
+            for A and B of which DeepSpeed's ZeRO steps copies.
         """
+        check_stepped(self._layers, self.adapter_name)
         self._check_resets(rates.unwrapped(optimizer, "optimizer"), rates.unwrapped(scheduler, "scheduler"))
         self.attach(optimizer)
         self.steps += 1
