@@ -1,5 +1,7 @@
 """few_rows of the CPU back end: x of so few rows that W is not packed for them, as when tokens are generated."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -57,12 +59,35 @@ def test_dropout_of_the_fewest_rows_packs_nothing(monkeypatch):
     assert given == [0, 0]
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fewest_rows_of_a_weight_that_lies_transposed(dtype, dropout_p):
+    """Exactly, both directions, with the mask of the plan around PyTorch's product."""
+    for M in (1, 2, 3, 4):
+        p = exact_problem(M, 67, 130, 8, dtype, torch.float32)
+        if "inside" not in cpu.plans(request_of(p.x, p.weight.t().contiguous().t(), p.lora_A, PLAIN)):
+            pytest.skip("this CPU has no product of its own in this dtype")
+        for q in (p, replace(p, weight=p.weight.t().contiguous().t())):
+            found = []
+            for plan in ("inside", "around"):
+                torch.manual_seed(M)
+                leaves = [t.detach().clone().requires_grad_() for t in (q.x, q.lora_A, q.lora_B)]
+                y = lora_linear(
+                    leaves[0], q.weight, *leaves[1:], 1.0, bias=q.bias, dropout_p=dropout_p, backend=f"cpu:{plan}"
+                )
+                found.append([y.detach(), *torch.autograd.grad(y, leaves, q.dy)])
+            assert all(map(torch.equal, *found))
+        if not dropout_p:
+            assert_exact(run(q, backend="cpu:inside"), truth(q))
+
+
 def test_the_fewest_rows_are_served_by_default():
-    """A token alone, unless W lies transposed; its gradient is PyTorch's product."""
+    """A token alone, however W lies, and its gradient."""
     x, weight, A, B = torch.randn(1, 64), torch.randn(48, 64), torch.randn(4, 64), torch.randn(48, 4)
     first = "inside" if _C.cpu_features()["avx2"] else "around"
-    assert cpu.plans(request_of(x, weight, A, PLAIN))[0] == first
-    assert cpu.plans(request_of(x, weight.t().contiguous().t(), A, PLAIN)) == ("around",)
     x.requires_grad_()
-    lora_linear(x, weight, A, B, 1.0).sum().backward()
-    torch.testing.assert_close(x.grad, (weight + B @ A).sum(0, keepdim=True), rtol=1e-4, atol=1e-4)
+    for W in (weight, weight.t().contiguous().t()):
+        assert cpu.plans(request_of(x, W, A, PLAIN))[0] == first
+        x.grad = None
+        lora_linear(x, W, A, B, 1.0).sum().backward()
+        torch.testing.assert_close(x.grad, (weight + B @ A).sum(0, keepdim=True), rtol=1e-4, atol=1e-4)

@@ -108,9 +108,10 @@ def test_what_failed_somewhere_serves_nothing_that_was_not_tuned(cache):
 
 
 def test_what_does_not_serve_the_request_is_passed_over(cache):
-    """A plan of another build, or one that is not for this number of rows."""
-    write(row(M=4, cpu_inside=1.0, cpu_magic=0.5, cuda=0.1, cpu_around=2.0))
-    assert served(M=4) == "cpu:inside" and served(M=2, aligned=False) == "cpu:around"
+    """A plan of another build, or one that is not for this dtype."""
+    figures = dict(cpu_inside=1.0, cpu_magic=0.5, cuda=0.1, cpu_around=2.0)
+    write(row(**figures), row(dtype="float16", **figures))
+    assert served() == "cpu:inside" and served(dtype=torch.float16) == "cpu:around"
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_each_expert_multiplies_its_own_rows(dtype, is_transposed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_whole_panels_and_several_blocks(monkeypatch, dtype, is_transposed):
-    """By the CPU's own product where that pays: for few rows, or in fp32 any; where W is read by rows, for enough."""
+    """By the CPU's own product where that pays: for few rows; in fp32, and where W is packed as it lies, for any."""
     rows, taken, real = [8, 7, 0, 60], [], cpu_product.product
     monkeypatch.setattr(
         cpu_product, "product", lambda x, *given, **more: taken.append(len(x)) or real(x, *given, **more)
@@ -53,8 +53,8 @@ def test_whole_panels_and_several_blocks(monkeypatch, dtype, is_transposed):
     weight, offsets = torch.randint(-1, 2, shape, generator=g).to(dtype), torch.tensor([0, *rows]).cumsum(0)
     y, want = (product(x, weight, offsets, is_transposed) for product in (grouped_linear, by_loop))
     serves, single = cpu_product.serves(dtype), dtype is torch.float32
-    as_it_lies, by_rows = ([8, 7, 60], [8, 60]) if single else ([8, 7], [8, 7, 60])
-    forward, backward = (by_rows, as_it_lies) if is_transposed else (as_it_lies, by_rows)
+    turned, as_it_lies = [8, 7, 60] if single else [8, 7], [8, 7, 60]
+    forward, backward = (as_it_lies, turned) if is_transposed else (turned, as_it_lies)
     assert torch.equal(y, want) and taken == forward * serves
     dy = (torch.rand(y.shape, generator=g) < 0.05).to(dtype)
     (dx,), (wanted,) = (torch.autograd.grad(out, x, dy) for out in (y, want))

@@ -21,7 +21,7 @@ from fused_lora.backends.cpu_grouped import grouped_backward_onto as grouped_bac
 from fused_lora.backends.cpu_grouped import grouped_update as grouped_update
 from fused_lora.backends.cpu_grouped import grouped_update_backward as grouped_update_backward
 from fused_lora.backends.cpu_grouped import grouped_update_onto as grouped_update_onto
-from fused_lora.backends.cpu_product import LEAST_ROWS, laid
+from fused_lora.backends.cpu_product import LEAST_ROWS, laid, packs
 from fused_lora.ops import internals
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.reference import PLAIN, Gradients, Variant, out_scale_columns
@@ -42,12 +42,12 @@ def refusal(request: Request) -> str | None:
 
 def plans(request: Request) -> tuple[str, ...]:
     """See `backends`. Where there are instructions for "inside" it is as fast as PyTorch's product without the update,
-    or faster (bench/NOTES.md); for less than LEAST_ROWS its forward is."""
+    or faster (bench/NOTES.md); for less than LEAST_ROWS if few_rows takes them, or W is packed as it lies."""
     half = request.dtype is not torch.float32
     if request.dtype is torch.float16 or request.optional in (UPDATE, GROUPED) or (half and not _FEATURES["bf16_dot"]):
         return ("around",)
-    few_rows = request.aligned and _OF_FEW.issuperset(request.optional) and not (half and _FEATURES["amx"])
-    if request.M < LEAST_ROWS and not few_rows:
+    few_rows = _OF_FEW.issuperset(request.optional) and not (half and _FEATURES["amx"])
+    if request.M < LEAST_ROWS and request.aligned and not few_rows:
         return ("around",)
     # a transposed weight in bf16 is not measured on AMX; in fp32 the two directions change places, packing and all
     first = _FEATURES["avx2"] and (request.aligned or not half or not _FEATURES["amx"])
@@ -66,7 +66,7 @@ def _rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan):
     """y [M, N] and h [M, R]; see `reference.forward`."""
-    if plan == "inside" and (seed is None or x.shape[0] >= LEAST_ROWS):  # few_rows draws no mask
+    if plan == "inside" and (seed is None or packs(x.shape[0], weight.stride(1))):  # few_rows draws no mask
         y = internals.empty_on_cpu((x.shape[0], weight.shape[0]), (weight.shape[0], 1), x.dtype)
         return y, _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant)
     early, late = (bias, None) if variant.out_scale is None else (None, bias)  # the bias comes after out_scale
@@ -146,7 +146,7 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, 
         given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
         return _backward_of_variant(*given, needs, variant, plan)
     dx = None
-    if needs.x and plan == "inside" and dy.shape[0] >= LEAST_ROWS:
+    if needs.x and plan == "inside" and packs(dy.shape[0], weight.stride(0)):
         dx = internals.empty_on_cpu((dy.shape[0], weight.shape[1]), (weight.shape[1], 1), dy.dtype)
     elif needs.x:
         dx, weight = dy.mm(weight), None
@@ -155,7 +155,7 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, 
 
 def backward_onto(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, plan):
     """`backward` of plain LoRA in fp32 with dx [M, K], contiguous, added to what is there."""
-    if needs.x and (plan != "inside" or dy.shape[0] < LEAST_ROWS):
+    if needs.x and (plan != "inside" or not packs(dy.shape[0], weight.stride(0))):
         dx.addmm_(dy, weight)
         weight = None
     return _backward(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, add=True)
@@ -164,7 +164,7 @@ def backward_onto(dx, dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed
 def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant, plan):
     """The gradients with optional tensors."""
     M, (R, K), dz, dbias, dscale, lost = dy.shape[0], lora_A.shape, dy, None, None, (0,)
-    (kept, given), inside = _between(variant), plan == "inside" and M >= LEAST_ROWS
+    (kept, given), inside = _between(variant), plan == "inside" and packs(M, weight.stride(0))
     scaled, apart = variant.out_scale is not None, variant.x_lora is not None
     if scaled:
         dscale, lost, keywords = _scaling(variant.out_scale, y, bias, needs, kept)

@@ -10,8 +10,8 @@ from fused_lora.ops.internals import empty_on_cpu
 
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 _FEATURES = _C.cpu_features()
-# Below, packing W costs more than MKL's product without it (EPYC 9004, 2026-11-24); of rows of W as they lie up to
-# FEW_ROWS are multiplied unpacked.
+# Below, turning W to pack it costs more than MKL's product without it (EPYC 9004, 2026-11-24); of rows of W as they lie
+# up to FEW_ROWS are multiplied unpacked.
 LEAST_ROWS = 4
 FEW_ROWS = _C.few_rows
 
@@ -23,16 +23,25 @@ def serves(dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and _FEATURES["bf16_dot"] and not _FEATURES["amx"]
 
 
+def packs(rows: int, stride: int) -> bool:
+    """Whether a product of so many rows is faster with a packed W than PyTorch's.
+
+    Args:
+        stride: of W along the dimension that is summed; 1 where W must be turned, else it is packed as it lies, and
+            is faster from a single row on (of PyTorch's time 0.3 to 0.8 in fp32, 0.5 to 1.05 in bf16, W from memory;
+            EPYC 9005, 2026-11-27).
+    """
+    return rows >= LEAST_ROWS or stride != 1
+
+
 def paying_rows(weights: Tensor) -> range:
     """With how many rows the product alone with a W of [..., N, K], which comes from memory, is faster than PyTorch's:
-    few, all in fp32, and from some on where rows of memory are columns of W, as for dx; in bf16 it is up to half as
-    slow again for many rows else (EPYC 9005, 2026-11-27)."""
+    few, all in fp32, and all where rows of memory are columns of W, as for dx; in bf16 it is up to half as slow again
+    for many rows else (EPYC 9005, 2026-11-27)."""
     if not (weights.is_cpu and serves(weights.dtype)) or 0 in weights.shape:
         return range(0)
     single = weights.dtype is torch.float32
-    if weights.stride(-1) != 1:
-        return range(8 if single else LEAST_ROWS, sys.maxsize)
-    return range(1, sys.maxsize if single else FEW_ROWS + 1)
+    return range(1, sys.maxsize if single or weights.stride(-1) != 1 else FEW_ROWS + 1)
 
 
 def laid(weight: Tensor) -> tuple[Tensor, int, bool]:
