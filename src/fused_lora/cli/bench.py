@@ -12,7 +12,7 @@ def bench(
         str,
         typer.Option(
             help="quick (about a minute on a CPU), readme (the published table) or full; variants (SmolLM2's step with "
-            "each) or latency (its forward merged, unmerged, with other adapters)."
+            "each) or latency (prompts and generated tokens, merged, unmerged, with other adapters)."
         ),
     ] = "quick",
     device: Device = None,

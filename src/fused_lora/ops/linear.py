@@ -13,7 +13,7 @@ from fused_lora.backends import Serving, bucket, forget, pick
 from fused_lora.ops.autograd import linear_apply, matrix, needs_plain_operators, nobody_listens
 from fused_lora.ops.checks import check_variant, fault
 from fused_lora.ops.dropout import dropout_threshold
-from fused_lora.ops.eager import eager_apply, eager_variant_apply
+from fused_lora.ops.eager import eager_apply, eager_variant_apply, without_gradients
 from fused_lora.ops.internals import alike, any_autocast_enabled, autocasts
 from fused_lora.ops.reference import PLAIN, Variant, composition
 from fused_lora.ops.schema import aligned, request_of
@@ -89,7 +89,8 @@ def lora_linear(
     if serving is not None:
         seed = draw_seed(x, dropout_p) if dropout_p > 0.0 and training else None
         if plain:
-            return eager_apply(x, lora_A, lora_B, (weight, bias, seed, scaling, dropout_p, serving))
+            apply = eager_apply if torch.is_grad_enabled() else without_gradients
+            return apply(x, lora_A, lora_B, (weight, bias, seed, scaling, dropout_p, serving))
         if return_h:
             gate, scaling = _folded(x, gate, scaling), 1.0
         call = weight, bias, grad_row_scale, seed, scaling, dropout_p, serving, return_h
