@@ -14,8 +14,8 @@ from fused_lora.nn.base_linear import check_weight
 def check_values(what: str, t: Tensor) -> None:
     """Raises ValueError unless a tensor is plain memory that is here."""
     if type(t) is not nn.Parameter or t.is_meta or is_split(t):
-        got = f"{type(t).__module__}.{type(t).__qualname__}"
-        got = "one on the meta device" if t.is_meta else "one that ZeRO-3 has split" if is_split(t) else got
+        kind = f"{type(t).__module__}.{type(t).__qualname__}"
+        got = "one on the meta device" if t.is_meta else "one that ZeRO-3 has split" if is_split(t) else kind
         raise ValueError(f"{what} must be a plain Parameter with values to be merged; got {got}")
 
 

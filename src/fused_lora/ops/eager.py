@@ -62,8 +62,8 @@ def _needs(of_inputs: tuple[bool, ...]) -> Gradients:
 
 
 def without_gradients(x, lora_A, lora_B, call):
-    """y [..., N] of plain LoRA over a frozen layer, past autograd's Function, on which the layer of a generated token
-    spends a third of its time outside the kernel. Arguments as `eager_apply`'s."""
+    """y [..., N] of plain LoRA over a frozen layer, past autograd's Function, which costs a tiny layer 1.8 of 11 us
+    (EPYC 9005, 2026-11-27). Arguments as `eager_apply`'s."""
     weight, bias, seed, scaling, dropout_p, (back_end, plan) = call
     y, _ = back_end.forward(matrix(x), weight, lora_A, lora_B, bias, scaling, dropout_p, seed, PLAIN, plan)
     return y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[1]))
