@@ -1,5 +1,5 @@
-"""transformers' Trainer in two processes: DeepSpeed's ZeRO gives the losses and the adapter of data parallelism, and goes
-on from its checkpoints. Trainer shards by FSDP on accelerators only; on a CPU it runs DistributedDataParallel instead."""
+"""transformers' Trainer in two processes: DeepSpeed's ZeRO gives the losses and the adapter of data parallelism, and
+goes on from its checkpoints. Trainer shards by FSDP on accelerators only; on a CPU it runs DistributedDataParallel."""
 
 import importlib.util
 import json
