@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_lora.adapters import apply_lora
 
 
-def outcomes(script: str, directory: Path) -> dict[str, list[str | None]]:
+def outcomes(script: str, directory: Path) -> dict[str, list]:
     """What `run_checks` found in each of two processes that run the script: for each check None, or its traceback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -139,7 +139,7 @@ def whole(t: Tensor) -> Tensor:
     return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach()
 
 
-def steps(model: nn.Module, losses: Callable[[nn.Module], None], lr: float = 0.5) -> dict[str, Tensor]:
+def steps(model: nn.Module, losses: Callable[[nn.Module], None], lr: float = 0.01) -> dict[str, Tensor]:
     """Every gradient of the first of two steps, and every value after the second.
 
     Args:
