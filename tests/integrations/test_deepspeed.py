@@ -105,6 +105,32 @@ def what_needs_values_is_refused_where_they_are_split(directory: Path) -> None:
         assert not any(parameter.requires_grad and "lora" in name for name, parameter in model.named_parameters())
 
 
+class Table(torch.nn.Module):
+    """Reads a parameter itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = torch.nn.Parameter(torch.ones(16, 16))
+
+    def forward(self, x):
+        return x @ self.rows
+
+
+def parameters_that_modules_read_are_refused(directory: Path) -> None:
+    """When the model is split as it is loaded, by apply_lora; when it is later, by the forward."""
+    import deepspeed
+
+    targets = dict(target_modules=[], target_parameters=["0.rows"])
+    with deepspeed.zero.Init(config_dict_or_path=config(3)):
+        split = torch.nn.Sequential(Table())
+    with pytest.raises(ValueError, match="target_parameters.* must leave out what DeepSpeed's ZeRO-3 splits.*rows"):
+        apply_lora(split, 4, **targets)
+    assert not any(parameter.requires_grad and "lora" in name for name, parameter in split.named_parameters())
+    engine = engine_of(apply_lora(torch.nn.Sequential(Table()), 4, **targets), 3)
+    with pytest.raises(ValueError, match="target_parameters must leave out what DeepSpeed's ZeRO-3 splits.*rows"):
+        engine(batch(0)[0])
+
+
 def files_hold_whole_adapters(directory: Path) -> None:
     x = batch(0)[0]
     for stage in STAGES:
@@ -184,6 +210,7 @@ CHECKS = [
     trains_as_one_process_does,
     a_model_that_zero_3_has_loaded,
     what_needs_values_is_refused_where_they_are_split,
+    parameters_that_modules_read_are_refused,
     files_hold_whole_adapters,
     what_would_be_lost_is_refused,
     optimizers_that_need_both_factors_say_so,

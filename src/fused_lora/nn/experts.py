@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fused_lora.deepspeed_zero import is_split
 from fused_lora.layer_config import LayerConfig
 from fused_lora.nn.expert_layouts import Factor, shared, stacked, unstacked
 from fused_lora.nn.layer import LoRALayer
@@ -19,6 +20,7 @@ def parameter_shape(module: nn.Module, parameter_name: str) -> tuple[int, int, i
     """E, out and in of a parameter [E, out, in], [E, in, out] or [out, in]. Raises: ValueError if it is none of these,
     or in no dtype that a product exists in."""
     weight = getattr(module, parameter_name)
+    refuse_split(weight, parameter_name)
     kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
     if type(weight) is not nn.Parameter or weight.dim() not in (2, 3) or not weight.is_floating_point():
         raise ValueError(
@@ -28,6 +30,15 @@ def parameter_shape(module: nn.Module, parameter_name: str) -> tuple[int, int, i
     experts, *shape = weight.shape if weight.dim() == 3 else (1, *weight.shape)
     out_features, in_features = reversed(shape) if _is_transposed(module, weight) else shape
     return experts, out_features, in_features
+
+
+def refuse_split(weight: Tensor, parameter_name: str) -> None:
+    """Raises ValueError if ZeRO-3 has a parameter, which it gathers for the forward of its own module alone."""
+    if is_split(weight):
+        raise ValueError(
+            f"target_parameters must leave out what DeepSpeed's ZeRO-3 splits: it can't be replaced in a forward; got "
+            f"{parameter_name}"
+        )
 
 
 def module_name(name: str) -> str:
@@ -104,6 +115,7 @@ class LoRAParameter(LoRALayer):
         return (rows, self.in_features), (self.out_features, rows)
 
     def forward(self, *args, **kwargs):
+        refuse_split(self.weight, self.parameter_name)
         updates = None if kwargs else self._routed_updates()
         if updates:
             return routed(self.module, updates, *args)
