@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def run_checks(checks: Iterable[Callable[[Path], None]], rank: int, directory: P
         try:
             check(directory)
             found[check.__name__] = None
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             found[check.__name__] = traceback.format_exc()
     (directory / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -21,7 +21,11 @@ STAGES = (1, 2, 3)
 
 
 def config(stage: int) -> dict:
-    zero = dict(stage=stage, stage3_param_persistence_threshold=0, overlap_comm=False)
+    """Of a run in which ZeRO-3 frees every weight behind the module that has used it."""
+    zero = dict(
+        stage=stage, overlap_comm=False, stage3_param_persistence_threshold=0, stage3_max_live_parameters=0,
+        stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0,
+    )  # fmt: skip
     return dict(
         train_micro_batch_size_per_gpu=1, gradient_clipping=0.0, zero_allow_untested_optimizer=True,
         zero_optimization=zero,
@@ -38,15 +42,15 @@ def engine_of(model, stage, optimizer=sgd):
     return deepspeed.initialize(model=model, optimizer=optimizer(model), config=config(stage))[0]
 
 
-def split_decoder():
-    """The decoder as ZeRO-3 loads it, with the values of the other."""
+def split(kind: type[torch.nn.Module]) -> torch.nn.Module:
+    """A model as ZeRO-3 loads it, with the values of any other of its kind."""
     import deepspeed
 
     with deepspeed.zero.Init(config_dict_or_path=config(3)):
-        model = Decoder()
+        model = kind()
     with torch.no_grad(), deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
-        model.load_state_dict(Decoder().state_dict())
-    assert model.head.weight.shape == (0,)
+        model.load_state_dict(kind().state_dict())
+    assert not any(parameter.numel() for parameter in model.parameters())
     return model
 
 
@@ -83,7 +87,7 @@ def trains_as_one_process_does(directory: Path) -> None:
 
 def a_model_that_zero_3_has_loaded(directory: Path) -> None:
     for lora in ({}, {"use_dora": True}):
-        model = apply_lora(split_decoder(), 4, target_modules=list(TARGETS), **lora)
+        model = apply_lora(split(Decoder), 4, target_modules=list(TARGETS), **lora)
         plain = apply_lora(Decoder(), 4, target_modules=list(TARGETS), **lora)
         with torch.no_grad():
             for parameter, like in zip(trained(model).values(), trained(plain).values(), strict=True):
@@ -99,7 +103,7 @@ def what_needs_values_is_refused_where_they_are_split(directory: Path) -> None:
         (dict(modules_to_save=["head"]), "modules_to_save .* must name modules with whole weights, .* got head, which"),
         (dict(init_lora_weights="pissa"), "needs plain linear layers with whole values; got blocks.0.q"),
     ):
-        model = split_decoder()
+        model = split(Decoder)
         with pytest.raises(ValueError, match=message):
             apply_lora(model, 4, **{"target_modules": list(TARGETS), **arguments})
         assert not any(parameter.requires_grad and "lora" in name for name, parameter in model.named_parameters())
@@ -117,33 +121,54 @@ class Table(torch.nn.Module):
 
 
 def parameters_that_modules_read_are_refused(directory: Path) -> None:
-    """When the model is split as it is loaded, by apply_lora; when it is later, by the forward."""
-    import deepspeed
-
-    targets = dict(target_modules=[], target_parameters=["0.rows"])
-    with deepspeed.zero.Init(config_dict_or_path=config(3)):
-        split = torch.nn.Sequential(Table())
-    with pytest.raises(ValueError, match="target_parameters.* must leave out what DeepSpeed's ZeRO-3 splits.*rows"):
-        apply_lora(split, 4, **targets)
-    assert not any(parameter.requires_grad and "lora" in name for name, parameter in split.named_parameters())
-    engine = engine_of(apply_lora(torch.nn.Sequential(Table()), 4, **targets), 3)
-    with pytest.raises(ValueError, match="target_parameters must leave out what DeepSpeed's ZeRO-3 splits.*rows"):
+    engine = engine_of(apply_lora(torch.nn.Sequential(Table()), 4, target_modules=[], target_parameters=["0.rows"]), 3)
+    with pytest.raises(ValueError, match="target_parameters must leave out what ZeRO-3 splits.*rows"):
         engine(batch(0)[0])
+
+
+class Mixture(torch.nn.Module):
+    """x [M, T, 16] to logits [M, T, 32]."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2, vocab_size=32)
+        self.inner = MixtralForCausalLM(MixtralConfig(**sizes, num_hidden_layers=2, num_local_experts=4))
+
+    def forward(self, x):
+        return self.inner(inputs_embeds=x).logits
+
+
+def experts_train_as_in_one_process(directory: Path) -> None:
+    def made(base):
+        model = apply_lora(base, 4, target_parameters=["experts.down_proj", "experts.gate_up_proj"])
+        g = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in trained(model).values():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=g))
+        return model
+
+    one, exact = (stepped_by_one(made(Mixture()), dtype) for dtype in (torch.float32, torch.float64))
+    assert any("experts" in name for name in one)
+    for base in (Mixture(), split(Mixture)):
+        assert_close(stepped(engine_of(made(base), 3)), one, exact, WHOLE_MODEL)
 
 
 def files_hold_whole_adapters(directory: Path) -> None:
     x = batch(0)[0]
     for stage in STAGES:
         for lora in ({}, {"use_dora": True, "modules_to_save": ["head"]}):
-            for split in (False, True)[: 1 + (stage == 3 and not lora)]:
-                model = apply_lora(split_decoder(), 4, target_modules=list(TARGETS)) if split else adapted(**lora)
+            for loaded in (False, True)[: 1 + (stage == 3 and not lora)]:
+                model = apply_lora(split(Decoder), 4, target_modules=list(TARGETS)) if loaded else adapted(**lora)
                 engine = engine_of(model, stage)
                 stepped(engine)
                 with torch.no_grad():
                     want = engine(x)
-                assert want.isfinite().all(), (stage, lora, split)
-                mine = directory / f"{stage}{len(lora)}{split}{dist.get_rank()}"
-                save_adapter(engine if split else engine.module, mine)
+                assert want.isfinite().all(), (stage, lora, loaded)
+                mine = directory / f"{stage}{len(lora)}{loaded}{dist.get_rank()}"
+                save_adapter(engine if loaded else engine.module, mine)
                 torch.testing.assert_close(load_adapter(Decoder(), mine)(x), want)
 
 
@@ -211,6 +236,7 @@ CHECKS = [
     a_model_that_zero_3_has_loaded,
     what_needs_values_is_refused_where_they_are_split,
     parameters_that_modules_read_are_refused,
+    experts_train_as_in_one_process,
     files_hold_whole_adapters,
     what_would_be_lost_is_refused,
     optimizers_that_need_both_factors_say_so,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fused_lora.deepspeed_zero import is_split
+from fused_lora.deepspeed_zero import is_split, whole_shape
 from fused_lora.layer_config import LayerConfig
 from fused_lora.nn.expert_layouts import Factor, shared, stacked, unstacked
 from fused_lora.nn.layer import LoRALayer
@@ -20,25 +20,16 @@ def parameter_shape(module: nn.Module, parameter_name: str) -> tuple[int, int, i
     """E, out and in of a parameter [E, out, in], [E, in, out] or [out, in]. Raises: ValueError if it is none of these,
     or in no dtype that a product exists in."""
     weight = getattr(module, parameter_name)
-    refuse_split(weight, parameter_name)
+    whole = whole_shape(weight)
     kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
-    if type(weight) is not nn.Parameter or weight.dim() not in (2, 3) or not weight.is_floating_point():
+    if type(weight) is not nn.Parameter or len(whole) not in (2, 3) or not weight.is_floating_point():
         raise ValueError(
             f"{parameter_name} must be a plain floating point Parameter of two or three dimensions; got a {kind} of "
-            f"shape {list(weight.shape)} in {weight.dtype}"
+            f"shape {list(whole)} in {weight.dtype}"
         )
-    experts, *shape = weight.shape if weight.dim() == 3 else (1, *weight.shape)
+    experts, *shape = whole if len(whole) == 3 else (1, *whole)
     out_features, in_features = reversed(shape) if _is_transposed(module, weight) else shape
     return experts, out_features, in_features
-
-
-def refuse_split(weight: Tensor, parameter_name: str) -> None:
-    """Raises ValueError if ZeRO-3 has a parameter, which it gathers for the forward of its own module alone."""
-    if is_split(weight):
-        raise ValueError(
-            f"target_parameters must leave out what DeepSpeed's ZeRO-3 splits: it can't be replaced in a forward; got "
-            f"{parameter_name}"
-        )
 
 
 def module_name(name: str) -> str:
@@ -53,7 +44,7 @@ def pattern_name(name: str, layer: Any) -> str:
 
 
 def _is_transposed(module: nn.Module, weight: Tensor) -> bool:
-    return weight.dim() == 3 and bool(getattr(module, "is_transposed", False))
+    return len(whole_shape(weight)) == 3 and bool(getattr(module, "is_transposed", False))
 
 
 def _check_no_dropout(config: LayerConfig) -> None:
@@ -115,12 +106,16 @@ class LoRAParameter(LoRALayer):
         return (rows, self.in_features), (self.out_features, rows)
 
     def forward(self, *args, **kwargs):
-        refuse_split(self.weight, self.parameter_name)
         updates = None if kwargs else self._routed_updates()
         if updates:
             return routed(self.module, updates, *args)
         if not self._acts():
             return self.base_layer(*args, **kwargs)
+        if is_split(self.weight):
+            raise ValueError(
+                "target_parameters must leave out what ZeRO-3 splits, but for experts of transformers: it gathers the "
+                f"parameter, not what stands for it in a forward; got {self.parameter_name}"
+            )
         return functional_call(self.base_layer, {self._path(): self._adapted()}, args, kwargs)
 
     def _acts(self) -> bool:
