@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from quantised_layers import KINDS, K, quantised
 from two_processes import TARGETS, Decoder, adapted, batch, loss_of, outcomes, run_checks, trained
 
 from fused_lora import apply_lora, load_adapter, merged, save_adapter
@@ -126,6 +127,32 @@ def parameters_that_modules_read_are_refused(directory: Path) -> None:
         engine(batch(0)[0])
 
 
+def quantised_bases_train_as_in_one_process(directory: Path) -> None:
+    def made(kind):
+        model = apply_lora(torch.nn.Sequential(quantised(kind, torch.float32)), 4, target_modules=["0"])
+        with torch.no_grad():
+            model[0].lora_B["default"].fill_(0.1)
+        return model
+
+    def x(part):
+        return torch.randn(6, K, generator=torch.Generator().manual_seed(part))
+
+    for kind in KINDS[:4]:  # bitsandbytes'; DeepSpeed refuses the tensors of torchao itself
+        torch.manual_seed(1)
+        one = made(kind)
+        optimizer = sgd(one)
+        torch.manual_seed(1)
+        engine = engine_of(made(kind), 3)
+        for _ in range(2):
+            for part in (0, 1):
+                (one(x(part)).square().mean() / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            engine.backward(engine(x(dist.get_rank())).square().mean())
+            engine.step()
+        torch.testing.assert_close(values(engine.module), values(one))
+
+
 class Mixture(torch.nn.Module):
     """x [M, T, 16] to logits [M, T, 32]."""
 
@@ -236,6 +263,7 @@ CHECKS = [
     a_model_that_zero_3_has_loaded,
     what_needs_values_is_refused_where_they_are_split,
     parameters_that_modules_read_are_refused,
+    quantised_bases_train_as_in_one_process,
     experts_train_as_in_one_process,
     files_hold_whole_adapters,
     what_would_be_lost_is_refused,
