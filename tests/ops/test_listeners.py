@@ -4,12 +4,16 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from fused_lora import lora_linear
+from fused_lora import grouped_lora_update, lora_linear, lora_update
+from fused_lora.ops.grouped_linear import grouped_lora_linear
+from fused_lora.ops.projections import Projection, lora_projections
 from fused_lora.testing import random_problem
 
 M, N, K, R = 8, 24, 32, 4
@@ -141,15 +145,86 @@ def test_meta_tensors_have_shapes():
     t = [t.to("meta").requires_grad_() for t in (p.x, p.lora_A, p.lora_B)]
     y = lora_linear(t[0], p.weight.to("meta"), t[1], t[2], 1.0)
     y.sum().backward()
+    scale = torch.ones(N, device="meta", requires_grad=True)  # DoRA's
+    lora_linear(t[0], p.weight.to("meta"), t[1], t[2], 1.0, out_scale=scale).sum().backward()
+    assert scale.grad.shape == (N,)
     with torch.autocast("cpu", torch.bfloat16):  # meta has no autocast
         assert lora_linear(t[0], p.weight.to("meta"), t[1], t[2], 1.0).dtype == torch.float32
     assert y.shape == (M, N) and all(one.grad.shape == one.shape for one in t)
 
 
-@pytest.mark.parametrize("layout", ["sparse", "mkldnn"])
+def functions(p):
+    """Every function of the op by name, of x, A and B, and the same in PyTorch's operators."""
+    W, bias, s, rows = p.weight, p.bias, p.scaling, torch.tensor([0, M])
+    y, gate, g = torch.ones(M, N), torch.full((M, 1), 2.0), torch.full((N,), 0.5)
+    trained = bias.clone().requires_grad_()
+
+    def base(x, A, B):
+        return F.linear(x, W, bias)
+
+    def update(x, A, B):
+        return s * F.linear(F.linear(x, A), B)
+
+    def plain(x, A, B):
+        return base(x, A, B) + update(x, A, B)
+
+    def projections(x, A, B):
+        ys = lora_projections(x, [Projection(W, A, B, s, bias, 0.0)] * 2)
+        return call(p, x, A, B) if ys is None else ys[1]
+
+    return {
+        "plain": (partial(call, p), plain),
+        "a gate": (partial(call, p, gate=gate), lambda *t: base(*t) + 2 * update(*t)),
+        "out_scale": (partial(call, p, out_scale=g), lambda *t: 0.5 * (plain(*t) + bias)),
+        "a trained bias": (lambda x, A, B: lora_linear(x, W, A, B, s, bias=trained), plain),
+        "an update": (lambda *t: lora_update(y, *t, s), lambda *t: y + update(*t)),
+        "grouped": (lambda x, A, B: grouped_lora_update(y, x, [A], [B], s, rows), lambda *t: y + update(*t)),
+        "a grouped layer": (lambda x, A, B: grouped_lora_linear(x, W, bias, [A], [B], [s], rows, None, [0.0]), plain),
+        "projections": (projections, plain),
+    }
+
+
+FUNCTIONS = list(functions(random_problem(M, N, K, R)))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_forward_mode_derivatives(name, grad):
+    """Of a call that has been seen to be usual, too; and of gradients, along dy."""
+    p = random_problem(M, N, K, R)
+    (f, composition), at = functions(p)[name], leaves(p)
+    along = tuple(torch.randn_like(t) for t in at)
+    with torch.set_grad_enabled(grad):
+        f(*at)
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(f(*map(forward_ad.make_dual, at, along))).tangent
+    plain = tuple(t.detach() for t in at)
+    torch.testing.assert_close(tangent.detach(), torch.func.jvp(composition, plain, along)[1], rtol=1e-4, atol=1e-3)
+    if grad:
+        y, dy, ddy = f(*at), torch.randn(M, N), torch.randn(M, N)
+        with forward_ad.dual_level():
+            grads = torch.autograd.grad(y, at, forward_ad.make_dual(dy, ddy))
+            found = [forward_ad.unpack_dual(each).tangent for each in grads]
+        want = torch.autograd.grad(composition(*at), at, ddy)
+        torch.testing.assert_close(found, list(want), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_zeros_that_have_no_memory(name):
+    p = random_problem(M, N, K, R)
+    (f, _), A, B = functions(p)[name], p.lora_A, p.lora_B
+    want = f(torch.zeros(M, K), A, B)
+    torch.testing.assert_close(f(torch._efficientzerotensor((M, K)), A, B), want)
+    t = leaves(p)
+    assert not any(grad.any() for grad in torch.autograd.grad(f(*t), t, torch._efficientzerotensor((M, N))))
+
+
+@pytest.mark.parametrize("layout", ["sparse", "mkldnn", "nested"])
 def test_other_layouts_are_refused_by_name(layout):
     p = random_problem(M, N, K, R)
-    x = p.x.to_sparse() if layout == "sparse" else p.x.to_mkldnn()
+    x = {"sparse": p.x.to_sparse, "mkldnn": p.x.to_mkldnn, "nested": lambda: torch.nested.nested_tensor([p.x])}[
+        layout
+    ]()
     with pytest.raises(ValueError, match="x must be a dense tensor"):
         call(p, x, p.lora_A, p.lora_B)
 

@@ -6,6 +6,7 @@ from accelerate import dispatch_model
 from peft_twins import assert_like_peft, assert_trains_like_peft, fused_twin, gpt2, peft_model, step
 from tiny_llama import llama
 
+import fused_lora.peft
 from fused_lora.peft import explain, fuse
 
 
@@ -93,6 +94,34 @@ def test_dora_with_dropout(bias):
 def test_dora_follows_the_optimizer():
     stock = peft_model(use_dora=True)
     assert_trains_like_peft(fused_twin(stock), stock)
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B", "base_layer"])
+def test_dora_follows_values_that_are_put_in_place(name):
+    """Averages of weights, the steps of sharpness-aware minimization: all of a tensor, past autograd's count."""
+    stock = peft_model(use_dora=True).eval()
+    twin, x = fused_twin(stock), torch.arange(5)[None]
+    twin(x)
+    for model in (stock, twin):
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                parameter.data.mul_(1.5)
+    torch.testing.assert_close(twin(x).logits, stock(x).logits)
+
+
+def test_forget():
+    """After a write that nothing shows."""
+    stock = peft_model(use_dora=True).eval()
+    twin, x = fused_twin(stock), torch.arange(5)[None]
+    before = twin(x).logits
+    for model in (stock, twin):
+        for key, parameter in model.named_parameters():
+            if ".lora_B." in key:
+                parameter.data[1].mul_(50.0)
+    assert not torch.allclose(twin(x).logits, stock(x).logits)
+    fused_lora.peft.forget(twin)
+    torch.testing.assert_close(twin(x).logits, stock(x).logits)
+    assert not torch.allclose(twin(x).logits, before)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

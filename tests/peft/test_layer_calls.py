@@ -6,6 +6,8 @@ import pytest
 import torch
 from peft.helpers import disable_input_dtype_casting
 from peft_twins import K, assert_like_peft, layer_of, outcome, peft_layer
+from torch import nn
+from torch.nn.utils import parametrize
 
 from fused_lora.peft import fuse
 
@@ -46,6 +48,61 @@ def test_dropout_is_inside_while_its_module_trains(calls):
     assert [call["dropout_p"] for call in calls] == [0.4, 0.0]
     assert ((trained - evaluated).abs() <= 6 * (0.4 / 0.6) ** 0.5 * BA / 4000**0.5).all()
     assert not torch.equal(trained, evaluated)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("layout", ["sparse", "csr", "mkldnn", "nested"])
+def test_layouts_that_the_op_refuses_are_peft_s_matter(calls, layout, use_dora):
+    stock = peft_layer(use_dora=use_dora)
+    twin = copy.deepcopy(stock)
+    fuse(twin)
+    x = torch.randn(3, K)
+    makes = {"sparse": x.to_sparse, "csr": x.to_sparse_csr, "mkldnn": x.to_mkldnn}
+    given = torch.nested.nested_tensor([x]) if layout == "nested" else makes[layout]()
+
+    def outcome(model):
+        try:
+            y = model(given)
+        except Exception as error:
+            return str(error)
+        return y.unbind()[0] if layout == "nested" else y.to_dense() if layout == "mkldnn" else y
+
+    want = outcome(stock)
+    assert outcome(twin) == want if isinstance(want, str) else torch.equal(outcome(twin), want)
+    assert not calls
+
+
+def test_a_sparse_base_weight_is_peft_s_matter(calls):
+    stock, twin = peft_layer(), peft_layer()
+    for model in (stock, twin):
+        base = layer_of(model).base_layer
+        base.weight = nn.Parameter(base.weight.detach().to_sparse_csr(), requires_grad=False)
+    ways = fuse(twin)
+    x = torch.randn(3, K)
+    torch.testing.assert_close(twin(x), stock(x))
+    assert [call["op"] for call in calls] == ["lora_around"] and "in layout torch.sparse_csr" in str(ways)
+
+
+def test_a_parametrization_runs_as_often_as_in_peft():
+    """Spectral normalization steps its power iteration each time that the weight is read."""
+    reads = [0]
+
+    class Counted(nn.Module):
+        def forward(self, weight):
+            reads[-1] += 1
+            return 2 * weight
+
+    stock = peft_layer()
+    parametrize.register_parametrization(layer_of(stock).base_layer, "weight", Counted())
+    twin = copy.deepcopy(stock)
+    fuse(twin)
+    x = torch.randn(3, K)
+    ys = []
+    for model in (stock, twin):
+        reads.append(0)
+        ys.append(model(x))
+    torch.testing.assert_close(*ys)
+    assert reads[1] == reads[2] > 0
 
 
 def test_fsdp1_s_attributes_come_before_the_parameters(calls):

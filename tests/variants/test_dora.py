@@ -280,6 +280,8 @@ WRITES = {
     "another memory": _replace,
     "another memory, twice": _replace_twice,
     "averages for an evaluation": _average,
+    "past autograd's count": lambda layer: layer.lora_B["default"].data.mul_(2.0),
+    "the base past autograd's count": lambda layer: layer.weight.data.mul_(2.0),
     "load_state_dict": lambda layer: _load(layer, False),
     "load_state_dict, assigned": lambda layer: _load(layer, True),
     "to and fro": lambda layer: layer.to(torch.bfloat16).to(torch.float64),

@@ -10,7 +10,7 @@ from fused_lora.bases.base import Base, of
 from fused_lora.ops import reference
 from fused_lora.ops.autograd import matrix, needs_plain_operators
 from fused_lora.ops.checks import fault
-from fused_lora.ops.internals import has_no_memory, reshaped, without_autocast
+from fused_lora.ops.internals import reshaped, wants_operators, without_autocast
 from fused_lora.ops.linear import draw_seed, lora_linear, tensor_scaling
 from fused_lora.ops.reference import PLAIN, Gradients, backward_again
 from fused_lora.ops.update import lora_update
@@ -115,7 +115,7 @@ def _gradients(ctx: Any, dy: Tensor, needs: Gradients) -> Gradients:
     settings = scaling, dropout_p, seed
     if torch.is_grad_enabled():  # create_graph=True
         return backward_again(dy, None, x, base.dense(dy.dtype), lora_A, lora_B, *settings, needs)
-    if has_no_memory(dy):  # plain operators, which PyTorch can batch
+    if wants_operators(dy):  # plain operators, which PyTorch can batch
         return reference.backward(dy, None, x, base.dense(dy.dtype), lora_A, lora_B, h, None, None, *settings, needs)
     if needs.x:
         given = dy, None, x, base.dense(dy.dtype), lora_A, lora_B, h, None, None, *settings, *PLAIN

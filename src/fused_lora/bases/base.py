@@ -89,7 +89,9 @@ def of(linear: nn.Module) -> Base | None:
         from fused_lora.bases import bnb
 
         return bnb.of(linear)
-    if type(getattr(linear, "weight", None)).__module__.partition(".")[0] == "torchao":
+    # past a property, such as a parametrization's, which may change its buffers each time that it is read
+    weight = linear.__dict__.get("weight", linear._parameters.get("weight"))
+    if type(weight).__module__.partition(".")[0] == "torchao":
         from fused_lora.bases import torchao
 
         return torchao.of(linear)

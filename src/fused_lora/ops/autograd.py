@@ -8,16 +8,15 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 
 from fused_lora.ops import reference, schema  # schema registers torch.ops.fused_lora
 from fused_lora.ops.internals import (
+    PLAIN_TENSORS,
     dispatch_modes_active,
     function_apply,
-    has_no_memory,
     is_tracing,
     reshaped,
     transforms_active,
+    wants_operators,
 )
 from fused_lora.ops.reference import Gradients, Variant, backward_again
-
-_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
 class Inputs(NamedTuple):
@@ -97,7 +96,9 @@ class LoRALinearFunction(torch.autograd.Function):
         given = (*factors, h, y, bias, scaling, dropout_p, seed)
         if torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
             grads = backward_again(dy, dh, *factors, scaling, dropout_p, seed, needs, Variant(*variant))
-        elif has_no_memory(dy) or (dh is not None and has_no_memory(dh)):  # plain operators, which PyTorch can batch
+        elif wants_operators(dy) or (
+            dh is not None and wants_operators(dh)
+        ):  # plain operators, which PyTorch can batch
             grads = reference.backward(dy, dh, *given, needs, Variant(*variant))
         else:
             run = schema.backward if _unheard(dy, dh, *factors, *variant) else torch.ops.fused_lora.backward
@@ -113,7 +114,7 @@ def _unheard(*tensors: Tensor | None) -> bool:
     20 to 50 us less a step."""
     if is_dynamo_compiling() or dispatch_modes_active():
         return False
-    return all(t is None or type(t) in _PLAIN_TENSORS for t in tensors)
+    return all(t is None or type(t) in PLAIN_TENSORS for t in tensors)
 
 
 _linear_apply = function_apply(LoRALinearFunction)
@@ -125,9 +126,11 @@ def linear_apply(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def plain_eager(*tensors: Tensor | None) -> bool:
-    """Whether this is plain eager mode on plain tensors: no tracing, torch.compile, torch.func, selective checkpointing
-    or other dispatch mode, no tensor subclass."""
-    return _unheard(*tensors) and not (transforms_active() or is_tracing())
+    """Whether this is plain eager mode on plain tensors: no tracing, torch.compile, torch.func, forward-mode
+    derivatives, selective checkpointing or other dispatch mode, no tensor subclass, none that stands for zeros."""
+    if not _unheard(*tensors) or transforms_active() or is_tracing():
+        return False
+    return not any(t is not None and t._is_zerotensor() for t in tensors)
 
 
 def nobody_listens(
@@ -144,8 +147,8 @@ def nobody_listens(
 
 def needs_plain_operators(*tensors: Tensor) -> bool:
     """Whether the caller must see PyTorch's own operators: torch.export (and with it ONNX), whose programs run without
-    this library, torch.func transforms and vmap, torch.jit.trace, and tensor subclasses that are made of other tensors
-    (DTensor, jagged, quantised), whose rules know those only."""
-    if is_exporting() or any(hasattr(type(t), "__tensor_flatten__") for t in tensors if type(t) not in _PLAIN_TENSORS):
+    this library, torch.func transforms and vmap, forward-mode derivatives, torch.jit.trace, and tensor subclasses that
+    are made of other tensors (DTensor, jagged, quantised), whose rules know those only."""
+    if is_exporting() or any(hasattr(type(t), "__tensor_flatten__") for t in tensors if type(t) not in PLAIN_TENSORS):
         return True
-    return not is_dynamo_compiling() and (transforms_active() or is_tracing() or any(map(has_no_memory, tensors)))
+    return not is_dynamo_compiling() and (transforms_active() or is_tracing() or any(map(wants_operators, tensors)))

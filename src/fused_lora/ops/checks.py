@@ -176,6 +176,8 @@ def _no_tensor(named: dict[str, Any]) -> ValueError | None:
     for name, t in named.items():
         if not isinstance(t, Tensor):
             return ValueError(f"{name} must be a torch.Tensor; got {type(t).__name__}")
+        if t.is_nested and t.layout is torch.strided:  # which has no shape
+            return ValueError(f"{name} must be a dense tensor, or nested with layout=torch.jagged; got nested, strided")
     return None
 
 

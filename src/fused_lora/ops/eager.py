@@ -18,8 +18,8 @@ from fused_lora.ops.internals import (
     any_autocast_enabled,
     dispatch_modes_active,
     function_apply,
-    has_no_memory,
     reshaped,
+    wants_operators,
     without_autocast,
 )
 from fused_lora.ops.reference import PLAIN, Gradients, Variant, backward_again
@@ -43,7 +43,7 @@ def unusual_backward(given, needs: Gradients, variant: Variant, serving: Serving
     dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed = given
     if torch.is_grad_enabled():  # create_graph=True
         return backward_again(dy, dh, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs, variant)
-    if has_no_memory(dy) or (dh is not None and has_no_memory(dh)):  # plain operators, which PyTorch can batch
+    if wants_operators(dy) or (dh is not None and wants_operators(dh)):  # plain operators, which PyTorch can batch
         factors = x, weight, lora_A, lora_B
         return reference.backward(dy, dh, *factors, h, y, bias, scaling, dropout_p, seed, needs, variant)
     if dispatch_modes_active():  # who came up after the forward sees its backward, too

@@ -17,8 +17,8 @@ from fused_lora.ops.internals import (
     autocasts,
     dispatch_modes_active,
     function_apply,
-    has_no_memory,
     reshaped,
+    wants_operators,
 )
 from fused_lora.ops.linear import draw_seed
 from fused_lora.ops.reference import gradients_again
@@ -89,8 +89,8 @@ def grouped_lora_update(
     if needs_plain_operators(y, x, *lora_A, *lora_B):
         if backend not in ("auto", "reference"):
             raise ValueError(
-                "backend must be 'auto' or 'reference' under torch.func transforms, torch.jit.trace or a tensor "
-                f"subclass; got {backend!r}"
+                "backend must be 'auto' or 'reference' under torch.func transforms, forward-mode derivatives, "
+                f"torch.jit.trace or a tensor subclass; got {backend!r}"
             )
         return _composed(y, x, lora_A, lora_B, scalings, offsets, rows, ps)
     into = y if y.dtype == x.dtype else torch.zeros_like(y, dtype=x.dtype)
@@ -203,7 +203,7 @@ def gradients(saved: Sequence[Any], settings: Any, dy: Tensor, needs: list[bool]
     x, lora_A, lora_B = None if x is None else matrix(x), factors[:split], factors[split:]
     if torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
         return _backward_again(dy, x, lora_A, lora_B, scaling, offsets, rows, ps, seed, needs)
-    if has_no_memory(dy):  # plain operators, which PyTorch can batch
+    if wants_operators(dy):  # plain operators, which PyTorch can batch
         with torch.enable_grad():
             return _backward_again(dy, x, lora_A, lora_B, scaling, offsets, rows, ps, seed, needs)
     given = dy, x, lora_A, lora_B, h, scaling, offsets, rows, ps, seed, needs

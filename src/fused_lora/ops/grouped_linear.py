@@ -18,10 +18,11 @@ from fused_lora.ops.internals import (
     alike,
     any_autocast_enabled,
     dispatch_modes_active,
+    forward_ad_active,
     function_apply,
-    has_no_memory,
     linear_with_bias,
     reshaped,
+    wants_operators,
     without_autocast,
 )
 from fused_lora.ops.linear import draw_seed
@@ -82,7 +83,7 @@ _VERDICTS: dict[tuple[int, int], _Verdict] = {}
 def _serving(x, weight, bias, lora_A, lora_B, offsets, rows) -> tuple[Any, bool] | None:
     """The CPU back end and whether the base product is its own, as plain LoRA's is; None if it does not serve the call
     or somebody listens."""
-    if is_dynamo_compiling() or not x.is_cpu or any_autocast_enabled():
+    if is_dynamo_compiling() or not x.is_cpu or any_autocast_enabled() or forward_ad_active():
         return None
     key, given = (id(lora_A[0]), len(lora_A)), (x, weight, *lora_A, *lora_B)
     verdict = _VERDICTS.get(key)
@@ -158,7 +159,7 @@ class _GroupedLinearFunction(torch.autograd.Function):
         (back_end, own), segments, settings, lead = ctx.call
         split, ps, _ = settings
         dy, needs = matrix(dy), list(ctx.needs_input_grad[1:])
-        if torch.is_grad_enabled() or dispatch_modes_active() or any_autocast_enabled() or has_no_memory(dy):
+        if torch.is_grad_enabled() or dispatch_modes_active() or any_autocast_enabled() or wants_operators(dy):
             dx, *others = gradients((x, h, *segments, *factors), settings, dy, needs)
             with without_autocast(dy):
                 dx = dx if dx is None else dx + dy @ weight

@@ -12,14 +12,19 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from ctypes import c_int64
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 _ALLOWED = os.environ.get("FUSED_LORA_INTERNALS", "1") != "0"
+
+
+PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _private(name: str):
@@ -60,7 +65,30 @@ def autocasts(t: Any) -> bool:
 dispatch_modes_active = _private("_C._len_torch_dispatch_stack") or _maybe
 
 # Whether torch.func transforms or vmap are at work; where PyTorch doesn't tell, dispatch_modes_active() says maybe.
-transforms_active = _private("_C._are_functorch_transforms_active") or (lambda: False)
+_functorch_active = _private("_C._are_functorch_transforms_active") or (lambda: False)
+
+
+def _asked_forward_ad_active() -> bool:
+    try:
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+    except RuntimeError:  # there is no level
+        return False
+    return True
+
+
+def _told_forward_ad_active() -> bool:
+    return forward_ad._current_level >= 0
+
+
+# Whether forward-mode derivatives (torch.autograd.forward_ad.dual_level) are at work.
+_has_level = _private("autograd.forward_ad._current_level") is not None
+forward_ad_active = _told_forward_ad_active if _has_level else _asked_forward_ad_active
+
+
+def transforms_active() -> bool:
+    """Whether anything differentiates or batches the operators that it sees, other than autograd's graph."""
+    return _functorch_active() or forward_ad_active()
+
 
 # Whether torch.jit.trace records.
 is_tracing = _private("_C._is_tracing") or torch.jit.is_tracing
@@ -118,25 +146,46 @@ def alike(x: Tensor, *tensors: Tensor, rows: int = 1) -> Callable[..., bool] | N
         return None
 
 
+_word = c_int64.from_address
+
+
 def marks(*tensors: Tensor) -> tuple | None:
-    """What differs once one of these tensors is another one, lies elsewhere or was written in place as autograd counts
-    it; None where PyTorch does not count, as in inference mode. Who compares marks must hold the tensors, whose ids
-    others would get."""
+    """What differs once one of these tensors is another one, lies elsewhere, or was written in place as autograd counts
+    it or, on the CPU, past its count from end to end; None where PyTorch does not count, as in inference mode. Who
+    compares marks must hold the tensors, whose ids others would get."""
     if not _ALLOWED:
         return None
     try:
-        return tuple([(id(t), t._version, t.data_ptr()) for t in tensors])
+        return tuple([(id(t), t._version, t.data_ptr(), _sample(t)) for t in tensors])
     except RuntimeError:  # an inference tensor, or one without memory of its own
         return None
+
+
+def _sample(t: Tensor) -> tuple[int, ...] | None:
+    """Four words of t's memory, the first and the last among them: who writes all of `t.data` changes them. None where
+    there are none to read."""
+    at, size = t.data_ptr(), t.nbytes
+    if type(t) not in PLAIN_TENSORS or not at or size < 32 or not t.is_cpu or not t.is_contiguous():
+        return None
+    if (
+        t.untyped_storage().nbytes() < size + t.storage_offset() * t.itemsize
+    ):  # a sharded tensor's, which is freed meanwhile
+        return None
+    step = (size - 8) // 24 * 8
+    return _word(at).value, _word(at + step).value, _word(at + 2 * step).value, _word(at + size - 8).value
 
 
 _is_legacy_batched = _private("_C._functorch.is_legacy_batchedtensor")
 
 
-def has_no_memory(t: Tensor) -> bool:
-    """Whether t stands for one element of a batch, as torch.autograd.grad(is_grads_batched=True) makes them."""
+def wants_operators(t: Tensor) -> bool:
+    """Whether PyTorch must compute with t, which has no memory of its own, or not all that counts in it: it stands for
+    one element of a batch, as torch.autograd.grad(is_grads_batched=True) makes them, or for zeros, or forward-mode
+    derivatives are at work."""
     if is_dynamo_compiling():
         return False
+    if forward_ad_active() or t._is_zerotensor():
+        return True
     if _is_legacy_batched is not None:
         return _is_legacy_batched(t)
     try:

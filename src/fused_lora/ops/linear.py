@@ -14,7 +14,7 @@ from fused_lora.ops.autograd import linear_apply, matrix, needs_plain_operators,
 from fused_lora.ops.checks import check_variant, fault
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.eager import eager_apply, eager_variant_apply, without_gradients
-from fused_lora.ops.internals import alike, any_autocast_enabled, autocasts
+from fused_lora.ops.internals import alike, any_autocast_enabled, autocasts, forward_ad_active
 from fused_lora.ops.reference import PLAIN, Variant, composition
 from fused_lora.ops.schema import aligned, request_of
 from fused_lora.ops.sharded import on_shards
@@ -82,9 +82,11 @@ def lora_linear(
         x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None
     )
     serving, variant = None, PLAIN if plain else Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
-    if plain and not is_dynamo_compiling():
+    if is_dynamo_compiling() or forward_ad_active():
+        pass
+    elif plain:
         serving = eager_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend)
-    elif not is_dynamo_compiling():
+    else:
         serving = _variant_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, return_h)
     if serving is not None:
         seed = draw_seed(x, dropout_p) if dropout_p > 0.0 and training else None
@@ -244,7 +246,8 @@ def _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, vari
         y = on_shards(op, x, weight, lora_A, lora_B, bias)
         if y is not None:
             return y
-    given = f"torch.export, torch.jit.trace or a tensor subclass; got {type(x).__name__} and {type(weight).__name__}"
+    given = "torch.export, torch.jit.trace, forward-mode derivatives or a tensor subclass; "
+    given += f"got {type(x).__name__} and {type(weight).__name__}"
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend must be 'auto' or 'reference' under {given}")
     if variant.grad_row_scale is not None:

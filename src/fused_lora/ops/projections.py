@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_lora.backends import Serving, cpu
 from fused_lora.ops.autograd import matrix
 from fused_lora.ops.eager import unusual_backward
-from fused_lora.ops.internals import any_autocast_enabled, function_apply, reshaped
+from fused_lora.ops.internals import any_autocast_enabled, forward_ad_active, function_apply, reshaped
 from fused_lora.ops.linear import draw_seed, eager_serving
 from fused_lora.ops.reference import PLAIN, Gradients
 
@@ -49,7 +49,11 @@ def lora_projections(x: Tensor, projections: Sequence[Projection]) -> tuple[Tens
         projections: the layers.
     Raises: ValueError as `lora_linear`.
     """
-    if not (torch.is_grad_enabled() and x.is_cpu and x.dtype is torch.float32) or any_autocast_enabled():
+    if (
+        not (torch.is_grad_enabled() and x.is_cpu and x.dtype is torch.float32)
+        or any_autocast_enabled()
+        or forward_ad_active()
+    ):
         return None
     servings = []
     for p in projections:

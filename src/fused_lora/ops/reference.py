@@ -150,7 +150,7 @@ def out_scale_gradient(dy, y, x, weight, lora_B, h, bias, scaling, variant) -> T
     But for the columns of which y tells too little: those whose bias is larger than the rest, in its root mean square,
     so that most of y's digits are the bias's, and those where the rest is below the smallest normal number of its
     dtype, or zero, for out_scale is. Their z is computed again. Which ones they are is read on the host; not while a
-    CUDA graph is captured, where all are computed.
+    CUDA graph is captured, where all are computed, as they are of meta tensors.
 
     Args: as in `backward`.
     Returns: [N] in out_scale's dtype.
@@ -161,7 +161,7 @@ def out_scale_gradient(dy, y, x, weight, lora_B, h, bias, scaling, variant) -> T
     smallest = 2 * torch.finfo(dy.dtype).tiny
     least = torch.full_like(squares, smallest) if bias is None else bias.to(squares.dtype).abs().clamp(min=smallest)
     lost = squares <= least.square() * dy.shape[0]
-    if dy.is_cuda and torch.cuda.is_current_stream_capturing():
+    if dy.is_meta or (dy.is_cuda and torch.cuda.is_current_stream_capturing()):
         lost = torch.arange(dy.shape[1], device=dy.device)
     else:
         lost = lost.nonzero().flatten()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fused_lora.ops.autograd import matrix, needs_plain_operators
 from fused_lora.ops.checks import update_fault
-from fused_lora.ops.internals import any_autocast_enabled, autocasts, function_apply, has_no_memory, reshaped
+from fused_lora.ops.internals import any_autocast_enabled, autocasts, function_apply, reshaped, wants_operators
 from fused_lora.ops.linear import draw_seed, tensor_scaling
 from fused_lora.ops.reference import Gradients, update_backward, update_backward_again, update_composition
 
@@ -62,8 +62,8 @@ def lora_update(
     if needs_plain_operators(y, x, lora_A, lora_B):
         if backend not in ("auto", "reference"):
             raise ValueError(
-                "backend must be 'auto' or 'reference' under torch.func transforms, torch.jit.trace or a tensor "
-                f"subclass; got {backend!r}"
+                "backend must be 'auto' or 'reference' under torch.func transforms, forward-mode derivatives, "
+                f"torch.jit.trace or a tensor subclass; got {backend!r}"
             )
         mask = F.dropout(torch.ones_like(x), dropout_p) if dropout_p > 0.0 else None
         return update_composition(y, x, lora_A, lora_B, scaling, mask).to(y.dtype)
@@ -124,7 +124,7 @@ def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
     if torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
         return update_backward_again(dy, x, lora_A, lora_B, scaling, dropout_p, seed, needs)
     given = dy, x, lora_A, lora_B, h, scaling, dropout_p, seed
-    if has_no_memory(dy):  # plain operators, which PyTorch can batch
+    if wants_operators(dy):  # plain operators, which PyTorch can batch
         grads = update_backward(*given, Gradients(x=needs[0], lora_A=needs[1], lora_B=needs[2]))
         return [grads.x, grads.lora_A, grads.lora_B]
     found = iter(torch.ops.fused_lora.update_backward(*given, needs, backend))

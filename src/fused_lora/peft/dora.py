@@ -17,6 +17,20 @@ from fused_lora.variants.dora import RowNorm, out_scale, row_norm, row_squares, 
 _norms: WeakKeyDictionary[nn.Module, RowNorm] = WeakKeyDictionary()  # by PEFT's DoraLinearLayer
 
 
+def forget(model: nn.Module) -> None:
+    """Compute the norms of DoRA's layers anew in the next forward.
+
+    They are kept until a parameter is seen to be written, in place or by an optimizer; what is written through
+    `parameter.data` is seen on the CPU where it is a whole tensor. After any other such write call this.
+
+    Args:
+        model: a PEFT model, any part of one, or a model that holds one.
+    """
+    for module in model.modules():
+        if module in _norms:
+            _norms[module].forget()
+
+
 def dora_forward(layer: Any, x: Tensor, base: Base | str, update: Update) -> Tensor | None:
     """y [..., N] of x [..., K], or None where PEFT must compute it."""
     if not isinstance(base, str):

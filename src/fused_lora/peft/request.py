@@ -89,15 +89,20 @@ def linear_fits(x: Tensor, base: Base, update: Update) -> bool:
     """Whether `lora_linear` computes with these dtypes what PEFT does; `misfit` is the rule without x."""
     if x.dtype is base.weight.dtype:
         return update_fits(x, update)
-    return any_autocast_enabled() and autocasts(x) and _castable(*base, *update[:2])
+    return any_autocast_enabled() and autocasts(x) and _dense(x) and _castable(*base, *update[:2])
 
 
 def update_fits(x: Tensor, update: Update) -> bool:
     """Whether `lora_update` computes with these dtypes what PEFT does."""
     adapter = update.lora_A.dtype
     if adapter is x.dtype or (adapter is torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
-        return x.dtype in _DTYPES
-    return any_autocast_enabled() and autocasts(x) and _castable(*update[:2])
+        return x.dtype in _DTYPES and _dense(x)
+    return any_autocast_enabled() and autocasts(x) and _dense(x) and _castable(*update[:2])
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether the op takes a tensor of this layout, or a nested one."""
+    return x.layout is torch.jagged or (x.layout is torch.strided and not x.is_nested)
 
 
 def misfit(base: Base, update: Update) -> str | None:
@@ -128,7 +133,7 @@ def _tensor(module: Any, name: str) -> Tensor | None:
 
 def _plain(t: Any) -> bool:
     """Whether the op takes what holds a parameter's values."""
-    return type(t) in _PLAIN_TENSORS and not is_absent(t)
+    return type(t) in _PLAIN_TENSORS and t.layout is torch.strided and not is_absent(t)
 
 
 def _bare(module: Any) -> bool:
@@ -191,6 +196,8 @@ def _joined(updates: list[Update]) -> Update | str:
 
 
 def _kind(t: Any) -> str:
+    if type(t) in _PLAIN_TENSORS and t.layout is not torch.strided:
+        return f"a tensor in layout {t.layout}"
     if type(t) in _PLAIN_TENSORS:
         return f"a {type(t).__name__} in pieces, until ZeRO-3 gathers them for a forward"
     gathered = ", until FSDP2 gathers it for a forward" if type(t).__name__ == "DTensor" else ""

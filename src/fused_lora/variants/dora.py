@@ -37,6 +37,11 @@ class _Times(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, _, tangent):
+        return _Times.forward(ctx.saved_tensors[0], tangent)
 
     @staticmethod
     def backward(ctx, d):
@@ -123,8 +128,8 @@ class RowNorm:
         Args:
             source: the tensor that holds W, in whatever form.
             weight: gives W [N, K].
-            training: the layer's mode. Averages of weights are put in place for an evaluation, and past autograd's
-                count: so the two modes share nothing.
+            training: the layer's mode. Averages of weights are put in place for an evaluation, on a GPU past what can
+                be seen: so the two modes share nothing.
         """
 
         given = source, weight, lora_A, lora_B, scaling
@@ -145,7 +150,8 @@ class RowNorm:
         if by_kernel and plain_eager(W, lora_A, lora_B):
             return cpu_norm.row_norm(W, lora_A, lora_B, scaling)
         with torch.no_grad():
-            return row_norm(W, self._of_weight(weight, source), lora_A, lora_B, scaling)
+            n, empty = row_norm(W, self._of_weight(weight, source), lora_A, lora_B, scaling)
+            return n.detach(), empty  # of forward-mode derivatives, too
 
     def forget(self) -> None:
         """Compute anew next time."""

@@ -28,9 +28,10 @@ class OncePerStep:
     Micro-batches, recomputation under checkpointing and evaluation share one. It is computed in every call where that
     cannot be told: under torch.compile, tracing, torch.func and dispatch modes (selective checkpointing among them), in
     inference mode on tensors made there, while a CUDA graph is captured, whose replays no Python sees, and in processes
-    that belong to a group, where FSDP and ZeRO fill parameters past autograd's count. Who writes `parameter.data[...]`
-    outside an optimizer calls `forget`. The tensors are not kept alive: they may be an offloaded layer's, here for one
-    forward. Copies and pickles start empty.
+    that belong to a group, where FSDP and ZeRO fill parameters past autograd's count. What is written through
+    `parameter.data` outside an optimizer, as averages of weights are, is seen on the CPU where it is a whole tensor;
+    who does so on a GPU, or writes some elements, calls `forget`. The tensors are not kept alive: they may be an
+    offloaded layer's, here for one forward. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
@@ -44,8 +45,10 @@ class OncePerStep:
             return compute()
         if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return compute()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return compute()
         found = marks(*tensors)
-        if found is None or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if found is None:
             return compute()
         steps = 0
         for t in tensors:
