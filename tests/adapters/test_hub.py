@@ -21,8 +21,10 @@ def hub(monkeypatch, tmp_path):
     save_adapter(randomise(model, 2), tmp_path / "repository" / "second")
     calls = []
 
-    def snapshot_download(name, revision=None, allow_patterns=None):
+    def snapshot_download(name, revision=None, allow_patterns=None, local_files_only=False):
         calls.append((name, revision, allow_patterns))
+        if local_files_only and not (tmp_path / "cache").exists():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not downloaded yet")
         if name != "someone/adapter":
             raise huggingface_hub.errors.LocalEntryNotFoundError("nothing of that name\nand more lines")
         for pattern in allow_patterns:
@@ -43,6 +45,13 @@ def test_an_id_is_downloaded_and_only_safe_files_are(hub, tmp_path):
     got = load_adapter(llama(), "someone/adapter", subfolder="second")
     want = load_adapter(llama(), tmp_path / "repository", subfolder="second")
     assert torch.equal(got(IDS).logits, want(IDS).logits)
+
+
+def test_what_must_be_here_is_not_downloaded(hub):
+    with pytest.raises(FileNotFoundError, match="not downloaded yet"):
+        load_adapter(llama(), "someone/adapter", local_files_only=True)
+    load_adapter(llama(), "someone/adapter")
+    load_adapter(llama(), "someone/adapter", local_files_only=True)
 
 
 def test_a_directory_is_never_looked_up(hub, tmp_path):

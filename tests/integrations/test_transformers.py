@@ -196,6 +196,55 @@ def test_the_methods_of_transformers_for_adapters(directory, tmp_path):
     assert type(model) is LlamaForCausalLM and torch.equal(logits(model), plain) and vars(model).keys() == attributes
 
 
+def test_load_adapter_takes_the_words_of_transformers(directory, tmp_path):
+    model = randomise(apply_lora(base_of(directory), r=4))
+    model.save_pretrained(tmp_path)
+    want = logits(model)
+    model.load_adapter(str(tmp_path), "rests", is_trainable=False, low_cpu_mem_usage=True, local_files_only=True)
+    assert torch.equal(logits(model), want) and not model.model.layers[0].mlp.up_proj.lora_A["rests"].requires_grad
+    for arguments, message in (
+        (dict(peft_model_id=tmp_path), "adapter_name must be an adapter's with hotswap=True, else new; got 'default'"),
+        (dict(peft_model_id=tmp_path, adapter_name="x", hotswap=True), "else new; got 'x' beside .*hotswap=True"),
+        (dict(adapter_state_dict={}, peft_config=LoraConfig()), "load_adapter needs peft_model_id"),
+        (dict(), "load_adapter needs peft_model_id"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.load_adapter(**arguments)
+    with pytest.raises(ValueError, match="hotswap=True. swaps adapters of one rank"):
+        model.enable_peft_hotswap(target_rank=8)
+    model.set_adapter("default")
+    randomise(model, seed=7)
+    assert not torch.equal(logits(model), want)
+    model.load_adapter(tmp_path, hotswap=True)
+    assert model.active_adapters() == ["default"] and torch.equal(logits(model), want)
+
+
+def test_copies_that_are_made_from_the_class_alone(directory):
+    """DataParallel's replicas, accelerate's compile_regions."""
+    from accelerate.utils import compile_regions
+
+    model = randomise(apply_lora(base_of(directory), r=4))
+    want = logits(model)
+    twin = model._replicate_for_data_parallel()
+    assert type(twin) is type(model) and twin.peft_config.keys() == {"default"}
+    assert torch.equal(logits(compile_regions(model, backend="eager")), want)
+    assert type(type(model)(model.config)) is LlamaForCausalLM
+
+
+@pytest.mark.parametrize(
+    "lora", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}]
+)
+def test_the_state_dict_of_peft_s_layers_is_read(directory, tmp_path, lora):
+    """As the trainer of sentence-transformers resumes, from a model that transformers has made of the folder."""
+    model = randomise(apply_lora(base_of(directory), r=4, **lora))
+    model.save_pretrained(tmp_path)
+    want = logits(model)
+    theirs = peft.PeftModel.from_pretrained(base_of(directory), tmp_path).base_model.model
+    randomise(model, seed=9)
+    model.load_state_dict(theirs.state_dict())
+    close(logits(model), want)
+
+
 def test_generate_uses_the_adapter_and_the_cache(directory):
     model = randomise(apply_lora(base_of(directory), r=4), seed=4)
     prompt = dict(input_ids=IDS[:, :4], attention_mask=torch.ones(2, 4, dtype=torch.long), max_new_tokens=6)

@@ -66,6 +66,15 @@ def test_a_merge_without_values_is_refused(name):
     assert not layer.merged
 
 
+def test_a_weight_that_is_computed_is_named_so():
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 4)))
+    with pytest.raises(ValueError, match="use_dora needs a weight that can be read .* is computed .by a parametrization"):
+        apply_lora(model, r=2, target_modules=["0"], use_dora=True)
+    apply_lora(model, r=2, target_modules=["0"])
+    with pytest.raises(ValueError, match="weight must be a plain Parameter .* got one that is computed .by a parametr"):
+        merge_and_unload(model)
+
+
 def test_the_projection_that_multihead_attention_never_calls_is_refused():
     with pytest.raises(ValueError, match=r"target out_proj: .*MultiheadAttention reads the weight of its projection"):
         apply_lora(nn.MultiheadAttention(8, 2), r=2, target_modules=["out_proj"])

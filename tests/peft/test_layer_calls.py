@@ -1,6 +1,7 @@
 """Calls of one fused layer beside PEFT's: dtypes, dropout, gradients, shapes, compiled."""
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_layouts_that_the_op_refuses_are_peft_s_matter(calls, layout, use_dora):
 
 def test_a_sparse_base_weight_is_peft_s_matter(calls):
     stock, twin = peft_layer(), peft_layer()
+    twin.load_state_dict(stock.state_dict())
     for model in (stock, twin):
         base = layer_of(model).base_layer
         base.weight = nn.Parameter(base.weight.detach().to_sparse_csr(), requires_grad=False)
@@ -81,6 +83,27 @@ def test_a_sparse_base_weight_is_peft_s_matter(calls):
     x = torch.randn(3, K)
     torch.testing.assert_close(twin(x), stock(x))
     assert [call["op"] for call in calls] == ["lora_around"] and "in layout torch.sparse_csr" in str(ways)
+
+
+def test_a_forward_that_only_moves_x_is_no_other(calls):
+    """ms-swift gives one to every A and B."""
+
+    def keep_device_forward(self, x):
+        return type(self).forward(self, x.to(self.weight.device))
+
+    keep_device_forward.__module__ = "swift.tuners.peft"
+    stock = peft_layer()
+    twin = copy.deepcopy(stock)
+    layer = layer_of(twin)
+    for module in (layer.lora_A["default"], layer.lora_B["default"]):
+        module.forward = MethodType(keep_device_forward, module)
+    fuse(twin, strict=True)
+    x = torch.randn(3, K)
+    torch.testing.assert_close(twin(x), stock(x))
+    assert [call["op"] for call in calls] == ["lora_linear"]
+    layer.lora_A["default"].register_forward_hook(lambda module, given, y: None)
+    twin(x)
+    assert len(calls) == 1
 
 
 def test_a_parametrization_runs_as_often_as_in_peft():

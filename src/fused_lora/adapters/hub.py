@@ -7,13 +7,16 @@ from fused_lora.adapters.peft_config import CONFIG_NAME
 from fused_lora.adapters.peft_format import WEIGHTS_NAME
 
 
-def adapter_directory(source: str | Path, revision: str | None, subfolder: str | None) -> Path:
+def adapter_directory(
+    source: str | Path, revision: str | None, subfolder: str | None, local_files_only: bool = False
+) -> Path:
     """The local directory of an adapter, downloaded if `source` is no directory but a hub id, "owner/name".
 
     Args:
         source: directory or hub id.
         revision: branch, tag or commit on the hub.
         subfolder: of the directory or repository.
+        local_files_only: whether a hub id must have been downloaded before.
     Raises: FileNotFoundError naming the source if a hub id cannot be read.
     """
     inside = subfolder or "."
@@ -26,7 +29,8 @@ def adapter_directory(source: str | Path, revision: str | None, subfolder: str |
         raise FileNotFoundError(2, words, str(source)) from None
     files = [(Path(inside) / name).as_posix() for name in (CONFIG_NAME, WEIGHTS_NAME)]
     try:
-        folder = snapshot_download(str(source), revision=revision, allow_patterns=files)
+        where: dict = dict(revision=revision, local_files_only=local_files_only)
+        folder = snapshot_download(str(source), allow_patterns=files, **where)
     except (OSError, ValueError) as error:  # not found, gated, offline, no such revision
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(

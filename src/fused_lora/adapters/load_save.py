@@ -120,6 +120,7 @@ def load_adapter(
     *,
     revision: str | None = None,
     subfolder: str | None = None,
+    local_files_only: bool = False,
 ) -> nn.Module:
     """Read an adapter that PEFT or `save_adapter` wrote, and activate it, trainable. Only safetensors is read, nothing
     is unpickled.
@@ -136,6 +137,7 @@ def load_adapter(
             huggingface_hub is installed.
         adapter_name: the name to give it.
         revision, subfolder: where on the hub; a subfolder may be a directory's, too.
+        local_files_only: whether it must have been downloaded from there before.
     Returns: model.
     Raises: FileNotFoundError; ValueError for a damaged file, an adapter of another base model, a model on the meta
         device or offloaded, and configurations beyond plain LoRA, each naming file and field. The model is unchanged
@@ -152,7 +154,7 @@ def load_adapter(
         check_not_mixed(root, "reading an adapter")
     else:
         check_addable(model)
-    directory = adapter_directory(directory, revision, subfolder)
+    directory = adapter_directory(directory, revision, subfolder, local_files_only)
     config = peft_config.read_config(directory)
     with whole(model, writeback=True):
         plan = _plan_of_existing(root, directory, config, adapter_name) if known else _plan(root, directory, config)

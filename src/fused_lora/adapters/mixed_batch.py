@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,3 +94,33 @@ def _mixed(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
     finally:
         for holder, state in before:
             unmix(holder, state)
+
+
+def taking_names(method: Any, copies: Any) -> Any:
+    """A method of a model that takes PEFT's adapter_names, too: an adapter for each sample of the batch.
+
+    Args:
+        copies: how often the method repeats each sample, from the model and the keywords.
+    """
+
+    @wraps(method)
+    def call(self, *args, adapter_names=None, **kwargs):
+        if adapter_names is None:
+            return method(self, *args, **kwargs)
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+        if recomputes and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "adapter_names and gradient checkpointing exclude each other, a backward would recompute the forward "
+                "without them: call forward and backward in adapters_per_sample(model, adapter_names); got both"
+            )
+        with adapters_per_sample(self, adapter_names, copies(self, kwargs)):
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+def sequences(model: Any, given: dict[str, Any]) -> int:
+    """How many sequences `generate` makes at once of each sample."""
+    config = given.get("generation_config") or model.generation_config
+    counts = [given.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")]
+    return max(count or 1 for count in counts)

@@ -9,18 +9,25 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from fused_lora.adapters import model as functions
-from fused_lora.adapters.holders import active_adapters, adapter_names, all_holders, file_keys, live_keys, named_holders
+from fused_lora.adapters.holders import (
+    active_adapters,
+    adapter_names,
+    all_holders,
+    file_keys,
+    live_keys,
+    named_holders,
+    own_tensors,
+)
 from fused_lora.adapters.load_save import adapter_tensors, base_tensors, config_file, load_adapter
-from fused_lora.adapters.mixed_batch import adapters_per_sample
+from fused_lora.adapters.mixed_batch import sequences, taking_names
 from fused_lora.adapters.peft_config import CONFIG_NAME
 from fused_lora.adapters.peft_format import write_files
 from fused_lora.adapters.unload import delete_adapter, disable_adapter, merge_and_unload, switch_off, switch_on, unload
@@ -59,8 +66,9 @@ class AdaptedModel(nn.Module):
     plain_class: type
 
     def __new__(cls, *args, **kwargs):
-        """A new model has no adapters, so it is of the plain class."""
-        return cls.plain_class(*args, **kwargs)
+        """A new model has no adapters, so it is of the plain class. DataParallel and accelerate make a copy of a module
+        from the class alone, and give it the original's state."""
+        return cls.plain_class(*args, **kwargs) if args or kwargs else object.__new__(cls)
 
     def __reduce_ex__(self, protocol):
         """The subclass is made anew where a copy or a pickle of the model is."""
@@ -90,8 +98,33 @@ class AdaptedModel(nn.Module):
     def add_adapter(self, adapter_config, adapter_name: str | None = None) -> None:
         functions.apply_lora(self, config=adapter_config, adapter_name=adapter_name or "default")
 
-    def load_adapter(self, peft_model_id, adapter_name: str | None = None, **where) -> None:
-        load_adapter(self, peft_model_id, adapter_name or "default", **where)
+    def load_adapter(
+        self,
+        peft_model_id=None,
+        adapter_name: str | None = None,
+        *,
+        is_trainable: bool = True,
+        hotswap: bool | str = "auto",
+        low_cpu_mem_usage: bool = False,
+        peft_config=None,
+        adapter_state_dict=None,
+        **where,
+    ) -> None:
+        """`fused_lora.load_adapter` under a new name, or with `hotswap` under one that is there. The adapter trains if
+        `is_trainable`; loading takes little memory in any case."""
+        name = adapter_name or "default"
+        if peft_model_id is None or not (peft_config is adapter_state_dict is None):
+            raise ValueError("load_adapter needs peft_model_id, a folder or hub id, alone; got tensors or nothing")
+        if (name in adapter_names(self)) is not (hotswap is True):
+            rule = "an adapter's with hotswap=True, else new"
+            raise ValueError(f"adapter_name must be {rule}; got {name!r} beside {adapter_names(self)}, {hotswap=}")
+        load_adapter(self, peft_model_id, name, **where)
+        for tensor in () if is_trainable else own_tensors(self, name):
+            tensor.requires_grad_(False)
+
+    def enable_peft_hotswap(self, *_, **__) -> None:
+        """Raises ValueError: `load_adapter` needs no preparation."""
+        raise ValueError("load_adapter(..., hotswap=True) swaps adapters of one rank; got enable_peft_hotswap")
 
     def delete_adapter(self, adapter_names: str | list[str]) -> None:
         for name in as_list(adapter_names):
@@ -219,42 +252,12 @@ class AdapterFile:
         write_whole({path: config_file(self.model, self.adapter_name)})
 
 
-def _mixing(method: Any, copies: Any) -> Any:
-    """A method of a model that takes PEFT's adapter_names, too: an adapter for each sample of the batch.
-
-    Args:
-        copies: how often the method repeats each sample, from the model and the keywords.
-    """
-
-    @wraps(method)
-    def call(self, *args, adapter_names=None, **kwargs):
-        if adapter_names is None:
-            return method(self, *args, **kwargs)
-        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-        if recomputes and self.training and torch.is_grad_enabled():
-            raise ValueError(
-                "adapter_names and gradient checkpointing exclude each other, a backward would recompute the forward "
-                "without them: call forward and backward in adapters_per_sample(model, adapter_names); got both"
-            )
-        with adapters_per_sample(self, adapter_names, copies(self, kwargs)):
-            return method(self, *args, **kwargs)
-
-    return call
-
-
-def _sequences(model: Any, given: dict[str, Any]) -> int:
-    """How many sequences `generate` makes at once of each sample."""
-    config = given.get("generation_config") or model.generation_config
-    counts = [given.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")]
-    return max(count or 1 for count in counts)
-
-
 @cache
 def _adapted_class(plain: Any) -> type:
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    names["forward"] = _mixing(plain.forward, lambda model, given: 1)
+    names["forward"] = taking_names(plain.forward, lambda model, given: 1)
     if hasattr(plain, "generate"):
-        names["generate"] = _mixing(plain.generate, _sequences)
+        names["generate"] = taking_names(plain.generate, sequences)
     return type(plain)(plain.__name__, (AdaptedModel, plain), {**names, "plain_class": plain})
 
 

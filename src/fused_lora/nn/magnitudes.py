@@ -23,7 +23,10 @@ def check_called(base: nn.Module, config: LayerConfig) -> None:
             "allora_eta must be None over a layer that is called, kept whole, unless allora_mode='update'; got one on "
             f"a {kind}"
         )
-    plain = type(getattr(base, "weight", None)) is nn.Parameter
+    weight = getattr(base, "weight", None)
+    plain = type(weight) is nn.Parameter
+    if type(weight) is Tensor:
+        kind += " whose weight is computed (by a parametrization, weight_norm or pruning)"
     if config.use_dora and not (plain or quantised(base)):
         raise ValueError(f"use_dora needs a weight that can be read or dequantised; got a {kind}")
     if config.dora_exact and not plain:

@@ -15,6 +15,8 @@ def check_values(what: str, t: Tensor) -> None:
     """Raises ValueError unless a tensor is plain memory that is here."""
     if type(t) is not nn.Parameter or t.is_meta or is_split(t):
         kind = f"{type(t).__module__}.{type(t).__qualname__}"
+        if type(t) is Tensor:
+            kind = "one that is computed (by a parametrization, weight_norm or pruning)"
         got = "one on the meta device" if t.is_meta else "one that ZeRO-3 has split" if is_split(t) else kind
         raise ValueError(f"{what} must be a plain Parameter with values to be merged; got {got}")
 

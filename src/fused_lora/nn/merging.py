@@ -1,5 +1,6 @@
 """MergeableLayer: adapters folded into a layer's base weight, and out of it again."""
 
+import re
 from typing import Any
 
 import torch
@@ -155,4 +156,16 @@ class MergeableLayer(AdaptersByName):
                 f"{prefix or 'the layer '}must be unmerged before load_state_dict; got adapter {self.active_adapter!r} "
                 "merged"
             )
+        self._take_peft_names(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _take_peft_names(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Rename what the state dict of a model with PEFT's layers calls otherwise."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            name = re.sub(r"^(lora_\w+\.[^.]+)\.weight$", r"\1", key.removeprefix(prefix))
+            name = re.sub(r"^lora_B\.([^.]+)\.bias$", r"lora_bias.\1", name)
+            name = re.sub(r"^lora_embedding_([AB]\.)", r"lora_\1", name)
+            if "base_layer" not in self._modules:
+                name = name.removeprefix("base_layer.")
+            if prefix + name != key:
+                state_dict[prefix + name] = state_dict.pop(key)

@@ -100,12 +100,13 @@ any_module_hook = _private("nn.modules.module._has_any_global_hook") or (lambda:
 def bare(module: torch.nn.Module) -> bool:
     """Whether calling the module runs its class's forward and nothing else: it has no hooks and no forward of its own,
     as accelerate gives modules."""
+    return "forward" not in module.__dict__ and unhooked(module)
+
+
+def unhooked(module: torch.nn.Module) -> bool:
+    """Whether a module has no hooks on its forward and backward."""
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fused_lora.deepspeed_zero import hooks_are_zero_s, is_absent
-from fused_lora.ops.internals import any_autocast_enabled, any_module_hook, autocasts, bare
+from fused_lora.ops.internals import any_autocast_enabled, any_module_hook, autocasts, unhooked
 from fused_lora.ops.update import joined
 
 _PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
@@ -93,8 +93,10 @@ def linear_fits(x: Tensor, base: Base, update: Update) -> bool:
 
 
 def update_fits(x: Tensor, update: Update) -> bool:
-    """Whether `lora_update` computes with these dtypes what PEFT does."""
+    """Whether `lora_update` computes with these dtypes, on one device, what PEFT does."""
     adapter = update.lora_A.dtype
+    if x.device != update.lora_A.device:
+        return False
     if adapter is x.dtype or (adapter is torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
         return x.dtype in _DTYPES and _dense(x)
     return any_autocast_enabled() and autocasts(x) and _dense(x) and _castable(*update[:2])
@@ -138,7 +140,11 @@ def _plain(t: Any) -> bool:
 
 def _bare(module: Any) -> bool:
     """Whether calling the module would run its class's forward and nothing else, but for what reading a tensor does."""
-    return bare(module) or ("forward" not in module.__dict__ and hooks_are_zero_s(module))
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return unhooked(module) or hooks_are_zero_s(module)
+    function = getattr(forward, "__func__", None)  # ms-swift's moves x to the weight's device, and calls the class's
+    return getattr(function, "__module__", "") == "swift.tuners.peft" and unhooked(module)
 
 
 def adapter_update(layer: Any, name: str) -> Update | str:
