@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
-from fused_lora.adapters import apply_lora
+from fused_lora.adapters import apply_lora, merge_and_unload
 from fused_lora.nn import LoRALinear
 
 
@@ -67,10 +68,10 @@ def test_a_merge_without_values_is_refused(name):
 
 
 def test_a_weight_that_is_computed_is_named_so():
-    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 4)))
-    with pytest.raises(ValueError, match="use_dora needs a weight that can be read .* is computed .by a parametrization"):
-        apply_lora(model, r=2, target_modules=["0"], use_dora=True)
-    apply_lora(model, r=2, target_modules=["0"])
+    model = nn.ModuleDict({"up": parametrizations.weight_norm(nn.Linear(8, 4))})
+    with pytest.raises(ValueError, match="use_dora needs a weight that .* whose weight is computed .by a"):
+        apply_lora(model, r=2, target_modules=["up"], use_dora=True)
+    apply_lora(model, r=2, target_modules=["up"])
     with pytest.raises(ValueError, match="weight must be a plain Parameter .* got one that is computed .by a parametr"):
         merge_and_unload(model)
 
