@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from quantised_layers import quantised
 from torch import nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -73,6 +74,25 @@ def test_y_and_every_gradient(exact, r, p):
     dy = torch.randn_like(want)
     for a, b in zip(gradients(got, dy, [x, *own]), gradients(want, dy, [x, *twins]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forward_mode_derivatives(dtype, exact, grad):
+    """The norms are constants to them, too, but for dora_exact; also where they have been kept."""
+    layer, x = trained(dtype=dtype, adapter_dtype=dtype, dora_exact=exact), inputs(5, dtype=dtype)
+    layer(x)
+    names = [f"{kind}.default" for kind in ("lora_A", "lora_B", "lora_magnitude_vector")]
+    at = [t.detach() for t in (x, *layer.own_tensors("default"))]
+    along = [torch.randn_like(t) for t in at]
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        x, *own = map(forward_ad.make_dual, at, along)
+        y = torch.func.functional_call(layer, dict(zip(names, own, strict=True)), (x,))
+        got = forward_ad.unpack_dual(y).tangent.double()
+    wide = tuple(t.double() for t in at), tuple(t.double() for t in along)
+    want = torch.func.jvp(lambda x, *factors: formula(layer, x, factors, exact), *wide)[1]
+    torch.testing.assert_close(got, want, rtol=1e-3 if dtype is torch.float32 else 1e-9, atol=1e-4)
 
 
 def test_magnitudes_alone_train():

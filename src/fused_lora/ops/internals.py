@@ -165,14 +165,14 @@ def marks(*tensors: Tensor) -> tuple | None:
 def _sample(t: Tensor) -> tuple[int, ...] | None:
     """Four words of t's memory, the first and the last among them: who writes all of `t.data` changes them. None where
     there are none to read."""
-    at, size = t.data_ptr(), t.nbytes
-    if type(t) not in PLAIN_TENSORS or not at or size < 32 or not t.is_cpu or not t.is_contiguous():
+    size = t.nbytes
+    if type(t) not in PLAIN_TENSORS or size < 32 or not t.is_cpu or not t.is_contiguous():
         return None
-    if (
-        t.untyped_storage().nbytes() < size + t.storage_offset() * t.itemsize
-    ):  # a sharded tensor's, which is freed meanwhile
+    memory, start = t.untyped_storage(), t.storage_offset() * t.itemsize  # held while it is read
+    at, step = memory.data_ptr(), (size - 8) // 24 * 8
+    if not at or memory.nbytes() < start + size:  # a sharded tensor's, which is freed meanwhile
         return None
-    step = (size - 8) // 24 * 8
+    at += start
     return _word(at).value, _word(at + step).value, _word(at + 2 * step).value, _word(at + size - 8).value
 
 
