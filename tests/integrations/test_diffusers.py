@@ -85,6 +85,8 @@ def test_adapters_of_ours_are_refused():
     """Also in a model around it."""
     model = unet()
     for each in (model, torch.nn.ModuleDict({"unet": model})):
-        with pytest.raises(ValueError, match=r"none of diffusers.*fuse\(model\); got a UNet2DConditionModel"):
+        with pytest.raises(ValueError, match=r"must leave out models of diffusers.*got .* in a UNet2DCond"):
             apply_lora(each, r=4, target_modules=TARGETS)
     assert all(parameter.requires_grad for parameter in model.parameters())
+    both = torch.nn.ModuleDict({"unet": model, "text": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})})
+    assert apply_lora(both, r=2, target_modules=["q_proj"])["text"]["q_proj"].r == {"default": 2}

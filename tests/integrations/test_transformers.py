@@ -205,8 +205,7 @@ def test_load_adapter_takes_the_words_of_transformers(directory, tmp_path):
     for arguments, message in (
         (dict(peft_model_id=tmp_path), "adapter_name must be an adapter's with hotswap=True, else new; got 'default'"),
         (dict(peft_model_id=tmp_path, adapter_name="x", hotswap=True), "else new; got 'x' beside .*hotswap=True"),
-        (dict(adapter_state_dict={}, peft_config=LoraConfig()), "load_adapter needs peft_model_id"),
-        (dict(), "load_adapter needs peft_model_id"),
+        (dict(peft_model_id=tmp_path, hotswap="yes"), "hotswap must be True, False or 'auto'; got 'yes'"),
     ):
         with pytest.raises(ValueError, match=message):
             model.load_adapter(**arguments)
@@ -232,7 +231,14 @@ def test_copies_that_are_made_from_the_class_alone(directory):
 
 
 @pytest.mark.parametrize(
-    "lora", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}]
+    "lora",
+    [
+        {},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+    ],
 )
 def test_the_state_dict_of_peft_s_layers_is_read(directory, tmp_path, lora):
     """As the trainer of sentence-transformers resumes, from a model that transformers has made of the folder."""

@@ -188,16 +188,19 @@ FUNCTIONS = list(functions(random_problem(M, N, K, R)))
 
 
 @pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("x_alone", [False, True])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_forward_mode_derivatives(name, grad):
+def test_forward_mode_derivatives(name, x_alone, grad):
     """Of a call that has been seen to be usual, too; and of gradients, along dy."""
     p = random_problem(M, N, K, R)
     (f, composition), at = functions(p)[name], leaves(p)
-    along = tuple(torch.randn_like(t) for t in at)
+    along = tuple(torch.zeros_like(t) if n and x_alone else torch.randn_like(t) for n, t in enumerate(at))
     with torch.set_grad_enabled(grad):
         f(*at)
         with forward_ad.dual_level():
-            tangent = forward_ad.unpack_dual(f(*map(forward_ad.make_dual, at, along))).tangent
+            x, *factors = at if x_alone else map(forward_ad.make_dual, at, along)
+            x = forward_ad.make_dual(at[0], along[0]) if x_alone else x
+            tangent = forward_ad.unpack_dual(f(x, *factors)).tangent
     plain = tuple(t.detach() for t in at)
     torch.testing.assert_close(tangent.detach(), torch.func.jvp(composition, plain, along)[1], rtol=1e-4, atol=1e-3)
     if grad:
@@ -207,6 +210,44 @@ def test_forward_mode_derivatives(name, grad):
             found = [forward_ad.unpack_dual(each).tangent for each in grads]
         want = torch.autograd.grad(composition(*at), at, ddy)
         torch.testing.assert_close(found, list(want), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_forward_mode_derivatives_of_half_precision(dtype):
+    p = random_problem(M, N, K, R)
+    at = [t.to(dtype) for t in (p.x, p.weight, p.lora_A, p.lora_B)]
+    with torch.no_grad(), forward_ad.dual_level():
+        x = forward_ad.make_dual(at[0], torch.ones_like(at[0]))
+        tangent = forward_ad.unpack_dual(lora_linear(x, *at[1:], p.scaling)).tangent
+    want = lora_linear(torch.ones(M, K), *[t.float() for t in at[1:]], p.scaling)
+    torch.testing.assert_close(tangent.float(), want, rtol=3e-2, atol=3e-2 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_derivatives_of_a_compiled_call(grad):
+    p = random_problem(M, N, K, R)
+    compiled = torch.compile(lambda x: call(p, x, p.lora_A, p.lora_B), backend="aot_eager")
+    along = torch.randn(M, K)
+    with torch.set_grad_enabled(grad):
+        compiled(p.x)
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(compiled(forward_ad.make_dual(p.x, along))).tangent
+    want = torch.func.jvp(lambda x: composed(p, x, p.lora_A, p.lora_B), (p.x,), (along,))[1]
+    torch.testing.assert_close(tangent, want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["x_lora", "h_in", "gate", "out_scale", "grad_row_scale"])
+def test_optional_zeros_that_have_no_memory(name):
+    p = random_problem(M, N, K, R)
+    shape = {"x_lora": (M, K), "h_in": (M, R), "gate": (M, 1)}.get(name, (N,))
+    ys, zeros = [], torch._efficientzerotensor(shape)
+    for t in (torch.zeros(shape), zeros):
+        try:
+            ys.append(call(p, p.x, p.lora_A, p.lora_B, **{name: t}))
+        except ValueError as error:
+            assert name == "grad_row_scale" and t is zeros and "grad_row_scale must be None under" in str(error)
+            return
+    torch.testing.assert_close(*ys)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -109,7 +109,7 @@ def test_dora_follows_values_that_are_put_in_place(name):
     torch.testing.assert_close(twin(x).logits, stock(x).logits)
 
 
-def test_forget():
+def test_forget_norms():
     """After a write that nothing shows."""
     stock = peft_model(use_dora=True).eval()
     twin, x = fused_twin(stock), torch.arange(5)[None]
@@ -119,7 +119,7 @@ def test_forget():
             if ".lora_B." in key:
                 parameter.data[1].mul_(50.0)
     assert not torch.allclose(twin(x).logits, stock(x).logits)
-    fused_lora.peft.forget(twin)
+    fused_lora.peft.forget_norms(twin)
     torch.testing.assert_close(twin(x).logits, stock(x).logits)
     assert not torch.allclose(twin(x).logits, before)
 

@@ -68,9 +68,20 @@ def test_layouts_that_the_op_refuses_are_peft_s_matter(calls, layout, use_dora):
             return str(error)
         return y.unbind()[0] if layout == "nested" else y.to_dense() if layout == "mkldnn" else y
 
-    want = outcome(stock)
-    assert outcome(twin) == want if isinstance(want, str) else torch.equal(outcome(twin), want)
+    for autocasts in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+            want, got = outcome(stock), outcome(twin)
+        assert got == want if isinstance(want, str) else torch.equal(got, want)
     assert not calls
+
+
+def test_a_jagged_x_is_fused(calls):
+    stock = peft_layer()
+    twin = copy.deepcopy(stock)
+    fuse(twin)
+    x = torch.nested.nested_tensor([torch.randn(2, K), torch.randn(3, K)], layout=torch.jagged)
+    torch.testing.assert_close(twin(x).values(), stock(x).values())
+    assert [call["op"] for call in calls] == ["lora_linear"]
 
 
 def test_a_sparse_base_weight_is_peft_s_matter(calls):
@@ -89,20 +100,24 @@ def test_a_forward_that_only_moves_x_is_no_other(calls):
     """ms-swift gives one to every A and B."""
 
     def keep_device_forward(self, x):
-        return type(self).forward(self, x.to(self.weight.device))
+        return self.forward_origin(x.to(self.weight.device))
 
     keep_device_forward.__module__ = "swift.tuners.peft"
     stock = peft_layer()
     twin = copy.deepcopy(stock)
     layer = layer_of(twin)
     for module in (layer.lora_A["default"], layer.lora_B["default"]):
-        module.forward = MethodType(keep_device_forward, module)
+        module.forward_origin, module.forward = module.forward, MethodType(keep_device_forward, module)
     fuse(twin, strict=True)
     x = torch.randn(3, K)
     torch.testing.assert_close(twin(x), stock(x))
     assert [call["op"] for call in calls] == ["lora_linear"]
-    layer.lora_A["default"].register_forward_hook(lambda module, given, y: None)
+    module = layer.lora_A["default"]
+    hook = module.register_forward_hook(lambda module, given, y: None)
     twin(x)
+    hook.remove()
+    plain, module.forward_origin = module.forward_origin, lambda x: 2 * plain(x)
+    assert not torch.equal(twin(x), stock(x))
     assert len(calls) == 1
 
 

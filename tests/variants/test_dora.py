@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_lora import LoRALinear, lora_linear
 from fused_lora.backends import cpu_norm, pick
+from fused_lora.ops.internals import marks
 from fused_lora.ops.reference import Variant
 from fused_lora.ops.schema import request_of
 from fused_lora.variants import dora
@@ -307,6 +308,33 @@ WRITES = {
     "to and fro": lambda layer: layer.to(torch.bfloat16).to(torch.float64),
     "the scaling": lambda layer: layer.set_hyperparameters("default", R * S * 3, 0.0, False),
 }
+
+
+def test_memory_that_is_gone_is_not_read():
+    t = torch.ones(64)
+    before = marks(t)
+    t.untyped_storage().resize_(0)
+    assert marks(t) != before
+
+
+@pytest.mark.parametrize("at", [0, 333, 666, 999])
+def test_a_word_of_four_tells(at):
+    t = torch.zeros(1000, dtype=torch.float64)
+    before = marks(t)
+    t.data[at] = 1.0
+    assert marks(t) != before
+
+
+def test_exact_norms_twice_differentiated_by_torch_func():
+    layer, x = trained(dora_exact=True), inputs(3)
+    A = layer.lora_A["default"].detach()
+
+    def loss(A):
+        return torch.func.functional_call(layer, {"lora_A.default": A}, (x,)).square().sum()
+
+    factors = [t.detach() for t in layer.own_tensors("default")[1:]]
+    want = torch.func.hessian(lambda A: formula(layer, x, (A, *factors), exact=True).square().sum())(A)
+    torch.testing.assert_close(torch.func.hessian(loss)(A), want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("how", WRITES)

@@ -29,8 +29,9 @@ def adapter_directory(
         raise FileNotFoundError(2, words, str(source)) from None
     files = [(Path(inside) / name).as_posix() for name in (CONFIG_NAME, WEIGHTS_NAME)]
     try:
-        where: dict = dict(revision=revision, local_files_only=local_files_only)
-        folder = snapshot_download(str(source), allow_patterns=files, **where)
+        folder = snapshot_download(
+            str(source), revision=revision, allow_patterns=files, local_files_only=local_files_only
+        )
     except (OSError, ValueError) as error:  # not found, gated, offline, no such revision
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(

@@ -12,14 +12,7 @@ from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.starts import check_start, start
 from fused_lora.adapters.untrained import watch
 from fused_lora.adapters.weight_readers import call_all_layers
-from fused_lora.adapters.wrappers import (
-    check_no_peft,
-    check_not_diffusers,
-    check_open,
-    is_replicated,
-    reshard,
-    unwrapped,
-)
+from fused_lora.adapters.wrappers import check_no_peft, check_open, is_replicated, reshard, unwrapped
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, lora_layer
 from fused_lora.nn.adapter_tensors import set_trainable
@@ -200,7 +193,6 @@ def check_may_train(model: nn.Module, names: list[str]) -> None:
 def check_addable(model: nn.Module) -> None:
     """Raises ValueError if no new adapter can be put on the model now."""
     check_no_peft(model)
-    check_not_diffusers(model)
     check_open(model)
     check_not_merged(model, "an adapter is added")
     check_not_mixed(model, "adding an adapter")

@@ -51,6 +51,7 @@ def make_plan(model: nn.Module, config: LoraConfig, strict: bool) -> Plan:
     if not linears and not parameters:
         raise _found_nothing(config, places)
     _check_saved(saved, [*linears, *parameters])
+    _check_not_diffusers(unwrapped(model), [*linears, *parameters])
     _check_tying(config, linears, saved, places)
     if strict:
         _check_all_used(config, linears, saved.modules, parameters, places)
@@ -118,6 +119,20 @@ def _found_nothing(config: LoraConfig, places: list[Place]) -> ValueError:
         "target_modules must be a list of names, or, being a string, a regular expression for the whole name of linear "
         f"layers, which end in {sorted(known)}; got {targets!r}, which finds none"
     )
+
+
+def _check_not_diffusers(root: nn.Module, targets: list[str]) -> None:
+    """Raises ValueError for a target in a model of diffusers, whose `scale` of a call, `disable_lora` and the like find
+    PEFT's layers and would pass by ours without a word."""
+    for name, module in root.named_modules():
+        if any(kind.__module__ == "diffusers.loaders.peft" for kind in type(module).__mro__):
+            inside = [target for target in targets if target.startswith(f"{name}." if name else "")]
+            if inside:
+                raise ValueError(
+                    "target_modules must leave out models of diffusers, which scales and switches the layers of PEFT "
+                    "alone: model.add_adapter(config), then fused_lora.peft.fuse(model); got "
+                    f"{inside[0]} in a {type(module).__name__}"
+                )
 
 
 def _check_saved(saved: Saved, adapted: list[str]) -> None:

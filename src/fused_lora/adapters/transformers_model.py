@@ -100,21 +100,19 @@ class AdaptedModel(nn.Module):
 
     def load_adapter(
         self,
-        peft_model_id=None,
+        peft_model_id,
         adapter_name: str | None = None,
         *,
         is_trainable: bool = True,
         hotswap: bool | str = "auto",
         low_cpu_mem_usage: bool = False,
-        peft_config=None,
-        adapter_state_dict=None,
         **where,
     ) -> None:
         """`fused_lora.load_adapter` under a new name, or with `hotswap` under one that is there. The adapter trains if
         `is_trainable`; loading takes little memory in any case."""
+        if hotswap not in (True, False, "auto"):
+            raise ValueError(f"hotswap must be True, False or 'auto'; got {hotswap!r}")
         name = adapter_name or "default"
-        if peft_model_id is None or not (peft_config is adapter_state_dict is None):
-            raise ValueError("load_adapter needs peft_model_id, a folder or hub id, alone; got tensors or nothing")
         if (name in adapter_names(self)) is not (hotswap is True):
             rule = "an adapter's with hotswap=True, else new"
             raise ValueError(f"adapter_name must be {rule}; got {name!r} beside {adapter_names(self)}, {hotswap=}")

@@ -116,17 +116,6 @@ def check_no_peft(model: nn.Module) -> None:
             )
 
 
-def check_not_diffusers(model: nn.Module) -> None:
-    """Raises ValueError if the model or a module in it is diffusers', whose `scale` of a call, `disable_lora` and the
-    like find PEFT's layers and would pass by ours without a word."""
-    for module in model.modules():
-        if any(kind.__module__ == "diffusers.loaders.peft" for kind in type(module).__mro__):
-            raise ValueError(
-                "model must be none of diffusers, which scales and switches the layers of PEFT alone: "
-                f"model.add_adapter(config), then fused_lora.peft.fuse(model); got a {type(module).__name__}"
-            )
-
-
 def reshard(model: nn.Module) -> None:
     """Have FSDP2 put the parameters that it trains in place of the copies that it computes with."""
     for module in _of_fsdp(model, "FSDPModule"):

@@ -10,7 +10,7 @@ from fused_lora.bases.base import Base, of
 from fused_lora.ops import reference
 from fused_lora.ops.autograd import matrix, needs_plain_operators
 from fused_lora.ops.checks import fault
-from fused_lora.ops.internals import reshaped, wants_operators, without_autocast
+from fused_lora.ops.internals import forward_ad_active, reshaped, wants_operators, without_autocast
 from fused_lora.ops.linear import draw_seed, lora_linear, tensor_scaling
 from fused_lora.ops.reference import PLAIN, Gradients, backward_again
 from fused_lora.ops.update import lora_update
@@ -67,7 +67,9 @@ def _dense_serves(base: Base, x: Tensor) -> bool:
     """Whether the dense view serves a call."""
     if is_dynamo_compiling() or not base.untouched():
         return False
-    return (torch.is_grad_enabled() and x.requires_grad) or not base.product_serves(x.numel() // max(x.shape[-1], 1))
+    if forward_ad_active() or (torch.is_grad_enabled() and x.requires_grad):
+        return True
+    return not base.product_serves(x.numel() // max(x.shape[-1], 1))
 
 
 def _over_dense(base: Base, x, lora_A, lora_B, scaling, dropout_p) -> Any:
@@ -115,7 +117,7 @@ def _gradients(ctx: Any, dy: Tensor, needs: Gradients) -> Gradients:
     settings = scaling, dropout_p, seed
     if torch.is_grad_enabled():  # create_graph=True
         return backward_again(dy, None, x, base.dense(dy.dtype), lora_A, lora_B, *settings, needs)
-    if wants_operators(dy):  # plain operators, which PyTorch can batch
+    if wants_operators(dy):
         return reference.backward(dy, None, x, base.dense(dy.dtype), lora_A, lora_B, h, None, None, *settings, needs)
     if needs.x:
         given = dy, None, x, base.dense(dy.dtype), lora_A, lora_B, h, None, None, *settings, *PLAIN

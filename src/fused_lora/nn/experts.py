@@ -111,7 +111,7 @@ class LoRAParameter(LoRALayer):
             return routed(self.module, updates, *args)
         if not self._acts():
             return self.base_layer(*args, **kwargs)
-        if is_split(self.weight):
+        if is_split(self.weight):  # also where it is gathered, or so small that it stays
             raise ValueError(
                 "target_parameters must leave out what ZeRO-3 splits, but for experts of transformers: it gathers the "
                 f"parameter, not what stands for it in a forward; got {self.parameter_name}"

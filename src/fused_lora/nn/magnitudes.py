@@ -12,6 +12,7 @@ from fused_lora.deepspeed_zero import gathered
 from fused_lora.layer_config import LayerConfig
 from fused_lora.nn.by_name import Summand
 from fused_lora.nn.layer import LoRALayer
+from fused_lora.nn.merged_weight import COMPUTED
 from fused_lora.variants.dora import DoRA
 
 
@@ -25,8 +26,7 @@ def check_called(base: nn.Module, config: LayerConfig) -> None:
         )
     weight = getattr(base, "weight", None)
     plain = type(weight) is nn.Parameter
-    if type(weight) is Tensor:
-        kind += " whose weight is computed (by a parametrization, weight_norm or pruning)"
+    kind += f" whose weight is {COMPUTED}" if type(weight) is Tensor else ""
     if config.use_dora and not (plain or quantised(base)):
         raise ValueError(f"use_dora needs a weight that can be read or dequantised; got a {kind}")
     if config.dora_exact and not plain:

@@ -10,13 +10,14 @@ from fused_lora.bases import Base
 from fused_lora.deepspeed_zero import is_split
 from fused_lora.nn.base_linear import check_weight
 
+COMPUTED = "computed (by a parametrization, weight_norm or pruning)"  # what is no Parameter
+
 
 def check_values(what: str, t: Tensor) -> None:
     """Raises ValueError unless a tensor is plain memory that is here."""
     if type(t) is not nn.Parameter or t.is_meta or is_split(t):
         kind = f"{type(t).__module__}.{type(t).__qualname__}"
-        if type(t) is Tensor:
-            kind = "one that is computed (by a parametrization, weight_norm or pruning)"
+        kind = f"one that is {COMPUTED}" if type(t) is Tensor else kind
         got = "one on the meta device" if t.is_meta else "one that ZeRO-3 has split" if is_split(t) else kind
         raise ValueError(f"{what} must be a plain Parameter with values to be merged; got {got}")
 

@@ -10,6 +10,7 @@ from fused_lora.ops import reference, schema  # schema registers torch.ops.fused
 from fused_lora.ops.internals import (
     PLAIN_TENSORS,
     dispatch_modes_active,
+    forward_ad_active,
     function_apply,
     is_tracing,
     reshaped,
@@ -96,9 +97,7 @@ class LoRALinearFunction(torch.autograd.Function):
         given = (*factors, h, y, bias, scaling, dropout_p, seed)
         if torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
             grads = backward_again(dy, dh, *factors, scaling, dropout_p, seed, needs, Variant(*variant))
-        elif wants_operators(dy) or (
-            dh is not None and wants_operators(dh)
-        ):  # plain operators, which PyTorch can batch
+        elif wants_operators(dy, dh):
             grads = reference.backward(dy, dh, *given, needs, Variant(*variant))
         else:
             run = schema.backward if _unheard(dy, dh, *factors, *variant) else torch.ops.fused_lora.backward
@@ -149,6 +148,8 @@ def needs_plain_operators(*tensors: Tensor) -> bool:
     """Whether the caller must see PyTorch's own operators: torch.export (and with it ONNX), whose programs run without
     this library, torch.func transforms and vmap, forward-mode derivatives, torch.jit.trace, and tensor subclasses that
     are made of other tensors (DTensor, jagged, quantised), whose rules know those only."""
-    if is_exporting() or any(hasattr(type(t), "__tensor_flatten__") for t in tensors if type(t) not in PLAIN_TENSORS):
+    if is_exporting() or forward_ad_active():
         return True
-    return not is_dynamo_compiling() and (transforms_active() or is_tracing() or any(map(wants_operators, tensors)))
+    if any(hasattr(type(t), "__tensor_flatten__") for t in tensors if type(t) not in PLAIN_TENSORS):
+        return True
+    return not is_dynamo_compiling() and (transforms_active() or is_tracing() or wants_operators(*tensors))

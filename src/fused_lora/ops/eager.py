@@ -43,7 +43,7 @@ def unusual_backward(given, needs: Gradients, variant: Variant, serving: Serving
     dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed = given
     if torch.is_grad_enabled():  # create_graph=True
         return backward_again(dy, dh, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs, variant)
-    if wants_operators(dy) or (dh is not None and wants_operators(dh)):  # plain operators, which PyTorch can batch
+    if wants_operators(dy, dh):
         factors = x, weight, lora_A, lora_B
         return reference.backward(dy, dh, *factors, h, y, bias, scaling, dropout_p, seed, needs, variant)
     if dispatch_modes_active():  # who came up after the forward sees its backward, too

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.backends import cpu_product
-from fused_lora.ops.internals import after_import, without_autocast
+from fused_lora.ops.after_import import after_import
+from fused_lora.ops.internals import without_autocast
 
 _lib = torch.library.Library("fused_lora", "FRAGMENT")
 _lib.define(

@@ -203,7 +203,7 @@ def gradients(saved: Sequence[Any], settings: Any, dy: Tensor, needs: list[bool]
     x, lora_A, lora_B = None if x is None else matrix(x), factors[:split], factors[split:]
     if torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
         return _backward_again(dy, x, lora_A, lora_B, scaling, offsets, rows, ps, seed, needs)
-    if wants_operators(dy):  # plain operators, which PyTorch can batch
+    if wants_operators(dy):
         with torch.enable_grad():
             return _backward_again(dy, x, lora_A, lora_B, scaling, offsets, rows, ps, seed, needs)
     given = dy, x, lora_A, lora_B, h, scaling, offsets, rows, ps, seed, needs

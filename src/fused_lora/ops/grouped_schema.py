@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from fused_lora.backends import GROUPED, Request, bucket, pick
+from fused_lora.ops.after_import import after_import
 from fused_lora.ops.checks import segments_fault
 from fused_lora.ops.grouped_reference import largest_rank, positions
-from fused_lora.ops.internals import after_import, without_autocast
+from fused_lora.ops.internals import without_autocast
 
 _GIVEN = "Tensor[] lora_A, Tensor[] lora_B"
 _SEGMENTS = "Tensor scaling, Tensor offsets, Tensor? rows, float[] dropout_p, Tensor? seed"

@@ -5,11 +5,8 @@ call, for a PyTorch in which one of these names has changed its meaning. A name 
 This module imports nothing of ours, so that back ends and layers may use it, too.
 """
 
-import importlib.abc
-import importlib.util
 import operator
 import os
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import c_int64
@@ -68,9 +65,12 @@ dispatch_modes_active = _private("_C._len_torch_dispatch_stack") or _maybe
 _functorch_active = _private("_C._are_functorch_transforms_active") or (lambda: False)
 
 
+_probe = torch.zeros(1)
+
+
 def _asked_forward_ad_active() -> bool:
     try:
-        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+        forward_ad.make_dual(_probe, _probe)
     except RuntimeError:  # there is no level
         return False
     return True
@@ -152,7 +152,7 @@ _word = c_int64.from_address
 
 def marks(*tensors: Tensor) -> tuple | None:
     """What differs once one of these tensors is another one, lies elsewhere, or was written in place as autograd counts
-    it or, on the CPU, past its count from end to end; None where PyTorch does not count, as in inference mode. Who
+    it or, as `_sample` sees it, past its count; None where PyTorch does not count, as in inference mode. Who
     compares marks must hold the tensors, whose ids others would get."""
     if not _ALLOWED:
         return None
@@ -163,37 +163,36 @@ def marks(*tensors: Tensor) -> tuple | None:
 
 
 def _sample(t: Tensor) -> tuple[int, ...] | None:
-    """Four words of t's memory, the first and the last among them: who writes all of `t.data` changes them. None where
-    there are none to read."""
-    size = t.nbytes
-    if type(t) not in PLAIN_TENSORS or size < 32 or not t.is_cpu or not t.is_contiguous():
+    """Four words of t's memory, the first and the last among them, of which whoever writes all of `t.data` changes one,
+    as a rule; None where there are none to read. Nobody may free the memory meanwhile."""
+    if type(t) not in PLAIN_TENSORS or not t.is_cpu or not t.is_contiguous():
         return None
-    memory, start = t.untyped_storage(), t.storage_offset() * t.itemsize  # held while it is read
-    at, step = memory.data_ptr(), (size - 8) // 24 * 8
-    if not at or memory.nbytes() < start + size:  # a sharded tensor's, which is freed meanwhile
+    memory, size, start = t.untyped_storage(), int(t.nbytes), int(t.storage_offset()) * t.itemsize
+    at = memory.data_ptr()
+    if size < 32 or not at or memory.nbytes() < start + size:  # of a sharded tensor, while it is freed
         return None
-    at += start
+    at, step = at + start, (size - 8) // 24 * 8
     return _word(at).value, _word(at + step).value, _word(at + 2 * step).value, _word(at + size - 8).value
 
 
-_is_legacy_batched = _private("_C._functorch.is_legacy_batchedtensor")
-
-
-def wants_operators(t: Tensor) -> bool:
-    """Whether PyTorch must compute with t, which has no memory of its own, or not all that counts in it: it stands for
-    one element of a batch, as torch.autograd.grad(is_grads_batched=True) makes them, or for zeros, or forward-mode
-    derivatives are at work."""
+def wants_operators(*tensors: Tensor | None) -> bool:
+    """Whether PyTorch must compute with one of these, which has no memory of its own, or not all that counts in it: it
+    stands for an element of a batch, as torch.autograd.grad(is_grads_batched=True) makes them, or for zeros, or
+    forward-mode derivatives are at work."""
     if is_dynamo_compiling():
         return False
-    if forward_ad_active() or t._is_zerotensor():
-        return True
-    if _is_legacy_batched is not None:
-        return _is_legacy_batched(t)
+    return forward_ad_active() or any(t is not None and (t._is_zerotensor() or _is_batched(t)) for t in tensors)
+
+
+def _tried_is_batched(t: Tensor) -> bool:
     try:
         t.data_ptr()
     except RuntimeError:
         return True
     return False
+
+
+_is_batched = _private("_C._functorch.is_legacy_batchedtensor") or _tried_is_batched
 
 
 def _empty_strided(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -273,35 +272,3 @@ def linear_with_bias(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if fused and x.is_contiguous() and weight.is_contiguous() and x.shape[0] > 0:
         return _bf16_linear(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
-
-
-def after_import(module: str, call: Callable[[], None]) -> None:
-    """Run `call` once the module has been imported: now, or when somebody imports it."""
-    if module in sys.modules:
-        call()
-    else:
-        sys.meta_path.insert(0, _AfterImport(module, call))
-
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds one module as Python does, and runs something after its code."""
-
-    def __init__(self, module: str, call: Callable[[], None]):
-        self.module, self.call = module, call
-
-    def find_spec(self, name, path, target=None):
-        if name != self.module:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)  # by the other finders, of which some may be of this kind
-        if spec is None or spec.loader is None:
-            return spec
-        loader: Any = spec.loader
-        execute = loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            self.call()
-
-        loader.exec_module = exec_module
-        return spec

@@ -104,7 +104,7 @@ def lora_linear(
     if not plain:
         check_variant(x, weight, lora_A, variant)
     dropout_p = dropout_p if training else 0.0
-    if needs_plain_operators(x, weight, lora_A, lora_B):
+    if needs_plain_operators(*[t for t in (x, weight, lora_A, lora_B, bias, *variant) if t is not None]):
         return _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, variant, return_h)
     if return_h:
         variant, scaling = variant._replace(gate=_folded(x, gate, scaling)), 1.0

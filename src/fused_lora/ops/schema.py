@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fused_lora.backends import UPDATE, Request, bucket, pick
-from fused_lora.ops.internals import after_import, without_autocast
+from fused_lora.ops.after_import import after_import
+from fused_lora.ops.internals import without_autocast
 from fused_lora.ops.reference import PLAIN, Gradients, Variant
 
 _VARIANT = "Tensor? x_lora, Tensor? h_in, Tensor? gate, Tensor? out_scale, Tensor? grad_row_scale"

@@ -124,7 +124,7 @@ def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
     if torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
         return update_backward_again(dy, x, lora_A, lora_B, scaling, dropout_p, seed, needs)
     given = dy, x, lora_A, lora_B, h, scaling, dropout_p, seed
-    if wants_operators(dy):  # plain operators, which PyTorch can batch
+    if wants_operators(dy):
         grads = update_backward(*given, Gradients(x=needs[0], lora_A=needs[1], lora_B=needs[2]))
         return [grads.x, grads.lora_A, grads.lora_B]
     found = iter(torch.ops.fused_lora.update_backward(*given, needs, backend))

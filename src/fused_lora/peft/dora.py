@@ -17,11 +17,12 @@ from fused_lora.variants.dora import RowNorm, out_scale, row_norm, row_squares, 
 _norms: WeakKeyDictionary[nn.Module, RowNorm] = WeakKeyDictionary()  # by PEFT's DoraLinearLayer
 
 
-def forget(model: nn.Module) -> None:
+def forget_norms(model: nn.Module) -> None:
     """Compute the norms of DoRA's layers anew in the next forward.
 
     They are kept until a parameter is seen to be written, in place or by an optimizer; what is written through
-    `parameter.data` is seen on the CPU where it is a whole tensor. After any other such write call this.
+    `parameter.data` is seen on the CPU as a rule, where it is the whole of a plain tensor. After any other such write
+    call this.
 
     Args:
         model: a PEFT model, any part of one, or a model that holds one.

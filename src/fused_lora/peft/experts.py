@@ -7,9 +7,7 @@ from torch import Tensor, nn
 
 from fused_lora.nn.expert_layouts import stacked
 from fused_lora.nn.routed import ExpertUpdate, routed, unrouted
-from fused_lora.ops.internals import bare
-
-_PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
+from fused_lora.ops.internals import PLAIN_TENSORS, bare
 
 
 class ParamWrapper(PeftParamWrapper):
@@ -56,6 +54,6 @@ def _update(wrapper: Any, name: str) -> ExpertUpdate | str:
     if any(type(module) is not nn.Linear or not bare(module) for module in modules):
         return f"adapter {name!r} has hooks or layers of its own"
     lora_A, lora_B = (module.weight for module in modules)
-    if {type(lora_A), type(lora_B)} - _PLAIN_TENSORS or lora_A.dtype is not lora_B.dtype:
+    if {type(lora_A), type(lora_B)} - PLAIN_TENSORS or lora_A.dtype is not lora_B.dtype:
         return f"adapter {name!r} holds no plain tensors of one dtype"
     return ExpertUpdate(*stacked(lora_A, lora_B, wrapper.r[name]), wrapper.scaling[name])

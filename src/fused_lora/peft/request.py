@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fused_lora.deepspeed_zero import hooks_are_zero_s, is_absent
-from fused_lora.ops.internals import any_autocast_enabled, any_module_hook, autocasts, unhooked
+from fused_lora.ops.internals import PLAIN_TENSORS, any_autocast_enabled, any_module_hook, autocasts, unhooked
 from fused_lora.ops.update import joined
 
-_PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 
 
@@ -73,7 +72,7 @@ def readable_base(layer: Any) -> Base | str:
     if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
         return f"its base layer is a {_class(base)}"
     weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
-    if weight is None or not _plain(weight):
+    if weight is None or not _plain(weight) or weight.layout is not torch.strided:
         return f"its base weight is {_kind(weight)}"
     if bias is not None and not _plain(bias):
         return f"its base bias is {_kind(bias)}"
@@ -93,10 +92,8 @@ def linear_fits(x: Tensor, base: Base, update: Update) -> bool:
 
 
 def update_fits(x: Tensor, update: Update) -> bool:
-    """Whether `lora_update` computes with these dtypes, on one device, what PEFT does."""
+    """Whether `lora_update` computes with these dtypes what PEFT does."""
     adapter = update.lora_A.dtype
-    if x.device != update.lora_A.device:
-        return False
     if adapter is x.dtype or (adapter is torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
         return x.dtype in _DTYPES and _dense(x)
     return any_autocast_enabled() and autocasts(x) and _dense(x) and _castable(*update[:2])
@@ -135,16 +132,18 @@ def _tensor(module: Any, name: str) -> Tensor | None:
 
 def _plain(t: Any) -> bool:
     """Whether the op takes what holds a parameter's values."""
-    return type(t) in _PLAIN_TENSORS and t.layout is torch.strided and not is_absent(t)
+    return type(t) in PLAIN_TENSORS and not is_absent(t)
 
 
 def _bare(module: Any) -> bool:
     """Whether calling the module would run its class's forward and nothing else, but for what reading a tensor does."""
-    forward = module.__dict__.get("forward")
-    if forward is None:
+    own = module.__dict__
+    if "forward" not in own:
         return unhooked(module) or hooks_are_zero_s(module)
-    function = getattr(forward, "__func__", None)  # ms-swift's moves x to the weight's device, and calls the class's
-    return getattr(function, "__module__", "") == "swift.tuners.peft" and unhooked(module)
+    # ms-swift gives A and B one that moves x to the weight's device and calls what was their forward
+    moves, forward = getattr(own["forward"], "__func__", None), own.get("forward_origin")
+    known = getattr(moves, "__module__", "") == "swift.tuners.peft" and own["forward"].__self__ is module
+    return known and getattr(forward, "__func__", None) is type(module).forward and unhooked(module)
 
 
 def adapter_update(layer: Any, name: str) -> Update | str:
@@ -202,9 +201,9 @@ def _joined(updates: list[Update]) -> Update | str:
 
 
 def _kind(t: Any) -> str:
-    if type(t) in _PLAIN_TENSORS and t.layout is not torch.strided:
+    if type(t) in PLAIN_TENSORS and t.layout is not torch.strided:
         return f"a tensor in layout {t.layout}"
-    if type(t) in _PLAIN_TENSORS:
+    if type(t) in PLAIN_TENSORS:
         return f"a {type(t).__name__} in pieces, until ZeRO-3 gathers them for a forward"
     gathered = ", until FSDP2 gathers it for a forward" if type(t).__name__ == "DTensor" else ""
     return f"a {type(t).__name__}, no plain tensor{gathered}"

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from fused_lora.backends import cpu_norm
 from fused_lora.ops.autograd import plain_eager
-from fused_lora.ops.internals import forward_ad_active, without_autocast
+from fused_lora.ops.internals import forward_ad_active, transforms_active, without_autocast
 from fused_lora.variants import Update
 from fused_lora.variants.once import OncePerStep
 
@@ -27,8 +26,6 @@ Norms = tuple[Tensor, Tensor | None]  # n and empty of `row_norm`
 class _Times(torch.autograd.Function):
     """A Wt [R, N] in fp32 at least, of A [R, K] and a frozen W [N, K] in any dtype; no copy of W outlives a block of
     rows."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, lora_A: Tensor) -> Tensor:
@@ -44,14 +41,9 @@ class _Times(torch.autograd.Function):
         weight, lora_A = ctx.saved_tensors
         total, start = torch.zeros_like(lora_A), 0
         for block in _blocks(weight, lora_A.dtype):
-            total.addmm_(d[:, start : start + len(block)], block.to(lora_A.dtype))
+            total = total.addmm(d[:, start : start + len(block)], block.to(lora_A.dtype))
             start += len(block)
         return None, total
-
-
-def _forward_mode() -> bool:
-    """Whether forward-mode derivatives are at work, which know operators, and no Function of ours."""
-    return not is_dynamo_compiling() and forward_ad_active()
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -86,7 +78,7 @@ def row_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor, sc
         A, Bt = lora_A.to(squares.dtype), lora_B.to(squares.dtype).t()
         if isinstance(scaling, Tensor):
             Bt, scaling = Bt * scaling, 1.0
-        times = _Times.apply if torch.is_grad_enabled() and not _forward_mode() else _Times.forward
+        times = _Times.apply if torch.is_grad_enabled() and not transforms_active() else _Times.forward
         inner = torch.addmm(times(weight, A), A @ A.t(), Bt, beta=2.0, alpha=scaling)  # [R, N]
         squared = torch.add(squares, (inner * Bt).sum(0), alpha=scaling)
         if weight.is_cpu and not torch.is_grad_enabled() and plain_eager(weight, lora_A, lora_B):
@@ -134,7 +126,7 @@ class RowNorm:
         """
 
         given = source, weight, lora_A, lora_B, scaling
-        if exact and (torch.is_grad_enabled() or _forward_mode()):
+        if exact and (torch.is_grad_enabled() or forward_ad_active()):
             return row_norm(weight(), self._of_weight(weight, source), lora_A, lora_B, scaling)
         compute = partial(self._compute, given, exact)
         if isinstance(scaling, Tensor):

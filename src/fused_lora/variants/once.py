@@ -29,9 +29,9 @@ class OncePerStep:
     cannot be told: under torch.compile, tracing, torch.func and dispatch modes (selective checkpointing among them), in
     inference mode on tensors made there, while a CUDA graph is captured, whose replays no Python sees, and in processes
     that belong to a group, where FSDP and ZeRO fill parameters past autograd's count. What is written through
-    `parameter.data` outside an optimizer, as averages of weights are, is seen on the CPU where it is a whole tensor;
-    who does so on a GPU, or writes some elements, calls `forget`. The tensors are not kept alive: they may be an
-    offloaded layer's, here for one forward. Copies and pickles start empty.
+    `parameter.data` outside an optimizer, as averages of weights are, is seen on the CPU where it is the whole of a
+    plain, contiguous tensor and changes its first, its last or two other words; else call `forget`. The tensors are not
+    kept alive: they may be an offloaded layer's, here for one forward. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
