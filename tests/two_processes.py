@@ -141,7 +141,7 @@ def whole(t: Tensor) -> Tensor:
     return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach()
 
 
-def steps(model: nn.Module, losses: Callable[[nn.Module], None], lr: float = 0.01) -> dict[str, Tensor]:
+def steps(model: nn.Module, losses: Callable[[nn.Module], None]) -> dict[str, Tensor]:
     """Every gradient of the first of two steps, and every value after the second.
 
     Args:
@@ -149,7 +149,7 @@ def steps(model: nn.Module, losses: Callable[[nn.Module], None], lr: float = 0.0
         losses: runs the model forward and backward.
     """
     parameters = trained(model)
-    optimizer = torch.optim.SGD(parameters.values(), lr=lr, momentum=0.9)
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.01, momentum=0.9)
     found = {}
     for step in range(2):
         losses(model)

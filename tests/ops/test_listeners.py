@@ -263,9 +263,8 @@ def test_zeros_that_have_no_memory(name):
 @pytest.mark.parametrize("layout", ["sparse", "mkldnn", "nested"])
 def test_other_layouts_are_refused_by_name(layout):
     p = random_problem(M, N, K, R)
-    x = {"sparse": p.x.to_sparse, "mkldnn": p.x.to_mkldnn, "nested": lambda: torch.nested.nested_tensor([p.x])}[
-        layout
-    ]()
+    makes = {"sparse": p.x.to_sparse, "mkldnn": p.x.to_mkldnn, "nested": lambda: torch.nested.nested_tensor([p.x])}
+    x = makes[layout]()
     with pytest.raises(ValueError, match="x must be a dense tensor"):
         call(p, x, p.lora_A, p.lora_B)
 

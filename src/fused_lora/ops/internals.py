@@ -80,8 +80,8 @@ def _told_forward_ad_active() -> bool:
     return forward_ad._current_level >= 0
 
 
-# Whether forward-mode derivatives (torch.autograd.forward_ad.dual_level) are at work.
 _has_level = _private("autograd.forward_ad._current_level") is not None
+# Whether forward-mode derivatives (torch.autograd.forward_ad.dual_level) are at work.
 forward_ad_active = _told_forward_ad_active if _has_level else _asked_forward_ad_active
 
 
