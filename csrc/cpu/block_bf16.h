@@ -116,14 +116,14 @@ class BlockBf16 {
   // src[rows, cols (row stride ld)], 0 where it is not kept: as it lies where that serves, else a copy.
   Panel panel(const void* src, int64_t ld, Keep keep, int64_t rows, int64_t cols) {
     const auto* from = static_cast<const uint16_t*>(src);
-    if (!keep.bits && rows % kStrip == 0 && cols % kColumns == 0) return {from, ld};
+    if (!keep.bits && rows % 2 == 0 && cols % kColumns == 0) return {from, ld};
     copy_panel(from, ld, keep.bits, keep.ld, panel_, rows, cols);
     return {panel_, kPanel};
   }
 
   // low += left down[n : n + cols].
   void shrink(Panel left, const Factor& down, int64_t n, int64_t rows, int64_t cols) {
-    shrink_bf16(left.data, left.ld, down.data() + n / 2 * Rp_, low, round_up(rows, kStrip), (cols + 1) / 2, Rp_);
+    shrink_bf16(left.data, left.ld, down.data() + n / 2 * Rp_, low, rows, (cols + 1) / 2, Rp_);
   }
 
   // Ranks and rows of the padding become zero: an Inf beside its zeros has made them NaN.
@@ -159,11 +159,11 @@ class BlockBf16 {
     std::fill_n(rounded_ + rows * Rp_, (round_up(rows, kStrip) - rows) * Rp_, uint16_t{0});
     gather_by_low(rows);
   }
-  void gather_by_low(int64_t rows) { pair_rows(rounded_, pairs_, round_up(rows, kStrip) / 2, Rp_); }
+  void gather_by_low(int64_t rows) { pair_rows(rounded_, pairs_, (rows + 1) / 2, Rp_); }
 
   // slab[Rp, n : n + cols (row stride width)] += right^T left.
   void wgrad(Panel left, float* slab, int64_t width, int64_t n, int64_t rows, int64_t cols) {
-    wgrad_bf16(left.data, left.ld, pairs_, slab + n, width, round_up(rows, kStrip) / 2, cols, Rp_);
+    wgrad_bf16(left.data, left.ld, pairs_, slab + n, width, (rows + 1) / 2, cols, Rp_);
   }
 
   void column_sums(Panel left, float* out, int64_t rows, int64_t cols) {

@@ -76,15 +76,14 @@ class BlockFp32 {
 
   // src[rows, cols (row stride ld)] (* keep): as it lies where that serves, else a copy.
   Panel panel(const void* src, int64_t ld, Keep keep, int64_t rows, int64_t cols) {
-    if (dtype_ == Dtype::f32 && !keep && rows % kStrip == 0 && cols % kLanes == 0)
-      return {static_cast<const float*>(src), ld};
+    if (dtype_ == Dtype::f32 && !keep && cols % kLanes == 0) return {static_cast<const float*>(src), ld};
     load_panel(src, dtype_, ld, keep, panel_, rows, cols);
     return {panel_, kPanel};
   }
 
   // low += left down[n : n + cols].
   void shrink(Panel left, const Factor& down, int64_t n, int64_t rows, int64_t cols) {
-    cpu::shrink(left.data, left.ld, down.data() + n * Rp_, low, round_up(rows, kStrip), cols, Rp_);
+    cpu::shrink(left.data, left.ld, down.data() + n * Rp_, low, rows, cols, Rp_);
   }
 
   void scale_low(float factor, int64_t rows) {
@@ -98,18 +97,15 @@ class BlockFp32 {
   // out[rows, cols (row stride ldo)] += low thin[:, n : n + cols] (* keep).
   void expand(const Factor& thin, Keep keep, void* out, int64_t ldo, int64_t n, int64_t rows, int64_t cols) {
     // whole register tiles of columns are updated where they lie
-    const int64_t tiles = dtype_ == Dtype::f32 && !keep ? cols / kColumns * kColumns : 0;
+    const int64_t direct = dtype_ == Dtype::f32 && !keep ? cols / kColumns * kColumns : 0;
     const float* right = thin.data() + n;
-    for (int64_t m = 0; m < rows; m += kStrip) {
-      const int64_t height = std::min<int64_t>(kStrip, rows - m), direct = height == kStrip ? tiles : 0;
-      char* to = at(out, m * ldo, dtype_);
-      if (direct)
-        cpu::expand(low + m * Rp_, right, reinterpret_cast<float*>(to), ldo, direct, R_, Rp_, thin.ld(), true);
-      if (direct == cols) continue;
-      cpu::expand(low + m * Rp_, right + direct, strip_, kPanel, cols - direct, R_, Rp_, thin.ld(), false);
+    if (direct) cpu::expand(low, right, static_cast<float*>(out), ldo, rows, direct, R_, Rp_, thin.ld());
+    for (int64_t m = 0; direct < cols && m < rows; m += kStrip) {
+      const int64_t height = std::min<int64_t>(kStrip, rows - m);
+      expand_strip(low + m * Rp_, right + direct, strip_, height, cols - direct, R_, Rp_, thin.ld());
       for (int64_t i = 0; i < height; ++i)
-        add_row(strip_ + i * kPanel, keep ? keep + (m + i) * kPanel : nullptr, at(to, i * ldo + direct, dtype_), dtype_,
-                cols - direct);
+        add_row(strip_ + i * kPanel, keep ? keep + (m + i) * kPanel : nullptr, at(out, (m + i) * ldo + direct, dtype_),
+                dtype_, cols - direct);
     }
   }
 

@@ -4,21 +4,32 @@
 //
 // Layouts: `out` and `thin` with row strides, `low` contiguous. In bf16, pairs of neighbouring ranks lie side by side
 // in `low` already, those of `thin` in [R / 2, cols].
-// Tiles: 12 rows by 16 columns of sums in registers, in bf16 6 by 32.
+// Tiles: up to 12 rows by 16 columns of sums in registers, in bf16 6 by 32.
 // Numerics: products and sums in fp32, added to `out` in fp32 and rounded once. fp32 sums go to `out` itself, or to a
 // strip in L1 that add_row masks and converts; the bf16 kernel does this in registers.
 #include "bf16_dot.h"
 #include "kernels.h"
-#include "simd.h"
+#include "strips.h"
 
 namespace fused_lora::cpu {
 
-void expand(const float* low, const float* thin, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp,
-            int64_t ldt, bool add) {
+void expand(const float* low, const float* thin, float* out, int64_t ldo, int64_t rows, int64_t cols, int64_t R,
+            int64_t Rp, int64_t ldt) {
   widest([=]() INLINED {
-    const int64_t padded = round_up(cols, 2 * kVec);
-    if (add) product(low, Rp, 1, thin, ldt, R, out, ldo, kStrip, padded);
-    else product<false>(low, Rp, 1, thin, ldt, R, out, ldo, kStrip, padded);
+    for_strips(0, rows, [&](int64_t, int64_t m, auto height) INLINED {
+      for (int64_t n = 0; n < cols; n += 16)
+        strip_tile<decltype(height)::value, 16>(low + m * Rp, Rp, thin + n, ldt, R, out + m * ldo + n, ldo);
+    });
+  });
+}
+
+void expand_strip(const float* low, const float* thin, float* out, int64_t rows, int64_t cols, int64_t R, int64_t Rp,
+                  int64_t ldt) {
+  widest([=]() INLINED {
+    with_height(rows, [&](auto height) INLINED {
+      for (int64_t n = 0; n < cols; n += 16)
+        strip_tile<decltype(height)::value, 16, false>(low, Rp, thin + n, ldt, R, out + n, kPanel);
+    });
   });
 }
 

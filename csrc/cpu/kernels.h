@@ -24,13 +24,16 @@ constexpr int64_t kPanel = 384;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// shrink.cpp     low[rows, Rp] += panel[rows, cols (row stride ld)] down[cols, Rp]; rows a multiple of kStrip.
+// shrink.cpp     low[rows, Rp] += panel[rows, cols (row stride ld)] down[cols, Rp].
 void shrink(const float* panel, int64_t ld, const float* down, float* low, int64_t rows, int64_t cols, int64_t Rp);
 
-// expand.cpp     out[kStrip, cols (row stride ldo)] += (without add =) low[kStrip, Rp] thin[R, cols (row stride ldt)];
-//                cols rounded up to a multiple of 2 * kVec.
-void expand(const float* low, const float* thin, float* out, int64_t ldo, int64_t cols, int64_t R, int64_t Rp,
-            int64_t ldt, bool add);
+// expand.cpp     out[rows, cols (row stride ldo)] += low[rows, Rp] thin[R, cols (row stride ldt)]; cols a multiple of
+//                2 * kVec.
+void expand(const float* low, const float* thin, float* out, int64_t ldo, int64_t rows, int64_t cols, int64_t R,
+            int64_t Rp, int64_t ldt);
+//                out[rows <= kStrip, kPanel] = the same, cols rounded up.
+void expand_strip(const float* low, const float* thin, float* out, int64_t rows, int64_t cols, int64_t R, int64_t Rp,
+                  int64_t ldt);
 
 // wgrad.cpp      out[Rp, cols (row stride ldo)] += low[rows, Rp]^T panel[rows, cols (row stride ld)]; cols rounded up
 //                to a multiple of kLanes.
@@ -40,7 +43,7 @@ void wgrad(const float* panel, int64_t ld, const float* low, float* out, int64_t
 void column_sums(const float* panel, int64_t ld, float* out, int64_t rows, int64_t cols);
 
 // The same for bf16 where features.bf16_dot: pairs along the summed dimension, ranks padded to a multiple of kLanes.
-// low[rows, Rp] += panel[rows, 2 * pairs (row stride ld)] down[pairs, Rp]; rows a multiple of kStrip.
+// low[rows, Rp] += panel[rows, 2 * pairs (row stride ld)] down[pairs, Rp].
 void shrink_bf16(const uint16_t* panel, int64_t ld, const uint32_t* down, float* low, int64_t rows, int64_t pairs,
                  int64_t Rp);
 // out[rows, cols (row stride ldo)] += low[rows rounded up to kStrip, Rp] thin[pairs, cols (row stride ldt)]

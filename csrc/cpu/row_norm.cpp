@@ -217,7 +217,7 @@ Status cpu_row_norm(const CpuRowNormParams& p) {
         work(r, cols);
       }
     };
-    for_B([&](int64_t r, int64_t cols) { shrink(copy, kPanel, gram + r * Rp, low, padded, cols, Rp); });
+    for_B([&](int64_t r, int64_t cols) { shrink(copy, kPanel, gram + r * Rp, low, rows, cols, Rp); });
     for_B([&](int64_t r, int64_t cols) {
       add_products(copy, low + r, Rp, 2.0f * p.scaling, squares, rows, round_up(cols, kVec));
     });

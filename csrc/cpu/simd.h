@@ -90,23 +90,4 @@ INLINE void tile(const float* x, int64_t rs, int64_t cs, const float* p, int64_t
     }
 }
 
-// out[rows, cols] += (or =) X P for X given by its strides: tiles of 16 columns, the last perhaps of 8; rows a
-// multiple of 12.
-template <bool kAdd = true>
-INLINE void product(const float* x, int64_t rs, int64_t cs, const float* p, int64_t ldp, int64_t k, float* out,
-                    int64_t ldo, int64_t rows, int64_t cols) {
-  int64_t n = 0;
-  for (; n + 16 <= cols; n += 16) {
-    if (avx512())
-      for (int64_t m = 0; m < rows; m += 12)
-        tile<12, Vec16, 1, kAdd>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
-    else
-      for (int64_t m = 0; m < rows; m += 6)
-        tile<6, Vec8, 2, kAdd>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
-  }
-  for (; n < cols; n += 8)
-    for (int64_t m = 0; m < rows; m += 6)
-      tile<6, Vec8, 1, kAdd>(x + m * rs, rs, cs, p + n, ldp, k, out + m * ldo + n, ldo);
-}
-
 }  // namespace fused_lora::cpu

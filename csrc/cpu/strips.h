@@ -1,4 +1,4 @@
-// Strips of rows: how lora_gemm.cpp and bf16_gemm.cpp cut the left side of a product.
+// Strips of rows: how the products cut their left side.
 #pragma once
 
 #include <algorithm>
@@ -37,6 +37,18 @@ template <class Body> INLINE void for_strips(int64_t begin, int64_t end, const B
     const int64_t from = rows * i / strips, to = rows * (i + 1) / strips;
     with_height(to - from, [&](auto height) INLINED { body(i, begin + from, height); });
   }
+}
+
+// out[H, kColumns] += (or =) x[H, k (row stride ld)] p[k, kColumns (row stride ldp)], of 16 columns or 8: the register
+// tile of a strip, two of AVX2.
+template <int H, int kColumns, bool kAdd = true>
+INLINE void strip_tile(const float* x, int64_t ld, const float* p, int64_t ldp, int64_t k, float* out, int64_t ldo) {
+  if constexpr (kColumns == 16)
+    if (avx512()) return tile<H, Vec16, 1, kAdd>(x, ld, 1, p, ldp, k, out, ldo);
+  constexpr int kFirst = H > 6 ? (H + 1) / 2 : H;
+  tile<kFirst, Vec8, kColumns / 8, kAdd>(x, ld, 1, p, ldp, k, out, ldo);
+  if constexpr (H > 6)
+    tile<H - kFirst, Vec8, kColumns / 8, kAdd>(x + kFirst * ld, ld, 1, p, ldp, k, out + kFirst * ldo, ldo);
 }
 
 // How many ranges of columns and of rows a product is cut into, a task each: columns first, since a task packs only its
