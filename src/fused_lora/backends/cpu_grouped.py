@@ -1,30 +1,47 @@
 """The CPU back end of `grouped_lora_update`: csrc/cpu/grouped.cpp, told of the factors by tables of their addresses."""
 
 from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_lora import _C
 from fused_lora.ops.dropout import dropout_threshold
-from fused_lora.ops.grouped_reference import largest_rank, positions
+from fused_lora.ops.grouped_reference import positions
 from fused_lora.ops.internals import empty_on_cpu
 
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
 
 
+class Layout:
+    """What the factors of G groups are, but for their values and addresses: who calls again with factors of the same
+    shapes, strides and dtypes may keep it."""
+
+    def __init__(self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], G: int):
+        first = lora_A[0]
+        self.ranks = array("q", [A.shape[0] for A in lora_A] if first.dim() == 2 else [first.shape[1]] * G)
+        self.R, self.dtype = max(self.ranks), first.dtype
+        self.sizes = G, lora_B[0].shape[-2], first.shape[-1], self.R
+        self.contiguous = all(t.is_contiguous() for t in (*lora_A, *lora_B))
+        self.shared_A, self.shared_B = _shared(lora_A, G), _shared(lora_B, G)
+        self.like_A, self.like_B = [_contiguous_like(A) for A in lora_A], [_contiguous_like(B) for B in lora_B]
+
+
 def grouped_update(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, seed):
     """y [M, N] with the updates in a tensor of its own, and h [M', R]; see `grouped_reference.grouped_update`."""
     y = y.clone(memory_format=torch.contiguous_format)
-    return y, grouped_update_onto(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, seed)
+    layout = Layout(lora_A, lora_B, offsets.shape[0] - 1)
+    return y, grouped_update_onto(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, layout)
 
 
-def grouped_update_onto(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, seed):
+def grouped_update_onto(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, layout: Layout):
     """h of `grouped_update`; the updates are added to y [M, N], contiguous, where it lies."""
-    (x, ldx), size = _rows(x), (positions(x, rows), largest_rank(lora_A))
-    h = empty_on_cpu(size, (size[1], 1), x.dtype)
-    call = _Call(lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, x.dtype)
-    _C.cpu_grouped_forward(x=(x.data_ptr(), ldx), h=h.data_ptr(), y=y.data_ptr(), **call.keywords)
+    x, ldx = _rows(x)
+    h = empty_on_cpu((positions(x, rows), layout.R), (layout.R, 1), x.dtype)
+    keywords, _kept = _call(lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, x.dtype, layout)
+    _C.cpu_grouped_forward(x=(x.data_ptr(), ldx), h=h.data_ptr(), y=y.data_ptr(), **keywords)
     return h
 
 
@@ -34,53 +51,51 @@ def grouped_update_backward(
     """The gradients that `needs` asks for; see `grouped_reference.grouped_update_backward`."""
     dx = dy.new_zeros((dy.shape[0], lora_A[0].shape[-1])) if needs[0] else None
     given = dy, x, lora_A, lora_B, h, scaling, offsets, rows, dropout_p, seed
-    return grouped_backward_onto(dx, *given, needs)
+    return grouped_backward_onto(dx, *given, needs, Layout(lora_A, lora_B, offsets.shape[0] - 1))
 
 
 def grouped_backward_onto(
-    dx, dy, x, lora_A, lora_B, h, scaling, offsets, rows, dropout_p, seed, needs
+    dx, dy, x, lora_A, lora_B, h, scaling, offsets, rows, dropout_p, seed, needs, layout: Layout
 ) -> list[Tensor | None]:
     """The same with dx [M, K], contiguous, or None, added to what is there."""
-    need_A, need_B = needs[1 : 1 + len(lora_A)], needs[1 + len(lora_A) :]
-    dA, dB = _empty(lora_A, need_A), _empty(lora_B, need_B)
+    split, G = 1 + len(lora_A), layout.sizes[0]
+    dA, dB = _empty(layout.like_A, needs[1:split]), _empty(layout.like_B, needs[split:])
     dy, lddy = _rows(dy)
     x, ldx = (x, 0) if x is None else _rows(x)
     h = h if h is None else h.contiguous()
-    call = _Call(lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, dy.dtype)
-    G = call.keywords["sizes"][0]
+    keywords, _kept = _call(lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, dy.dtype, layout)
     into_A, into_B = _table(dA, G), _table(dB, G)
     _C.cpu_grouped_backward(
         dy=(dy.data_ptr(), lddy),
         x=(0 if x is None else x.data_ptr(), ldx),
         h=0 if h is None else h.data_ptr(),
         dx=0 if dx is None else dx.data_ptr(),
-        dA=(_address(into_A) if any(need_A) else 0, _shared(lora_A, G)),
-        dB=(_address(into_B) if any(need_B) else 0, _shared(lora_B, G)),
-        **call.keywords,
+        dA=(_address(into_A) if any(needs[1:split]) else 0, layout.shared_A),
+        dB=(_address(into_B) if any(needs[split:]) else 0, layout.shared_B),
+        **keywords,
     )
     return [dx, *dA, *dB]
 
 
-class _Call:
-    """What forward and backward are told alike: `keywords`, with the memory that they point to."""
-
-    def __init__(self, lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, dtype):
-        G = offsets.shape[0] - 1
+def _call(lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, dtype, layout: Layout) -> tuple[dict[str, Any], Any]:
+    """What forward and backward are told alike, and what has the memory that it points to."""
+    G = layout.sizes[0]
+    if not layout.contiguous:
         lora_A, lora_B = [A.contiguous() for A in lora_A], [B.contiguous() for B in lora_B]
-        ranks = array("q", [A.shape[0] for A in lora_A] if lora_A[0].dim() == 2 else [lora_A[0].shape[1]] * G)
-        tables = _table(lora_A, G), _table(lora_B, G), ranks
-        offsets, rows = offsets.long().contiguous(), rows if rows is None else rows.long().contiguous()
-        scaling, thresholds = scaling.contiguous(), array("q", map(dropout_threshold, dropout_p))
-        self.keeps = lora_A, lora_B, tables, offsets, rows, scaling, thresholds, seed
-        self.keywords = dict(
-            factors=tuple(map(_address, tables)),
-            segments=(offsets.data_ptr(), 0 if rows is None else rows.data_ptr()),
-            scaling=scaling.data_ptr(),
-            sizes=(G, lora_B[0].shape[-2], lora_A[0].shape[-1], max(ranks)),
-            dtypes=(_CODE[dtype], _CODE[lora_A[0].dtype]),
-            dropout=(0, 0) if seed is None else (seed.data_ptr(), _address(thresholds)),
-            threads=torch.get_num_threads(),
-        )
+    table_A, table_B = _table(lora_A, G), _table(lora_B, G)
+    offsets, rows = _int64(offsets), rows if rows is None else _int64(rows)
+    scaling = scaling.contiguous()
+    thresholds = None if seed is None else array("q", map(dropout_threshold, dropout_p))
+    keywords: dict[str, Any] = dict(
+        factors=(_address(table_A), _address(table_B), _address(layout.ranks)),
+        segments=(offsets.data_ptr(), 0 if rows is None else rows.data_ptr()),
+        scaling=scaling.data_ptr(),
+        sizes=layout.sizes,
+        dtypes=(_CODE[dtype], _CODE[layout.dtype]),
+        dropout=(0, 0) if thresholds is None else (seed.data_ptr(), _address(thresholds)),
+        threads=torch.get_num_threads(),
+    )
+    return keywords, (lora_A, lora_B, table_A, table_B, offsets, rows, scaling, thresholds)
 
 
 def _rows(t: Tensor) -> tuple[Tensor, int]:
@@ -89,11 +104,15 @@ def _rows(t: Tensor) -> tuple[Tensor, int]:
     return t, t.stride(0)
 
 
+def _int64(numbers: Tensor) -> Tensor:
+    return (numbers if numbers.dtype is torch.int64 else numbers.long()).contiguous()
+
+
 def _address(table: array) -> int:
     return table.buffer_info()[0]
 
 
-def _table(factors: list[Tensor | None], G: int) -> array:
+def _table(factors: Sequence[Tensor | None], G: int) -> array:
     """The address of each group's matrix in a list of contiguous factors, 0 for none; where groups share one, that."""
     first = factors[0]
     if first is None or first.dim() == 2:
@@ -102,17 +121,20 @@ def _table(factors: list[Tensor | None], G: int) -> array:
     return array("q", [first.data_ptr() + g * step for g in range(G)])
 
 
-def _shared(factors: list[Tensor], G: int) -> int:
+def _shared(factors: Sequence[Tensor], G: int) -> int:
     """Whether the groups share one matrix."""
     return int(factors[0].dim() == 3 and factors[0].shape[0] == 1 and G > 1)
 
 
-def _empty(factors: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
-    return [_empty_like(t) if need else None for t, need in zip(factors, needs)]
+_Like = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
-def _empty_like(t: Tensor) -> Tensor:
-    """A contiguous tensor of t's shape and dtype."""
+def _contiguous_like(t: Tensor) -> _Like:
+    """What `empty_on_cpu` makes a contiguous tensor like t of."""
     if not t.is_contiguous():
-        return torch.empty_like(t, memory_format=torch.contiguous_format)
-    return empty_on_cpu(tuple(t.shape), t.stride(), t.dtype)
+        t = torch.empty(t.shape, dtype=t.dtype, device="meta")
+    return tuple(t.shape), t.stride(), t.dtype
+
+
+def _empty(like: Iterable[_Like], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [empty_on_cpu(*what) if need else None for what, need in zip(like, needs)]

@@ -68,7 +68,7 @@ class PerSample:
 
     def __init__(self, names: tuple[str, ...], copies: int = 1):
         self.names, self.distinct = names, tuple(dict.fromkeys(name for name in names if name != BASE))
-        self._repeated = tuple(name for name in names for _ in range(copies))
+        self._repeated, self._all = tuple(name for name in names for _ in range(copies)), frozenset(self.distinct)
 
     def samples(self, x: Tensor) -> tuple[str, ...]:
         """The name for each of x's samples. Raises: ValueError if x has another number of samples."""
@@ -82,7 +82,9 @@ class PerSample:
 
     def segments(self, held: Any, x: Tensor, features: int = 1) -> Segments:
         """The rows of x, [B, ..., K], of the adapters that a layer holds; so many trailing dimensions are features."""
-        own = tuple(name if name in held else BASE for name in self.samples(x))
+        own = self.samples(x)
+        if not held.keys() >= self._all:
+            own = tuple(name if name in held else BASE for name in own)
         rows = x.shape[: x.dim() - features].numel()
         return segments_of_samples(own, rows // max(len(own), 1), x.device)
 
@@ -146,7 +148,7 @@ class MixedLinear(Mixed, LoRALinear):
         found = self.mixed.segments(self.lora_A, x)
         if isinstance(self, LoRALinearAround):
             return self._mixed_update(self.base_layer(x, *args, **kwargs), x, found)
-        if not any(name in self.variants for name in found.names):
+        if not self.variants or not any(name in self.variants for name in found.names):
             return self._mixed_linear(x, found) if found.names else self._plain(x)
         # DoRA: each row by its adapter's out_scale, rows of other adapters by 1
         y = self._mixed_update(F.linear(x, self.matrix()), x, found)
@@ -173,13 +175,14 @@ class MixedLinear(Mixed, LoRALinear):
 
     def _adapters(self, found: Segments) -> tuple[list[Tensor], list[Tensor], list[float], list[float]]:
         """A, B, scaling and dropout of each adapter of a batch, the factors in one dtype."""
-        factors = [self.factors(name) for name in found.names]
-        if len({t.dtype for pair in factors for t in pair}) > 1:
-            factors = [(A.float(), B.float()) for A, B in factors]
-        numbers, rates = self.scaling, self.lora_dropout
-        scaling = [float(numbers[name]) for name in found.names]
-        dropout_p = [rates[name] for name in found.names]
-        return [A for A, _ in factors], [B for _, B in factors], scaling, dropout_p
+        names, modules, numbers, rates = found.names, self._modules, self.scaling, self.lora_dropout
+        held_A, held_B = modules["lora_A"], modules["lora_B"]
+        lora_A, lora_B = [held_A[name] for name in names], [held_B[name] for name in names]
+        if any([A.is_meta or A.shape[0] == 0 for A in lora_A]):
+            lora_A, lora_B = map(list, zip(*map(self.factors, names)))
+        if len({t.dtype for t in (*lora_A, *lora_B)}) > 1:
+            lora_A, lora_B = [A.float() for A in lora_A], [B.float() for B in lora_B]
+        return lora_A, lora_B, [float(numbers[name]) for name in names], [rates[name] for name in names]
 
     def _out_scale(self, name: str) -> Tensor:
         variant = self.variants.get(name)

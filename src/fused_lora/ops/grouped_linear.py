@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
-from fused_lora.backends import GROUPED, Request, bucket, cpu_product, pick
+from fused_lora.backends import GROUPED, Request, bucket, cpu_grouped, cpu_product, pick
 from fused_lora.ops.autograd import matrix, nobody_listens
 from fused_lora.ops.checks import grouped_fault
 from fused_lora.ops.dropout import dropout_threshold
@@ -61,7 +61,7 @@ def grouped_lora_linear(
     if serving is None:
         y = F.linear(x, weight, bias)
         return grouped_lora_update(y, x, lora_A, lora_B, scaling, offsets, rows=rows, dropout_p=dropout_p)
-    ps = list(dropout_p) if any(map(dropout_threshold, dropout_p)) else []
+    ps = list(dropout_p) if any(dropout_p) and any(map(dropout_threshold, dropout_p)) else []
     segments = _numbers(tuple(scaling)), offsets, rows, draw_seed(x, max(ps)) if ps else None
     call = serving, weight, bias, segments, (len(lora_A), ps, "auto")
     if torch.is_grad_enabled():
@@ -74,15 +74,19 @@ class _Verdict(NamedTuple):
 
     alike: Callable[..., bool]
     biased: bool
+    layout: cpu_grouped.Layout
+    requests: dict[int, tuple[Request, Request]]  # by M's bucket: of the groups, and of plain LoRA
 
 
 # By the address of the first A and the number of groups: what else lies there later is either alike, or checked anew.
 _VERDICTS: dict[tuple[int, int], _Verdict] = {}
 
+_Serving = tuple[Any, bool, cpu_grouped.Layout]
 
-def _serving(x, weight, bias, lora_A, lora_B, offsets, rows) -> tuple[Any, bool] | None:
-    """The CPU back end and whether the base product is its own, as plain LoRA's is; None if it does not serve the call
-    or somebody listens."""
+
+def _serving(x, weight, bias, lora_A, lora_B, offsets, rows) -> _Serving | None:
+    """The CPU back end, whether the base product is its own, as plain LoRA's is, and the factors' layout; None if it
+    does not serve the call or somebody listens."""
     if is_dynamo_compiling() or not x.is_cpu or any_autocast_enabled() or forward_ad_active():
         return None
     key, given = (id(lora_A[0]), len(lora_A)), (x, weight, *lora_A, *lora_B)
@@ -94,14 +98,20 @@ def _serving(x, weight, bias, lora_A, lora_B, offsets, rows) -> tuple[Any, bool]
             return None
         if len(_VERDICTS) > 1024:
             _VERDICTS.clear()
-        _VERDICTS[key] = _Verdict(check, bias is not None)
-    M, R, (N, K) = bucket(x.numel() // x.shape[-1]), max([A.shape[0] for A in lora_A]), weight.shape
-    request = Request(x.device, x.dtype, lora_A[0].dtype, M, N, K, R, aligned(weight), GROUPED)
-    back_end = pick("auto", request).backend
+        layout = cpu_grouped.Layout(lora_A, lora_B, len(lora_A))
+        _VERDICTS[key] = verdict = _Verdict(check, bias is not None, layout, {})
+    M = bucket(x.numel() // x.shape[-1])
+    requests = verdict.requests.get(M)
+    if requests is None:
+        grouped = Request(
+            x.device, x.dtype, lora_A[0].dtype, M, *weight.shape, verdict.layout.R, aligned(weight), GROUPED
+        )
+        requests = verdict.requests[M] = grouped, grouped._replace(optional=())
+    back_end = pick("auto", requests[0]).backend
     if not hasattr(back_end, "grouped_update_onto"):
         return None
-    plain = pick("auto", request._replace(optional=()))
-    return back_end, plain == (back_end, "inside") and cpu_product.serves(x.dtype)
+    own = pick("auto", requests[1]) == (back_end, "inside") and cpu_product.serves(x.dtype)
+    return back_end, own, verdict.layout
 
 
 def _checked(x, weight, bias, lora_A, lora_B, offsets, rows) -> Callable[..., bool] | None:
@@ -129,13 +139,13 @@ def _numbers(values: tuple[float, ...]) -> Tensor:
 
 def _forward(call, x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """y [..., N] and h [M', R]."""
-    (back_end, own), weight, bias, (scaling, offsets, rows, seed), (_, ps, _) = call
+    (back_end, own, layout), weight, bias, (scaling, offsets, rows, seed), (_, ps, _) = call
     flat = matrix(x)
     if own:
         y = cpu_product.product(flat, weight, bias)
     else:
         y = F.linear(flat, weight) if bias is None else linear_with_bias(flat, weight, bias)
-    h = back_end.grouped_update_onto(y, flat, lora_A, lora_B, scaling, offsets, rows, ps, seed)
+    h = back_end.grouped_update_onto(y, flat, lora_A, lora_B, scaling, offsets, rows, ps, seed, layout)
     return y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[1])), h
 
 
@@ -156,7 +166,7 @@ class _GroupedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         weight, x, h, *factors = ctx.saved_tensors
-        (back_end, own), segments, settings, lead = ctx.call
+        (back_end, own, layout), segments, settings, lead = ctx.call
         split, ps, _ = settings
         dy, needs = matrix(dy), list(ctx.needs_input_grad[1:])
         if torch.is_grad_enabled() or dispatch_modes_active() or any_autocast_enabled() or wants_operators(dy):
@@ -169,7 +179,7 @@ class _GroupedLinearFunction(torch.autograd.Function):
             if needs[0]:
                 dx = cpu_product.product(dy, weight.t()) if own else dy.mm(weight)
             given = dy, x, factors[:split], factors[split:], h, *segments[:3], ps, segments[3]
-            dx, *others = back_end.grouped_backward_onto(dx, *given, needs)
+            dx, *others = back_end.grouped_backward_onto(dx, *given, needs, layout)
         return None, dx if dx is None or len(lead) == 1 else dx.view(*lead, dx.shape[1]), *others
 
 
