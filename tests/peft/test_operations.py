@@ -116,10 +116,12 @@ def test_several_active_adapters_are_one_call(two, calls):
 
 
 def test_a_batch_of_several_adapters(two, monkeypatch):
-    """One update a layer, with PEFT's result, bf16 too; what PEFT refuses is refused in its words."""
+    """One call a layer, with the base product in it unless the base has a hook, with PEFT's result, bf16 too, and
+    PEFT's gradients; what PEFT refuses is refused in its words."""
     seen = []
-    op = mixed_batch.grouped_lora_update
-    monkeypatch.setattr(mixed_batch, "grouped_lora_update", lambda *args, **kw: seen.append(kw) or op(*args, **kw))
+    for name in ("grouped_lora_linear", "grouped_lora_update"):
+        op = getattr(mixed_batch, name)
+        monkeypatch.setattr(mixed_batch, name, lambda *args, op=op, **kw: seen.append(op.__name__) or op(*args, **kw))
     for dtype in (torch.float32, torch.bfloat16):
         stock = copy.deepcopy(two).to(dtype)
         twin = fused_twin(stock)
@@ -127,7 +129,19 @@ def test_a_batch_of_several_adapters(two, monkeypatch):
             seen.clear()
             got, want = (logits(model, adapter_names=names) for model in (twin, stock))
             assert_like_peft(got, want, dtype=dtype)
-            assert len(seen) == layers
+            assert seen == ["grouped_lora_linear"] * layers
+    stock = copy.deepcopy(two)
+    for name, p in stock.named_parameters():
+        p.requires_grad_("lora_" in name)
+    for hooked in (0, 1):
+        twin = fused_twin(stock)
+        bases = [layer.base_layer for layer in twin.modules() if isinstance(layer, PeftLinear)]
+        for base in bases[:hooked]:
+            base.register_forward_hook(lambda module, args, y: y)
+        seen.clear()
+        got, want = (step(model, adapter_names=["default", "other"]) for model in (twin, stock))
+        assert_like_peft(got, want)
+        assert seen.count("grouped_lora_update") == hooked and len(seen) == 14
     for names, message in ((["other"], "Length of `adapter_names` should be"), (["other", "no"], "non-existing")):
         with pytest.raises(ValueError, match=message):
             logits(fused_twin(two), adapter_names=names)

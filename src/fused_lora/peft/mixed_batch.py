@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fused_lora.nn.mixed_batch import BASE, segments_of_samples
 from fused_lora.ops.grouped import grouped_lora_update
-from fused_lora.peft.request import Update, adapter_update, refuses_all, update_fits
+from fused_lora.ops.grouped_linear import grouped_lora_linear
+from fused_lora.peft.request import Base, Update, adapter_update, readable_base, refuses_all, update_fits
 
 
 def mixed_forward(layer: Any, x: Tensor, adapter_names: list[str]) -> Tensor | None:
@@ -24,8 +25,11 @@ def mixed_forward(layer: Any, x: Tensor, adapter_names: list[str]) -> Tensor | N
         updates.append(update)
         if isinstance(update.scaling, Tensor) or update.lora_A.dtype is not updates[0].lora_A.dtype:
             return None
-    y = layer._modules["base_layer"](x)
     if not updates:
-        return y
+        return layer._modules["base_layer"](x)
     lora_A, lora_B, scaling, dropout_p, *_ = zip(*updates)
+    base = readable_base(layer)
+    if isinstance(base, Base):
+        return grouped_lora_linear(x, *base, lora_A, lora_B, scaling, found.offsets, found.rows, dropout_p)
+    y = layer._modules["base_layer"](x)
     return grouped_lora_update(y, x, lora_A, lora_B, scaling, found.offsets, rows=found.rows, dropout_p=dropout_p)
