@@ -78,7 +78,7 @@ def test_candidates_share_the_weights_of_the_base():
     assert not any(p.requires_grad for p in base.parameters())
     assert isinstance(base.model.layers[0].self_attn.q_proj, nn.Linear)
     with pytest.raises(
-        ValueError, match="kind must be frozen, peft, peft.fuse, fused, addmm, .* or peft mixed; got .fast."
+        ValueError, match="kind must be frozen, peft, peft.fuse, fused, addmm, .* or peft mixed.fuse; got .fast."
     ):
         model_for(Candidate("fast"), base)
 

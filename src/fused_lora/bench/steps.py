@@ -67,9 +67,10 @@ def variants_on(device: str) -> tuple[Workload, Workload]:
     base = functools.partial(_smollm2, device)
     title = "SmolLM2-135M, fp32"
     kinds = ("frozen", "fused", "peft", "dora", "peft dora", "peft dora+fuse", "allora", "flow", "reslora")
+    mixed = ("frozen", "fused", "mixed", "peft mixed", "peft mixed+fuse")
     return (
         Workload(f"{title}, variants", base, (Batch(1, 64), Batch(1, 256, weighed=False)), kinds=kinds),
-        Workload(f"{title}, eight adapters", base, (Batch(8, 32),), kinds=("frozen", "fused", "mixed", "peft mixed")),
+        Workload(f"{title}, eight adapters", base, (Batch(8, 32),), kinds=mixed),
     )
 
 

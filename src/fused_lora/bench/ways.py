@@ -16,7 +16,7 @@ RANK, ALPHA, MIXED = 16, 32, 8
 DROPS = ("peft", "peft+fuse", "fused")  # which run with dropout, too
 # Whose speed the column "PEFT / it" compares with, where that is not "peft".
 PEERS = {"dora": "peft dora", "peft dora": "peft dora", "peft dora+fuse": "peft dora", "mixed": "peft mixed"}
-PEERS |= {"peft mixed": "peft mixed"}
+PEERS |= {"peft mixed": "peft mixed", "peft mixed+fuse": "peft mixed"}
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def _mixed(model: Any, dropout: float) -> nn.Module:
     return _with_names(model.train(), names)
 
 
-def _peft_mixed(model: nn.Module, dropout: float) -> nn.Module:
+def _peft_mixed(model: nn.Module, dropout: float, fused: bool = False) -> nn.Module:
     """PEFT's loop, which it has for inference: without dropout the same in training."""
-    made = _peft(model, count=MIXED).eval()
+    made = _peft(model, fused=fused, count=MIXED).eval()
     for name, parameter in made.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return _with_names(made, ["default", *(str(i) for i in range(1, MIXED))])
@@ -143,4 +143,5 @@ WAYS: dict[str, Callable[[Any, float], nn.Module]] = {
     "reslora": _reslora,
     "mixed": _mixed,
     "peft mixed": _peft_mixed,
+    "peft mixed+fuse": functools.partial(_peft_mixed, fused=True),
 }
