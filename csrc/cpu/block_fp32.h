@@ -94,12 +94,13 @@ class BlockFp32 {
   // to[rows, Rp] = low.
   void copy_low(Low* to, int64_t rows) const { std::copy_n(low, rows * Rp_, to); }
 
-  // out[rows, cols (row stride ldo)] += low thin[:, n : n + cols] (* keep).
-  void expand(const Factor& thin, Keep keep, void* out, int64_t ldo, int64_t n, int64_t rows, int64_t cols) {
+  // out[rows, cols (row stride ldo)] += low thin[:, n : n + cols] (* keep), with ahead[kAheads], or null.
+  void expand(const Factor& thin, Keep keep, void* out, int64_t ldo, int64_t n, int64_t rows, int64_t cols,
+              Ahead* ahead = nullptr) {
     // whole register tiles of columns are updated where they lie
     const int64_t direct = dtype_ == Dtype::f32 && !keep ? cols / kColumns * kColumns : 0;
     const float* right = thin.data() + n;
-    if (direct) cpu::expand(low, right, static_cast<float*>(out), ldo, rows, direct, R_, Rp_, thin.ld());
+    if (direct) cpu::expand(low, right, static_cast<float*>(out), ldo, rows, direct, R_, Rp_, thin.ld(), ahead);
     for (int64_t m = 0; direct < cols && m < rows; m += kStrip) {
       const int64_t height = std::min<int64_t>(kStrip, rows - m);
       expand_strip(low + m * Rp_, right + direct, strip_, height, cols - direct, R_, Rp_, thin.ld());

@@ -178,7 +178,7 @@ class MixedLinear(Mixed, LoRALinear):
         names, modules, numbers, rates = found.names, self._modules, self.scaling, self.lora_dropout
         held_A, held_B = modules["lora_A"], modules["lora_B"]
         lora_A, lora_B = [held_A[name] for name in names], [held_B[name] for name in names]
-        if any([A.is_meta or A.shape[0] == 0 for A in lora_A]):
+        if any(A.is_meta or A.shape[0] == 0 for A in lora_A):
             lora_A, lora_B = map(list, zip(*map(self.factors, names)))
         if len({t.dtype for t in (*lora_A, *lora_B)}) > 1:
             lora_A, lora_B = [A.float() for A in lora_A], [B.float() for B in lora_B]
