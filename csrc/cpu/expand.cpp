@@ -15,6 +15,7 @@ namespace fused_lora::cpu {
 
 namespace {
 
+// A tile's share of what is fetched meanwhile.
 INLINE void fetch(Ahead* ahead) {
   for (int i = 0; ahead && i < kAheads; ++i) {
     auto& [next, end, share] = ahead[i];
