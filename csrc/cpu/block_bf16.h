@@ -142,9 +142,9 @@ class BlockBf16 {
   // to[rows, Rp] = low in bf16.
   void copy_low(Low* to, int64_t rows) const { std::copy_n(rounded_, rows * Rp_, to); }
 
-  // out[rows, cols (row stride ldo)] += low thin[:, n : n + cols] (* keep), with ahead[kAheads], or null.
+  // out[rows, cols (row stride ldo)] += low thin[:, n : n + cols] (* keep), with ahead[kFetches], or null.
   void expand(const Factor& thin, Keep keep, void* out, int64_t ldo, int64_t n, int64_t rows, int64_t cols,
-              Ahead* ahead = nullptr) {
+              Fetch* ahead = nullptr) {
     expand_bf16(rounded_, Rp_, thin.data() + n, thin.ld(), keep.bits, keep.ld, keep.scale, static_cast<uint16_t*>(out),
                 ldo, rows, cols, (R_ + 1) / 2, ahead);
   }

@@ -94,9 +94,9 @@ class BlockFp32 {
   // to[rows, Rp] = low.
   void copy_low(Low* to, int64_t rows) const { std::copy_n(low, rows * Rp_, to); }
 
-  // out[rows, cols (row stride ldo)] += low thin[:, n : n + cols] (* keep), with ahead[kAheads], or null.
+  // out[rows, cols (row stride ldo)] += low thin[:, n : n + cols] (* keep), with ahead[kFetches], or null.
   void expand(const Factor& thin, Keep keep, void* out, int64_t ldo, int64_t n, int64_t rows, int64_t cols,
-              Ahead* ahead = nullptr) {
+              Fetch* ahead = nullptr) {
     // whole register tiles of columns are updated where they lie
     const int64_t direct = dtype_ == Dtype::f32 && !keep ? cols / kColumns * kColumns : 0;
     const float* right = thin.data() + n;

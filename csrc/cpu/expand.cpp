@@ -16,8 +16,8 @@ namespace fused_lora::cpu {
 namespace {
 
 // A tile's share of what is fetched meanwhile.
-INLINE void fetch(Ahead* ahead) {
-  for (int i = 0; ahead && i < kAheads; ++i) {
+INLINE void fetch(Fetch* ahead) {
+  for (int i = 0; ahead && i < kFetches; ++i) {
     auto& [next, end, share] = ahead[i];
     const char* last = end - next < share ? end : next + share;
     for (; next < last; next += 64) __builtin_prefetch(next, 0, 2);
@@ -27,7 +27,7 @@ INLINE void fetch(Ahead* ahead) {
 }  // namespace
 
 void expand(const float* low, const float* thin, float* out, int64_t ldo, int64_t rows, int64_t cols, int64_t R,
-            int64_t Rp, int64_t ldt, Ahead* ahead) {
+            int64_t Rp, int64_t ldt, Fetch* ahead) {
   widest([=]() INLINED {
     for_strips(0, rows, [&](int64_t, int64_t m, auto height) INLINED {
       for (int64_t n = 0; n < cols; n += 16) {
@@ -63,7 +63,7 @@ BF16_DOT_INLINE void add_to_bf16(uint16_t* out, __m512 lo, __m512 hi, __mmask32 
 
 BF16_DOT void expand_bf16(const uint16_t* low, int64_t Rp, const uint32_t* thin, int64_t ldt, const uint32_t* bits,
                           int64_t ld_bits, float scale, uint16_t* out, int64_t ldo, int64_t rows, int64_t cols,
-                          int64_t pairs, Ahead* ahead) {
+                          int64_t pairs, Fetch* ahead) {
   constexpr int kHeight = kStrip / 2;
   for (int64_t m = 0; m < rows; m += kHeight)
     for (int64_t n = 0; n < cols; n += 2 * kLanes) {

@@ -69,9 +69,9 @@ template <class Block> class Walker {
     return block.panel(scattered_, kPanel, keep, at.rows, cols);
   }
 
-  // dst[rows, n : n + cols (row stride ld)] += low thin (* keep), with ahead[kAheads].
+  // dst[rows, n : n + cols (row stride ld)] += low thin (* keep), with ahead[kFetches].
   void expand(const typename Block::Factor& thin, typename Block::Keep keep, void* dst, int64_t ld, const Span& at,
-              int64_t n, int64_t cols, Ahead* ahead) {
+              int64_t n, int64_t cols, Fetch* ahead) {
     if (at.run)
       return block.expand(thin, keep, cpu::at(dst, rows_[at.m] * ld + n, p_.dtype), ld, n, at.rows, cols, ahead);
     gather(dst, ld, at, n, cols);
@@ -128,10 +128,10 @@ template <class Block> void OnBlocks<Block>::by_rows(const CpuGroups& p, const R
   const Rows rows(p);
   // The factors of the piece that this thread, as a rule, takes after piece i, to be fetched while it updates `out`:
   // adapters being many, they come from memory. The forward takes 16 % less, the backward 5 (EPYC 9005, 2026-11-27).
-  const auto factors_after = [&](int64_t i, int64_t tiles) -> std::array<Ahead, kAheads> {
+  const auto factors_after = [&](int64_t i, int64_t tiles) -> std::array<Fetch, kFetches> {
     if (!pass.out || i + threads >= static_cast<int64_t>(work.size())) return {};
     const int64_t g = work[static_cast<size_t>(i + threads)].g;
-    const auto whole = [&](const void* factor, int64_t width) -> Ahead {
+    const auto whole = [&](const void* factor, int64_t width) -> Fetch {
       const auto* from = static_cast<const char*>(factor);
       const int64_t size = width * p.ranks[g] * item_size(p.adapter_dtype);
       return {from, from + size, round_up((size + tiles - 1) / tiles, 64)};
@@ -250,8 +250,7 @@ template <class Walk> void backward(const CpuGroupedBackwardParams& p) {
 }
 
 Status check(const CpuGroups& p) {
-  const auto known = [](Dtype dtype) { return dtype == Dtype::f32 || dtype == Dtype::f16 || dtype == Dtype::bf16; };
-  if (!known(p.dtype) || !known(p.adapter_dtype)) return Status::bad_dtype;
+  if (!known_dtypes(p.dtype, p.adapter_dtype)) return Status::bad_dtype;
   return p.G < 1 || p.N < 1 || p.K < 1 || p.R < 1 ? Status::bad_shape : Status::ok;
 }
 

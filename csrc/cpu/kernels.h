@@ -28,16 +28,16 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 void shrink(const float* panel, int64_t ld, const float* down, float* low, int64_t rows, int64_t cols, int64_t Rp);
 
 // Memory that a kernel fetches into L2 meanwhile, a share of it with every tile.
-struct Ahead {
+struct Fetch {
   const char *next = nullptr, *end = nullptr;
   int64_t share = 0;  // bytes
 };
-constexpr int kAheads = 2;
+constexpr int kFetches = 2;
 
 // expand.cpp     out[rows, cols (row stride ldo)] += low[rows, Rp] thin[R, cols (row stride ldt)]; cols a multiple of
-//                2 * kVec; with ahead[kAheads], or null.
+//                2 * kVec; with ahead[kFetches], or null.
 void expand(const float* low, const float* thin, float* out, int64_t ldo, int64_t rows, int64_t cols, int64_t R,
-            int64_t Rp, int64_t ldt, Ahead* ahead);
+            int64_t Rp, int64_t ldt, Fetch* ahead);
 //                out[rows <= kStrip, kPanel] = the same, cols rounded up.
 void expand_strip(const float* low, const float* thin, float* out, int64_t rows, int64_t cols, int64_t R, int64_t Rp,
                   int64_t ldt);
@@ -57,7 +57,7 @@ void shrink_bf16(const uint16_t* panel, int64_t ld, const uint32_t* down, float*
 // (* scale where kept by bits[rows, cols / 32 (row stride ld_bits)], or 0; without bits all of it); ahead as above.
 void expand_bf16(const uint16_t* low, int64_t Rp, const uint32_t* thin, int64_t ldt, const uint32_t* bits,
                  int64_t ld_bits, float scale, uint16_t* out, int64_t ldo, int64_t rows, int64_t cols, int64_t pairs,
-                 Ahead* ahead);
+                 Fetch* ahead);
 // out[Rp, cols (row stride ldo)] += low[pairs, Rp]^T panel[2 * pairs, cols (row stride ld)]; cols rounded up to a
 // multiple of 2 * kLanes.
 void wgrad_bf16(const uint16_t* panel, int64_t ld, const uint32_t* low, float* out, int64_t ldo, int64_t pairs,

@@ -95,10 +95,15 @@ class Buffers {
   size_t taken_ = 0;
 };
 
+// Whether x has a dtype that the kernels know, and the factors have it too or are fp32.
+inline bool known_dtypes(Dtype x, Dtype adapter) {
+  const bool known = x == Dtype::f32 || x == Dtype::f16 || x == Dtype::bf16;
+  return known && (adapter == x || adapter == Dtype::f32);
+}
+
 // What is wrong with a call's numbers.
 template <class Params> Status check(const Params& p) {
-  const auto known = [](Dtype dtype) { return dtype == Dtype::f32 || dtype == Dtype::f16 || dtype == Dtype::bf16; };
-  if (!known(p.dtype) || !known(p.adapter_dtype)) return Status::bad_dtype;
+  if (!known_dtypes(p.dtype, p.adapter_dtype)) return Status::bad_dtype;
   const bool own_product =
       p.dtype == Dtype::f32 ? p.adapter_dtype == Dtype::f32 : p.dtype == Dtype::bf16 && features.bf16_dot;
   if (p.W && !own_product) return Status::bad_dtype;

@@ -201,7 +201,8 @@ def test_the_door_takes_each_keyword_once():
     for name, value in (unfit | dict(dropout=(0, -1), threads=1 << 31)).items():
         with pytest.raises(TypeError, match=f"{name} does not take"):
             _C.cpu_forward(**good | {name: value})
-    for bad in (dict(sizes=(-1, 1, 1, 1)), dict(sizes=(0, 0, 1, 1)), dict(dtypes=(3, 0)), dict(dtypes=(0, -1))):
+    sizes, dtypes = ((-1, 1, 1, 1), (0, 0, 1, 1)), ((3, 0), (0, -1), (0, 1), (1, 2), (2, 1))  # fp32, fp16, bf16
+    for bad in (*(dict(sizes=each) for each in sizes), *(dict(dtypes=each) for each in dtypes)):
         with pytest.raises(ValueError, match="must be"):
             _C.cpu_forward(**good | bad)
 

@@ -246,12 +246,13 @@ def _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, vari
         y = on_shards(op, x, weight, lora_A, lora_B, bias)
         if y is not None:
             return y
-    given = "torch.export, torch.jit.trace, forward-mode derivatives or a tensor subclass; "
-    given += f"got {type(x).__name__} and {type(weight).__name__}"
+    under = "under torch.export, torch.jit.trace, forward-mode derivatives or a tensor subclass"
+    given = f"for x, a {type(x).__name__}, and weight, a {type(weight).__name__}"
     if backend not in ("auto", "reference"):
-        raise ValueError(f"backend must be 'auto' or 'reference' under {given}")
-    if variant.grad_row_scale is not None:
-        raise ValueError(f"grad_row_scale must be None under {given}")
+        raise ValueError(f"backend must be 'auto' or 'reference' {under}; got {backend!r} {given}")
+    scale = variant.grad_row_scale
+    if scale is not None:
+        raise ValueError(f"grad_row_scale must be None {under}; got a tensor {list(scale.shape)} {given}")
     mask = F.dropout(torch.ones_like(x), dropout_p) if dropout_p > 0.0 else None
     y, h = composition(x, weight, lora_A, lora_B, bias, scaling, mask, variant)
     return (y, h) if return_h else y
