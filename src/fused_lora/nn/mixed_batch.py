@@ -175,13 +175,14 @@ class MixedLinear(Mixed, LoRALinear):
 
     def _adapters(self, found: Segments) -> tuple[list[Tensor], list[Tensor], list[float], list[float]]:
         """A, B, scaling and dropout of each adapter of a batch, the factors in one dtype."""
-        names, modules, numbers, rates = found.names, self._modules, self.scaling, self.lora_dropout
-        held_A, held_B = modules["lora_A"], modules["lora_B"]
+        modules: Any = self._modules  # past Module.__getattr__
+        names, held_A, held_B = found.names, modules["lora_A"], modules["lora_B"]
         lora_A, lora_B = [held_A[name] for name in names], [held_B[name] for name in names]
         if any(A.is_meta or A.shape[0] == 0 for A in lora_A):
             lora_A, lora_B = map(list, zip(*map(self.factors, names)))
         if len({t.dtype for t in (*lora_A, *lora_B)}) > 1:
             lora_A, lora_B = [A.float() for A in lora_A], [B.float() for B in lora_B]
+        numbers, rates = self.scaling, self.lora_dropout
         return lora_A, lora_B, [float(numbers[name]) for name in names], [rates[name] for name in names]
 
     def _out_scale(self, name: str) -> Tensor:

@@ -103,9 +103,8 @@ def _serving(x, weight, bias, lora_A, lora_B, offsets, rows) -> _Serving | None:
     M = bucket(x.numel() // x.shape[-1])
     requests = verdict.requests.get(M)
     if requests is None:
-        grouped = Request(
-            x.device, x.dtype, lora_A[0].dtype, M, *weight.shape, verdict.layout.R, aligned(weight), GROUPED
-        )
+        (N, K), R = weight.shape, verdict.layout.R
+        grouped = Request(x.device, x.dtype, lora_A[0].dtype, M, N, K, R, aligned(weight), GROUPED)
         requests = verdict.requests[M] = grouped, grouped._replace(optional=())
     back_end = pick("auto", requests[0]).backend
     if not hasattr(back_end, "grouped_update_onto"):
