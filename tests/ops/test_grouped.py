@@ -111,6 +111,18 @@ def test_exact_and_near_enough(poison, backend, case):
             assert_close(run(p, backend=backend, **masked), run(p, backend="reference", **masked), truth(p, **masked))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_of_every_size_read_no_row_beside_them(dtype):
+    """x and dy are read where they lie, in strips of as many rows as there are: within NaN, and the groups' own after
+    one another."""
+    for rows in range(1, 26):
+        p = problem((rows, 0, 26 - rows), 64, 48, (16, 3, 8), dtype=dtype, indexed=False, exact=True)
+        want = truth(p)
+        for name in ("x", "dy"):
+            p[name] = F.pad(p[name], (32, 32, 24, 24), value=torch.nan)[24:-24, 32:-32]
+        assert_exact(run(p, backend="cpu"), want)
+
+
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("indexed", [False, True])
 def test_many_rows_and_columns_of_a_group(indexed, adapter):
