@@ -1,7 +1,9 @@
-// The Python module _C: addresses, sizes and strides in by keyword, Status -> ValueError. Every tensor check is in
-// Python.
+// The Python module _C: tensors and numbers in by keyword, Status -> ValueError. Whether tensors go together is checked
+// in Python.
 #include <pybind11/pybind11.h>
 
+#include <array>
+#include <cstring>
 #include <stdexcept>
 
 #include "cpu/cpu_features.h"
@@ -22,121 +24,168 @@ namespace {
 void check(Status status) {
   if (status != Status::ok) throw std::invalid_argument(message(status));
 }
-void forward(const CpuForwardParams& p) { check(cpu_forward(p)); }
-void backward(const CpuBackwardParams& p) { check(cpu_backward(p)); }
-void scale(const CpuScaleParams& p) { check(cpu_scale(p)); }
-void product(const CpuProductParams& p) { check(cpu_product(p)); }
-void row_norm(const CpuRowNormParams& p) { check(cpu_row_norm(p)); }
-void grouped_forward(const CpuGroupedForwardParams& p) { check(cpu_grouped_forward(p)); }
-void grouped_backward(const CpuGroupedBackwardParams& p) { check(cpu_grouped_backward(p)); }
+void forward(CpuForwardParams& p) { check(cpu_forward(p)); }
+int64_t backward(CpuBackwardParams& p) {
+  int64_t lost = 0;
+  if (p.dout_scale) p.lost = &lost;
+  check(cpu_backward(p));
+  return lost;
+}
+int64_t scale(CpuScaleParams& p) {
+  int64_t lost = 0;
+  if (p.dout_scale) p.lost = &lost;
+  check(cpu_scale(p));
+  return lost;
+}
+void product(CpuProductParams& p) { check(cpu_product(p)); }
+int64_t row_norm(CpuRowNormParams& p) {
+  int64_t empty = 0;
+  p.empty = &empty;
+  check(cpu_row_norm(p));
+  return empty;
+}
+void grouped_forward(CpuGroupedForwardParams& p) { check(cpu_grouped_forward(p)); }
+void grouped_backward(CpuGroupedBackwardParams& p) { check(cpu_grouped_backward(p)); }
 
 using F = CpuForwardParams;
 constexpr Keyword<F> kForward[] = {
-    {"x", put<F, &F::x, &F::ldx>},
-    {"W", put<F, &F::W, &F::ldw, &F::W_transposed>},
-    {"A", put<F, &F::A>},
-    {"B", put<F, &F::B>},
-    {"bias", put<F, &F::bias>},
-    {"h", put<F, &F::h>},
-    {"y", put<F, &F::y>},
-    {"sizes", put<F, &F::M, &F::N, &F::K, &F::R>},
-    {"dtypes", put<F, &F::dtype, &F::adapter_dtype>},
+    {"x", put_rows<F, &F::x, &F::ldx, &F::dtype, &F::K, &F::M>},
+    {"W", put_weight<F, &F::W, &F::ldw, &F::W_transposed>},
+    {"A", put_whole<F, &F::A>},
+    {"B", put_whole<F, &F::B, &F::adapter_dtype, &F::R, &F::N>},
+    {"bias", put_whole<F, &F::bias>},
+    {"h", put_output<F, &F::h>},
+    {"y", put_output<F, &F::y>},
     {"scaling", put<F, &F::scaling>},
     {"dropout", put<F, &F::dropout>},
     {"threads", put<F, &F::threads>},
-    {"x_lora", put<F, &F::x_lora, &F::ldx_lora>, true},
-    {"h_in", put<F, &F::h_in>, true},
-    {"gate", put<F, &F::gate, &F::gates>, true},
-    {"out_scale", put<F, &F::out_scale>, true},
+    {"x_lora", put_rows<F, &F::x_lora, &F::ldx_lora>},
+    {"h_in", put_whole<F, &F::h_in>},
+    {"gate", put_whole<F, &F::gate, &F::gates>},
+    {"out_scale", put_whole<F, &F::out_scale>},
 };
 
 using D = CpuBackwardParams;
+// What the walk makes of out_scale, or None: out_scale, y, bias and dout_scale.
+bool put_scaled(D& params, PyObject* value, Copies& copies) {
+  if (value == Py_None) return true;
+  if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != 4) return false;
+  PyObject* const* each = PySequence_Fast_ITEMS(value);
+  return put_whole<D, &D::out_scale>(params, each[0], copies) && put_rows<D, &D::y, &D::ldy>(params, each[1], copies) &&
+         put_whole<D, &D::bias>(params, each[2], copies) && put_output<D, &D::dout_scale>(params, each[3], copies);
+}
 constexpr Keyword<D> kBackward[] = {
-    {"dy", put<D, &D::dy, &D::lddy>},
-    {"x", put<D, &D::x, &D::ldx>},
-    {"W", put<D, &D::W, &D::ldw, &D::W_transposed>},
-    {"A", put<D, &D::A>},
-    {"B", put<D, &D::B>},
-    {"h", put<D, &D::h>},
-    {"dx", put<D, &D::dx, &D::add>},
-    {"dA", put<D, &D::dA>},
-    {"dB", put<D, &D::dB>},
-    {"dbias", put<D, &D::dbias>},
-    {"sizes", put<D, &D::M, &D::N, &D::K, &D::R>},
-    {"dtypes", put<D, &D::dtype, &D::adapter_dtype>},
+    {"dy", put_rows<D, &D::dy, &D::lddy, &D::dtype, &D::N, &D::M>},
+    {"x", put_rows<D, &D::x, &D::ldx>},
+    {"W", put_weight<D, &D::W, &D::ldw, &D::W_transposed>},
+    {"A", put_whole<D, &D::A, &D::adapter_dtype, &D::K, &D::R>},
+    {"B", put_whole<D, &D::B>},
+    {"h", put_whole<D, &D::h>},
+    {"dx", put_output<D, &D::dx>},
+    {"dA", put_output<D, &D::dA>},
+    {"dB", put_output<D, &D::dB>},
+    {"dbias", put_output<D, &D::dbias>},
     {"scaling", put<D, &D::scaling>},
     {"dropout", put<D, &D::dropout>},
     {"threads", put<D, &D::threads>},
-    {"h_in", put<D, &D::h_in>, true},
-    {"gate", put<D, &D::gate, &D::gates>, true},
-    {"row_scale", put<D, &D::row_scale>, true},
-    {"dh", put<D, &D::dh>, true},
-    {"dx_lora", put<D, &D::dx_lora>, true},
-    {"dh_in", put<D, &D::dh_in>, true},
-    {"dgate", put<D, &D::dgate>, true},
-    {"out_scale", put<D, &D::out_scale>, true},
-    {"y", put<D, &D::y, &D::ldy>, true},
-    {"bias", put<D, &D::bias>, true},
-    {"dout_scale", put<D, &D::dout_scale, &D::lost>, true},
+    {"scaled", put_scaled},
+    {"add", put<D, &D::add>, true},
+    {"h_in", put_whole<D, &D::h_in>, true},
+    {"gate", put_whole<D, &D::gate, &D::gates>, true},
+    {"row_scale", put_whole<D, &D::row_scale>, true},
+    {"dh", put_whole<D, &D::dh>, true},
+    {"dx_lora", put_output<D, &D::dx_lora>, true},
+    {"dh_in", put_output<D, &D::dh_in>, true},
+    {"dgate", put_output<D, &D::dgate>, true},
 };
 
 using S = CpuScaleParams;
 constexpr Keyword<S> kScale[] = {
-    {"dy", put<S, &S::dy, &S::lddy>}, {"y", put<S, &S::y, &S::ldy>},
-    {"bias", put<S, &S::bias>},       {"out_scale", put<S, &S::out_scale>},
-    {"dz", put<S, &S::dz>},           {"dout_scale", put<S, &S::dout_scale, &S::lost>},
-    {"dbias", put<S, &S::dbias>},     {"sizes", put<S, &S::M, &S::N>},
-    {"dtype", put<S, &S::dtype>},     {"threads", put<S, &S::threads>},
+    {"dy", put_rows<S, &S::dy, &S::lddy, &S::dtype, &S::N, &S::M>},
+    {"y", put_rows<S, &S::y, &S::ldy>},
+    {"bias", put_whole<S, &S::bias>},
+    {"out_scale", put_whole<S, &S::out_scale>},
+    {"dz", put_output<S, &S::dz>},
+    {"dout_scale", put_output<S, &S::dout_scale>},
+    {"dbias", put_output<S, &S::dbias>},
+    {"threads", put<S, &S::threads>},
 };
 
 using P = CpuProductParams;
 constexpr Keyword<P> kProduct[] = {
-    {"x", put<P, &P::x, &P::ldx>},
-    {"W", put<P, &P::W, &P::ldw, &P::W_transposed>},
-    {"bias", put<P, &P::bias>},
-    {"y", put<P, &P::y>},
-    {"sizes", put<P, &P::M, &P::N, &P::K>},
-    {"dtype", put<P, &P::dtype>},
+    {"x", put_rows<P, &P::x, &P::ldx, &P::dtype, &P::K, &P::M>},
+    {"W", put_weight<P, &P::W, &P::ldw, &P::W_transposed>},
+    {"bias", put_whole<P, &P::bias>},
+    {"y", put_output<P, &P::y, &P::N>},
     {"threads", put<P, &P::threads>},
 };
 
 using N = CpuRowNormParams;
 constexpr Keyword<N> kRowNorm[] = {
-    {"W", put<N, &N::W, &N::ldw>},          {"factors", put<N, &N::A, &N::B>}, {"norm", put<N, &N::norm, &N::empty>},
-    {"sizes", put<N, &N::N, &N::K, &N::R>}, {"dtype", put<N, &N::dtype>},      {"scaling", put<N, &N::scaling>},
+    {"W", put_rows<N, &N::W, &N::ldw, &N::dtype>},
+    {"A", put_whole<N, &N::A, &N::K, &N::R>},
+    {"B", put_whole<N, &N::B>},
+    {"norm", put_output<N, &N::norm, &N::N>},
+    {"scaling", put<N, &N::scaling>},
     {"threads", put<N, &N::threads>},
 };
 
 using GF = CpuGroupedForwardParams;
 constexpr Keyword<GF> kGroupedForward[] = {
-    {"x", put<GF, &GF::x, &GF::ldx>},
-    {"h", put<GF, &GF::h>},
-    {"y", put<GF, &GF::y>},
+    {"x", put_rows<GF, &GF::x, &GF::ldx, &GF::dtype>},
+    {"h", put_output<GF, &GF::h>},
+    {"y", put_output<GF, &GF::y>},
     {"factors", put<GF, &GF::A, &GF::B, &GF::ranks>},
     {"segments", put<GF, &GF::offsets, &GF::rows>},
-    {"scaling", put<GF, &GF::scaling>},
+    {"scaling", put_whole<GF, &GF::scaling>},
     {"sizes", put<GF, &GF::G, &GF::N, &GF::K, &GF::R>},
-    {"dtypes", put<GF, &GF::dtype, &GF::adapter_dtype>},
+    {"adapter_dtype", put<GF, &GF::adapter_dtype>},
     {"dropout", put<GF, &GF::seed, &GF::thresholds>},
     {"threads", put<GF, &GF::threads>},
 };
 
 using GB = CpuGroupedBackwardParams;
 constexpr Keyword<GB> kGroupedBackward[] = {
-    {"dy", put<GB, &GB::dy, &GB::lddy>},
-    {"x", put<GB, &GB::x, &GB::ldx>},
-    {"h", put<GB, &GB::h>},
-    {"dx", put<GB, &GB::dx>},
+    {"dy", put_rows<GB, &GB::dy, &GB::lddy, &GB::dtype>},
+    {"x", put_rows<GB, &GB::x, &GB::ldx>},
+    {"h", put_whole<GB, &GB::h>},
+    {"dx", put_output<GB, &GB::dx>},
     {"dA", put<GB, &GB::dA, &GB::shared_A>},
     {"dB", put<GB, &GB::dB, &GB::shared_B>},
     {"factors", put<GB, &GB::A, &GB::B, &GB::ranks>},
     {"segments", put<GB, &GB::offsets, &GB::rows>},
-    {"scaling", put<GB, &GB::scaling>},
+    {"scaling", put_whole<GB, &GB::scaling>},
     {"sizes", put<GB, &GB::G, &GB::N, &GB::K, &GB::R>},
-    {"dtypes", put<GB, &GB::dtype, &GB::adapter_dtype>},
+    {"adapter_dtype", put<GB, &GB::adapter_dtype>},
     {"dropout", put<GB, &GB::seed, &GB::thresholds>},
     {"threads", put<GB, &GB::threads>},
 };
+
+// sample(tensor, memory, size) -> bytes or None.
+PyObject* sample(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 3) return PyErr_SetString(PyExc_TypeError, "sample takes a tensor, an address and a size"), nullptr;
+  const size_t memory = PyLong_AsSize_t(args[1]), size = PyLong_AsSize_t(args[2]);
+  dlpack::Tensor t;
+  if (PyErr_Occurred()) return nullptr;
+  if (!dlpack::load(args[0], t)) {
+    if (PyErr_Occurred()) return nullptr;
+    Py_RETURN_NONE;
+  }
+  size_t bytes = t.dtype.bits * t.dtype.lanes / 8u;
+  for (int32_t d = 0; d < t.dims; ++d) bytes *= static_cast<size_t>(t.shape[d]);
+  const size_t start = reinterpret_cast<size_t>(t.data) + t.byte_offset;
+  const bool inside = memory && start >= memory && start + bytes <= memory + size;
+  if (!inside || bytes < 32 || !dlpack::is_contiguous(t)) Py_RETURN_NONE;
+  std::array<uint64_t, 4> words;
+  for (size_t i = 0; i < 3; ++i) std::memcpy(&words[i], reinterpret_cast<char*>(start + (bytes - 8) / 24 * 8 * i), 8);
+  std::memcpy(&words[3], reinterpret_cast<char*>(start + bytes - 8), 8);
+  return PyBytes_FromStringAndSize(reinterpret_cast<char*>(words.data()), sizeof words);
+}
+PyMethodDef kSample[] = {
+    {"sample", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&sample)), METH_FASTCALL,
+     "sample($module, tensor, memory, size, /)\n--\n\nFour words of a contiguous tensor, the first and the last among "
+     "them; None unless it lies in the size bytes at the address memory."},
+    {}};
 
 py::dict build_info() {
   py::dict info;
@@ -167,7 +216,7 @@ py::dict cpu_features() {
 
 PYBIND11_MODULE(_C, m) {
   cpu::check_max_isa();
-  m.doc() = "fused-lora's native kernels; addresses, sizes and strides in, nothing out";
+  m.doc() = "fused-lora's native kernels, which write into their arguments";
   def_keywords<kForward, forward>(m, "cpu_forward", "Writes h and y, or updates y; CpuForwardParams of csrc/lora.h.");
   def_keywords<kBackward, backward>(
       m, "cpu_backward", "Writes dA, dB and dbias, and writes or updates dx; CpuBackwardParams of csrc/lora.h.");
@@ -178,6 +227,7 @@ PYBIND11_MODULE(_C, m) {
       m, "cpu_grouped_forward", "Writes h and updates y by groups of rows; CpuGroupedForwardParams of csrc/lora.h.");
   def_keywords<kGroupedBackward, grouped_backward>(
       m, "cpu_grouped_backward", "Updates dx and writes every dA and dB; CpuGroupedBackwardParams of csrc/lora.h.");
+  if (PyModule_AddFunctions(m.ptr(), kSample)) throw py::error_already_set();
   m.attr("few_rows") = cpu::kFewRows;
   m.def("cpu_features", &cpu_features,
         "Which of avx2, avx512, bf16_dot, amx the CPU kernels use; FUSED_LORA_MAX_CPU_ISA caps them.");

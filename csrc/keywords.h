@@ -20,13 +20,15 @@
 #include <utility>
 
 #include "lora.h"
+#include "tensors.h"
 
 namespace fused_lora {
 
 template <class Params> struct Keyword {
   const char* name;
-  bool (*put)(Params& params, PyObject* value);  // false where value is nothing that the members can hold
-  bool optional = false;                         // members stay zero where it is not given
+  // false where value is nothing that the members can hold; tensors' copies last as long as the call
+  bool (*put)(Params& params, PyObject* value, Copies& copies);
+  bool optional = false;  // members stay zero where it is not given
 };
 
 // to = value: an address, a number, an enumerator's number.
@@ -58,7 +60,7 @@ inline bool put_value(CudaPlan& to, PyObject* value) {
 }
 
 // Fills the members: put<P, &P::h> from a number, put<P, &P::x, &P::ldx> from a tuple of two.
-template <class Params, auto... members> bool put(Params& params, PyObject* value) {
+template <class Params, auto... members> bool put(Params& params, PyObject* value, Copies&) {
   if constexpr (sizeof...(members) == 1) return (put_value(params.*members, value), ...);
   else return put_tuple(value, params.*members...);
 }
@@ -80,7 +82,7 @@ template <const auto& keywords> size_t find(PyObject* name, size_t i) {
 
 // Params from a call's arguments. False, with Python's error set, where they are not the keywords, each once.
 template <const auto& keywords, class Params>
-bool parse(Params& params, PyObject* const* args, Py_ssize_t positions, PyObject* names) {
+bool parse(Params& params, Copies& copies, PyObject* const* args, Py_ssize_t positions, PyObject* names) {
   constexpr size_t n = std::size(keywords);
   static_assert(n < 64);
   const size_t given = names ? static_cast<size_t>(PyTuple_GET_SIZE(names)) : 0;
@@ -91,7 +93,7 @@ bool parse(Params& params, PyObject* const* args, Py_ssize_t positions, PyObject
     PyObject* name = PyTuple_GET_ITEM(names, static_cast<Py_ssize_t>(i));
     const size_t k = find<keywords>(name, i);
     if (k == n) return PyErr_Format(PyExc_TypeError, "%U is not a keyword of this function", name), false;
-    if (!keywords[k].put(params, args[i])) {
+    if (!keywords[k].put(params, args[i], copies)) {
       PyErr_Clear();
       return PyErr_Format(PyExc_TypeError, "%s does not take %R", keywords[k].name, args[i]), false;
     }
@@ -108,13 +110,23 @@ struct WithoutGil {
   ~WithoutGil() { PyEval_RestoreThread(state); }
 };
 
+template <auto run, class Params> int64_t without_gil(Params& params) {
+  const WithoutGil release;
+  return run(params);
+}
+
 template <const auto& keywords, auto run>
 PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t positions, PyObject* names) {
   decltype(params_of(keywords)) params{};
-  if (!parse<keywords>(params, args, positions, names)) return nullptr;
+  Copies copies;
+  if (!parse<keywords>(params, copies, args, positions, names)) return nullptr;
   try {
-    const WithoutGil release;
-    run(params);
+    if constexpr (std::is_void_v<decltype(run(params))>) {
+      const WithoutGil release;
+      run(params);
+    } else {
+      return PyLong_FromLongLong(without_gil<run>(params));
+    }
   } catch (const std::invalid_argument& e) {
     return PyErr_SetString(PyExc_ValueError, e.what()), nullptr;
   } catch (const std::bad_alloc&) {
@@ -127,8 +139,8 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t positions, PyObject*
 
 }  // namespace detail
 
-// m.name(*, keywords...) calls run(params) without the GIL. `keywords` is a constexpr array of Keyword<Params>; an
-// std::invalid_argument of run arrives as ValueError.
+// m.name(*, keywords...) calls run(params) without the GIL and returns its number, or None. `keywords` is a constexpr
+// array of Keyword<Params>; an std::invalid_argument of run arrives as ValueError.
 template <const auto& keywords, auto run> void def_keywords(pybind11::module_& m, const char* name, const char* doc) {
   static const std::string text = [&] {
     std::string signature = std::string(name) + "($module, /, *";

@@ -181,15 +181,19 @@ def test_onednn_is_left_alone_where_it_is_switched_off(monkeypatch):
     assert len(calls) == 1
 
 
+def _door(**other):
+    """The keywords of a call of cpu_forward that updates y [2, 4]."""
+    given = dict(x=torch.ones(2, 3), W=None, A=torch.ones(5, 3), B=torch.ones(4, 5), bias=None)
+    given |= dict(h=torch.empty(2, 5), y=torch.zeros(2, 4), scaling=1.0, dropout=(0, 0), threads=1)
+    return given | dict(x_lora=None, h_in=None, gate=None, out_scale=None) | other
+
+
 def test_the_door_takes_each_keyword_once():
     """A missing, unknown, positional or unfit argument is a TypeError, and what the kernels refuse a ValueError."""
-    t = torch.zeros(1)
-    good = dict(
-        x=(0, 1), W=(0, 0, 0), A=t.data_ptr(), B=t.data_ptr(), bias=0, h=0, y=0, sizes=(0, 1, 1, 1), dtypes=(0, 0)
-    )
-    good |= dict(scaling=1.0, dropout=(0, 0), threads=1)
+    good = _door()
     _C.cpu_forward(**good)
     _C.cpu_forward(**dict(reversed(good.items())))
+    assert torch.equal(good["y"], torch.full((2, 4), 30.0))
     for name in good:
         with pytest.raises(TypeError, match=f"{name} is missing"):
             _C.cpu_forward(**{k: v for k, v in good.items() if k != name})
@@ -197,14 +201,46 @@ def test_the_door_takes_each_keyword_once():
         _C.cpu_forward(**good, z=1)
     with pytest.raises(TypeError, match="by keyword"):
         _C.cpu_forward(*good.values())
-    unfit = dict(x=0, W=(0, 0), A=None, y=-1, sizes=(0, 1, 1), dtypes=(0, 1 << 40), scaling="1", threads=1.5)
-    for name, value in (unfit | dict(dropout=(0, -1), threads=1 << 31)).items():
+    unfit = dict(x=0, W=(0, 0), A=torch.ones(5, 3).double(), y=torch.ones(4, 2).t(), h=good["h"].to("meta"))
+    unfit |= dict(gate=torch.ones(2, 1).bfloat16(), bias=torch.ones(4).numpy(), x_lora=torch.ones(3))
+    unfit |= dict(scaling="1", threads=1.5, dropout=(0, -1))
+    for name, value in (*unfit.items(), ("threads", 1 << 31), ("dropout", 0), ("y", torch.ones(4, dtype=torch.int32))):
         with pytest.raises(TypeError, match=f"{name} does not take"):
             _C.cpu_forward(**good | {name: value})
-    sizes, dtypes = ((-1, 1, 1, 1), (0, 0, 1, 1)), ((3, 0), (0, -1), (0, 1), (1, 2), (2, 1))  # fp32, fp16, bf16
-    for bad in (*(dict(sizes=each) for each in sizes), *(dict(dtypes=each) for each in dtypes)):
+    half = dict(x=good["x"].half(), h=good["h"].half(), y=good["y"].half())
+    for bad in (dict(A=torch.ones(0, 3), B=torch.ones(4, 0)), half | dict(B=good["B"].bfloat16())):
         with pytest.raises(ValueError, match="must be"):
             _C.cpu_forward(**good | bad)
+
+
+def test_tensors_that_lie_otherwise_are_taken_as_they_are_or_copied():
+    """Rows apart in memory are read where they lie, columns that are apart are not; None of it can be told from y."""
+    torch.manual_seed(0)
+    x, A, B, W, g = (torch.randint(-4, 5, size).float() for size in ((3, 6), (5, 6), (4, 5), (4, 6), (4,)))
+
+    def y_of(**given):
+        call = _door(x=x, A=A, B=B, W=W, out_scale=g, h=torch.empty(3, 5), y=torch.empty(3, 4)) | given
+        _C.cpu_forward(**call)
+        return call["y"]
+
+    expected = y_of()
+    assert torch.equal(expected, ((x @ W.T) + x @ A.T @ B.T) * g)
+    nan = torch.nan
+    rows, columns = torch.full((3, 9), nan), torch.full((3, 12), nan)
+    rows[:, :6], columns[:, ::2] = x, x
+    for name, other in (("x", rows[:, :6]), ("x", columns[:, ::2]), ("x", x.t().contiguous().t()), ("x_lora", x)):
+        assert torch.equal(y_of(**{name: other}), expected), name
+    for name, t in (("A", A), ("B", B), ("W", W)):
+        assert torch.equal(y_of(**{name: t.t().contiguous().t()}), expected), name
+    scattered = torch.full((8,), nan)
+    scattered[::2] = g
+    assert torch.equal(y_of(out_scale=scattered[::2]), expected)
+    empty = y_of(x=x[:0].expand(0, 6), h=torch.empty(0, 5), y=torch.empty(0, 4))
+    assert empty.shape == (0, 4) and torch.equal(y_of(x=torch.ones(1, 1).expand(3, 6)), y_of(x=torch.ones(3, 6)))
+    for K in (1, 2):  # a single column has any stride
+        wide = torch.randint(-4, 5, (5, 7)).float()
+        given = dict(x=wide[:3, :K], A=wide[:, 1 : 1 + K], W=wide[1:, 2 : 2 + K])
+        assert torch.equal(y_of(**given), y_of(**{name: t.contiguous() for name, t in given.items()}))
 
 
 @pytest.mark.parametrize("M", [1000, 4000])
@@ -278,7 +314,7 @@ def test_each_plan_runs_its_own_product(monkeypatch):
     calls, p = [], random_problem(8, 16, 24, 4)
     for name in ("cpu_forward", "cpu_backward"):
         real = getattr(_C, name)
-        monkeypatch.setattr(_C, name, lambda real=real, **given: calls.append(given["W"][0] != 0) or real(**given))
+        monkeypatch.setattr(_C, name, lambda real=real, **given: calls.append(given["W"] is not None) or real(**given))
     for plan, inside in (("inside", True), ("around", False)):
         calls.clear()
         x = p.x.clone().requires_grad_()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora import lora_linear
 from fused_lora.ops.reference import Variant, composition
@@ -86,3 +87,81 @@ def test_the_scale_alone_trains_and_its_gradients_batch():
     dys = torch.stack((p.dy, 2 * p.dy))
     got = torch.autograd.grad(y, m, dys, is_grads_batched=True)
     torch.testing.assert_close(got, torch.autograd.grad(want, m, dys, is_grads_batched=True), rtol=1e-4, atol=1e-4)
+
+
+def _with_norm(apart: bool, how, dtype=torch.float32, bias=0.5):
+    """What `how` makes of the op with m and n apart, or m / n by PyTorch."""
+    torch.manual_seed(0)
+    p = random_problem(9, 12, 16, 4, dtype)
+    p.bias.fill_(bias)
+    m, n = torch.rand(12) + 0.5, torch.rand(12) + 0.5
+    leaves = [t.detach().clone().requires_grad_() for t in (p.x[None], p.lora_A, p.lora_B, m)]
+
+    def op(x, A, B, m):
+        given = dict(out_scale=m, out_norm=n) if apart else dict(out_scale=m / n)
+        return lora_linear(x, p.weight, A, B, 1.5, bias=p.bias, **given)
+
+    return how(op, leaves, p.dy[None])
+
+
+def _plainly(op, leaves, dy):
+    y = op(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def _twice(op, leaves, dy):
+    first = torch.autograd.grad(op(*leaves), leaves, dy, create_graph=True)
+    return [*first, *torch.autograd.grad(sum(t.square().sum() for t in first), leaves)]
+
+
+class _Listens(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def _heard(op, leaves, dy):
+    with _Listens():
+        return _plainly(op, leaves, dy)
+
+
+def _transformed(op, leaves, dy):
+    y, pull = torch.func.vjp(op, *[t.detach() for t in leaves])
+    return [y, *pull(dy)]
+
+
+def _forward(op, leaves, dy):
+    made = torch.func.jvp(op, tuple(t.detach() for t in leaves), tuple(torch.ones_like(t) for t in leaves))
+    return list(made)
+
+
+@pytest.mark.parametrize("how", [_plainly, _twice, _heard, _transformed, _forward])
+@pytest.mark.parametrize("bias", [0.5, 300.0])
+def test_a_norm_divides_the_scale(how, bias):
+    """As PyTorch's division does, whoever looks on, in all gradients."""
+    got, want = _with_norm(True, how, bias=bias), _with_norm(False, how, bias=bias)
+    assert len(got) == len(want)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_divides_in_half_precision_too():
+    got, want = (_with_norm(apart, _plainly, torch.bfloat16) for apart in (True, False))
+    assert all(map(torch.equal, got[:-1], want[:-1]))
+    torch.testing.assert_close(got[-1], want[-1])
+
+
+def test_a_norm_that_does_not_fit_is_refused():
+    p, m = random_problem(9, 12, 16, 4), torch.ones(12)
+    given = p.x, p.weight, p.lora_A, p.lora_B, 1.5
+    lora_linear(*given, out_scale=m, out_norm=m)
+    for n, scale, message in (
+        (m, None, "out_norm must be None without an out_scale; got a tensor of shape \\[12\\]"),
+        (m[:5], m, "out_norm must have out_scale's shape \\[12\\] and dtype float32; got \\[5\\] and torch.float32"),
+        (m.bfloat16(), m, "out_norm must have out_scale's shape .* torch.bfloat16"),
+        (m.clone().requires_grad_(), m, "out_norm must not require a gradient"),
+        (m.to("meta"), m, "out_norm must be on x's device cpu; got meta"),
+        (1.0, m, "out_norm must be a torch.Tensor; got float"),
+    ):
+        for backend in ("auto", "reference"):
+            with pytest.raises(ValueError, match=message):
+                lora_linear(*given, out_scale=scale, out_norm=n, backend=backend)

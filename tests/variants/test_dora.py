@@ -149,7 +149,7 @@ def test_on_each_back_end(backend, r):
     own, x = layer.own_tensors("default"), x.requires_grad_()
     lora_A, lora_B, scaling, _, optional, *_ = layer.variants["default"].update(layer, x)
     try:
-        pick(backend.name, request_of(x, layer.weight, lora_A, Variant(**optional)))
+        pick(backend.name, request_of(x, layer.weight, lora_A, Variant(out_scale=optional["out_scale"])))
     except ValueError as refused:
         pytest.skip(str(refused))
     got = lora_linear(x, layer.weight, lora_A, lora_B, scaling, bias=layer.bias, backend=backend.name, **optional)

@@ -38,10 +38,9 @@ def grouped_update(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, seed
 
 def grouped_update_onto(y, x, lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, layout: Layout):
     """h of `grouped_update`; the updates are added to y [M, N], contiguous, where it lies."""
-    x, ldx = _rows(x)
     h = empty_on_cpu((positions(x, rows), layout.R), (layout.R, 1), x.dtype)
-    keywords, _kept = _call(lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, x.dtype, layout)
-    _C.cpu_grouped_forward(x=(x.data_ptr(), ldx), h=h.data_ptr(), y=y.data_ptr(), **keywords)
+    keywords, _kept = _call(lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, layout)
+    _C.cpu_grouped_forward(x=x, h=h, y=y, **keywords)
     return h
 
 
@@ -60,16 +59,13 @@ def grouped_backward_onto(
     """The same with dx [M, K], contiguous, or None, added to what is there."""
     split, G = 1 + len(lora_A), layout.sizes[0]
     dA, dB = _empty(layout.like_A, needs[1:split]), _empty(layout.like_B, needs[split:])
-    dy, lddy = _rows(dy)
-    x, ldx = (x, 0) if x is None else _rows(x)
-    h = h if h is None else h.contiguous()
-    keywords, _kept = _call(lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, dy.dtype, layout)
+    keywords, _kept = _call(lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, layout)
     into_A, into_B = _table(dA, G), _table(dB, G)
     _C.cpu_grouped_backward(
-        dy=(dy.data_ptr(), lddy),
-        x=(0 if x is None else x.data_ptr(), ldx),
-        h=0 if h is None else h.data_ptr(),
-        dx=0 if dx is None else dx.data_ptr(),
+        dy=dy,
+        x=x,
+        h=h,
+        dx=dx,
         dA=(_address(into_A) if any(needs[1:split]) else 0, layout.shared_A),
         dB=(_address(into_B) if any(needs[split:]) else 0, layout.shared_B),
         **keywords,
@@ -77,31 +73,24 @@ def grouped_backward_onto(
     return [dx, *dA, *dB]
 
 
-def _call(lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, dtype, layout: Layout) -> tuple[dict[str, Any], Any]:
+def _call(lora_A, lora_B, scaling, offsets, rows, dropout_p, seed, layout: Layout) -> tuple[dict[str, Any], Any]:
     """What forward and backward are told alike, and what has the memory that it points to."""
     G = layout.sizes[0]
     if not layout.contiguous:
         lora_A, lora_B = [A.contiguous() for A in lora_A], [B.contiguous() for B in lora_B]
     table_A, table_B = _table(lora_A, G), _table(lora_B, G)
     offsets, rows = _int64(offsets), rows if rows is None else _int64(rows)
-    scaling = scaling.contiguous()
     thresholds = None if seed is None else array("q", map(dropout_threshold, dropout_p))
     keywords: dict[str, Any] = dict(
         factors=(_address(table_A), _address(table_B), _address(layout.ranks)),
         segments=(offsets.data_ptr(), 0 if rows is None else rows.data_ptr()),
-        scaling=scaling.data_ptr(),
+        scaling=scaling,
         sizes=layout.sizes,
-        dtypes=(_CODE[dtype], _CODE[layout.dtype]),
+        adapter_dtype=_CODE[layout.dtype],
         dropout=(0, 0) if thresholds is None else (seed.data_ptr(), _address(thresholds)),
         threads=torch.get_num_threads(),
     )
-    return keywords, (lora_A, lora_B, table_A, table_B, offsets, rows, scaling, thresholds)
-
-
-def _rows(t: Tensor) -> tuple[Tensor, int]:
-    """t with neighbouring columns adjacent in memory, and its row stride."""
-    t = t if t.stride(1) == 1 else t.contiguous()
-    return t, t.stride(0)
+    return keywords, (lora_A, lora_B, table_A, table_B, offsets, rows, thresholds)
 
 
 def _int64(numbers: Tensor) -> Tensor:

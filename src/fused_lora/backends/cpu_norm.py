@@ -1,15 +1,11 @@
 """The CPU's kernel for the norms of the rows of W + s B A, or of B A alone (csrc/cpu/row_norm.cpp)."""
 
-from array import array
-
 import torch
 from torch import Tensor
 
 from fused_lora import _C
 from fused_lora.backends import FUSED_DTYPES
-from fused_lora.ops import internals
-
-_CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
+from fused_lora.ops.internals import empty_on_cpu
 
 
 def serves(lora_A: Tensor, lora_B: Tensor, weight: Tensor | None = None) -> bool:
@@ -22,10 +18,8 @@ def serves(lora_A: Tensor, lora_B: Tensor, weight: Tensor | None = None) -> bool
 
 def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
     """See `variants.dora.row_norm`; without gradients, and |W_i|^2 is computed on the way."""
-    norm, count = _uninitialized(lora_B), array("q", (0,))
-    W = weight.data_ptr(), weight.stride(0)
-    _call(W, _CODE[weight.dtype], (norm.data_ptr(), count.buffer_info()[0]), lora_A, lora_B, scaling)
-    if count[0] == 0:
+    norm, empty_rows = _norm(weight, lora_A, lora_B, scaling)
+    if not empty_rows:
         return norm, None
     empty = (norm == 0.0).to(norm.dtype)
     return norm + empty, empty
@@ -33,23 +27,9 @@ def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> 
 
 def product_norms(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """See `variants.allora.product_norms`."""
-    norm = _uninitialized(lora_B)
-    _call((0, 0), _CODE[torch.float32], (norm.data_ptr(), 0), lora_A, lora_B, 1.0)
-    return norm
+    return _norm(None, lora_A, lora_B, 1.0)[0]
 
 
-def _uninitialized(lora_B: Tensor) -> Tensor:
-    return internals.empty_on_cpu((lora_B.shape[0],), (1,), torch.float32)
-
-
-def _call(W, dtype, norm, lora_A, lora_B, scaling):
-    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
-    _C.cpu_row_norm(
-        W=W,
-        factors=(lora_A.data_ptr(), lora_B.data_ptr()),
-        norm=norm,
-        sizes=(lora_B.shape[0], lora_A.shape[1], lora_A.shape[0]),
-        dtype=dtype,
-        scaling=scaling,
-        threads=torch.get_num_threads(),
-    )
+def _norm(weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, int]:
+    norm, threads = empty_on_cpu((lora_B.shape[0],), (1,), torch.float32), torch.get_num_threads()
+    return norm, _C.cpu_row_norm(W=weight, A=lora_A, B=lora_B, norm=norm, scaling=scaling, threads=threads)

@@ -11,7 +11,7 @@ from fused_lora.layer_config import LayerConfig
 from fused_lora.nn.base_linear import absorbable, check_linear, check_weight, is_conv1d, linear_sizes
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.magnitudes import WithMagnitudes
-from fused_lora.ops.internals import layer_tensors
+from fused_lora.ops.internals import layer_tensors, own_parameter
 from fused_lora.ops.linear import lora_linear
 from fused_lora.ops.update import lora_update
 from fused_lora.variants import LayerVariant, Update
@@ -179,7 +179,9 @@ class LoRALinear(WithMagnitudes):
     def _varied(self, x: Tensor, variant: LayerVariant) -> Tensor:
         """The layer with a variant's update."""
         update = variant.update(self, x)
-        bias = self.bias if update.bias is None else summed_bias(self.bias, update.bias, x.dtype)
+        bias = own_parameter(self, "bias")
+        if update.bias is not None:
+            bias = summed_bias(bias, update.bias, x.dtype)
         y = self._updated(x, bias, update)
         return y if update.more is None else y + self._updated(x, None, update.more)
 
@@ -220,7 +222,7 @@ class LoRALinear(WithMagnitudes):
 
     def matrix(self) -> Tensor:
         """The weight as [N, K]."""
-        return self.weight
+        return own_parameter(self, "weight")
 
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         return self.lora_B[adapter_name], self.lora_A[adapter_name]

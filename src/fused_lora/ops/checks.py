@@ -240,3 +240,20 @@ def check_variant(x: Tensor, weight: Tensor, lora_A: Tensor, variant: Variant) -
     wrong = _elsewhere({name: t for name, t in variant._asdict().items() if t is not None}, x)
     if wrong is not None:
         raise wrong
+
+
+def check_out_norm(x: Tensor, out_norm: Any, out_scale: Tensor | None) -> None:
+    """Raises ValueError unless out_norm can divide this out_scale, which is right itself."""
+    wrong = _no_tensor({"out_norm": out_norm})
+    if wrong is not None:
+        raise wrong
+    if out_scale is None:
+        raise ValueError(f"out_norm must be None without an out_scale; got a tensor of shape {_shape(out_norm)}")
+    if out_norm.shape != out_scale.shape or out_norm.dtype not in (torch.float32, torch.float64):
+        expected = f"out_scale's shape {_shape(out_scale)} and dtype float32"
+        raise ValueError(f"out_norm must have {expected}; got {_shape(out_norm)} and {out_norm.dtype}")
+    if out_norm.requires_grad:
+        raise ValueError("out_norm must not require a gradient, which it has none of: divide out_scale by it; got one")
+    wrong = _elsewhere({"out_norm": out_norm}, x)
+    if wrong is not None:
+        raise wrong

@@ -113,15 +113,16 @@ def _needs_of_variant(of_inputs: tuple[bool, ...]) -> Gradients:
 class _EagerVariantFunction(torch.autograd.Function):
     """_EagerFunction with optional tensors: y [..., N], or y and h [M, R] where the call returns h.
 
-    They come as they were given, x_lora, h_in and gate with x's leading dimensions, and are flattened in here, where it
-    makes no autograd nodes.
+    They come as they were given, x_lora, h_in and gate with x's leading dimensions, and are flattened in here, and
+    out_scale divided by out_norm, where it makes no autograd nodes.
     """
 
     @staticmethod
     def forward(ctx, x, lora_A, lora_B, x_lora, h_in, gate, out_scale, call):
-        weight, bias, grad_row_scale, seed, scaling, dropout_p, serving, return_h = call
+        weight, bias, grad_row_scale, out_norm, seed, scaling, dropout_p, serving, return_h = call
         back_end, plan = serving
-        lead, flat, variant = None, x, Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
+        scale = out_scale if out_norm is None else out_scale / out_norm
+        lead, flat, variant = None, x, Variant(x_lora, h_in, gate, scale, grad_row_scale)
         if x.dim() != 2:
             lead, flat = x.shape[:-1], matrix(x)
             variant = Variant(*[t if t is None or n > 2 else matrix(t) for n, t in enumerate(variant)])
@@ -133,7 +134,7 @@ class _EagerVariantFunction(torch.autograd.Function):
         kept = x if keep_x else None, weight, lora_A, lora_B, h if keep_h else None
         keep_y = (y, bias) if need_scale else (None, None)
         ctx.save_for_backward(*kept, *keep_y, seed, x_lora, h_in, gate, out_scale, grad_row_scale)
-        ctx.call = scaling, dropout_p, serving, lead
+        ctx.call = scaling, dropout_p, serving, lead, out_norm, None if out_norm is None else scale
         if not return_h:
             return y
         ctx.set_materialize_grads(False)
@@ -141,8 +142,8 @@ class _EagerVariantFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dh=None):
-        x, weight, lora_A, lora_B, h, y, bias, seed, x_lora, h_in, gate, *ends = ctx.saved_tensors
-        scaling, dropout_p, serving, lead = ctx.call
+        x, weight, lora_A, lora_B, h, y, bias, seed, x_lora, h_in, gate, out_scale, row_scale = ctx.saved_tensors
+        scaling, dropout_p, serving, lead, out_norm, scale = ctx.call
         if dy is None:  # nothing of y was used
             if dh is None:
                 return (None,) * 8
@@ -150,12 +151,16 @@ class _EagerVariantFunction(torch.autograd.Function):
         if lead is not None:
             dy, x, y = matrix(dy), x if x is None else matrix(x), y if y is None else matrix(y)
             x_lora, h_in, gate = (t if t is None else matrix(t) for t in (x_lora, h_in, gate))
-        needs, variant = _needs_of_variant(ctx.needs_input_grad), Variant(x_lora, h_in, gate, *ends)
+        if out_norm is None or torch.is_grad_enabled():  # the saved one, which is differentiated once more
+            scale = out_scale if out_norm is None else out_scale / out_norm
+        needs, variant = _needs_of_variant(ctx.needs_input_grad), Variant(x_lora, h_in, gate, scale, row_scale)
         given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
         grads = unusual_backward(given, needs, variant, serving)
         if grads is None:
             grads = serving.backend.backward(*given, needs, variant, serving.plan)
         dx, _, dA, dB, _, *drows, dscale = grads
+        if out_norm is not None and dscale is not None:
+            dscale = dscale / out_norm
         if lead is not None:
             dx, *drows = (t if t is None else t.view(*lead, t.shape[1]) for t in (dx, *drows))
         return dx, dA, dB, *drows, dscale, None

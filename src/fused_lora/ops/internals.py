@@ -2,14 +2,13 @@
 
 FUSED_LORA_INTERNALS=0 in the environment takes the public ways only: slower by a few microseconds and a copy of y a
 call, for a PyTorch in which one of these names has changed its meaning. A name that is absent is replaced in any case.
-This module imports nothing of ours, so that back ends and layers may use it, too.
+This module imports nothing of ours but the compiled part, so that back ends and layers may use it, too.
 """
 
 import operator
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from ctypes import c_int64
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
+
+from fused_lora import _C
 
 _ALLOWED = os.environ.get("FUSED_LORA_INTERNALS", "1") != "0"
 
@@ -147,9 +148,6 @@ def alike(x: Tensor, *tensors: Tensor, rows: int = 1) -> Callable[..., bool] | N
         return None
 
 
-_word = c_int64.from_address
-
-
 def marks(*tensors: Tensor) -> tuple | None:
     """What differs once one of these tensors is another one, lies elsewhere, or was written in place as autograd counts
     it or, as `_sample` sees it, past its count; None where PyTorch does not count, as in inference mode. Who
@@ -162,17 +160,13 @@ def marks(*tensors: Tensor) -> tuple | None:
         return None
 
 
-def _sample(t: Tensor) -> tuple[int, ...] | None:
+def _sample(t: Tensor) -> bytes | None:
     """Four words of t's memory, the first and the last among them, of which whoever writes all of `t.data` changes one,
     as a rule; None where there are none to read. Nobody may free the memory meanwhile."""
-    if type(t) not in PLAIN_TENSORS or not t.is_cpu or not t.is_contiguous():
+    if type(t) not in PLAIN_TENSORS or not t.is_cpu:
         return None
-    memory, size, start = t.untyped_storage(), int(t.nbytes), int(t.storage_offset()) * t.itemsize
-    at = memory.data_ptr()
-    if size < 32 or not at or memory.nbytes() < start + size:  # of a sharded tensor, while it is freed
-        return None
-    at, step = at + start, (size - 8) // 24 * 8
-    return _word(at).value, _word(at + step).value, _word(at + 2 * step).value, _word(at + size - 8).value
+    memory = t.untyped_storage()  # smaller than the tensor in one that is sharded, while it is freed
+    return _C.sample(t, memory.data_ptr(), memory.nbytes())
 
 
 def wants_operators(*tensors: Tensor | None) -> bool:
@@ -228,6 +222,14 @@ current_stream = _private("_C._cuda_getCurrentRawStream") or (
 )
 
 
+def own_parameter(module: Any, name: str) -> Any:
+    """A parameter of the module, past Module.__getattr__."""
+    try:
+        return module._parameters[name]
+    except KeyError:  # a wrapper has put something else in its place
+        return getattr(module, name)
+
+
 def layer_tensors(layer: Any, adapter: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(weight, bias, lora_A[adapter], lora_B[adapter]) of a LoRA layer, past Module.__getattr__, which costs a small
     layer a tenth of its forward."""
@@ -244,7 +246,7 @@ def _layer_tensors_by_name(layer: Any, adapter: str) -> tuple[Tensor, Tensor | N
 
 
 if not _ALLOWED:
-    layer_tensors = _layer_tensors_by_name
+    layer_tensors, own_parameter = _layer_tensors_by_name, getattr
 
 
 def _onednn_bf16_linear():

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fused_lora.backends import Serving, bucket, forget, pick
 from fused_lora.ops.autograd import linear_apply, matrix, needs_plain_operators, nobody_listens
-from fused_lora.ops.checks import check_variant, fault
+from fused_lora.ops.checks import check_out_norm, check_variant, fault
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.eager import eager_apply, eager_variant_apply, without_gradients
 from fused_lora.ops.internals import alike, any_autocast_enabled, autocasts, forward_ad_active
@@ -37,6 +37,7 @@ def lora_linear(
     out_scale: Tensor | None = None,
     grad_row_scale: Tensor | None = None,
     return_h: bool = False,
+    out_norm: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A linear layer with a LoRA update: y = x Wt + scaling * dropout(x) At Bt + bias.
 
@@ -70,6 +71,8 @@ def lora_linear(
             the backward raises then.
         grad_row_scale: [N] fp32, scales the rows of dy for dA and dB only (ALLoRA).
         return_h: return (y, h) with h = x_lora At [..., R].
+        out_norm: [N] fp32, without a gradient: `out_scale / out_norm` takes the place of out_scale (DoRA's m / n), for
+            a node of the graph less.
     Returns: y [..., N] in x's dtype, or (y, h).
     Raises: ValueError naming the argument, what was expected and what was given.
     Source: Hu et al., arXiv 2106.09685; names as in Hugging Face PEFT.
@@ -79,7 +82,12 @@ def lora_linear(
     if type(scaling) is not float:
         lora_A, lora_B, scaling = tensor_scaling(lora_A, lora_B, scaling)
     plain = not return_h and (
-        x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None
+        x_lora is None
+        and h_in is None
+        and gate is None
+        and out_scale is None
+        and grad_row_scale is None
+        and out_norm is None
     )
     serving, variant = None, PLAIN if plain else Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
     if is_dynamo_compiling() or forward_ad_active():
@@ -87,7 +95,7 @@ def lora_linear(
     elif plain:
         serving = eager_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend)
     else:
-        serving = _variant_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, return_h)
+        serving = _variant_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, out_norm, return_h)
     if serving is not None:
         seed = draw_seed(x, dropout_p) if dropout_p > 0.0 and training else None
         if plain:
@@ -95,7 +103,7 @@ def lora_linear(
             return apply(x, lora_A, lora_B, (weight, bias, seed, scaling, dropout_p, serving))
         if return_h:
             gate, scaling = _folded(x, gate, scaling), 1.0
-        call = weight, bias, grad_row_scale, seed, scaling, dropout_p, serving, return_h
+        call = weight, bias, grad_row_scale, out_norm, seed, scaling, dropout_p, serving, return_h
         made: Any = eager_variant_apply(x, lora_A, lora_B, x_lora, h_in, gate, out_scale, call)
         return (made[0], made[1].view(*x.shape[:-1], lora_A.shape[0])) if return_h else made
     error = fault(x, weight, lora_A, lora_B, bias, dropout_p, backend)
@@ -103,6 +111,9 @@ def lora_linear(
         raise error
     if not plain:
         check_variant(x, weight, lora_A, variant)
+    if out_norm is not None:
+        check_out_norm(x, out_norm, variant.out_scale)
+        variant = variant._replace(out_scale=variant.out_scale / out_norm)
     dropout_p = dropout_p if training else 0.0
     if needs_plain_operators(*[t for t in (x, weight, lora_A, lora_B, bias, *variant) if t is not None]):
         return _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, variant, return_h)
@@ -162,30 +173,29 @@ def eager_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> Servin
     return serving
 
 
-# By what a verdict could differ in from layer to layer; factors and gates are made anew in each call by some variants.
+# By the address of the weight and by what is given; factors and gates are made anew in each call by some variants.
 _VARIANT_VERDICTS: dict[tuple, _Verdict] = {}
 
 
-def _variant_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, return_h) -> Serving | None:
+def _variant_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, out_norm, return_h):
     """`eager_serving` of a call with optional tensors."""
-    rows = [t for t in variant[:3] if t is not None]
-    others = [t for t in (weight, lora_A, lora_B, bias, *variant[3:]) if t is not None]
+    x_lora, h_in, gate, *ends = variant
+    optional = x_lora, h_in, gate, weight, lora_A, lora_B, bias, *ends, out_norm
+    given = [t for t in optional if t is not None]
     try:
-        given = [None if t is None else t.requires_grad for t in (x, lora_A, lora_B, bias, *variant)]
-        key = (x.dtype, x.dim(), weight.shape, lora_A.shape, lora_A.dtype, return_h, *given)
-    except AttributeError:  # no tensor, which the caller says
+        key = (weight.data_ptr(), x.dim(), x.requires_grad, lora_A.shape, return_h, *[t is None for t in optional])
+        verdict = _VARIANT_VERDICTS.get(key)
+        known = verdict is not None and backend == verdict.backend and verdict.alike(x, *given)
+    except (AttributeError, TypeError, RuntimeError):  # no tensor, which the caller says, or none with memory
         return None
-    verdict = _VARIANT_VERDICTS.get(key)
     if (
-        verdict is None
-        or backend != verdict.backend
-        or not verdict.alike(x, *rows, *others)
-        or any(t.shape[:-1] != x.shape[:-1] for t in rows)
+        not known
+        or any(t is not None and t.shape[:-1] != x.shape[:-1] for t in (x_lora, h_in, gate))
         or type(dropout_p) not in (float, int)
         or not 0.0 <= dropout_p < 1.0
         or not (weight.is_cpu or aligned(weight))
     ):
-        verdict = _variant_verdict(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant)
+        verdict = _variant_verdict(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, out_norm)
         if verdict is None:
             return None
         if len(_VARIANT_VERDICTS) > 4096:
@@ -198,14 +208,14 @@ def _variant_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend, varian
     return verdict.servings[many]
 
 
-def _variant_verdict(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant) -> _Verdict | None:
+def _variant_verdict(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, out_norm) -> _Verdict | None:
     """That a call with optional tensors is right; None if somebody listens, or if no later call could be compared with
     it.
 
     Raises: ValueError if an argument is wrong.
     """
     rows = [t for t in variant[:3] if t is not None]
-    ends = [t for t in variant[3:] if t is not None]
+    ends = [t for t in (*variant[3:], out_norm) if t is not None]
     row_scale = variant.grad_row_scale
     if not nobody_listens(x, weight, lora_A, lora_B, bias, *rows, *ends) or (
         row_scale is not None and row_scale.requires_grad
@@ -215,6 +225,8 @@ def _variant_verdict(x, weight, lora_A, lora_B, bias, dropout_p, backend, varian
     if error is not None:
         raise error
     check_variant(x, weight, lora_A, variant)
+    if out_norm is not None:
+        check_out_norm(x, out_norm, variant.out_scale)
     others = [weight, lora_A, lora_B, *([] if bias is None else [bias]), *ends]
     dense = all(t.layout is torch.strided for t in (x, *rows, *others))
     usual = dense and (weight.is_cpu or aligned(weight)) and not needs_plain_operators(x, weight, lora_A, lora_B)

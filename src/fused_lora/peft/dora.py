@@ -11,8 +11,7 @@ from fused_lora import bases
 from fused_lora.nn.magnitudes import scaled, scaled_dropping
 from fused_lora.ops.linear import lora_linear
 from fused_lora.peft.request import Base, Update, linear_fits, norm_source, update_fits
-from fused_lora.variants import Update as VariantUpdate
-from fused_lora.variants.dora import RowNorm, out_scale, row_norm, row_squares, with_dropout
+from fused_lora.variants.dora import Norms, RowNorm, out_scale, row_norm, row_squares, scaled_update
 
 _norms: WeakKeyDictionary[nn.Module, RowNorm] = WeakKeyDictionary()  # by PEFT's DoraLinearLayer
 
@@ -42,9 +41,9 @@ def dora_forward(layer: Any, x: Tensor, base: Base | str, update: Update) -> Ten
 
 def _linear(layer: Any, x: Tensor, base: Base, update: Update) -> Tensor:
     """By one call of the op, by two where DoRA drops from x."""
-    g = _scale(layer, lambda: base.weight, update)
-    given = VariantUpdate(update.lora_A, update.lora_B, update.scaling, 0.0, {"out_scale": g})
-    given = with_dropout(x, given, update.dropout_p) if update.dropout_p > 0.0 else given
+    dora: Any = update.dora
+    norm = _norms_of(layer, lambda: base.weight, update)
+    given = scaled_update(x, update.lora_A, update.lora_B, update.scaling, dora.weight, norm, update.dropout_p)
     y: Any = lora_linear(x, base.weight, *given[:3], bias=base.bias, **given.optional)
     more: Any = given.more
     return y if more is None else y + lora_linear(more.x, base.weight, *more[:3], **more.optional)
@@ -53,7 +52,8 @@ def _linear(layer: Any, x: Tensor, base: Base, update: Update) -> Tensor:
 def _around(layer: Any, base: bases.Base, x: Tensor, update: Update) -> Tensor:
     """Over a quantised base: `lora_around`, scaled; where DoRA drops from x, the base is called twice."""
     linear = layer._modules["base_layer"]
-    g = _scale(layer, lambda: base.dense(torch.float32), update)
+    dora: Any = update.dora
+    g = out_scale(dora.weight, _norms_of(layer, lambda: base.dense(torch.float32), update))
     lora_A, lora_B, scaling, dropout_p, *_ = update
     if dropout_p == 0.0:
         return scaled(bases.lora_around(linear, x, lora_A, lora_B, scaling), g, linear.bias)
@@ -71,16 +71,14 @@ def dora_base(layer: Any) -> bases.Base | None:
     return base if base is not None and base.untouched() else None
 
 
-def _scale(layer: Any, weight: Any, update: Update) -> Tensor:
-    """m / n [N]."""
+def _norms_of(layer: Any, weight: Any, update: Update) -> Norms:
+    """`RowNorm` of a layer and its adapter."""
     dora: Any = update.dora
     lora_A, lora_B, scaling, *_ = update
     if is_dynamo_compiling():
         with torch.no_grad():
-            norm = row_norm(weight(), row_squares(weight()), lora_A, lora_B, scaling)
-    else:
-        once = _norms.get(dora)
-        if once is None:
-            once = _norms[dora] = RowNorm()
-        norm = once(norm_source(layer), weight, lora_A, lora_B, scaling, layer.training)
-    return out_scale(dora.weight, norm)
+            return row_norm(weight(), row_squares(weight()), lora_A, lora_B, scaling)
+    once = _norms.get(dora)
+    if once is None:
+        once = _norms[dora] = RowNorm()
+    return once(norm_source(layer), weight, lora_A, lora_B, scaling, layer.training)

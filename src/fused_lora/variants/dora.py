@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fused_lora.backends import cpu_norm
 from fused_lora.ops.autograd import plain_eager
-from fused_lora.ops.internals import forward_ad_active, transforms_active, without_autocast
+from fused_lora.ops.internals import forward_ad_active, own_parameter, transforms_active, without_autocast
 from fused_lora.variants import Update
 from fused_lora.variants.once import OncePerStep
 
@@ -159,14 +159,25 @@ def out_scale(magnitude: Tensor, norm: Norms) -> Tensor:
     return m / n if empty is None else torch.addcdiv(empty, m, n)
 
 
-def with_dropout(x: Tensor, update: Update, dropout_p: float) -> Update:
-    """The update of a layer whose x is dropped from for the low-rank path, where DoRA scales W x of the dropped x, too:
+def scaled_update(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, magnitude: Tensor, norm: Norms, dropout_p: float
+) -> Update:
+    """The update of a layer on x [..., K], with m [N] and what `RowNorm` has found.
+
+    Where x is dropped from for the low-rank path, DoRA scales W x of the dropped x, too, with g = m / n:
 
     y = W x + (g - 1) * (W x_d) + g * s B A x_d + bias = (W x + s B A x_d + bias) + (g - 1) * (W x_d + s B A x_d)
 
     Two base products, and two in the backward. At g = 1 it is the plain layer bit for bit.
     """
-    dropped, g = F.dropout(x, dropout_p), update.optional["out_scale"]
+    n, empty = norm
+    if dropout_p == 0.0 and empty is None and magnitude.dtype is n.dtype and not n.requires_grad:
+        return Update(lora_A, lora_B, scaling, 0.0, {"out_scale": magnitude, "out_norm": n})
+    g = out_scale(magnitude, norm)
+    update = Update(lora_A, lora_B, scaling, 0.0, {"out_scale": g})
+    if dropout_p == 0.0:
+        return update
+    dropped = F.dropout(x, dropout_p)
     more = update._replace(optional={"out_scale": g - 1.0}, x=dropped)
     return update._replace(optional={"x_lora": dropped}, more=more)
 
@@ -191,7 +202,7 @@ class DoRA:
     def norms(self, layer: Any, lora_A: Tensor, lora_B: Tensor) -> Norms:
         """`row_norm` of the layer with its adapter."""
         scaling = layer.scaling[self.adapter_name]
-        source = layer.base().weight
+        source = own_parameter(layer.base(), "weight")
         return self.norm(source, layer.matrix, lora_A, lora_B, scaling, layer.training, self.exact)
 
     def scale(self, layer: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -202,7 +213,6 @@ class DoRA:
         """See LayerVariant."""
         name = self.adapter_name
         lora_A, lora_B = layer.factors(name)
-        given = {"out_scale": self.scale(layer, lora_A, lora_B)}
-        update = Update(lora_A, lora_B, layer.scaling[name], 0.0, given)
+        m, norm = layer.magnitude(name), self.norms(layer, lora_A, lora_B)
         dropout_p = layer.lora_dropout[name] if layer.training else 0.0
-        return with_dropout(x, update, dropout_p) if dropout_p > 0.0 else update
+        return scaled_update(x, lora_A, lora_B, layer.scaling[name], m, norm, dropout_p)

@@ -21,6 +21,9 @@ def _count(*_: Any) -> None:
     _steps += 1
 
 
+_distributed = torch.distributed.is_initialized if torch.distributed.is_available() else lambda: False
+
+
 class OncePerStep:
     """A value computed from tensors without gradients, computed again once one was written or replaced, or, if one
     of them trains, any optimizer has stepped.
@@ -45,7 +48,7 @@ class OncePerStep:
             return compute()
         if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return compute()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _distributed():
             return compute()
         found = marks(*tensors)
         if found is None:
