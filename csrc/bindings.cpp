@@ -176,15 +176,16 @@ PyObject* sample(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const size_t start = reinterpret_cast<size_t>(t.data) + t.byte_offset;
   const bool inside = memory && start >= memory && start + bytes <= memory + size;
   if (!inside || bytes < 32 || !dlpack::is_contiguous(t)) Py_RETURN_NONE;
-  std::array<uint64_t, 4> words;
-  for (size_t i = 0; i < 3; ++i) std::memcpy(&words[i], reinterpret_cast<char*>(start + (bytes - 8) / 24 * 8 * i), 8);
-  std::memcpy(&words[3], reinterpret_cast<char*>(start + bytes - 8), 8);
+  std::array<uint64_t, 5> words{start};
+  for (size_t i = 0; i < 3; ++i)
+    std::memcpy(&words[1 + i], reinterpret_cast<char*>(start + (bytes - 8) / 24 * 8 * i), 8);
+  std::memcpy(&words[4], reinterpret_cast<char*>(start + bytes - 8), 8);
   return PyBytes_FromStringAndSize(reinterpret_cast<char*>(words.data()), sizeof words);
 }
 PyMethodDef kSample[] = {
     {"sample", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&sample)), METH_FASTCALL,
-     "sample($module, tensor, memory, size, /)\n--\n\nFour words of a contiguous tensor, the first and the last among "
-     "them; None unless it lies in the size bytes at the address memory."},
+     "sample($module, tensor, memory, size, /)\n--\n\nThe address of a contiguous tensor and four of its words, "
+     "the first and the last among them; None unless it lies in the size bytes at the address memory."},
     {}};
 
 py::dict build_info() {

@@ -74,9 +74,9 @@ def update(y, x, lora_A, lora_B, scaling, dropout_p, seed):
     return y, _forward(y, x, None, lora_A, lora_B, None, scaling, dropout_p, seed, PLAIN)
 
 
-def _single(t: torch.Tensor | None) -> torch.Tensor | None:
+def _single(t: torch.Tensor) -> torch.Tensor:
     """t in fp32."""
-    return t if t is None or t.dtype is torch.float32 else t.float()
+    return t if t.dtype is torch.float32 else t.float()
 
 
 def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant):
@@ -97,8 +97,8 @@ def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, varia
         threads=torch.get_num_threads(),
         x_lora=x_lora,
         h_in=h_in,
-        gate=_single(gate),
-        out_scale=_single(out_scale),
+        gate=gate if gate is None else _single(gate),
+        out_scale=out_scale if out_scale is None else _single(out_scale),
     )
     return h
 

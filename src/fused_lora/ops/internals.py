@@ -148,25 +148,31 @@ def alike(x: Tensor, *tensors: Tensor, rows: int = 1) -> Callable[..., bool] | N
         return None
 
 
-def marks(*tensors: Tensor) -> tuple | None:
+def marks(*tensors: Tensor) -> tuple[tuple, list] | None:
     """What differs once one of these tensors is another one, lies elsewhere, or was written in place as autograd counts
-    it or, as `_sample` sees it, past its count; None where PyTorch does not count, as in inference mode. Who
-    compares marks must hold the tensors, whose ids others would get."""
+    it or, as four of its words tell, past its count; and the memory of each. None where PyTorch does not count, as in
+    inference mode. Who compares marks must hold the tensors, whose ids others would get.
+
+    The words are the first, the last and two others, of which whoever writes all of `t.data` changes one, as a rule.
+    Nobody may free the memory meanwhile.
+    """
     if not _ALLOWED:
         return None
     try:
-        return tuple([(id(t), t._version, t.data_ptr(), _sample(t)) for t in tensors])
+        memories = [t.untyped_storage() for t in tensors]
+        return tuple([(id(t), t._version, _words(t, memory)) for t, memory in zip(tensors, memories)]), memories
     except RuntimeError:  # an inference tensor, or one without memory of its own
         return None
 
 
-def _sample(t: Tensor) -> bytes | None:
-    """Four words of t's memory, the first and the last among them, of which whoever writes all of `t.data` changes one,
-    as a rule; None where there are none to read. Nobody may free the memory meanwhile."""
-    if type(t) not in PLAIN_TENSORS or not t.is_cpu:
-        return None
-    memory = t.untyped_storage()  # smaller than the tensor in one that is sharded, while it is freed
-    return _C.sample(t, memory.data_ptr(), memory.nbytes())
+def _words(t: Tensor, memory: Any) -> bytes | int:
+    """The address of t and its words, or the address alone where there are none to read."""
+    if type(t) in PLAIN_TENSORS and t.is_cpu:
+        # memory is smaller than the tensor in one that is sharded, while it is freed
+        words = _C.sample(t, memory.data_ptr(), memory.nbytes())
+        if words is not None:
+            return words
+    return t.data_ptr()
 
 
 def wants_operators(*tensors: Tensor | None) -> bool:
@@ -175,7 +181,12 @@ def wants_operators(*tensors: Tensor | None) -> bool:
     forward-mode derivatives are at work."""
     if is_dynamo_compiling():
         return False
-    return forward_ad_active() or any(t is not None and (t._is_zerotensor() or _is_batched(t)) for t in tensors)
+    if forward_ad_active():
+        return True
+    for t in tensors:
+        if t is not None and (t._is_zerotensor() or _is_batched(t)):
+            return True
+    return False
 
 
 def _tried_is_batched(t: Tensor) -> bool:

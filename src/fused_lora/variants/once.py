@@ -50,9 +50,10 @@ class OncePerStep:
             return compute()
         if _distributed():
             return compute()
-        found = marks(*tensors)
-        if found is None:
+        marked = marks(*tensors)
+        if marked is None:
             return compute()
+        found, memories = marked
         steps = 0
         for t in tensors:
             if t.requires_grad:  # no optimizer writes what is frozen
@@ -67,7 +68,7 @@ class OncePerStep:
                 value = compute()
         else:
             value = compute()
-        references = [ref(each) for t in tensors for each in (t, t.untyped_storage())]
+        references = [ref(each) for each in (*tensors, *memories)]
         self._kept = key, references, value  # at once: threads of DataParallel share this object
         return value
 
