@@ -183,7 +183,7 @@ def wants_operators(*tensors: Tensor | None) -> bool:
         return False
     if forward_ad_active():
         return True
-    for t in tensors:
+    for t in tensors:  # noqa: SIM110  a generator takes 0.2 us of the backward of a tiny layer's 7
         if t is not None and (t._is_zerotensor() or _is_batched(t)):
             return True
     return False
