@@ -167,7 +167,7 @@ def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling,
         given = lora_A, lora_B, h, scaling, dropout_p, seed, low, scaled, optional
         grads, now_lost = _backward(written, dz, left, base, *given)
         lost += now_lost
-    if lost:
+    if dscale is not None and lost:
         columns = dscale.isnan().nonzero().flatten()
         dscale = out_scale_columns(dscale, columns, dy, x, weight, lora_B, h, scaling, variant)
     if dscale is not None and out_scale.dtype is not torch.float32:

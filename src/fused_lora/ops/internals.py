@@ -256,8 +256,12 @@ def _layer_tensors_by_name(layer: Any, adapter: str) -> tuple[Tensor, Tensor | N
     return layer.weight, layer.bias, layer.lora_A[adapter], layer.lora_B[adapter]
 
 
+def _parameter_by_name(module: Any, name: str) -> Any:
+    return getattr(module, name)
+
+
 if not _ALLOWED:
-    layer_tensors, own_parameter = _layer_tensors_by_name, getattr
+    layer_tensors, own_parameter = _layer_tensors_by_name, _parameter_by_name
 
 
 def _onednn_bf16_linear():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -112,8 +112,8 @@ def lora_linear(
     if not plain:
         check_variant(x, weight, lora_A, variant)
     if out_norm is not None:
-        check_out_norm(x, out_norm, variant.out_scale)
-        variant = variant._replace(out_scale=variant.out_scale / out_norm)
+        check_out_norm(x, out_norm, out_scale)
+        variant = variant._replace(out_scale=cast(Tensor, out_scale) / out_norm)
     dropout_p = dropout_p if training else 0.0
     if needs_plain_operators(*[t for t in (x, weight, lora_A, lora_B, bias, *variant) if t is not None]):
         return _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, variant, return_h)
@@ -189,7 +189,8 @@ def _variant_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend, varian
     except (AttributeError, TypeError, RuntimeError):  # no tensor, which the caller says, or none with memory
         return None
     if (
-        not known
+        verdict is None
+        or not known
         or any(t is not None and t.shape[:-1] != x.shape[:-1] for t in (x_lora, h_in, gate))
         or type(dropout_p) not in (float, int)
         or not 0.0 <= dropout_p < 1.0
