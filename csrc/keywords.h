@@ -4,7 +4,7 @@
 // the names over as interned strings, which are compared by address. pybind11's own keywords are interned again at each
 // call, for 75 ns each: 1.4 us a call of cpu_forward (pybind11 3.1, CPython 3.11, Intel Xeon, 2026-11-26). Call with at
 // most 15 keywords: from more, CPython's compiler builds a dict, for 0.3 us; numbers that belong together travel as a
-// tuple. What plain LoRA has no use for is optional and comes past the fifteenth.
+// tuple. What comes past the fifteenth is optional.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -94,8 +94,10 @@ bool parse(Params& params, Copies& copies, PyObject* const* args, Py_ssize_t pos
     const size_t k = find<keywords>(name, i);
     if (k == n) return PyErr_Format(PyExc_TypeError, "%U is not a keyword of this function", name), false;
     if (!keywords[k].put(params, args[i], copies)) {
+      if (copies.failed) return false;
       PyErr_Clear();
-      return PyErr_Format(PyExc_TypeError, "%s does not take %R", keywords[k].name, args[i]), false;
+      const char* what = Py_TYPE(args[i])->tp_name;
+      return PyErr_Format(PyExc_TypeError, "%s does not take this %s", keywords[k].name, what), false;
     }
     missing &= ~(uint64_t{1} << k);
   }

@@ -9,9 +9,11 @@
 
 #include <Python.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "lora.h"
 
@@ -66,9 +68,8 @@ inline const Api* api_of(PyObject* object) {
   const auto* api = reinterpret_cast<const Api*>(header);
   if (!api || !api->from_object) return PyErr_SetString(PyExc_TypeError, "no DLPack of version 1"), nullptr;
   Py_INCREF(type);  // so that no other type takes its address
-  Known& place = known[next++ % known.size()];
-  Py_XDECREF(place.type);
-  place = {type, api};
+  const Known former = std::exchange(known[next++ % known.size()], {type, api});
+  Py_XDECREF(former.type);  // last, for it may run anything
   return api;
 }
 
@@ -120,10 +121,13 @@ class Copies {
     if (fits(tensor)) return true;
     if (count_ == copies_.size()) return false;
     PyObject* copy = PyObject_CallMethod(object, "contiguous", nullptr);
-    if (!copy) return false;
+    failed = !copy;
+    if (failed) return false;
     copies_[count_++] = copy;
     return dlpack::load(copy, tensor) && fits(tensor);
   }
+
+  bool failed = false;  // to make one, for what Python's error says
 
  private:
   std::array<PyObject*, 16> copies_{};
@@ -132,11 +136,13 @@ class Copies {
 
 namespace detail {
 
-// to = the memory of t; false where `to` is of floats and t is not.
+// to = the memory of t; false where `to` is of floats and t is not, and where t has elements and no memory, as one that
+// is sharded while it is freed: null would stand for no tensor.
 template <class T> bool point(T*& to, const dlpack::Tensor& t) {
   Dtype dtype;
   if (!dlpack::dtype_of(t, dtype) || (std::is_same_v<std::remove_const_t<T>, float> && dtype != Dtype::f32))
     return false;
+  if (!t.data && std::all_of(t.shape, t.shape + t.dims, [](int64_t n) { return n > 0; })) return false;
   to = reinterpret_cast<T*>(static_cast<char*>(t.data) + t.byte_offset);
   return true;
 }

@@ -1,4 +1,4 @@
-"""The compiled part (csrc/bindings.cpp): addresses, sizes and strides in, nothing out."""
+"""The compiled part (csrc/bindings.cpp): kernels that write into their arguments."""
 
 from typing import Any
 

@@ -207,6 +207,12 @@ def test_the_door_takes_each_keyword_once():
     for name, value in (*unfit.items(), ("threads", 1 << 31), ("dropout", 0), ("y", torch.ones(4, dtype=torch.int32))):
         with pytest.raises(TypeError, match=f"{name} does not take"):
             _C.cpu_forward(**good | {name: value})
+    freed = torch.ones(5, 3)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="A does not take this Tensor"):
+        _C.cpu_forward(**good | dict(A=freed))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):  # for a copy of so much
+        _C.cpu_forward(**good | dict(W=torch.ones(1, 1).expand(2**24, 2**24)))
     half = dict(x=good["x"].half(), h=good["h"].half(), y=good["y"].half())
     for bad in (dict(A=torch.ones(0, 3), B=torch.ones(4, 0)), half | dict(B=good["B"].bfloat16())):
         with pytest.raises(ValueError, match="must be"):

@@ -1,7 +1,10 @@
 """The gradient of out_scale from y: as near to the truth as PyTorch's from z, whatever the bias and the scale are."""
 
+import warnings
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora import lora_linear
@@ -159,9 +162,27 @@ def test_a_norm_that_does_not_fit_is_refused():
         (m[:5], m, "out_norm must have out_scale's shape \\[12\\] and dtype float32; got \\[5\\] and torch.float32"),
         (m.bfloat16(), m, "out_norm must have out_scale's shape .* torch.bfloat16"),
         (m.clone().requires_grad_(), m, "out_norm must not require a gradient"),
+        (m.to_sparse(), m, "out_norm must be a dense tensor; got layout torch.sparse_coo"),
         (m.to("meta"), m, "out_norm must be on x's device cpu; got meta"),
         (1.0, m, "out_norm must be a torch.Tensor; got float"),
     ):
         for backend in ("auto", "reference"):
             with pytest.raises(ValueError, match=message):
                 lora_linear(*given, out_scale=scale, out_norm=n, backend=backend)
+
+
+def test_a_norm_must_stay_as_it_is():
+    p, m, n = random_problem(9, 12, 16, 4), torch.rand(12, requires_grad=True), torch.ones(12)
+    y = lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.5, out_scale=m, out_norm=n)
+    n.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_fake_tensors_are_asked_for_no_address():
+    with warnings.catch_warnings(), FakeTensorMode():
+        warnings.simplefilter("error")
+        p, m = random_problem(9, 12, 16, 4), torch.ones(12, requires_grad=True)
+        for _ in range(2):
+            y = lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.5, out_scale=m, out_norm=torch.ones(12))
+            assert torch.autograd.grad(y, m, torch.ones_like(y))[0].shape == (12,)

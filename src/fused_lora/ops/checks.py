@@ -244,7 +244,8 @@ def check_variant(x: Tensor, weight: Tensor, lora_A: Tensor, variant: Variant) -
 
 def check_out_norm(x: Tensor, out_norm: Any, out_scale: Tensor | None) -> None:
     """Raises ValueError unless out_norm can divide this out_scale, which is right itself."""
-    wrong = _no_tensor({"out_norm": out_norm})
+    named = {"out_norm": out_norm}
+    wrong = _no_tensor(named) or _not_dense(named)
     if wrong is not None:
         raise wrong
     if out_scale is None:
@@ -253,7 +254,7 @@ def check_out_norm(x: Tensor, out_norm: Any, out_scale: Tensor | None) -> None:
         expected = f"out_scale's shape {_shape(out_scale)} and dtype float32"
         raise ValueError(f"out_norm must have {expected}; got {_shape(out_norm)} and {out_norm.dtype}")
     if out_norm.requires_grad:
-        raise ValueError("out_norm must not require a gradient, which it has none of: divide out_scale by it; got one")
-    wrong = _elsewhere({"out_norm": out_norm}, x)
+        raise ValueError("out_norm must not require a gradient (divide out_scale by it instead); got one that does")
+    wrong = _elsewhere(named, x)
     if wrong is not None:
         raise wrong

@@ -133,8 +133,8 @@ class _EagerVariantFunction(torch.autograd.Function):
         keep_h = need_B or need_gate or need_scale
         kept = x if keep_x else None, weight, lora_A, lora_B, h if keep_h else None
         keep_y = (y, bias) if need_scale else (None, None)
-        ctx.save_for_backward(*kept, *keep_y, seed, x_lora, h_in, gate, out_scale, grad_row_scale)
-        ctx.call = scaling, dropout_p, serving, lead, out_norm, None if out_norm is None else scale
+        ctx.save_for_backward(*kept, *keep_y, seed, x_lora, h_in, gate, out_scale, grad_row_scale, out_norm)
+        ctx.call = scaling, dropout_p, serving, lead, None if out_norm is None else scale
         if not return_h:
             return y
         ctx.set_materialize_grads(False)
@@ -142,8 +142,9 @@ class _EagerVariantFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dh=None):
-        x, weight, lora_A, lora_B, h, y, bias, seed, x_lora, h_in, gate, out_scale, row_scale = ctx.saved_tensors
-        scaling, dropout_p, serving, lead, out_norm, scale = ctx.call
+        x, weight, lora_A, lora_B, h, y, bias, seed, x_lora, h_in, gate, *ends = ctx.saved_tensors
+        out_scale, row_scale, out_norm = ends
+        scaling, dropout_p, serving, lead, scale = ctx.call
         if dy is None:  # nothing of y was used
             if dh is None:
                 return (None,) * 8

@@ -237,7 +237,7 @@ def own_parameter(module: Any, name: str) -> Any:
     """A parameter of the module, past Module.__getattr__."""
     try:
         return module._parameters[name]
-    except KeyError:  # a wrapper has put something else in its place
+    except (KeyError, AttributeError):  # a wrapper has put something else in its place
         return getattr(module, name)
 
 

@@ -14,7 +14,7 @@ from fused_lora.ops.autograd import linear_apply, matrix, needs_plain_operators,
 from fused_lora.ops.checks import check_out_norm, check_variant, fault
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.eager import eager_apply, eager_variant_apply, without_gradients
-from fused_lora.ops.internals import alike, any_autocast_enabled, autocasts, forward_ad_active
+from fused_lora.ops.internals import PLAIN_TENSORS, alike, any_autocast_enabled, autocasts, forward_ad_active
 from fused_lora.ops.reference import PLAIN, Variant, composition
 from fused_lora.ops.schema import aligned, request_of
 from fused_lora.ops.sharded import on_shards
@@ -179,6 +179,8 @@ _VARIANT_VERDICTS: dict[tuple, _Verdict] = {}
 
 def _variant_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, out_norm, return_h):
     """`eager_serving` of a call with optional tensors."""
+    if type(weight) not in PLAIN_TENSORS:  # which may have no address
+        return None
     x_lora, h_in, gate, *ends = variant
     optional = x_lora, h_in, gate, weight, lora_A, lora_B, bias, *ends, out_norm
     given = [t for t in optional if t is not None]
