@@ -25,20 +25,17 @@ void check(Status status) {
   if (status != Status::ok) throw std::invalid_argument(message(status));
 }
 void forward(CpuForwardParams& p) { check(cpu_forward(p)); }
-int64_t backward(CpuBackwardParams& p) {
+// Of how many columns of dout_scale y tells too little.
+template <auto run, class Params> int64_t lost_columns(Params& p) {
   int64_t lost = 0;
   if (p.dout_scale) p.lost = &lost;
-  check(cpu_backward(p));
+  check(run(p));
   return lost;
 }
-int64_t scale(CpuScaleParams& p) {
-  int64_t lost = 0;
-  if (p.dout_scale) p.lost = &lost;
-  check(cpu_scale(p));
-  return lost;
-}
+int64_t backward(CpuBackwardParams& p) { return lost_columns<cpu_backward>(p); }
+int64_t scale(CpuScaleParams& p) { return lost_columns<cpu_scale>(p); }
 void product(CpuProductParams& p) { check(cpu_product(p)); }
-int64_t row_norm(CpuRowNormParams& p) {
+int64_t row_norm(CpuRowNormParams& p) {  // of how many rows the norm is 0
   int64_t empty = 0;
   p.empty = &empty;
   check(cpu_row_norm(p));

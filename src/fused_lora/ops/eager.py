@@ -152,8 +152,10 @@ class _EagerVariantFunction(torch.autograd.Function):
         if lead is not None:
             dy, x, y = matrix(dy), x if x is None else matrix(x), y if y is None else matrix(y)
             x_lora, h_in, gate = (t if t is None else matrix(t) for t in (x_lora, h_in, gate))
-        if out_norm is None or torch.is_grad_enabled():  # the saved one, which is differentiated once more
-            scale = out_scale if out_norm is None else out_scale / out_norm
+        if out_norm is None:
+            scale = out_scale
+        elif torch.is_grad_enabled():  # it is differentiated once more
+            scale = out_scale / out_norm
         needs, variant = _needs_of_variant(ctx.needs_input_grad), Variant(x_lora, h_in, gate, scale, row_scale)
         given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
         grads = unusual_backward(given, needs, variant, serving)

@@ -234,11 +234,15 @@ current_stream = _private("_C._cuda_getCurrentRawStream") or (
 
 
 def own_parameter(module: Any, name: str) -> Any:
-    """A parameter of the module, past Module.__getattr__."""
+    """A parameter of the module, past Module.__getattr__, or what FSDP1 puts before it during a forward: an attribute.
+    None where there is none. An item of `_parameters` is what ZeRO-3 gathers during one, `get` is not."""
+    attribute = module.__dict__.get(name)
+    if attribute is not None:
+        return attribute
     try:
         return module._parameters[name]
-    except (KeyError, AttributeError):  # a wrapper has put something else in its place
-        return getattr(module, name)
+    except KeyError:  # a wrapper (parametrize) has put something else in its place
+        return getattr(module, name, None)
 
 
 def layer_tensors(layer: Any, adapter: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -257,7 +261,7 @@ def _layer_tensors_by_name(layer: Any, adapter: str) -> tuple[Tensor, Tensor | N
 
 
 def _parameter_by_name(module: Any, name: str) -> Any:
-    return getattr(module, name)
+    return getattr(module, name, None)
 
 
 if not _ALLOWED:

@@ -177,7 +177,9 @@ def eager_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> Servin
 _VARIANT_VERDICTS: dict[tuple, _Verdict] = {}
 
 
-def _variant_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, out_norm, return_h):
+def _variant_serving(
+    x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, out_norm, return_h
+) -> Serving | None:
     """`eager_serving` of a call with optional tensors."""
     if type(weight) not in PLAIN_TENSORS:  # which may have no address
         return None

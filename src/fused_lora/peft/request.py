@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fused_lora.deepspeed_zero import hooks_are_zero_s, is_absent
-from fused_lora.ops.internals import PLAIN_TENSORS, any_autocast_enabled, any_module_hook, autocasts, unhooked
+from fused_lora.ops.internals import (
+    PLAIN_TENSORS,
+    any_autocast_enabled,
+    any_module_hook,
+    autocasts,
+    own_parameter,
+    unhooked,
+)
 from fused_lora.ops.update import joined
 
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
@@ -71,7 +78,7 @@ def readable_base(layer: Any) -> Base | str:
         return "its base layer has hooks or a forward of its own"
     if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
         return f"its base layer is a {_class(base)}"
-    weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
+    weight, bias = own_parameter(base, "weight"), own_parameter(base, "bias")
     if weight is None or not _plain(weight) or weight.layout is not torch.strided:
         return f"its base weight is {_kind(weight)}"
     if bias is not None and not _plain(bias):
@@ -81,7 +88,7 @@ def readable_base(layer: Any) -> Base | str:
 
 def norm_source(layer: Any) -> Tensor | None:
     """The tensor in which the base layer holds its weight, in whatever form."""
-    return _tensor(layer._modules["base_layer"], "weight")
+    return own_parameter(layer._modules["base_layer"], "weight")
 
 
 def linear_fits(x: Tensor, base: Base, update: Update) -> bool:
@@ -118,18 +125,6 @@ def _castable(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.dtype in _DTYPES and t.dtype is not torch.float64) for t in tensors)
 
 
-def _tensor(module: Any, name: str) -> Tensor | None:
-    """A parameter of the module, or what FSDP1 puts before it during a forward: an attribute. An item of `_parameters`
-    is what ZeRO-3 gathers during one, `get` is not."""
-    attribute = module.__dict__.get(name)
-    if attribute is not None:
-        return attribute
-    try:
-        return module._parameters[name]
-    except KeyError:
-        return None
-
-
 def _plain(t: Any) -> bool:
     """Whether the op takes what holds a parameter's values."""
     return type(t) in PLAIN_TENSORS and not is_absent(t)
@@ -154,8 +149,10 @@ def adapter_update(layer: Any, name: str) -> Update | str:
     variant, dora = layer.lora_variant.get(name), None
     if type(variant) is DoraLinearVariant:
         dora = modules["lora_magnitude_vector"]._modules[name]
-        if type(dora) is not DoraLinearLayer or not _bare(dora) or not _plain(_tensor(dora, "weight")):
-            return f"adapter {name!r} holds its magnitudes in a {_class(dora)} with {_kind(_tensor(dora, 'weight'))}"
+        if type(dora) is not DoraLinearLayer or not _bare(dora) or not _plain(own_parameter(dora, "weight")):
+            return (
+                f"adapter {name!r} holds its magnitudes in a {_class(dora)} with {_kind(own_parameter(dora, 'weight'))}"
+            )
     elif variant is not None:
         kind = type(variant).__name__.removesuffix("LinearVariant")
         return f"adapter {name!r} is no plain LoRA ({kind})"
@@ -164,13 +161,13 @@ def adapter_update(layer: Any, name: str) -> Update | str:
         return f"adapter {name!r} has a {_class(other)} in the place of an nn.Linear"
     if not (_bare(module_A) and _bare(module_B) and _bare(dropout)):
         return f"adapter {name!r} has hooks or a forward of its own"
-    lora_A, lora_B = _tensor(module_A, "weight"), _tensor(module_B, "weight")
+    lora_A, lora_B = own_parameter(module_A, "weight"), own_parameter(module_B, "weight")
     if lora_A is None or lora_B is None or not (_plain(lora_A) and _plain(lora_B)):
         other = lora_B if _plain(lora_A) else lora_A
         return f"adapter {name!r} holds {_kind(other)}"
     if lora_A.dtype is not lora_B.dtype:
         return f"adapter {name!r} has lora_A in {_name(lora_A.dtype)} and lora_B in {_name(lora_B.dtype)}"
-    if _tensor(module_A, "bias") is not None:
+    if own_parameter(module_A, "bias") is not None:
         return f"adapter {name!r} has a bias in lora_A"
     if not layer.cast_input_dtype_enabled:
         return "PEFT's casting of its input is switched off"
@@ -181,7 +178,7 @@ def adapter_update(layer: Any, name: str) -> Update | str:
         dropout_p = dropout.p if drops else 0.0
     else:
         return f"adapter {name!r} has a dropout that the op has not: {dropout}"
-    scaling, bias = layer.scaling[name], _tensor(module_B, "bias")
+    scaling, bias = layer.scaling[name], own_parameter(module_B, "bias")
     if isinstance(scaling, Tensor) and scaling.dim():
         return f"adapter {name!r} has a scaling of shape {list(scaling.shape)}"
     return Update(lora_A, lora_B, scaling, dropout_p, bias if bias is None else bias * scaling, dora)
