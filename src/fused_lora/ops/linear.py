@@ -81,13 +81,8 @@ def lora_linear(
         x, weight, lora_A, lora_B, bias, x_lora, h_in = _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in)
     if type(scaling) is not float:
         lora_A, lora_B, scaling = tensor_scaling(lora_A, lora_B, scaling)
-    plain = not return_h and (
-        x_lora is None
-        and h_in is None
-        and gate is None
-        and out_scale is None
-        and grad_row_scale is None
-        and out_norm is None
+    plain = (not return_h and out_norm is None) and (
+        x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None
     )
     serving, variant = None, PLAIN if plain else Variant(x_lora, h_in, gate, out_scale, grad_row_scale)
     if is_dynamo_compiling() or forward_ad_active():
