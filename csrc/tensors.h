@@ -74,9 +74,12 @@ inline const Api* api_of(PyObject* object) {
 }
 
 // Python's error may be set where it is false.
-inline bool load(PyObject* object, Tensor& tensor) {
+inline bool load_anywhere(PyObject* object, Tensor& tensor) {
   const Api* api = api_of(object);
-  return api && api->from_object(object, &tensor) == 0 && tensor.device.type == kCpu;
+  return api && api->from_object(object, &tensor) == 0;
+}
+inline bool load(PyObject* object, Tensor& tensor) {
+  return load_anywhere(object, tensor) && tensor.device.type == kCpu;
 }
 
 inline bool dtype_of(const Tensor& t, Dtype& to) {
@@ -116,20 +119,27 @@ class Copies {
   }
 
   // tensor = that of object, or of a contiguous copy where `fits` is false of it.
-  template <class Fits> bool load(PyObject* object, dlpack::Tensor& tensor, Fits fits) {
-    if (!dlpack::load(object, tensor)) return false;
+  template <auto load_tensor = dlpack::load, class Fits>
+  bool load(PyObject* object, dlpack::Tensor& tensor, Fits fits) {
+    if (!load_tensor(object, tensor)) return false;
     if (fits(tensor)) return true;
-    if (count_ == copies_.size()) return false;
-    PyObject* copy = PyObject_CallMethod(object, "contiguous", nullptr);
-    failed = !copy;
-    if (failed) return false;
-    copies_[count_++] = copy;
-    return dlpack::load(copy, tensor) && fits(tensor);
+    PyObject* dense = copy_by(object, "contiguous");  // itself, where it lies wrongly but in one piece
+    PyObject* copy = dense == object ? copy_by(object, "clone") : dense;
+    return copy && load_tensor(copy, tensor) && fits(tensor);
   }
 
   bool failed = false;  // to make one, for what Python's error says
 
  private:
+  // object.method(), kept; null where it fails.
+  PyObject* copy_by(PyObject* object, const char* method) {
+    if (count_ == copies_.size()) return nullptr;
+    PyObject* copy = PyObject_CallMethod(object, method, nullptr);
+    failed |= !copy;
+    if (copy) copies_[count_++] = copy;
+    return copy;
+  }
+
   std::array<PyObject*, 16> copies_{};
   size_t count_ = 0;
 };

@@ -1,5 +1,4 @@
-// The CUDA back end's two calls for Python: addresses, sizes and strides in by keyword, Status -> exception. In builds
-// with CUDA.
+// The CUDA back end's two calls for Python: tensors and numbers in by keyword, Status -> exception. In builds with CUDA.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -21,46 +20,79 @@ void check(Status status) {
 void forward(const CudaForwardParams& p) { check(cuda_forward(p)); }
 void backward(const CudaBackwardParams& p) { check(cuda_backward(p)); }
 
+// Whether TMA and loads of 16 bytes can read it.
+bool on_16_bytes(const dlpack::Tensor& t) { return (reinterpret_cast<uintptr_t>(t.data) + t.byte_offset) % 16 == 0; }
+bool has_tma_rows(const dlpack::Tensor& t) {
+  return t.dims == 2 && t.strides[1] == 1 && t.strides[0] % 8 == 0 && t.strides[0] >= t.shape[1] && on_16_bytes(t);
+}
+bool is_flat(const dlpack::Tensor& t) { return dlpack::is_contiguous(t) && on_16_bytes(t); }
+
+// A matrix, read by TMA: its memory, the stride of its rows, and what else it says. On which device it lies, the caller
+// has checked.
+template <class Params, auto data, auto ld, auto... more>
+bool put_tma_rows(Params& params, PyObject* value, Copies& copies) {
+  if (value == Py_None) return true;
+  dlpack::Tensor t;
+  if (!copies.load<dlpack::load_anywhere>(value, t, has_tma_rows) || !detail::point(params.*data, t)) return false;
+  params.*ld = t.strides[0];
+  detail::describe(params, t, more...);
+  return true;
+}
+
+// What is read as one piece.
+template <class Params, auto data, auto... more> bool put_flat(Params& params, PyObject* value, Copies& copies) {
+  if (value == Py_None) return true;
+  dlpack::Tensor t;
+  if (!copies.load<dlpack::load_anywhere>(value, t, is_flat) || !detail::point(params.*data, t)) return false;
+  detail::describe(params, t, more...);
+  return true;
+}
+
+// What is written as one piece.
+template <class Params, auto data> bool put_result(Params& params, PyObject* value, Copies&) {
+  if (value == Py_None) return true;
+  dlpack::Tensor t;
+  return dlpack::load_anywhere(value, t) && is_flat(t) && detail::point(params.*data, t);
+}
+
 using F = CudaForwardParams;
 constexpr Keyword<F> kForward[] = {
-    {"x", put<F, &F::x, &F::ldx>},
-    {"W", put<F, &F::W, &F::ldw>},
-    {"A", put<F, &F::A>},
-    {"B", put<F, &F::B>},
-    {"bias", put<F, &F::bias>},
-    {"h", put<F, &F::h>},
-    {"y", put<F, &F::y>},
+    {"x", put_tma_rows<F, &F::x, &F::ldx, &F::dtype, &F::K, &F::M>},
+    {"W", put_tma_rows<F, &F::W, &F::ldw>},
+    {"A", put_flat<F, &F::A>},
+    {"B", put_flat<F, &F::B, &F::adapter_dtype, &F::R, &F::N>},
+    {"bias", put_flat<F, &F::bias>},
+    {"h", put_result<F, &F::h>},
+    {"y", put_result<F, &F::y>},
     {"workspace", put<F, &F::workspace, &F::workspace_bytes>},
-    {"sizes", put<F, &F::M, &F::N, &F::K, &F::R>},
-    {"dtypes", put<F, &F::dtype, &F::adapter_dtype>},
     {"scaling", put<F, &F::scaling>},
     {"dropout", put<F, &F::dropout>},
     {"plan", put<F, &F::plan>},
-    {"device", put<F, &F::device>},
-    {"stream", put<F, &F::stream>},
+    {"target", put<F, &F::device, &F::stream>},
 };
 
 using D = CudaBackwardParams;
+// dx, dA, dB and dbias, None for what is not wanted.
+bool put_gradients(D& params, PyObject* value, Copies& copies) {
+  if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != 4) return false;
+  PyObject* const* each = PySequence_Fast_ITEMS(value);
+  return put_result<D, &D::dx>(params, each[0], copies) && put_result<D, &D::dA>(params, each[1], copies) &&
+         put_result<D, &D::dB>(params, each[2], copies) && put_result<D, &D::dbias>(params, each[3], copies);
+}
 constexpr Keyword<D> kBackward[] = {
-    {"dy", put<D, &D::dy, &D::lddy>},
-    {"x", put<D, &D::x, &D::ldx>},
-    {"W", put<D, &D::W, &D::ldw>},
-    {"A", put<D, &D::A>},
-    {"B", put<D, &D::B>},
-    {"h", put<D, &D::h, &D::ldh>},
-    {"dx", put<D, &D::dx>},
-    {"dA", put<D, &D::dA>},
-    {"dB", put<D, &D::dB>},
-    {"dbias", put<D, &D::dbias>},
+    {"dy", put_tma_rows<D, &D::dy, &D::lddy, &D::dtype, &D::N, &D::M>},
+    {"x", put_tma_rows<D, &D::x, &D::ldx>},
+    {"W", put_tma_rows<D, &D::W, &D::ldw>},
+    {"A", put_flat<D, &D::A, &D::adapter_dtype, &D::K, &D::R>},
+    {"B", put_flat<D, &D::B>},
+    {"h", put_tma_rows<D, &D::h, &D::ldh>},
+    {"grads", put_gradients},
     {"workspace", put<D, &D::workspace, &D::workspace_bytes>},
-    {"sizes", put<D, &D::M, &D::N, &D::K, &D::R>},
-    {"dtypes", put<D, &D::dtype, &D::adapter_dtype>},
     {"scaling", put<D, &D::scaling>},
     {"dropout", put<D, &D::dropout>},
     {"deterministic", put<D, &D::deterministic>},
     {"plan", put<D, &D::plan>},
-    {"device", put<D, &D::device>},
-    {"stream", put<D, &D::stream>},
+    {"target", put<D, &D::device, &D::stream>},
 };
 
 }  // namespace

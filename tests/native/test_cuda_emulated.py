@@ -22,6 +22,7 @@ from infinities import check_infinity
 
 from fused_lora import backends
 from fused_lora.backends import cuda
+from fused_lora.ops import internals
 from fused_lora.ops.dropout import dropout_mask
 from fused_lora.ops.reference import PLAIN, Gradients
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth
@@ -49,7 +50,9 @@ def install(library, monkeypatch):
     monkeypatch.setattr(cuda, "_C", module)
     monkeypatch.setattr(cuda, "refusal", lambda request: None)
     monkeypatch.setattr(cuda, "_sms", lambda index: SMS)
-    monkeypatch.setattr(cuda, "_launch", lambda function, on, **given: function(**given, device=0, stream=0))
+    monkeypatch.setattr(cuda, "current_device", lambda: None)  # a CPU tensor's
+    monkeypatch.setattr(cuda, "_target", lambda index: (0, 0))
+    monkeypatch.setattr(cuda, "empty_on_cuda", internals.empty_on_cpu)
 
     def schedule(resident_blocks=8, delay=4, freeze=0, seed=1, late=False):
         configure(SMS, resident_blocks, delay, freeze, seed, late)
@@ -256,6 +259,22 @@ def test_strided_and_misaligned_inputs(schedule, poison):
 
         p.x, p.dy = surrounded(p.x), surrounded(p.dy)
         assert_exact(run(p, backend="cuda"), want)
+
+    def from_an_odd_address(t):
+        memory = torch.full((t.numel() + 9,), float("nan"), dtype=t.dtype)
+        return memory[1 : 1 + t.numel()].view(t.shape).copy_(t)
+
+    ways = [
+        lambda t: t.t().contiguous().t(),
+        lambda t: t.repeat_interleave(3, 1)[:, ::3],
+        from_an_odd_address,  # in one piece, and yet not as TMA reads it
+    ]
+    for moved in ways:
+        p.x, p.dy, p.lora_A, p.lora_B = map(moved, (p.x, p.dy, p.lora_A, p.lora_B))
+        p.bias = from_an_odd_address(p.bias)
+        assert_exact(run(p, backend="cuda"), want)
+    p.x, p.dy = (t[:1, :1].expand(t.shape) for t in (p.x, p.dy))
+    assert_exact(run(p, backend="cuda"), truth(p))
 
 
 @pytest.mark.parametrize("resident_blocks, delay, freeze", [(8, 400, 3000), (2, 4, 500), (4, 2000, 100)])

@@ -431,24 +431,3 @@ def test_a_build_without_the_machine_code_says_so(built, monkeypatch):
     assert "a build for 90a; this one is for 80" in cuda.refusal(request_of())
     monkeypatch.setattr(cuda, "_built", lambda: False)
     assert "this one has none" in cuda.refusal(request_of())
-
-
-def test_operands_that_tma_cannot_read_are_copied():
-    wide = torch.randn(16, 24).bfloat16()
-    assert cuda._rows(wide) is wide and cuda._rows(wide[:, 8:]).data_ptr() == wide[:, 8:].data_ptr()
-    one = torch.ones((), dtype=torch.bfloat16)
-    for bad in (
-        wide[:, 1:17],
-        wide.t(),
-        wide[:, ::3],
-        one.expand(4, 16),
-        torch.randn(3, 36).bfloat16()[1:2, 3:19],
-        torch.randn(4, 20).bfloat16()[:, :16],
-    ):
-        good = cuda._rows(bad)
-        assert torch.equal(good, bad) and good.stride(1) == 1 and good.stride(0) % 8 == 0 and good.data_ptr() % 16 == 0
-    assert (
-        cuda._flat(wide) is wide
-        and cuda._flat(wide[:, 8:]).is_contiguous()
-        and cuda._flat(torch.zeros(17)[1:]).data_ptr() % 16 == 0
-    )

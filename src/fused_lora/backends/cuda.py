@@ -13,7 +13,7 @@ import torch
 from fused_lora import _C
 from fused_lora.backends import Request, only_plain, read_plan
 from fused_lora.ops.dropout import dropout_threshold
-from fused_lora.ops.internals import current_device, current_stream
+from fused_lora.ops.internals import current_device, current_stream, empty_on_cuda
 from fused_lora.ops.reference import Gradients
 
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
@@ -126,112 +126,95 @@ def summary(request: Request, plan: str) -> str:
     return f"compiled CUDA kernels, {plan}" if plan else "compiled CUDA kernels"
 
 
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    """t with contiguous rows that start on 16 bytes; a wider row stride is fine as it is."""
-    if t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.stride(0) >= t.shape[1] and t.data_ptr() % 16 == 0:
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
-
-
-def _flat(t: torch.Tensor) -> torch.Tensor:
-    """t contiguous from an address that is a multiple of 16."""
-    return t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
-
-
 def _padded(R: int) -> int:
     return (R + 7) // 8 * 8
 
 
-def _ptr(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+def _target(index: int) -> tuple[int, int]:
+    """A device, and its stream that is current."""
+    return index, current_stream(index)
 
 
-def _workspace(nbytes: int, device: torch.device) -> torch.Tensor:
-    return torch.empty((nbytes + 3) // 4, dtype=torch.float32, device=device)
+def _empty(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    return empty_on_cuda((rows, cols), (cols, 1), dtype)
 
 
-def _launch(function, on: torch.device, **arguments) -> None:
-    """function(**arguments, device, stream) with the device `on` current and its current stream."""
-    index = on.index
-    if current_device() == index:
-        return function(**arguments, device=index, stream=current_stream(index))
-    with torch.cuda.device(index):
-        function(**arguments, device=index, stream=current_stream(index))
+def _workspace(nbytes: int) -> torch.Tensor:
+    return empty_on_cuda(((nbytes + 3) // 4,), (1,), torch.float32)
 
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan):
     """y [M, N] and h [M, R]; see `reference.forward`."""
-    (M, K), N, R, dtype, device = x.shape, weight.shape[0], lora_A.shape[0], x.dtype, x.device
-    y, h = torch.empty(M, N, dtype=dtype, device=device), torch.empty(M, _padded(R), dtype=dtype, device=device)
+    index = x.device.index
+    if current_device() != index:
+        with torch.cuda.device(index):
+            return forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan)
+    (M, K), (N, R), dtype = x.shape, lora_B.shape, x.dtype
+    y, h = _empty(M, N, dtype), _empty(M, _padded(R), dtype)
     if M == 0:
         return y, h[:, :R].contiguous()
-    x, lora_A, lora_B, bias = _rows(x), _flat(lora_A), _flat(lora_B), None if bias is None else _flat(bias)
     sizes, dtypes = (M, N, K, R), (_CODE[dtype], _CODE[lora_A.dtype])
     dropout = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     values = _values(plan)
-    nbytes = _forward_bytes(sizes, dtypes, dropout[1] > 0, _sms(device.index), values)
-    workspace = _workspace(nbytes, device)  # a name, so that it lives until the launches are on the stream
-    _launch(
-        _C.cuda_forward,
-        device,
-        x=(x.data_ptr(), x.stride(0)),
-        W=(weight.data_ptr(), weight.stride(0)),
-        A=lora_A.data_ptr(),
-        B=lora_B.data_ptr(),
-        bias=_ptr(bias),
-        h=h.data_ptr(),
-        y=y.data_ptr(),
+    nbytes = _forward_bytes(sizes, dtypes, dropout[1] > 0, _sms(index), values)
+    workspace = _workspace(nbytes)  # a name, so that it lives until the launches are on the stream
+    _C.cuda_forward(
+        x=x,
+        W=weight,
+        A=lora_A,
+        B=lora_B,
+        bias=bias,
+        h=h,
+        y=y,
         workspace=(workspace.data_ptr(), nbytes),
-        sizes=sizes,
-        dtypes=dtypes,
         scaling=scaling,
         dropout=dropout,
         plan=values,
+        target=_target(index),
     )
     return y, h if h.shape[1] == R else h[:, :R].contiguous()
 
 
 def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant, plan):
     """The gradients that `needs` asks for, but for the weight's; see `reference.backward`."""
-    (M, N), (R, K), dtype, device = dy.shape, lora_A.shape, dy.dtype, dy.device
-    need_x, need_A, need_B, need_bias = needs.x, needs.lora_A, needs.lora_B, needs.bias
-    make = torch.empty if M else torch.zeros
-    dx = make(M, K, dtype=dtype, device=device) if need_x else None
-    dA = make(R, K, dtype=lora_A.dtype, device=device) if need_A else None
-    dB = make(N, R, dtype=lora_B.dtype, device=device) if need_B else None
-    dbias = make(N, dtype=dtype, device=device) if need_bias else None
-    if M == 0 or not (need_x or need_A or need_B or need_bias):
+    index = dy.device.index
+    if current_device() != index:
+        given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
+        with torch.cuda.device(index):
+            return backward(*given, needs, variant, plan)
+    (M, N), (R, K), dtype, adapter = dy.shape, lora_A.shape, dy.dtype, lora_A.dtype
+    needed = need_x, need_A, need_B, need_bias = needs.x, needs.lora_A, needs.lora_B, needs.bias
+    dx = _empty(M, K, dtype) if need_x else None
+    dA = _empty(R, K, adapter) if need_A else None
+    dB = _empty(N, R, adapter) if need_B else None
+    dbias = empty_on_cuda((N,), (1,), dtype) if need_bias else None
+    grads = dx, dA, dB, dbias
+    if M == 0 or not any(needed):
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
         return Gradients(dx, None, dA, dB, dbias)
-    dy, lora_A, lora_B = _rows(dy), _flat(lora_A), _flat(lora_B)
-    x = _rows(x) if need_A else None
-    if need_B:
-        h = _rows(h) if R % 8 == 0 else torch.nn.functional.pad(h, (0, _padded(R) - R))
-    sizes, dtypes = (M, N, K, R), (_CODE[dtype], _CODE[lora_A.dtype])
+    if need_B and R % 8:
+        h = torch.nn.functional.pad(h, (0, _padded(R) - R))
+    sizes, dtypes = (M, N, K, R), (_CODE[dtype], _CODE[adapter])
     dropout = (0, 0) if seed is None else (seed.data_ptr(), dropout_threshold(dropout_p))
     deterministic = torch.are_deterministic_algorithms_enabled()
-    needs = (need_x, need_A, need_B, need_bias)
     values = _values(plan)
-    nbytes = _backward_bytes(sizes, dtypes, dropout[1] > 0, needs, deterministic, _sms(device.index), values)
-    workspace = _workspace(nbytes, device)
-    _launch(
-        _C.cuda_backward,
-        device,
-        dy=(dy.data_ptr(), dy.stride(0)),
-        x=(x.data_ptr(), x.stride(0)) if need_A else (0, 0),
-        W=(weight.data_ptr(), weight.stride(0)),
-        A=lora_A.data_ptr(),
-        B=lora_B.data_ptr(),
-        h=(h.data_ptr(), h.stride(0)) if need_B else (0, 0),
-        dx=_ptr(dx),
-        dA=_ptr(dA),
-        dB=_ptr(dB),
-        dbias=_ptr(dbias),
+    nbytes = _backward_bytes(sizes, dtypes, dropout[1] > 0, needed, deterministic, _sms(index), values)
+    workspace = _workspace(nbytes)
+    _C.cuda_backward(
+        dy=dy,
+        x=x if need_A else None,
+        W=weight,
+        A=lora_A,
+        B=lora_B,
+        h=h if need_B else None,
+        grads=grads,
         workspace=(workspace.data_ptr(), nbytes),
-        sizes=sizes,
-        dtypes=dtypes,
         scaling=scaling,
         dropout=dropout,
         deterministic=deterministic,
         plan=values,
+        target=_target(index),
     )
     return Gradients(dx, None, dA, dB, dbias)
