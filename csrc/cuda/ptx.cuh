@@ -215,11 +215,6 @@ PTX_FN void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, int row, 
       "l"(map), "r"(shared(bar)), "r"(col), "r"(row)
       : "memory");
 }
-// The same of what no kernel of the call writes: it may come before wait_for_previous_kernel(), since a call's first
-// kernel has waited for all that came before the call.
-PTX_FN void tma_load_input(void* dst, const CUtensorMap* map, uint64_t* bar, int row, int col) {
-  tma_load(dst, map, bar, row, col);
-}
 // The same to the same offset of every block in `blocks`, each counting the bytes on its own barrier.
 PTX_FN void tma_load_multicast(void* dst, const CUtensorMap* map, uint64_t* bar, int row, int col, uint16_t blocks) {
   asm volatile(

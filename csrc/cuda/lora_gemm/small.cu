@@ -43,25 +43,17 @@ template <class T> struct Args {
   float scale;
 };
 
-// The k-blocks first, first + step, ... below `end`. A cluster's blocks take neighbours in turn, so that together they
-// read rows of W a KiB at a time. What of W and x fits the ring is on its way before prepare, which writes A, is through.
 template <class T, int kRows>
 PTX_FN void load(Smem<T, kRows>& s, const CUtensorMap* x, const CUtensorMap* W, const CUtensorMap* A, int col,
-                 int first, int step, int end) {
+                 int begin, int end) {
   gemm::Ring<small_stages(kRows)> ring;
-  const auto load_Wx = [&](int slot, int k) {
-    ptx::arrive_expect(&s.full[slot], small_stage_bytes(kRows));
-    ptx::tma_load_input(s.left[slot], W, &s.full[slot], col, k * kBlockK);
-    ptx::tma_load_input(s.x[slot], x, &s.full[slot], 0, k * kBlockK);
-  };
-  for (int k = first, i = 0; k < end && i < s.kStages; k += step, ++i) load_Wx(i, k);
-  ptx::wait_for_previous_kernel();  // for A
-  for (int k = first, i = 0; k < end; k += step, ++i, ring.next()) {
-    if (i >= s.kStages) {
-      ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);
-      load_Wx(ring.slot, k);
-    }
-    ptx::tma_load(&s.left[ring.slot][kCols * kBlockK], A, &s.full[ring.slot], 0, k * kBlockK);
+  for (int k = begin; k < end; ++k, ring.next()) {
+    uint64_t* const full = &s.full[ring.slot];
+    ptx::wait(&s.empty[ring.slot], ring.phase ^ 1);
+    ptx::arrive_expect(full, small_stage_bytes(kRows));
+    ptx::tma_load(s.left[ring.slot], W, full, col, k * kBlockK);
+    ptx::tma_load(&s.left[ring.slot][kCols * kBlockK], A, full, 0, k * kBlockK);
+    ptx::tma_load(s.x[ring.slot], x, full, 0, k * kBlockK);
   }
 }
 
@@ -147,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kRows > 64 ? 1 : 2)
   Smem<T, kRows>& s = *reinterpret_cast<Smem<T, kRows>*>(ptx::dynamic_smem());
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128, cta = static_cast<int>(ptx::cta_in_cluster());
   const int col = blockIdx.x / p.splits * kCols, k_blocks = (p.K + kBlockK - 1) / kBlockK,
-            steps = (k_blocks - cta + p.splits - 1) / p.splits;  // k-blocks cta, cta + splits, ...
+            begin = cta * k_blocks / p.splits, end = (cta + 1) * k_blocks / p.splits;
   if (threadIdx.x == 0) {
     for (int i = 0; i < s.kStages; ++i) {
       ptx::barrier_init(&s.full[i], 1);
@@ -155,14 +147,14 @@ __global__ void __launch_bounds__(kThreads, kRows > 64 ? 1 : 2)
     }
     ptx::barrier_init_fence();
   }
+  ptx::wait_for_previous_kernel();
   __syncthreads();
   float acc[kRows / 2];
-  if (threadIdx.x != kThreads - 32) ptx::wait_for_previous_kernel();  // for B; the loader's thread when it has begun
   if (group == 3) {
-    if (thread == 0) load(s, &x, &W, &A, col, cta, p.splits, k_blocks);
+    if (thread == 0) load(s, &x, &W, &A, col, begin, end);
     __syncwarp();
   } else {
-    multiply(acc, s, group, thread, steps);
+    multiply(acc, s, group, thread, end - begin);
   }
   __syncthreads();  // the ring is through: the sums take its place
   if (group < 3) {

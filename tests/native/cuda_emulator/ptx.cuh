@@ -255,7 +255,8 @@ UNSEEN inline void load_box(uint8_t* smem, uint32_t to, const Map& m, int row, i
     }
 }
 inline void prefetch(const CUtensorMap*) {}
-inline void load_box(void* dst, const CUtensorMap* map, uint64_t* bar, int row, int col, uint16_t blocks) {
+inline void tma_load_multicast(void* dst, const CUtensorMap* map, uint64_t* bar, int row, int col, uint16_t blocks) {
+  touch_memory();
   const Map m = map_of(map);
   const uint32_t to = shared(dst);
   aligned(to, static_cast<uint32_t>(m.box_cols * 2 * 8), "TMA load to");
@@ -275,16 +276,8 @@ inline void load_box(void* dst, const CUtensorMap* map, uint64_t* bar, int row, 
       });
     }
 }
-inline void tma_load_multicast(void* dst, const CUtensorMap* map, uint64_t* bar, int row, int col, uint16_t blocks) {
-  touch_memory();
-  load_box(dst, map, bar, row, col, blocks);
-}
-inline void tma_load_input(void* dst, const CUtensorMap* map, uint64_t* bar, int row, int col) {
-  load_box(dst, map, bar, row, col, static_cast<uint16_t>(1u << cta_in_cluster()));
-}
 inline void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, int row, int col) {
-  touch_memory();
-  tma_load_input(dst, map, bar, row, col);
+  tma_load_multicast(dst, map, bar, row, col, static_cast<uint16_t>(1u << cta_in_cluster()));
 }
 inline void tma_store(const CUtensorMap* map, const void* src, int row, int col) {
   touch_memory();
