@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_lora.triton_kernels.configs import WgradConfig
+from fused_lora.triton_kernels.configs import WgradConfig, cdiv
 from fused_lora.triton_kernels.device import precision
 from fused_lora.triton_kernels.launch import launch
 from fused_lora.triton_kernels.wgrad import slabs_of, sum_slabs
@@ -85,7 +85,7 @@ def dy_pass(dy: Tensor, lora_B: Tensor, h: Tensor, factor: float, config: WgradC
         raise ValueError(f"config must have a BLOCK_R of at least R = {R}; got {config.BLOCK_R}")
     dh = torch.empty((M, R), dtype=dy.dtype, device=dy.device)
     dB = torch.empty((N, R), dtype=lora_B.dtype, device=dy.device)
-    blocks = triton.cdiv(N, config.BLOCK_C)
+    blocks = cdiv(N, config.BLOCK_C)
     dh_target, dB_target = slabs_of(dh, blocks), slabs_of(dB, config.splits)
     tensors = (dy, lora_B, h, dh_target, dB_target)
     sizes = (M, N, config.rows_per_split, dy.stride(0), *lora_B.stride(), factor if dh_target is dh else 1.0)

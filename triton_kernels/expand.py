@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_lora.triton_kernels.configs import ExpandConfig
+from fused_lora.triton_kernels.configs import ExpandConfig, cdiv
 from fused_lora.triton_kernels.device import precision
 from fused_lora.triton_kernels.dropout import NO_DROPOUT, Dropout, keep_tile
 from fused_lora.triton_kernels.launch import launch
@@ -76,7 +76,7 @@ def expand(
     M, R = low.shape
     N, (stride_tn, stride_tr) = (thin.shape[0], thin.stride()) if thin_nr else (thin.shape[1], thin.stride()[::-1])
     out = torch.empty((M, N), dtype=low.dtype, device=low.device)
-    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N))
+    grid = (cdiv(M, config.BLOCK_M), cdiv(N, config.BLOCK_N))
     stride_bm = 0 if base is None else base.stride(0)
     sizes = (M, N, stride_tn, stride_tr, stride_bm, dropout.factor, dropout.threshold)
     choices = {"R": R, "PRECISION": precision(low.dtype)}

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_lora.triton_kernels.configs import ExpandConfig
+from fused_lora.triton_kernels.configs import ExpandConfig, cdiv
 from fused_lora.triton_kernels.device import precision
 from fused_lora.triton_kernels.dropout import keep_rows
 from fused_lora.triton_kernels.grouped import Factors, Groups, factor_at, item_of, rank_of, rows_at
@@ -102,7 +102,7 @@ def grouped_expand(
             is dropped.
     """
     N = out.shape[1]
-    grid = (groups.items(config.BLOCK_M), triton.cdiv(N, config.BLOCK_N))
+    grid = (groups.items(config.BLOCK_M), cdiv(N, config.BLOCK_N))
     of_groups = (groups.offsets, groups.rows, groups.ranks, seed, thresholds, keep_factors)
     strides = (thin.stride_g, thin.stride_rank, thin.stride_wide, 0 if base is None else base.stride(0))
     args = (low, thin.first, thin.table, base, out, *of_groups, groups.P, groups.G, N, *strides)

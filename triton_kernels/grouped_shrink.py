@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_lora.triton_kernels.configs import ShrinkConfig
+from fused_lora.triton_kernels.configs import ShrinkConfig, cdiv
 from fused_lora.triton_kernels.device import precision
 from fused_lora.triton_kernels.dropout import keep_rows
 from fused_lora.triton_kernels.grouped import Factors, Groups, factor_at, item_of, rank_of, rows_at
@@ -100,7 +100,7 @@ def grouped_shrink(
         seed, thresholds: of left's dropout, int64 [1] and int32 [G]; None where nothing is dropped.
     """
     low = torch.empty((groups.P, groups.R), dtype=left.dtype, device=left.device)
-    grid = (groups.items(config.BLOCK_M), triton.cdiv(groups.R, config.BLOCK_R))
+    grid = (groups.items(config.BLOCK_M), cdiv(groups.R, config.BLOCK_R))
     tensors = (left, down.first, down.table, low, groups.offsets, groups.rows, groups.ranks, factors, seed, thresholds)
     strides = (left.stride(0), down.stride_g, down.stride_rank, down.stride_wide)
     choices = {"ALIGNED": down.aligned, "PRECISION": precision(left.dtype)} | groups.constexprs | config.constexprs

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_lora.triton_kernels.configs import WgradConfig
+from fused_lora.triton_kernels.configs import WgradConfig, cdiv
 from fused_lora.triton_kernels.device import precision
 from fused_lora.triton_kernels.dropout import keep_rows
 from fused_lora.triton_kernels.grouped import Groups, item_of, rank_of, rows_at
@@ -166,7 +166,7 @@ def grouped_wgrad(
     several, size = groups.P > T, groups.R * C
     count = 2 * (groups.P // T + 1)
     slabs = torch.empty((count, size), dtype=torch.float32, device=left.device) if several else None
-    grid = (groups.items(T), triton.cdiv(C, config.BLOCK_C), triton.cdiv(groups.R, config.BLOCK_R))
+    grid = (groups.items(T), cdiv(C, config.BLOCK_C), cdiv(groups.R, config.BLOCK_R))
     tensors = (low, left, out, slabs, starts, groups.offsets, groups.rows, groups.ranks, factors, seed, thresholds)
     sizes = (groups.P, groups.G, C)
     shared = groups.constexprs | {"ROWS": T}
@@ -174,4 +174,4 @@ def grouped_wgrad(
     launch(grouped_wgrad_kernel, grid, (*tensors, *sizes, left.stride(0)), choices)
     if several:
         args = (slabs, out, starts, groups.offsets, groups.ranks, *sizes)
-        launch(sum_groups_kernel, (triton.cdiv(size, SUM_TILE["BLOCK"]), groups.P // T + 1), args, shared | SUM_TILE)
+        launch(sum_groups_kernel, (cdiv(size, SUM_TILE["BLOCK"]), groups.P // T + 1), args, shared | SUM_TILE)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_lora.triton_kernels.configs import GemmConfig
+from fused_lora.triton_kernels.configs import GemmConfig, cdiv
 from fused_lora.triton_kernels.device import precision, tma_ready
 from fused_lora.triton_kernels.launch import launch
 from fused_lora.triton_kernels.lora_gemm import arrived, described, low_at, position, right_at, store_at, thin_at
@@ -137,7 +137,7 @@ def lora_gemm_shrink(
     down_block = [config.BLOCK_R, config.BLOCK_K] if right_nk else [config.BLOCK_K, config.BLOCK_R]
     down_tiles = TensorDescriptor.from_tensor(down, down_block)
     # Of this launch alone: launches on other streams, and a graph's replays, must find no flag raised.
-    state = torch.zeros(1 + triton.cdiv(M, config.BLOCK_M), dtype=torch.int32, device=left.device)
+    state = torch.zeros(1 + cdiv(M, config.BLOCK_M), dtype=torch.int32, device=left.device)
     tensors = (left_tiles, right_tiles, down_tiles, thin, bias, out_tiles, low, state)
     sizes = (M, N, K, stride_tn, stride_tr, factor)
     choices = {"R": R, "RIGHT_NK": right_nk, "BIAS": bias is not None, "PRECISION": precision(left.dtype)}

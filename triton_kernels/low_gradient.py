@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_lora.triton_kernels.configs import ShrinkConfig
+from fused_lora.triton_kernels.configs import ShrinkConfig, cdiv
 from fused_lora.triton_kernels.device import precision
 from fused_lora.triton_kernels.launch import launch
 from fused_lora.triton_kernels.shrink import gate_at
@@ -162,7 +162,7 @@ def low_gradient(
     """
     (M, N), R = dy.shape, lora_B.shape[1]
     GATES = 1 if gate is None else gate.shape[1]
-    blocks = triton.cdiv(M, config.BLOCK_M)
+    blocks = cdiv(M, config.BLOCK_M)
     shapes = LowGradient((M, N), (blocks, 2, N), *((M, R),) * 5)
     dgate_dtype = gate.dtype if gate is not None and GATES == R else torch.float32
     dtypes = LowGradient(dy.dtype, torch.float32, dy.dtype, dy.dtype, dy.dtype, dgate_dtype, dy.dtype)
@@ -178,5 +178,5 @@ def low_gradient(
     tensors = (dy, lora_B, out_scale, row_scale, y, bias, h, h_in if h is not None else None, gate, dh_out, *made)
     sizes = (M, N, dy.stride(0), *lora_B.stride(), 0 if y is None else y.stride(0), factor)
     choices = {"R": R, "GATES": GATES, "PRECISION": precision(dy.dtype)}
-    launch(low_gradient_kernel, (blocks, triton.cdiv(R, config.BLOCK_R)), tensors + sizes, choices | config.constexprs)
+    launch(low_gradient_kernel, (blocks, cdiv(R, config.BLOCK_R)), tensors + sizes, choices | config.constexprs)
     return made

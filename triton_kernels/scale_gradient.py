@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_lora.triton_kernels.configs import cdiv
 from fused_lora.triton_kernels.device import precision
 from fused_lora.triton_kernels.launch import launch
 
@@ -148,14 +149,14 @@ def scale_gradient(
     (M, N), K, R = dy.shape, x.shape[1], low.shape[1]
     grad, out = torch.empty(N, dtype=torch.float32, device=dy.device), torch.empty_like(out_scale)
     lost = torch.empty(N, dtype=torch.int32, device=dy.device)
-    blocks = (triton.cdiv(N, SUMS_TILE["BLOCK"]),)
+    blocks = (cdiv(N, SUMS_TILE["BLOCK"]),)
     smallest = 2 * torch.finfo(dy.dtype).tiny
     launch(sums_kernel, blocks, (sums, out_scale, bias, grad, lost, N, len(sums), M, smallest), SUMS_TILE)
-    splits = triton.cdiv(M, ROWS_PER_SPLIT)
+    splits = cdiv(M, ROWS_PER_SPLIT)
     slabs = torch.empty((splits, N), dtype=torch.float32, device=dy.device)
     strides = (dy.stride(0), x.stride(0), weight.stride(0), *lora_B.stride())
     args = (dy, x, weight, low, lora_B, lost, slabs, M, N, K, ROWS_PER_SPLIT, *strides)
     choices = {"R": R, "PRECISION": precision(dy.dtype)}
-    launch(columns_kernel, (triton.cdiv(N, COLUMNS_TILE["BLOCK_N"]), splits), args, choices | COLUMNS_TILE)
+    launch(columns_kernel, (cdiv(N, COLUMNS_TILE["BLOCK_N"]), splits), args, choices | COLUMNS_TILE)
     launch(select_kernel, blocks, (grad, lost, slabs, out, N, splits), SUMS_TILE)
     return out

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_lora.triton_kernels.configs import ShrinkConfig
+from fused_lora.triton_kernels.configs import ShrinkConfig, cdiv
 from fused_lora.triton_kernels.device import precision
 from fused_lora.triton_kernels.dropout import NO_DROPOUT, Dropout, keep_tile
 from fused_lora.triton_kernels.launch import launch
@@ -122,7 +122,7 @@ def gated_shrink(
     R, (stride_dr, stride_dk) = (down.shape[0], down.stride()) if down_rk else (down.shape[1], down.stride()[::-1])
     low = torch.empty((M, R), dtype=left.dtype, device=left.device)
     gated = None if h_in is None and gate is None else torch.empty_like(low)
-    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R))
+    grid = (cdiv(M, config.BLOCK_M), cdiv(R, config.BLOCK_R))
     tensors = (left, down, low, dropout.seed, h_in, gate, gated)
     sizes = (M, K, left.stride(0), stride_dr, stride_dk, factor * dropout.factor, dropout.threshold)
     in_factor = None if h_in is None else factor

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_lora.triton_kernels.configs import WgradConfig
+from fused_lora.triton_kernels.configs import WgradConfig, cdiv
 from fused_lora.triton_kernels.device import precision
 from fused_lora.triton_kernels.dropout import NO_DROPOUT, Dropout, keep_tile
 from fused_lora.triton_kernels.launch import launch
@@ -95,7 +95,7 @@ def wgrad(
     shape, strides = ((C, R), (1, R)) if transposed else ((R, C), (C, 1))
     out = torch.empty(shape, dtype=dtype, device=left.device)
     target = slabs_of(out, config.splits)
-    grid = (triton.cdiv(C, config.BLOCK_C), triton.cdiv(R, config.BLOCK_R), config.splits)
+    grid = (cdiv(C, config.BLOCK_C), cdiv(R, config.BLOCK_R), config.splits)
     tensors = (low, left, target, dropout.seed, column_scale)
     sizes = (M, C, config.rows_per_split, left.stride(0), *strides, dropout.factor, dropout.threshold)
     choices = {"R": R, "DROPOUT": dropout.seed is not None, "PRECISION": precision(left.dtype)}
@@ -156,5 +156,5 @@ def sum_slabs(*parts: tuple[Tensor, Tensor, float]) -> None:
     size, more_size = out.numel(), 0 if more is None else more.numel()
     more_count = 0 if more_slabs is None else len(more_slabs)
     sizes = (size, len(slabs), factor, more_size, more_count, more_factor)
-    grid = (triton.cdiv(max(size, more_size), SUM_TILE["BLOCK"]), len(parts))
+    grid = (cdiv(max(size, more_size), SUM_TILE["BLOCK"]), len(parts))
     launch(sum_slabs_kernel, grid, (slabs, out, more_slabs, more, *sizes), SUM_TILE)
