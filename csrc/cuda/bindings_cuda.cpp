@@ -1,4 +1,5 @@
-// The CUDA back end's two calls for Python: tensors and numbers in by keyword, Status -> exception. In builds with CUDA.
+// The CUDA back end's two calls for Python: tensors and numbers in by keyword, Status -> exception. In builds with
+// CUDA.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
