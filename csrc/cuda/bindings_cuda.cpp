@@ -24,7 +24,9 @@ void backward(const CudaBackwardParams& p) { check(cuda_backward(p)); }
 // Whether TMA and loads of 16 bytes can read it.
 bool on_16_bytes(const dlpack::Tensor& t) { return (reinterpret_cast<uintptr_t>(t.data) + t.byte_offset) % 16 == 0; }
 bool has_tma_rows(const dlpack::Tensor& t) {
-  return t.dims == 2 && t.strides[1] == 1 && t.strides[0] % 8 == 0 && t.strides[0] >= t.shape[1] && on_16_bytes(t);
+  if (t.dims != 2 || t.strides[1] != 1 || !on_16_bytes(t)) return false;
+  const int64_t step = dlpack::row_stride(t);  // a single row's own means nothing
+  return step % 8 == 0 && step >= t.shape[1];
 }
 bool is_flat(const dlpack::Tensor& t) { return dlpack::is_contiguous(t) && on_16_bytes(t); }
 
@@ -35,7 +37,7 @@ bool put_tma_rows(Params& params, PyObject* value, Copies& copies) {
   if (value == Py_None) return true;
   dlpack::Tensor t;
   if (!copies.load<dlpack::load_anywhere>(value, t, has_tma_rows) || !detail::point(params.*data, t)) return false;
-  params.*ld = t.strides[0];
+  params.*ld = dlpack::row_stride(t);
   detail::describe(params, t, more...);
   return true;
 }

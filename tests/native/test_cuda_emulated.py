@@ -276,6 +276,10 @@ def test_strided_and_misaligned_inputs(schedule, poison):
         assert_exact(run(p, backend="cuda"), want)
     p.x, p.dy = (t[:1, :1].expand(t.shape) for t in (p.x, p.dy))
     assert_exact(run(p, backend="cuda"), truth(p))
+    p = exact_problem(1, 40, 136, 12, torch.bfloat16)
+    want = truth(p)
+    p.x, p.dy = (t.as_strided(t.shape, (3, 1)) for t in (p.x, p.dy))  # a stride that no element takes
+    assert_exact(run(p, backend="cuda"), want)
 
 
 @pytest.mark.parametrize("resident_blocks, delay, freeze", [(8, 400, 3000), (2, 4, 500), (4, 2000, 100)])
