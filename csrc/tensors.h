@@ -3,8 +3,8 @@
 // ns, and a call of cpu_backward asked for 30 of them (EPYC 9005, torch 2.13, 2026-11-27).
 //
 // The puts of this file are what keywords.h takes for keywords that are tensors. None leaves the members null. A tensor
-// that lies otherwise than the kernels read it is copied, by its own contiguous(), for the length of the call; one that
-// they write must lie as they write it.
+// that lies otherwise than the kernels read it is copied, by its own contiguous() or clone(), for the length of the
+// call; one that they write must lie as they write it.
 #pragma once
 
 #include <Python.h>

@@ -85,7 +85,7 @@ def poison(monkeypatch):
         return wrapper
 
     owners = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
-    for owner, name in (*owners, (internals, "empty_on_cpu")):
+    for owner, name in (*owners, (internals, "empty_on_cpu"), (internals, "empty_on_cuda")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 

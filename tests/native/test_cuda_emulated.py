@@ -52,7 +52,7 @@ def install(library, monkeypatch):
     monkeypatch.setattr(cuda, "_sms", lambda index: SMS)
     monkeypatch.setattr(cuda, "current_device", lambda: None)  # a CPU tensor's
     monkeypatch.setattr(cuda, "_target", lambda index: (0, 0))
-    monkeypatch.setattr(cuda, "empty_on_cuda", internals.empty_on_cpu)
+    monkeypatch.setattr(internals, "empty_on_cuda", lambda *given: internals.empty_on_cpu(*given))
 
     def schedule(resident_blocks=8, delay=4, freeze=0, seed=1, late=False):
         configure(SMS, resident_blocks, delay, freeze, seed, late)
@@ -246,6 +246,10 @@ def test_what_is_not_needed_is_not_there(schedule, poison):
             p.dy, None, x, p.weight, p.lora_A, p.lora_B, given_h, None, None, p.scaling, 0.0, None, needs, PLAIN, ""
         )
         assert_exact({"dx": got.x, "dA": got.lora_A, "dB": got.lora_B}, exact)
+
+
+def test_outputs_and_workspaces_are_poisoned(schedule, poison):
+    assert cuda._empty(3, 8, torch.bfloat16).isnan().all() and cuda._workspace(64).isnan().all()
 
 
 def test_strided_and_misaligned_inputs(schedule, poison):

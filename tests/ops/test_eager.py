@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora import lora_linear
@@ -140,3 +141,17 @@ def test_without_gradients_no_function_is_applied(monkeypatch, mode, lead):
     if mode is torch.no_grad:
         y += leaves[0].sum()
         assert y.requires_grad
+
+
+@pytest.mark.parametrize("names", [(), ("out_scale",)], ids=["plain", "out_scale"])
+def test_a_gradient_that_is_still_on_its_way_is_waited_for(names):
+    """What sequence parallelism gathers for the backward is a tensor without memory until somebody looks at it."""
+    p = random_problem(6, N, K, R, torch.float32)
+    given = {name: torch.rand(N) + 0.5 for name in names}
+    x, A, B = (t.requires_grad_() for t in (p.x, p.lora_A, p.lora_B))
+
+    def gradients(dy):
+        return torch.autograd.grad(lora_linear(x, p.weight, A, B, 0.5, **given), (x, A, B), dy)
+
+    for got, want in zip(gradients(AsyncCollectiveTensor(p.dy)), gradients(p.dy)):
+        assert torch.equal(got, want)

@@ -12,8 +12,9 @@ import torch
 
 from fused_lora import _C
 from fused_lora.backends import Request, only_plain, read_plan
+from fused_lora.ops import internals
 from fused_lora.ops.dropout import dropout_threshold
-from fused_lora.ops.internals import current_device, current_stream, empty_on_cuda
+from fused_lora.ops.internals import current_device, current_stream
 from fused_lora.ops.reference import Gradients
 
 _CODE = {getattr(torch, name): code for name, code in _C.dtype_codes.items()}
@@ -136,11 +137,11 @@ def _target(index: int) -> tuple[int, int]:
 
 
 def _empty(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    return empty_on_cuda((rows, cols), (cols, 1), dtype)
+    return internals.empty_on_cuda((rows, cols), (cols, 1), dtype)
 
 
 def _workspace(nbytes: int) -> torch.Tensor:
-    return empty_on_cuda(((nbytes + 3) // 4,), (1,), torch.float32)
+    return internals.empty_on_cuda(((nbytes + 3) // 4,), (1,), torch.float32)
 
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan):
@@ -187,7 +188,7 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, 
     dx = _empty(M, K, dtype) if need_x else None
     dA = _empty(R, K, adapter) if need_A else None
     dB = _empty(N, R, adapter) if need_B else None
-    dbias = empty_on_cuda((N,), (1,), dtype) if need_bias else None
+    dbias = internals.empty_on_cuda((N,), (1,), dtype) if need_bias else None
     grads = dx, dA, dB, dbias
     if M == 0 or not any(needed):
         for grad in grads:
@@ -205,7 +206,7 @@ def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, 
     _C.cuda_backward(
         dy=dy,
         x=x if need_A else None,
-        W=weight,
+        W=weight if need_x else None,
         A=lora_A,
         B=lora_B,
         h=h if need_B else None,

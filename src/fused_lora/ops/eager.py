@@ -15,6 +15,7 @@ from fused_lora.backends import Serving
 from fused_lora.ops import reference
 from fused_lora.ops.autograd import matrix
 from fused_lora.ops.internals import (
+    PLAIN_TENSORS,
     any_autocast_enabled,
     dispatch_modes_active,
     function_apply,
@@ -46,7 +47,9 @@ def unusual_backward(given, needs: Gradients, variant: Variant, serving: Serving
     if wants_operators(dy, dh):
         factors = x, weight, lora_A, lora_B
         return reference.backward(dy, dh, *factors, h, y, bias, scaling, dropout_p, seed, needs, variant)
-    if dispatch_modes_active():  # who came up after the forward sees its backward, too
+    # Who came up after the forward sees its backward, too; and a collective that is under way is waited for.
+    plain = type(dy) in PLAIN_TENSORS and (dh is None or type(dh) in PLAIN_TENSORS)
+    if dispatch_modes_active() or not plain:
         return _seen_backward(given, needs, variant, *serving)
     if any_autocast_enabled():
         with without_autocast(dy):

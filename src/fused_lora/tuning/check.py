@@ -125,7 +125,7 @@ def _poisoned_memory() -> Iterator[None]:
 
     owners: tuple[tuple[Any, str], ...]
     owners = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
-    owners += ((internals, "empty_on_cpu"),)
+    owners += ((internals, "empty_on_cpu"), (internals, "empty_on_cuda"))
     before = [getattr(owner, name) for owner, name in owners]
     try:
         for (owner, name), make in zip(owners, before):
