@@ -169,16 +169,43 @@ template <class Params, class... Members> void describe(Params& params, const dl
 
 }  // namespace detail
 
-// A matrix of which neighbouring columns are adjacent: its memory, the stride of its rows, and what else it says.
-template <class Params, auto data, auto ld, auto... more>
-bool put_rows(Params& params, PyObject* value, Copies& copies) {
+// A matrix whose rows `fits`: its memory, the stride of its rows, and what else it says.
+template <auto load, auto fits, class Params, auto data, auto ld, auto... more>
+bool put_matrix(Params& params, PyObject* value, Copies& copies) {
   if (value == Py_None) return true;
   dlpack::Tensor t;
-  if (!copies.load(value, t, dlpack::has_rows) || !detail::point(params.*data, t)) return false;
+  if (!copies.load<load>(value, t, fits) || !detail::point(params.*data, t)) return false;
   params.*ld = dlpack::row_stride(t);
   detail::describe(params, t, more...);
   return true;
 }
+
+// What is read as one piece, of any number of dimensions.
+template <auto load, auto fits, class Params, auto data, auto... more>
+bool put_piece(Params& params, PyObject* value, Copies& copies) {
+  if (value == Py_None) return true;
+  dlpack::Tensor t;
+  if (!copies.load<load>(value, t, fits) || !detail::point(params.*data, t)) return false;
+  detail::describe(params, t, more...);
+  return true;
+}
+
+// What is written as one piece, and so not copied.
+template <auto load, auto fits, class Params, auto data, auto... more>
+bool put_written(Params& params, PyObject* value, Copies&) {
+  if (value == Py_None) return true;
+  dlpack::Tensor t;
+  if (!load(value, t) || !fits(t) || !detail::point(params.*data, t)) return false;
+  detail::describe(params, t, more...);
+  return true;
+}
+
+// These of the CPU's tensors: rows of which neighbouring columns are adjacent, pieces at any address.
+template <class P, auto... members> constexpr auto put_rows = put_matrix<dlpack::load, dlpack::has_rows, P, members...>;
+template <class P, auto... members>
+constexpr auto put_whole = put_piece<dlpack::load, dlpack::is_contiguous, P, members...>;
+template <class P, auto... members>
+constexpr auto put_output = put_written<dlpack::load, dlpack::is_contiguous, P, members...>;
 
 // A weight, whose rows or columns are in one piece each: its memory, the stride of those, and whether they are columns.
 template <class Params, auto data, auto ld, auto transposed, auto... more>
@@ -189,24 +216,6 @@ bool put_weight(Params& params, PyObject* value, Copies& copies) {
   if (!copies.load(value, t, fits) || !detail::point(params.*data, t)) return false;
   params.*transposed = !dlpack::has_rows(t);
   params.*ld = params.*transposed ? t.strides[1] : dlpack::row_stride(t);
-  detail::describe(params, t, more...);
-  return true;
-}
-
-// What is read as one piece, of any number of dimensions.
-template <class Params, auto data, auto... more> bool put_whole(Params& params, PyObject* value, Copies& copies) {
-  if (value == Py_None) return true;
-  dlpack::Tensor t;
-  if (!copies.load(value, t, dlpack::is_contiguous) || !detail::point(params.*data, t)) return false;
-  detail::describe(params, t, more...);
-  return true;
-}
-
-// What is written as one piece.
-template <class Params, auto data, auto... more> bool put_output(Params& params, PyObject* value, Copies&) {
-  if (value == Py_None) return true;
-  dlpack::Tensor t;
-  if (!dlpack::load(value, t) || !dlpack::is_contiguous(t) || !detail::point(params.*data, t)) return false;
   detail::describe(params, t, more...);
   return true;
 }

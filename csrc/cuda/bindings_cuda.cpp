@@ -30,33 +30,12 @@ bool has_tma_rows(const dlpack::Tensor& t) {
 }
 bool is_flat(const dlpack::Tensor& t) { return dlpack::is_contiguous(t) && on_16_bytes(t); }
 
-// A matrix, read by TMA: its memory, the stride of its rows, and what else it says. On which device it lies, the caller
-// has checked.
-template <class Params, auto data, auto ld, auto... more>
-bool put_tma_rows(Params& params, PyObject* value, Copies& copies) {
-  if (value == Py_None) return true;
-  dlpack::Tensor t;
-  if (!copies.load<dlpack::load_anywhere>(value, t, has_tma_rows) || !detail::point(params.*data, t)) return false;
-  params.*ld = dlpack::row_stride(t);
-  detail::describe(params, t, more...);
-  return true;
-}
-
-// What is read as one piece.
-template <class Params, auto data, auto... more> bool put_flat(Params& params, PyObject* value, Copies& copies) {
-  if (value == Py_None) return true;
-  dlpack::Tensor t;
-  if (!copies.load<dlpack::load_anywhere>(value, t, is_flat) || !detail::point(params.*data, t)) return false;
-  detail::describe(params, t, more...);
-  return true;
-}
-
-// What is written as one piece.
-template <class Params, auto data> bool put_result(Params& params, PyObject* value, Copies&) {
-  if (value == Py_None) return true;
-  dlpack::Tensor t;
-  return dlpack::load_anywhere(value, t) && is_flat(t) && detail::point(params.*data, t);
-}
+// Tensors of whatever device, which Python has checked.
+template <class P, auto... members>
+constexpr auto put_tma_rows = put_matrix<dlpack::load_anywhere, has_tma_rows, P, members...>;
+template <class P, auto... members> constexpr auto put_flat = put_piece<dlpack::load_anywhere, is_flat, P, members...>;
+template <class P, auto... members>
+constexpr auto put_result = put_written<dlpack::load_anywhere, is_flat, P, members...>;
 
 using F = CudaForwardParams;
 constexpr Keyword<F> kForward[] = {

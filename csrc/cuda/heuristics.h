@@ -187,8 +187,8 @@ struct SmallConfig {
 
 // Splits K so far that every SM has a block. Two an SM would fit and are slower: clusters lie within one GPC, whose SMs
 // they need not fill, so that the last cluster comes when the others are through (4096 -> 4096 at 16 rows: 8 splits of
-// 32 strips 23.8 us, 4 splits 19.5; H100, 2026-11-28). 14 clusters of 8 are as many as come at once:
-// 16 took two waves (2048 -> 2048 at 128 rows: 30.9 us, 4 splits 17.1).
+// 32 strips 23.8 us, 4 splits 19.5; H100, 2026-11-28). 16 clusters of 8 took two waves on 132 SMs (2048 -> 2048 at 128
+// rows: 30.9 us, 4 splits 17.1), 8 one; that 14 take one is assumed.
 inline SmallConfig small_config(int64_t M, int64_t N, int64_t K, int64_t R, int sms) {
   SmallConfig c{};
   if (M < 1 || M > kSmallRows || N < 1 || N > INT32_MAX - 512 || K < 1 || K > INT32_MAX - 512 || R < 1 ||

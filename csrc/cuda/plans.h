@@ -157,9 +157,9 @@ constexpr bool masked_h_by_shrink(int64_t M, int sms) {
   return 4 * ceil_div(M, kGemmBlockM * kGemmCluster) <= sms / kGemmCluster;
 }
 
-// Whether the kernel for few rows is faster than tiles. 4096 x 4096, R = 16: 21 us instead of 29 at M = 16, 27 instead
+// Whether the kernel for few rows is faster than tiles. 4096 x 4096, R = 16: 23 us instead of 29 at M = 16, 34 instead
 // of 36 at 64, but 41 at 128, where tiles take 32 for twice as many rows; 4096 -> 1024: 20 at 128, tiles 30 (H100,
-// 2026-11-26; up to 64 rows 2026-11-28).
+// 2026-11-26, with twice the splits of today, which are faster: bench/NOTES.md).
 constexpr bool small_pays(int64_t M, int64_t N) { return M <= 64 || N <= 2048; }
 
 struct ForwardPlan {

@@ -20,7 +20,7 @@ import torch
 from emulated_cuda import TOOLKIT, build, build_bringup, compile_file, link
 from infinities import check_infinity
 
-from fused_lora import backends
+from fused_lora import backends, lora_linear
 from fused_lora.backends import cuda
 from fused_lora.ops import internals
 from fused_lora.ops.dropout import dropout_mask
@@ -246,6 +246,32 @@ def test_what_is_not_needed_is_not_there(schedule, poison):
             p.dy, None, x, p.weight, p.lora_A, p.lora_B, given_h, None, None, p.scaling, 0.0, None, needs, PLAIN, ""
         )
         assert_exact({"dx": got.x, "dA": got.lora_A, "dB": got.lora_B}, exact)
+
+
+def test_a_device_that_is_not_current_is_made_so(schedule, poison, monkeypatch):
+    current = ["another"]
+
+    @contextlib.contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    p = exact_problem(150, 40, 136, 12, torch.bfloat16)
+    assert_exact(run(p, backend="cuda"), truth(p))
+    assert current == ["another"]
+
+
+def test_w_is_asked_for_with_dx_only(schedule, poison):
+    p = exact_problem(150, 40, 136, 12, torch.bfloat16)
+    want, weight = truth(p), p.weight.clone()
+    A, B = p.lora_A.requires_grad_(), p.lora_B.requires_grad_()
+    y = lora_linear(p.x, weight, A, B, p.scaling, bias=p.bias, backend="cuda")
+    weight.untyped_storage().resize_(0)
+    dA, dB = torch.autograd.grad(y, (A, B), p.dy)
+    assert_exact({"dA": dA, "dB": dB}, want)
 
 
 def test_outputs_and_workspaces_are_poisoned(schedule, poison):
