@@ -64,7 +64,7 @@ def main() -> None:
     for rows in run_steps(workload, least=given.rounds, budget_s=0):
         document["rows"] += [row | gpu_clocks(torch.cuda.current_device()) for row in rows]
         write_json(given.output, document)
-    print_steps(title, document["rows"])
+        print_steps(title, rows)
     print_written(given.output)
 
 

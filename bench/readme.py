@@ -23,6 +23,7 @@ from fused_lora.files import write_whole
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 LLAMA = "Llama-3.1-8B's shape"
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def table(head: list[str], lines: list[list[str]]) -> list[str]:
@@ -70,16 +71,21 @@ def intervals(rows: list[dict]) -> str:
     return f"; 95 % intervals ±{statistics.median(halves):.3f}, the widest ±{max(halves):.3f}"
 
 
+def dtype(r: dict) -> str:
+    return r.get("dtype", "float32")
+
+
 def steps(rows: list[dict]) -> list[str]:
     def cells(r: dict) -> list[str]:
         if "fault" in r:
             return [r["fault"], "–", "–", "–"]
         times_peft = f"{r['times_peft']:.2f}" if "times_peft" in r else "–"
-        return [f"{r['step_ms']:.0f}", f"{r['ratio']:.2f}", times_peft, f"{r['step_mib']:.0f}"]
+        mib = f"{r['step_mib']:.0f}" if "step_mib" in r else "–"
+        return [f"{r['step_ms']:.0f}", f"{r['ratio']:.2f}", times_peft, mib]
 
-    head = ["tokens", "candidate", "ms", "over frozen", "times as fast as PEFT", "MiB a step"]
-    lines = [[f"{r['tokens']}", r["candidate"], *cells(r)] for r in rows]
-    title = "One training step of SmolLM2-135M (fp32, R=16 on all linears of all layers, batch 1):"
+    head = ["dtype", "sequences × tokens", "candidate", "ms", "over frozen", "times as fast as PEFT", "MiB a step"]
+    lines = [[dtype(r), batch(r), r["candidate"], *cells(r)] for r in rows]
+    title = "One training step of SmolLM2-135M (R=16 on all linears of all layers, A and B in fp32):"
     return ["", title, "", *table(head, lines)]
 
 
@@ -211,20 +217,19 @@ def summary(documents: list[dict]) -> str:
 
 
 def step_summary(documents: list[dict], large: list[dict]) -> str:
-    """A line a device and batch: a training step over the frozen model's."""
-    names = ["peft", "peft+fuse", "fused"]
+    """A line a device and batch: a training step over the frozen model's, without dropout and with it."""
+    names = ["peft", "peft+fuse", "fused", *(f"{name} p=0.05" for name in ("peft", "peft+fuse", "fused"))]
     found: dict[tuple, dict[str, str]] = {}
-    for what, field, of in (("SmolLM2-135M, fp32", "train_step", documents), (f"{LLAMA}, bf16", "rows", large)):
-        for document in of:
-            for r in document[field]:
-                if r["candidate"] in names:
-                    line = found.setdefault((document["environment"]["device"], f"{what}: {batch(r)}"), {})
-                    line[r["candidate"]] = r["fault"] if "fault" in r else f"{r['ratio']:.2f}"
+    small = [(d, f"SmolLM2-135M, {SHORT[dtype(r)]}", r) for d in documents for r in d["train_step"]]
+    for document, what, r in small + [(d, f"{LLAMA}, bf16", r) for d in large for r in d["rows"]]:
+        if r["candidate"] in names:
+            line = found.setdefault((document["environment"]["device"], f"{what}: {batch(r)}"), {})
+            line[r["candidate"]] = r["fault"] if "fault" in r else f"{r['ratio']:.2f}"
     lines = [
-        [*key, *(f"**{of.get(n, '–')}**" if n == "fused" else of.get(n, "–") for n in names)]
+        [*key, *(f"**{of[n]}**" if n.startswith("fused") and n in of else of.get(n, "–") for n in names)]
         for key, of in found.items()
     ]
-    title = "A training step, forward and backward, over the frozen model's, R = 16 on all linears:"
+    title = "A training step, forward and backward, over the frozen model's, R = 16 on all linears, A and B in fp32:"
     return "\n".join([title, "", *table(["device", "model: sequences × tokens", *names], lines)])
 
 

@@ -17,14 +17,14 @@ def _cpu(monkeypatch, tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "vendor_id, model, flags, name, vendor",
+    "vendor_id, model, flags, name, slug",
     [
         (
             "AuthenticAMD",
             "AMD EPYC\ncpu family\t: 26\nmodel\t\t: 2",
             "fpu avx2 avx512f avx512_bf16",
             "AMD EPYC (family 26 model 2, avx512f, avx512_bf16)",
-            "amd",
+            "amd-26-2",
         ),
         (
             "GenuineIntel",
@@ -37,18 +37,18 @@ def _cpu(monkeypatch, tmp_path, text):
         ("GenuineIntel", "Atom", "sse2 avx512fp", "Intel Atom (no AVX2)", "intel"),
     ],
 )
-def test_the_cpu_is_named_by_what_decides_its_speed(monkeypatch, tmp_path, vendor_id, model, flags, name, vendor):
+def test_the_cpu_is_named_by_what_decides_its_speed(monkeypatch, tmp_path, vendor_id, model, flags, name, slug):
     block = f"processor\t: 0\nvendor_id\t: {vendor_id}\nmodel name\t: {model}\nflags\t\t: {flags}\n"
     _cpu(monkeypatch, tmp_path, f"{block}\n{block.replace(model, 'another')}")
-    assert hardware.cpu_name() == name and hardware.cpu_vendor() == vendor
-    document = dict(preset="readme", environment=dict(kind="cpu", vendor=hardware.cpu_vendor()))
-    assert results.target(document, tmp_path, ".json", "output") == tmp_path / f"readme-cpu-{vendor}.json"
+    assert hardware.cpu_name() == name and hardware.cpu_slug() == slug
+    document = dict(preset="readme", environment=dict(kind="cpu", cpu=hardware.cpu_slug()))
+    assert results.target(document, tmp_path, ".json", "output") == tmp_path / f"readme-cpu-{slug}.json"
 
 
 def test_a_cpu_without_cpuinfo_has_a_name(monkeypatch, tmp_path):
     for text in ("", "processor\t: 0\nFeatures\t: asimd sve\n"):
         _cpu(monkeypatch, tmp_path, text)
-        assert hardware.cpu_name() and hardware.cpu_vendor()
+        assert hardware.cpu_name() and hardware.cpu_slug()
 
 
 def test_lscpu_names_what_the_kernel_does_not(monkeypatch, tmp_path):

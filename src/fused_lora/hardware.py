@@ -41,9 +41,12 @@ def _lscpu_name() -> str:
     return found[1] if found and found[1] != "-" else ""
 
 
-def cpu_vendor() -> str:
-    """amd, intel, or the architecture's name: what tells files of figures from several CPUs apart."""
-    return _VENDORS.get(_first_cpu().get("vendor_id", ""), platform.machine()).lower()
+def cpu_slug() -> str:
+    """amd-26-2 or intel-6-143, of vendor, family and model, else the architecture's name: what tells files of figures
+    from several CPUs apart."""
+    cpu = _first_cpu()
+    vendor = _VENDORS.get(cpu.get("vendor_id", ""), platform.machine()).lower()
+    return "-".join([vendor, *(cpu[key] for key in ("cpu family", "model") if key in cpu)])
 
 
 def cpu_features() -> dict[str, bool]:

@@ -85,6 +85,10 @@ def test_readme_tables_come_from_the_json(tiny, tmp_path):
     other = document | dict(environment=document["environment"] | dict(device="Another CPU"), host=[])
     other["rows"] = [row | dict(R=16, both_ratio=1.0 + n / 8) for n, row in enumerate(document["rows"])]
     other["rows"] += [row | dict(M=48, both_ratio=2.5) for row in other["rows"][:3]]
+    small = dict(dtype="bfloat16", sequences=4, tokens=256, step_ms=8.0, times_peft=2.38)
+    other["train_step"] = [
+        small | dict(candidate=n, ratio=r) for n, r in (("addmm", 1.1), ("fused", 1.03), ("fused p=0.05", 1.06))
+    ]
     (folder / "readme-cpu-zzz.json").write_text(json.dumps(other))
     (folder / "quick-cpu.json").write_text("{}")
     step = dict(
@@ -106,7 +110,9 @@ def test_readme_tables_come_from_the_json(tiny, tmp_path):
         once.index(document["environment"]["device"]) < once.index("**Another CPU**") < once.index("readme-cpu-zzz.png")
     )
     assert "| Another CPU | float32 | 1.12 to 2.50 | **1.25 to 2.50** |" in once and once.count("<details>") == 3
-    assert "| Another CPU | Llama-3.1-8B's shape, bf16: 4 × 2048, checkpointing | – | 1.11 | **1.11** |" in once
+    assert "| Another CPU | Llama-3.1-8B's shape, bf16: 4 × 2048, checkpointing | – | 1.11 | **1.11** | – | – | – |" in once
+    assert "| Another CPU | SmolLM2-135M, bf16: 4 × 256 | – | – | **1.03** | – | – | **1.06** |" in once
+    assert "| bfloat16 | 4 × 256 | fused p=0.05 | 8 | 1.06 | 2.38 | – |" in once
     assert once.count("](results/readme-cpu-") == 1 and once.count("Host cost") == 1
     assert once.count("; 95 % intervals ±0.") == 2 and f"| {CASE.floor:.2f} | " in once
     used = "AMX used" if document["environment"]["features"]["amx"] else "AMX not used"
@@ -146,7 +152,7 @@ def test_readme_says_wrong_and_failed(tiny, tmp_path):
     ]
     text = script("readme").section(document)
     assert "** | wrong | failed |" in text and "naive wrong, peft failed." in text
-    assert "| 8 | frozen | 2 | 1.00 | – | 3 |\n| 8 | peft | failed | – | – | – |" in text
+    assert "| float32 | 1 × 8 | frozen | 2 | 1.00 | – | 3 |\n| float32 | 1 × 8 | peft | failed | – | – | – |" in text
 
 
 def test_readme_without_its_block_or_results_is_refused(tmp_path):

@@ -33,7 +33,27 @@ def test_a_step_of_every_candidate(quick, capsys):
         assert rows[1]["times_peft"] == 1.0 and rows[2]["memory_ratio"] > rows[0]["memory_ratio"] == 1.0
     report.print_steps("small", rows)
     printed = capsys.readouterr().out
-    assert "fused" in printed and all(len(line) <= 80 and line == line.rstrip() for line in printed.splitlines())
+    assert "a training step of 2 x 16 tokens" in printed and "fused" in printed
+    assert all(len(line) <= 80 and line == line.rstrip() for line in printed.splitlines())
+
+
+def test_a_step_with_dropout_in_half_precision(quick, capsys):
+    """Base in bf16, adapters in fp32; the widest names and figures are printed whole."""
+    workload = Workload("small", lambda: BASE().bfloat16(), (Batch(2, 8, checkpointing=True),), (0.0, 0.05))
+    (rows,) = run_steps(workload, budget_s=0, least=1)
+    assert [r["candidate"] for r in rows if "fault" not in r] == list(workload.candidates()), rows
+    assert {r["dtype"] for r in rows} == {"bfloat16"} and len(rows) == 8
+    wide = dict(step_ms=12345.6, step_low_ms=11234.4, step_high_ms=13456.7, step_mib=12345.6)
+    report.print_steps("Llama-3.1-8B shape, 32 layers, bf16", [row | wide for row in rows])
+    printed = capsys.readouterr().out
+    assert "peft+fuse p=0.05" in printed and "11234-13457" in printed
+    assert "…" not in printed and all(len(line) <= 80 for line in printed.splitlines()), printed
+
+
+def test_a_bf16_step_where_the_cpu_has_the_arithmetic(monkeypatch):
+    for avx512, dtypes in ((False, ["fp32"]), (True, ["fp32", "bf16"])):
+        monkeypatch.setattr(steps, "cpu_features", lambda avx512=avx512: dict(avx512=avx512))
+        assert [w.title.split()[-1] for w in steps.smollm2_steps("cpu")] == dtypes
 
 
 def test_a_step_of_every_variant(quick, capsys):

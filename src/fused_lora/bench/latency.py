@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fused_lora.adapters import merge_and_unload
 from fused_lora.bench.runner import WrongResult, prepare, ratio_facts
-from fused_lora.bench.steps import Candidate, model_for, smollm2_on, timed
+from fused_lora.bench.steps import Candidate, model_for, smollm2, timed
 from fused_lora.bench.timing import Pass, Spread, interleave, ratio
 
 SIZE, VIRTUAL_TOKENS = 64, 30
@@ -132,7 +132,7 @@ def run_latency(
         base: gives the frozen model; SmolLM2-135M where None.
         batches: one group of rows each.
     """
-    frozen = (base or smollm2_on(device).base)()
+    frozen = base() if base else smollm2(torch.float32, device)
     models, missing = prepare(list(CANDIDATES), lambda kind: model_of(kind, frozen))
     for prompts in batches:
         want = forward_of(models["frozen"], prompts)()

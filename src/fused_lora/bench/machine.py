@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fused_lora.hardware import cpu_features, cpu_name, cpu_vendor, gpu_driver
+from fused_lora.hardware import cpu_features, cpu_name, cpu_slug, gpu_driver
 
 
 def commit() -> str:
@@ -40,7 +40,7 @@ def environment(kind: str) -> dict:
     return dict(
         device=cpu_name() if on_cpu else torch.cuda.get_device_name(),
         kind=kind,
-        vendor=cpu_vendor() if on_cpu else "",
+        cpu=cpu_slug() if on_cpu else "",
         features=cpu_features() if on_cpu else {},
         driver="" if on_cpu else gpu_driver(),
         threads=torch.get_num_threads(),

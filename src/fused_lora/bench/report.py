@@ -106,18 +106,19 @@ def print_host(rows: list[dict]) -> None:
 
 
 def print_steps(title: str, rows: list[dict]) -> None:
-    say(f"{title}: one training step, r=16 on all linears but the head", "italic")
+    """Args: rows: of one batch."""
+    checkpointing = ", ckpt" if rows[0]["checkpointing"] else ""
+    say(f"{title}: a training step of {rows[0]['sequences']} x {rows[0]['tokens']} tokens{checkpointing}", "italic")
+    say("r=16 on all linears but the head", "italic")
     over = "x LoRA" if any(r["candidate"] in ("dora", "mixed") for r in rows) else "x frozen"
-    columns = ("batch", "candidate", "ms", "95 %", "x frozen", "PEFT / it", "MiB a step", over)
+    columns = ("candidate", "ms", "95 %", "x frozen", "PEFT / it", "MiB a step", over)
     _table(columns, rows, functools.partial(_step_cells, over=over))
 
 
 def _step_cells(r: dict, over: str) -> tuple[str, ...]:
-    batch = f"{r['sequences']} x {r['tokens']}{' ckpt' if r['checkpointing'] else ''}"
     if "fault" in r:
-        return batch, r["candidate"], r["fault"]
+        return r["candidate"], r["fault"]
     return (
-        batch,
         r["candidate"],
         _digits(r["step_ms"], 4),
         f"{_digits(r['step_low_ms'], 3)}-{_digits(r['step_high_ms'], 3)}",

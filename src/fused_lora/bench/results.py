@@ -27,7 +27,7 @@ def faults(document: dict) -> list[dict]:
 
 
 def target(document: dict, path: str | Path, suffix: str, name: str) -> Path:
-    """The file that `path` means: itself, or <preset>-<device>[-<vendor>] in the directory that it is.
+    """The file that `path` means: itself, or <preset>-<device>[-<CPU>] in the directory that it is.
 
     Args:
         document: gives preset and environment.
@@ -40,7 +40,7 @@ def target(document: dict, path: str | Path, suffix: str, name: str) -> Path:
         raise ValueError(f"{name} must be a {suffix} file or a directory; got an empty path")
     path, environment = Path(path), document["environment"]
     if path.is_dir() or not (path.suffix or path.exists()):
-        parts = (document["preset"], environment["kind"], environment["vendor"])
+        parts = (document["preset"], environment["kind"], environment["cpu"])
         path /= "-".join(part for part in parts if part) + suffix
     elif path.suffix.lower() != suffix:
         raise ValueError(f"{name} must be a {suffix} file or a directory; got {str(path)!r}")

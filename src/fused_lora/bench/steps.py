@@ -18,6 +18,7 @@ from fused_lora.bench import memory
 from fused_lora.bench.runner import WrongResult, prepare, ratio_facts
 from fused_lora.bench.timing import Pass, Spread, interleave, ratio
 from fused_lora.bench.ways import DROPS, PEERS, Candidate, model_for
+from fused_lora.hardware import cpu_features
 from fused_lora.models import load_model, packaged_model
 
 
@@ -30,6 +31,9 @@ class Batch:
     tokens: int
     checkpointing: bool = False
     weighed: bool = True
+
+
+_BATCHES = (Batch(1, 64), Batch(1, 256))
 
 
 @dataclass(frozen=True)
@@ -57,25 +61,31 @@ class Workload:
         return {c.name: c for c in (*plain[:1], *dropped, *plain[1:])}
 
 
-def smollm2_on(device: str) -> Workload:
-    """SmolLM2-135M, sequences of 64 and of 256 tokens."""
-    return Workload("SmolLM2-135M, fp32", functools.partial(_smollm2, device), (Batch(1, 64), Batch(1, 256)))
+def smollm2_steps(device: str) -> tuple[Workload, ...]:
+    """SmolLM2-135M in fp32; and in bf16 under adapters in fp32, as PEFT keeps them, with dropout, too, where PyTorch's
+    bf16 products are no matter of minutes."""
+    plain = Workload("SmolLM2-135M, fp32", functools.partial(smollm2, torch.float32, device), _BATCHES)
+    if device == "cpu" and not cpu_features()["avx512"]:
+        return (plain,)
+    base, batches = functools.partial(smollm2, torch.bfloat16, device), (*_BATCHES, Batch(4, 256, weighed=False))
+    return plain, Workload("SmolLM2-135M, bf16", base, batches, (0.0, 0.05))
 
 
 def variants_on(device: str) -> tuple[Workload, Workload]:
     """The same with LoRA's variants, and with eight adapters in one batch."""
-    base = functools.partial(_smollm2, device)
+    base = functools.partial(smollm2, torch.float32, device)
     title = "SmolLM2-135M, fp32"
     kinds = ("frozen", "fused", "peft", "dora", "peft dora", "peft dora+fuse", "allora", "flow", "reslora")
     mixed = ("frozen", "fused", "mixed", "peft mixed", "peft mixed+fuse")
     return (
-        Workload(f"{title}, variants", base, (Batch(1, 64), Batch(1, 256, weighed=False)), kinds=kinds),
+        Workload(f"{title}, variants", base, (_BATCHES[0], Batch(1, 256, weighed=False)), kinds=kinds),
         Workload(f"{title}, eight adapters", base, (Batch(8, 32),), kinds=mixed),
     )
 
 
-def _smollm2(device: str) -> nn.Module:
-    model: Any = load_model(packaged_model(), torch.float32, device)[0]
+def smollm2(dtype: torch.dtype, device: str) -> nn.Module:
+    """The packaged model, without the cache of generation."""
+    model: Any = load_model(packaged_model(), dtype, device)[0]
     model.config.use_cache = False
     return model
 
@@ -145,7 +155,7 @@ def peak_on_cpu(base: Callable[[], nn.Module], candidate: Candidate, batch: Batc
 
 
 def run_steps(workload: Workload, budget_s: float = 60.0, least: int = 7) -> Iterator[list[dict]]:
-    """For each batch, a row per candidate: milliseconds a step with p20 and p80, ratios, MiB of the model and, where it
+    """For each batch, a row per candidate: the model's dtype, milliseconds a step with p20 and p80, ratios, MiB of the model and, where it
     is weighed, what a step needs on top; or that the candidate was dropped, and why.
 
     Args:
@@ -155,10 +165,11 @@ def run_steps(workload: Workload, budget_s: float = 60.0, least: int = 7) -> Ite
     Raises: what the frozen model raises.
     """
     base, candidates = workload.base(), workload.candidates()
+    dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
     models, missing = prepare(list(candidates), lambda name: model_for(candidates[name], base))
     for batch in workload.batches:
         found = _batch_rows(workload, models, batch, budget_s / len(workload.batches), least) | missing
-        yield [dict(candidate=name) | vars(batch) | found[name] for name in candidates]
+        yield [dict(candidate=name, dtype=dtype) | vars(batch) | found[name] for name in candidates]
 
 
 def _batch_rows(

@@ -17,7 +17,7 @@ from fused_lora.bench.cases import preset as cases_of
 from fused_lora.bench.latency import run_latency
 from fused_lora.bench.machine import environment
 from fused_lora.bench.mixed import mixed_cases, run_mixed
-from fused_lora.bench.steps import run_steps, smollm2_on, variants_on
+from fused_lora.bench.steps import run_steps, smollm2_steps, variants_on
 from fused_lora.files import write_json
 from fused_lora.hardware import gpu_clocks
 from fused_lora.models import packaged_model
@@ -43,11 +43,11 @@ def run(
 
     Args:
         device: cpu, cuda or cuda:<index>.
-        preset: quick, readme or full; readme and full add a SmolLM2 training step on the CPU. Or variants, that step
-            alone with LoRA's variants. Or latency, a forward of SmolLM2 merged, unmerged and with adapters of other
+        preset: quick, readme or full; readme and full add a SmolLM2 training step on the CPU, in fp32 and, where the
+            CPU has AVX-512, in bf16. Or variants, that step alone with LoRA's variants. Or latency, a forward of SmolLM2 merged, unmerged and with adapters of other
             kinds. These two take neither candidates nor plot nor resume, latency no train_step either.
-        output: JSON file to write, or a directory for <preset>-cpu-<vendor>.json or <preset>-cuda.json; written aside
-            and renamed after every case.
+        output: JSON file to write, or a directory for <preset>-cpu-<vendor>-<family>-<model>.json or
+            <preset>-cuda.json; written aside and renamed after every case.
         plot: PNG file to write, or a directory.
         threads: CPU threads; torch's choice where None.
         candidates: names out of `candidates_on(device)`, all of them where None, but PEFT where it is not installed; or
@@ -110,7 +110,7 @@ def _time_models(document: dict, steps: bool, budget_s: float, output: Path | No
             write_json(output, document)
 
     if steps:
-        for workload in variants_on(kind) if preset == "variants" else (smollm2_on(kind),):
+        for workload in variants_on(kind) if preset == "variants" else smollm2_steps(kind):
             for rows in run_steps(workload, budget_s=6 * budget_s):
                 report.print_steps(workload.title, rows)
                 add("train_step", rows)
