@@ -110,7 +110,10 @@ def test_readme_tables_come_from_the_json(tiny, tmp_path):
         once.index(document["environment"]["device"]) < once.index("**Another CPU**") < once.index("readme-cpu-zzz.png")
     )
     assert "| Another CPU | float32 | 1.12 to 2.50 | **1.25 to 2.50** |" in once and once.count("<details>") == 3
-    assert "| Another CPU | Llama-3.1-8B's shape, bf16: 4 × 2048, checkpointing | – | 1.11 | **1.11** | – | – | – |" in once
+    assert (
+        "| Another CPU | Llama-3.1-8B's shape, bf16: 4 × 2048, checkpointing | – | 1.11 | **1.11** | – | – | – |"
+        in once
+    )
     assert "| Another CPU | SmolLM2-135M, bf16: 4 × 256 | – | – | **1.03** | – | – | **1.06** |" in once
     assert "| bfloat16 | 4 × 256 | fused p=0.05 | 8 | 1.06 | 2.38 | – |" in once
     assert once.count("](results/readme-cpu-") == 1 and once.count("Host cost") == 1

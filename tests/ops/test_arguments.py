@@ -157,8 +157,8 @@ def test_a_remembered_weight_is_read_as_it_lies():
     torch.testing.assert_close(lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0), y)
 
 
-def test_a_verdict_knows_every_bucket_of_rows(monkeypatch):
-    """Calls that differ in nothing but the number of rows ask once for each bucket."""
+def test_a_verdict_knows_every_number_of_rows(monkeypatch):
+    """Calls that differ in nothing but the number of rows ask once for each; ever new ones don't fill the memory."""
     asked = []
 
     def pick(backend, request):
@@ -169,4 +169,7 @@ def test_a_verdict_knows_every_bucket_of_rows(monkeypatch):
     p = random_problem(300, 24, 32, 8)
     for rows in (300, 2, 300, 0, 2, 257):
         lora_linear(p.x[:rows], p.weight, p.lora_A, p.lora_B, p.scaling)
-    assert asked == [512, 2, 0]
+    assert asked == [512, 2, 0, 512]
+    for rows in range(300):
+        lora_linear(p.x[:rows], p.weight, p.lora_A, p.lora_B, p.scaling)
+    assert 0 < len(linear._VERDICTS[id(p.lora_A)].servings) < 200

@@ -155,8 +155,8 @@ def peak_on_cpu(base: Callable[[], nn.Module], candidate: Candidate, batch: Batc
 
 
 def run_steps(workload: Workload, budget_s: float = 60.0, least: int = 7) -> Iterator[list[dict]]:
-    """For each batch, a row per candidate: the model's dtype, milliseconds a step with p20 and p80, ratios, MiB of the model and, where it
-    is weighed, what a step needs on top; or that the candidate was dropped, and why.
+    """For each batch, a row per candidate: the model's dtype, milliseconds a step with p20 and p80, ratios, MiB of the
+    model and, where it is weighed, what a step needs on top; or that the candidate was dropped, and why.
 
     Args:
         workload: the model and its batches.

@@ -44,8 +44,9 @@ def run(
     Args:
         device: cpu, cuda or cuda:<index>.
         preset: quick, readme or full; readme and full add a SmolLM2 training step on the CPU, in fp32 and, where the
-            CPU has AVX-512, in bf16. Or variants, that step alone with LoRA's variants. Or latency, a forward of SmolLM2 merged, unmerged and with adapters of other
-            kinds. These two take neither candidates nor plot nor resume, latency no train_step either.
+            CPU has AVX-512, in bf16. Or variants, that step in fp32 with LoRA's variants. Or latency, a forward of
+            SmolLM2 merged, unmerged and with adapters of other kinds. These two take neither candidates nor plot nor
+            resume, latency no train_step either.
         output: JSON file to write, or a directory for <preset>-cpu-<vendor>-<family>-<model>.json or
             <preset>-cuda.json; written aside and renamed after every case.
         plot: PNG file to write, or a directory.

@@ -161,9 +161,10 @@ class LoRALinear(WithMagnitudes):
         name = self.active_adapter
         if name is None or self._pristine is not None:
             return self._plain(x)
-        variant = self._variant()
-        if variant is not None:
-            return self._varied(x, variant)
+        if self.variants or self.link is not None:
+            variant = self._variant()
+            if variant is not None:
+                return self._varied(x, variant)
         if type(name) is not str:
             return self._several(x)
         weight, bias, lora_A, lora_B = layer_tensors(self, name)

@@ -22,7 +22,6 @@ from fused_lora import _C
 
 _ALLOWED = os.environ.get("FUSED_LORA_INTERNALS", "1") != "0"
 
-
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
@@ -65,7 +64,6 @@ dispatch_modes_active = _private("_C._len_torch_dispatch_stack") or _maybe
 
 # Whether torch.func transforms or vmap are at work; where PyTorch doesn't tell, dispatch_modes_active() says maybe.
 _functorch_active = _private("_C._are_functorch_transforms_active") or (lambda: False)
-
 
 _probe = torch.zeros(1)
 
@@ -207,7 +205,6 @@ def _empty_strided(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.
 
 # torch.empty_strided on the CPU, past the dispatcher, in half the time; nothing sees the call.
 empty_on_cpu = _private("_C._dynamo.guards._empty_strided_cpu") or _empty_strided
-
 # The same on the current CUDA device, in half of torch.empty's 5.2 us (H100's host, 2026-11-28).
 empty_on_cuda = _private("_C._dynamo.guards._empty_strided_cuda") or partial(_empty_strided, device="cuda")
 
@@ -223,11 +220,15 @@ def reshaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
     return t.view(shape).clone()
 
 
-def function_apply(function: type[torch.autograd.Function]):
+def function_apply(function: Any):
     """function.apply without its binding of arguments through inspect.signature, which costs 6 to 30 us a call and
-    which only torch.func needs; torch.compile takes none but function.apply itself."""
-    base = super(torch.autograd.Function, function) if _ALLOWED else None
-    return getattr(base, "apply", function.apply)
+    only torch.func needs; torch.compile takes none but function.apply itself. function.backward is called at once,
+    where PyTorch asks each time whether it is called vjp."""
+    if not _ALLOWED:
+        return function.apply
+    if hasattr(function, "_backward_cls"):
+        function._backward_cls.apply = function.backward
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
 
 # The CUDA device that is current, and a device's current stream as an integer, without the Python objects around them.

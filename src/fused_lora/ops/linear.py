@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
-from fused_lora.backends import Serving, bucket, forget, pick
+from fused_lora.backends import Serving, forget, pick
 from fused_lora.ops.autograd import linear_apply, matrix, needs_plain_operators, nobody_listens
 from fused_lora.ops.checks import check_out_norm, check_variant, fault
 from fused_lora.ops.dropout import dropout_threshold
@@ -126,7 +126,14 @@ class _Verdict(NamedTuple):
     alike: Callable[..., bool]
     biased: bool
     backend: str
-    servings: dict[int, Serving]  # by the bucket of x's rows
+    servings: dict[int, Serving]  # by the number of x's elements
+
+
+def _keep(cache: dict, key: Any, value: Any, most: int) -> None:
+    """Ever new keys must not fill the memory."""
+    if len(cache) >= most:
+        cache.clear()
+    cache[key] = value
 
 
 # By the address of lora_A: whatever else lies there later is either alike, too, or checked anew.
@@ -148,10 +155,10 @@ def eager_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> Servin
             and 0.0 <= dropout_p < 1.0
             and (weight.is_cpu or aligned(weight))
         ):
-            rows = bucket(x.numel() // x.shape[-1])
-            if rows not in servings:
-                servings[rows] = pick(backend, request_of(x, weight, lora_A, PLAIN))
-            return servings[rows]
+            elements = x.numel()
+            if elements not in servings:
+                _keep(servings, elements, pick(backend, request_of(x, weight, lora_A, PLAIN)), 128)
+            return servings[elements]
     if not nobody_listens(x, weight, lora_A, lora_B, bias):
         return None
     error = fault(x, weight, lora_A, lora_B, bias, dropout_p, backend)
@@ -161,10 +168,8 @@ def eager_serving(x, weight, lora_A, lora_B, bias, dropout_p, backend) -> Servin
     serving = pick(backend, request)
     if (request.aligned or weight.is_cpu) and x.layout is torch.strided:
         check = alike(x, weight, lora_A, lora_B) if bias is None else alike(x, weight, lora_A, lora_B, bias)
-        if len(_VERDICTS) > 4096:
-            _VERDICTS.clear()
         if check is not None:
-            _VERDICTS[id(lora_A)] = _Verdict(check, bias is not None, backend, {request.M: serving})
+            _keep(_VERDICTS, id(lora_A), _Verdict(check, bias is not None, backend, {x.numel(): serving}), 4096)
     return serving
 
 
@@ -198,14 +203,12 @@ def _variant_serving(
         verdict = _variant_verdict(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, out_norm)
         if verdict is None:
             return None
-        if len(_VARIANT_VERDICTS) > 4096:
-            _VARIANT_VERDICTS.clear()
-        _VARIANT_VERDICTS[key] = verdict
-    many = bucket(x.numel() // x.shape[-1])
-    if many not in verdict.servings:
+        _keep(_VARIANT_VERDICTS, key, verdict, 4096)
+    elements = x.numel()
+    if elements not in verdict.servings:
         asked = variant._replace(gate=x) if return_h else variant  # the scaling becomes a gate
-        verdict.servings[many] = pick(backend, request_of(x, weight, lora_A, asked))
-    return verdict.servings[many]
+        _keep(verdict.servings, elements, pick(backend, request_of(x, weight, lora_A, asked)), 128)
+    return verdict.servings[elements]
 
 
 def _variant_verdict(x, weight, lora_A, lora_B, bias, dropout_p, backend, variant, out_norm) -> _Verdict | None:
