@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fused_lora import _C, lora_linear
 from fused_lora.backends import cpu, cpu_product
 from fused_lora.ops import internals
+from fused_lora.ops.grouped_linear import grouped_lora_linear
 from fused_lora.ops.reference import PLAIN, Gradients
 from fused_lora.ops.schema import request_of
 from fused_lora.testing import assert_close, assert_exact, exact_problem, random_problem, run, truth, with_optional
@@ -164,6 +165,25 @@ def test_y_is_the_base_layer_where_B_is_zero(planned, dtype):
     assert_close({"y": y}, {"y": frozen}, {"y": exact})
     if planned(p) == "cpu:around":
         assert torch.equal(y, frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lies", ["every other", "one for all"])
+def test_a_bias_that_lies_in_pieces(poison, planned, dtype, lies):
+    """Between its elements are NaNs, and nothing is behind the one that stands for all."""
+    for M in (1, 2, 64):
+        p = exact_problem(M, 48, 32, 4, dtype)
+        if lies == "every other":
+            p.bias = torch.full((96,), torch.nan, dtype=dtype)[::2].copy_(p.bias)
+        else:
+            p.bias = p.bias[:1].clone().expand(48)
+        assert p.bias.stride(0) != 1
+        assert_exact(run(p, backend=planned(p)), truth(p))
+        gated = with_optional(p, ("gate",), exact=True)
+        assert_exact(run(gated, backend="auto"), truth(gated))
+        segments = torch.tensor([0, M])
+        y = grouped_lora_linear(p.x, p.weight, p.bias, [p.lora_A], [p.lora_B], [p.scaling], segments, None, [0.0])
+        assert torch.equal(y, truth(p)["y"].to(dtype))
 
 
 def test_onednn_is_left_alone_where_it_is_switched_off(monkeypatch):

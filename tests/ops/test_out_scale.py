@@ -1,6 +1,8 @@
 """The gradient of out_scale from y: as near to the truth as PyTorch's from z, whatever the bias and the scale are."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -68,15 +70,88 @@ def test_the_gradient_has_the_scale_s_dtype(plan, lost):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_y_must_stay_as_it_is_only_for_the_scale():
-    p = random_problem(8, 12, 16, 4)
-    m = torch.ones(12, requires_grad=True)
-    x = p.x.clone().requires_grad_()
-    lora_linear(x, p.weight, p.lora_A, p.lora_B, 1.5, out_scale=m.detach()).add_(1.0).sum().backward()
-    y = lora_linear(x, p.weight, p.lora_A, p.lora_B, 1.5, out_scale=m)
-    y.add_(1.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+CHANGES = {
+    "relu": lambda y: y.relu_(),
+    "add": lambda y: y.add_(1.0),
+    "element": lambda y: y.index_put_((torch.tensor([0]),), torch.tensor(2.0, dtype=y.dtype)),
+    "view": lambda y: (y.view(-1)[:7].zero_(), y)[1],
+    "turned": lambda y: (y.transpose(0, 1).mul_(2.0), y)[1],
+}
+
+
+@pytest.mark.parametrize("listens", [False, True])
+@pytest.mark.parametrize("dtype, lead", [(torch.float32, (24,)), (torch.float32, (2, 3, 4)), (torch.bfloat16, (24,))])
+@pytest.mark.parametrize("change", CHANGES)
+def test_y_may_be_changed_in_place(change, dtype, lead, listens):
+    """Models have nn.ReLU(inplace=True) behind a layer: y is computed again then. A weight that trains goes by the
+    Function for everybody."""
+    p = random_problem(24, 160, 40, 4, dtype)
+    p.x, p.dy = p.x.view(*lead, 40), p.dy.view(*lead, 160)
+    p.weight.requires_grad_(listens)
+    m = torch.rand(160) + 0.5
+    given = p.weight, p.lora_A, p.lora_B
+    wide = [t.detach().double() for t in (p.x, *given, p.bias)]
+    q = random_problem(24, 160, 40, 4, torch.float64)
+    act = CHANGES[change]
+    got = gradient(p, m, lambda m: act(lora_linear(p.x, *given, 1.5, bias=p.bias, out_scale=m)))
+    y = lora_linear(p.x, *given, 1.5, bias=p.bias, out_scale=m).detach().requires_grad_()
+    act(y.clone()).backward(p.dy)
+    p.dy, q.dy = y.grad, y.grad.double()  # of what passed, which rounding decides where y is nearly zero
+    peer = gradient(p, m, lambda m: composition(p.x, *given, p.bias, 1.5, None, Variant(out_scale=m))[0])
+    exact = gradient(q, m.double(), lambda m: composition(*wide, 1.5, None, Variant(out_scale=m))[0])
+    assert_close({"out_scale": got}, {"out_scale": peer}, {"out_scale": exact})
+
+
+def test_y_changed_in_place_with_dropout_and_more_inputs():
+    """What is computed again has the mask, x_lora, h_in, gate and the norm of the first time."""
+    p = random_problem(24, 160, 40, 4)
+    rows = torch.randn(24, 40), torch.randn(24, 4), torch.rand(24, 2)
+    m, norm, kept = torch.rand(160) + 0.5, torch.rand(160) + 0.5, []
+    for change in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (m, p.x, p.lora_A, p.lora_B, *rows)]
+        scale, x, A, B, x_lora, h_in, gate = leaves
+        torch.manual_seed(3)
+        more = dict(x_lora=x_lora, h_in=h_in, gate=gate, out_norm=norm)
+        y = lora_linear(x, p.weight, A, B, 1.5, bias=p.bias, dropout_p=0.3, out_scale=scale, **more)
+        y = y.mul_(2.0) if change else y * 2.0
+        y.backward(p.dy)
+        kept.append([leaf.grad for leaf in leaves])
+    for plain, changed in zip(*kept):
+        assert torch.equal(plain, changed)
+
+
+def test_what_is_kept_of_y_is_gone_with_the_graph():
+    """Nothing keeps y alive but its graph, and hooks on saved tensors get all that is kept of it."""
+    p = random_problem(64, 160, 40, 4)
+    m, packed = torch.ones(160, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or len(packed) - 1, packed.__getitem__):
+        y = lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.5, out_scale=m)
+    saved = [t for t in packed if t.shape == y.shape and t.data_ptr() == y.data_ptr()]
+    assert len(saved) == 1, "y's memory goes through the hooks"
+    memory = weakref.ref(y.untyped_storage())
+    del y, saved, packed[:]
+    gc.collect()
+    assert memory() is None
+
+
+def test_a_step_of_two_layers_with_relu_in_place_is_pefts():
+    import peft
+
+    import fused_lora.peft
+
+    grads = []
+    for fuse in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.ReLU(inplace=True), torch.nn.Linear(12, 4))
+        config = peft.LoraConfig(r=4, target_modules=["0", "2"], use_dora=True, init_lora_weights=False)
+        model = peft.get_peft_model(model, config)
+        if fuse:
+            fused_lora.peft.fuse(model, strict=True)
+        model(torch.randn(5, 8)).square().sum().backward()
+        grads.append({name: t.grad for name, t in model.named_parameters() if t.requires_grad})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 6
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
 
 
 def test_the_scale_alone_trains_and_its_gradients_batch():

@@ -16,7 +16,9 @@ from fused_lora.ops.internals import (
     reshaped,
     transforms_active,
     wants_operators,
+    without_autocast,
 )
+from fused_lora.ops.kept import keep_result
 from fused_lora.ops.reference import Gradients, Variant, backward_again
 
 
@@ -56,8 +58,8 @@ class LoRALinearFunction(torch.autograd.Function):
     """y [..., N], h [M, R] = the op on `Inputs` with x [..., K] and 2-D optional tensors, by torch.ops.fused_lora.
 
     Saves x and h, each only if a needed gradient uses it, never a mask or a copy of x; and y for out_scale's gradient,
-    so that it must not be changed in place then (autograd's backward raises if it was). Flattening happens in here,
-    where it makes no autograd nodes.
+    computed again where it was changed in place meanwhile. Flattening happens in here, where it makes no autograd
+    nodes.
     """
 
     # Every parameter is named: torch.compile counts them to learn, without gradients, that the first is no ctx.
@@ -77,10 +79,11 @@ class LoRALinearFunction(torch.autograd.Function):
         given, need = Inputs(*inputs), Inputs(*ctx.needs_input_grad)
         keep_x = need.weight or need.out_scale or (need.lora_A and given.x_lora is None)
         keep_h = output[1] if need.lora_B or need.gate or need.out_scale else None
-        keep_y = (output[0], given.bias) if need.out_scale else (None, None)
+        y, changed = keep_result(output[0]) if need.out_scale else (None, None)
+        keep_y = y, given.bias if need.out_scale else None
         factors = given.weight, given.lora_A, given.lora_B
         ctx.save_for_backward(given.x if keep_x else None, *factors, keep_h, *keep_y, given.seed, *given.variant())
-        ctx.settings, ctx.lead = given.settings, given.x.shape[:-1]
+        ctx.settings, ctx.lead, ctx.changed = given.settings, given.x.shape[:-1], changed
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -94,6 +97,9 @@ class LoRALinearFunction(torch.autograd.Function):
         dy, x, y = matrix(dy), x if x is None else matrix(x), y if y is None else matrix(y)
         needs = Inputs(*ctx.needs_input_grad).differentiable()
         factors = x, weight, lora_A, lora_B
+        if ctx.changed is not None and ctx.changed():
+            with torch.no_grad(), without_autocast(dy):
+                y, _ = schema.forward(*factors, bias, scaling, dropout_p, seed, *variant, backend)
         given = (*factors, h, y, bias, scaling, dropout_p, seed)
         if torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
             grads = backward_again(dy, dh, *factors, scaling, dropout_p, seed, needs, Variant(*variant))

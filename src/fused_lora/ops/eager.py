@@ -23,6 +23,7 @@ from fused_lora.ops.internals import (
     wants_operators,
     without_autocast,
 )
+from fused_lora.ops.kept import keep_result
 from fused_lora.ops.reference import PLAIN, Gradients, Variant, backward_again
 
 
@@ -135,9 +136,10 @@ class _EagerVariantFunction(torch.autograd.Function):
         keep_x = need_scale or (need_A and x_lora is None)
         keep_h = need_B or need_gate or need_scale
         kept = x if keep_x else None, weight, lora_A, lora_B, h if keep_h else None
-        keep_y = (y, bias) if need_scale else (None, None)
-        ctx.save_for_backward(*kept, *keep_y, seed, x_lora, h_in, gate, out_scale, grad_row_scale, out_norm)
-        ctx.call = scaling, dropout_p, serving, lead, None if out_norm is None else scale
+        saved_y, changed = keep_result(y) if need_scale else (None, None)
+        kept_y = saved_y, bias if need_scale else None
+        ctx.save_for_backward(*kept, *kept_y, seed, x_lora, h_in, gate, out_scale, grad_row_scale, out_norm)
+        ctx.call = scaling, dropout_p, serving, lead, None if out_norm is None else scale, changed
         if not return_h:
             return y
         ctx.set_materialize_grads(False)
@@ -147,7 +149,7 @@ class _EagerVariantFunction(torch.autograd.Function):
     def backward(ctx, dy, dh=None):
         x, weight, lora_A, lora_B, h, y, bias, seed, x_lora, h_in, gate, *ends = ctx.saved_tensors
         out_scale, row_scale, out_norm = ends
-        scaling, dropout_p, serving, lead, scale = ctx.call
+        scaling, dropout_p, serving, lead, scale, changed = ctx.call
         if dy is None:  # nothing of y was used
             if dh is None:
                 return (None,) * 8
@@ -160,6 +162,10 @@ class _EagerVariantFunction(torch.autograd.Function):
         elif torch.is_grad_enabled():  # it is differentiated once more
             scale = out_scale / out_norm
         needs, variant = _needs_of_variant(ctx.needs_input_grad), Variant(x_lora, h_in, gate, scale, row_scale)
+        if changed is not None and changed():
+            again = x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant
+            with torch.no_grad(), without_autocast(dy):
+                y, _ = serving.backend.forward(*again, serving.plan)
         given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
         grads = unusual_backward(given, needs, variant, serving)
         if grads is None:

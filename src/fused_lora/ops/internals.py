@@ -20,14 +20,14 @@ from torch.nn import functional as F
 
 from fused_lora import _C
 
-_ALLOWED = os.environ.get("FUSED_LORA_INTERNALS", "1") != "0"
+ALLOWED = os.environ.get("FUSED_LORA_INTERNALS", "1") != "0"
 
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _private(name: str):
     """The object of a dotted name under torch, or None if it is absent or unwanted."""
-    if not _ALLOWED:
+    if not ALLOWED:
         return None
     try:
         return operator.attrgetter(name)(torch)
@@ -155,7 +155,7 @@ def marks(*tensors: Tensor) -> tuple[tuple, list] | None:
     The words are the first, the last and two others, of which whoever writes all of `t.data` changes one, as a rule.
     Nobody may free the memory meanwhile.
     """
-    if not _ALLOWED:
+    if not ALLOWED:
         return None
     try:
         memories = [t.untyped_storage() for t in tensors]
@@ -224,7 +224,7 @@ def function_apply(function: Any):
     """function.apply without its binding of arguments through inspect.signature, which costs 6 to 30 us a call and
     only torch.func needs; torch.compile takes none but function.apply itself. function.backward is called at once,
     where PyTorch asks each time whether it is called vjp."""
-    if not _ALLOWED:
+    if not ALLOWED:
         return function.apply
     if hasattr(function, "_backward_cls"):
         function._backward_cls.apply = function.backward
@@ -269,7 +269,7 @@ def _parameter_by_name(module: Any, name: str) -> Any:
     return getattr(module, name, None)
 
 
-if not _ALLOWED:
+if not ALLOWED:
     layer_tensors, own_parameter = _layer_tensors_by_name, _parameter_by_name
 
 
@@ -294,7 +294,7 @@ def linear_with_bias(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     2026-11-24).
     """
     fused = _bf16_linear is not None and x.dtype is torch.bfloat16 and _onednn_enabled is not None and _onednn_enabled()
-    # of strided operands it would copy x, and take a reference kernel for W
-    if fused and x.is_contiguous() and weight.is_contiguous() and x.shape[0] > 0:
+    # of strided operands it would copy x, take a reference kernel for W, and read the bias as if it lay in one piece
+    if fused and x.shape[0] > 0 and all(t.is_contiguous() for t in (x, weight, bias)):
         return _bf16_linear(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)

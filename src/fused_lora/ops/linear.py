@@ -67,8 +67,8 @@ def lora_linear(
         x_lora: x's shape, input of the low-rank path instead of x (ResLoRA).
         h_in: [..., R], added to x_lora At (ResLoRA).
         gate: [..., k] with k dividing R, a factor for each block of R / k ranks (LoRA-Flow, per-adapter scale).
-        out_scale: [N] fp32 (DoRA). Its gradient is computed from y, which must not be changed in place where it trains:
-            the backward raises then.
+        out_scale: [N] fp32 (DoRA). Its gradient is computed from y, or from y computed again where that was changed in
+            place (under torch.compile and dispatch modes the backward raises then).
         grad_row_scale: [N] fp32, scales the rows of dy for dA and dB only (ALLoRA).
         return_h: return (y, h) with h = x_lora At [..., R].
         out_norm: [N] fp32, without a gradient: `out_scale / out_norm` takes the place of out_scale (DoRA's m / n), for
