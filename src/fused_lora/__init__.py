@@ -83,3 +83,6 @@ else:
         import importlib
 
         return getattr(importlib.import_module(f"fused_lora.{_LATER[name]}"), name)
+
+    def __dir__():
+        return sorted({*globals(), *_LATER})

@@ -32,8 +32,8 @@ def unknown_name(what: str, got: str | None, known: Iterable[str]) -> ValueError
 
 def check_adapter_name(name: str) -> None:
     """Raises ValueError unless `name` can be a key of ParameterDict and ModuleDict, which refuse dots and their own
-    attributes."""
-    usable = isinstance(name, str) and name != "" and "." not in name
+    attributes, and a folder's name, under which several adapters of a model are saved."""
+    usable = isinstance(name, str) and name != "" and not set(name) & set("./\\\0")
     if (
         not usable
         or hasattr(nn.ParameterDict, name)
@@ -41,7 +41,8 @@ def check_adapter_name(name: str) -> None:
         or hasattr(nn.ModuleDict, name)
     ):
         raise ValueError(
-            f"adapter_name must be a non-empty str without dots that is no attribute of torch.nn.Module; got {name!r}"
+            "adapter_name must be a non-empty str without dots and slashes that is no attribute of torch.nn.Module; "
+            f"got {name!r}"
         )
 
 
@@ -269,9 +270,13 @@ class LoraConfig:
         """Whether target_parameters names the parameter of this name."""
         return matches(self._parameters, name)
 
+    def names_excluded(self, name: str) -> bool:
+        """Whether exclude_modules names the module of this name."""
+        return matches(self._excluded, name)
+
     def excludes(self, name: str) -> bool:
         """Whether exclude_modules or modules_to_save keep LoRA from the module of this name."""
-        return matches(self._excluded, name) or any(regex.match(name) for regex in self._saved)
+        return self.names_excluded(name) or any(regex.match(name) for regex in self._saved)
 
 
 def _inside_saved(entry: str) -> str:

@@ -4,13 +4,23 @@ import math
 import sys
 from dataclasses import dataclass
 
+import torch
+
 _LARGEST_RANK = 2**31 - 1
+_ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ALLORA_MODES = ("gradient", "update")
 
 
 def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA; 0 where there is no rank."""
     return 0.0 if r == 0 else lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def check_adapter_dtype(dtype: torch.dtype | None) -> None:
+    """Raises ValueError unless A and B can have it; None is the usual one."""
+    if dtype is not None and dtype not in _ADAPTER_DTYPES:
+        names = ", ".join(str(known) for known in _ADAPTER_DTYPES)
+        raise ValueError(f"adapter_dtype must be one of {names}, or None; got {dtype!r}")
 
 
 @dataclass(frozen=True)

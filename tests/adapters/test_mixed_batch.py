@@ -68,6 +68,12 @@ def test_a_mixed_batch_is_a_loop_over_its_samples(model, tokens):
     same(model(tokens).logits, model(tokens, adapter_names=["a"] * 6).logits)
 
 
+def test_no_names_are_no_batch(model, tokens):
+    for call in (lambda: model(tokens, adapter_names=[]), lambda: adapters_per_sample(model, []).__enter__()):
+        with pytest.raises(ValueError, match="adapter_names must have a name for each sample; got none"):
+            call()
+
+
 def one_by_one_within(model, tokens):
     return torch.cat([model(sample[None], adapter_names=["a"]).logits for sample in tokens])
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_llama import llama, randomise
 from torch import nn
 
-from fused_lora.adapters import apply_lora, load_adapter, merged, save_adapter, set_adapter
+from fused_lora.adapters import apply_lora, load_adapter, merge_and_unload, merged, save_adapter, set_adapter
 from fused_lora.nn import LoRALinear
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -159,6 +160,48 @@ def test_unknown_adapters_are_named(refuses):
     ):
         with refuses(model, r"must be one of \['german'\]; got 'germn' \(did you mean 'german'\?\)"):
             call()
+    with refuses(model, "adapter_name must be a name, a list of names or None; got 3"):
+        set_adapter(model, 3)
     set_adapter(model, None)
     with refuses(model, "while no adapter is active; got None"), merged(model):
         pass
+
+
+def test_a_model_without_adapters_is_named(refuses):
+    model = llama()
+    calls = (lambda: set_adapter(model, "a"), lambda: merged(model).__enter__(), lambda: merge_and_unload(model, "a"))
+    for call in calls:
+        with refuses(model, "model must have adapters.*got"):
+            call()
+    for call in (lambda: apply_lora("model"), lambda: set_adapter("model", "a"), lambda: merged(3).__enter__()):
+        with pytest.raises(ValueError, match=r"model must be a torch.nn.Module; got a (str|int)"):
+            call()
+
+
+def test_a_name_that_excludes_nothing_is_said():
+    with pytest.warns(UserWarning, match=r"exclude_modules=\['q_prj'\] excludes no module"):
+        apply_lora(llama(), exclude_modules=["q_prj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_lora(llama(), exclude_modules=["q_proj"])
+
+
+def test_layers_that_are_not_there_are_named(refuses):
+    model = llama()
+    with refuses(model, r"layers_to_transform must be numbers of layers.*got \[7\], which leaves none"):
+        apply_lora(model, layers_to_transform=[7])
+
+
+@pytest.mark.parametrize("name", ["/tmp/evil", "a/b", "a\\b", "a\0"])
+def test_a_name_is_a_folder_s(name, refuses):
+    """Several active adapters are saved a folder each."""
+    model = llama()
+    with refuses(model, "adapter_name must be a non-empty str without dots and slashes"):
+        apply_lora(model, adapter_name=name)
+
+
+def test_an_empty_directory_is_no_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="directory must be the path of a folder; got an empty one"):
+        save_adapter(apply_lora(llama()), "")
+    assert not any(tmp_path.iterdir())

@@ -49,7 +49,8 @@ def test_delete_adapter(refuses):
     model = two_adapters()
     with refuses(model, r"adapter_name must be one of \['a', 'b'\]; got 'c'"):
         delete_adapter(model, "c")
-    delete_adapter(model, "b")
+    with pytest.warns(UserWarning, match=r"no adapter of the model is active now, .* set_adapter to one of \['a'\]"):
+        delete_adapter(model, "b")
     assert torch.equal(logits(model), logits(llama()))  # it was active
     set_adapter(model, "a")
     assert torch.equal(logits(model), logits(randomise(apply_lora(llama()), 1)))

@@ -34,7 +34,8 @@ def settings_of():
     plain = dict(rank=4, alpha=8.0, lr=1e-2, warmup=2, steps=6, batch_size=2, grad_accum=2, seq_len=24, eval_tokens=200)
 
     def make(tiny, **changes):
-        return Settings(**dict(model=tiny[0], data=(tiny[1],)) | plain | changes)
+        own = {name: value for name, value in plain.items() if not (changes.get("full") and name in ("rank", "alpha"))}
+        return Settings(**dict(model=tiny[0], data=(tiny[1],)) | own | changes)
 
     return make
 

@@ -1,11 +1,14 @@
 """`fused-lora analyze`: figures of adapters, with and without their base, and of whole models."""
 
+import io
 import json
 import re
+import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tiny_llama import llama, randomise
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -30,7 +33,7 @@ def trained(tiny_model, tmp_path_factory):
 
 def figures(text):
     """The cells of the table by layer."""
-    lines = [re.split(r"\s*│\s*", line.strip("│ ")) for line in text.splitlines() if line.startswith("│")]
+    lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if re.search(r"\d x \d", line)]
     return {cells[0]: cells[1:] for cells in lines}
 
 
@@ -49,6 +52,39 @@ def test_an_adapter_and_the_model_that_it_makes_have_the_same_figures(call, trai
     out, _ = call("analyze", whole, "--model", base)
     assert figures(out) == with_base
     assert re.search(r"4 weights, mean rank .*, \d+ intruders", out)
+
+
+def test_figures_are_whole_on_a_terminal_of_80_columns(call, trained, monkeypatch):
+    base, adapter, _ = trained
+    written = io.StringIO()
+    terminal = Console(width=80, force_terminal=True, color_system=None, legacy_windows=False, file=written)
+    monkeypatch.setattr(sys.modules["fused_lora.cli.analyze"], "out", terminal)
+    call("analyze", adapter, "--model", base)
+    lines = written.getvalue().splitlines()
+    assert "rank 90%" in lines[0] and "intruders" in lines[0]
+    assert "…" not in written.getvalue() and all(len(line) <= 80 for line in lines)
+    assert "".join(line[:30].strip() for line in lines[1:3]).startswith("model.layers.0.")
+
+
+def test_a_plot_is_a_png(refused, trained, tmp_path):
+    for name in ("spectra.pdf", "spectra"):
+        assert "--plot must be a .png file" in refused(2, "analyze", trained[1], "--plot", tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+
+def test_layers_whose_magnitude_alone_trains(tmp_path):
+    """DoRA of rank 0: the update is the rows' scaling alone, which needs the model's weights."""
+    model = randomise(apply_lora(llama(), 2, use_dora=True, rank_pattern={"q_proj": 0}))
+    weights = {name: t.clone() for name, t in llama().state_dict().items()}
+    save_adapter(model, tmp_path)
+    updates, notes = read_adapter(tmp_path, weights)
+    alone = "model.layers.0.self_attn.q_proj"
+    m = load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.{alone}.lora_magnitude_vector"]
+    W = weights[f"{alone}.weight"]
+    torch.testing.assert_close(updates[f"{alone}.weight"], W * (m / W.norm(dim=1))[:, None])
+    assert not notes
+    updates, notes = read_adapter(tmp_path)
+    assert f"{alone}.weight" not in updates and "whose magnitude alone trains" in notes[0]
 
 
 def test_the_figures_are_the_functions(trained):

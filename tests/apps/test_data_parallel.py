@@ -20,7 +20,7 @@ from fused_lora.rows import IGNORED
 
 KINDS: dict[str, dict] = {name: dict(optimizer=name) for name in OPTIMIZERS}
 KINDS["merges"] = dict(merge_every=2, optimizer="rite", warmup=1)
-KINDS["full"] = dict(full=True, target_modules="all-linear", max_grad_norm=0.1)
+KINDS["full"] = dict(full=True, target_modules="all-linear", rank=Settings.rank, max_grad_norm=0.1)
 
 
 class Model(nn.Module):

@@ -90,6 +90,13 @@ def test_held_out_loss_is_the_mean_over_all_predicted_tokens(tiny):
     assert model.training
 
 
+def test_few_steps_have_a_warm_up_that_fits():
+    warmups = [Settings(steps=steps).warmup for steps in (1, 2, 4, 9, 10, 60)]
+    assert warmups == [0, 1, 2, 4, 5, 5]
+    with pytest.raises(ValueError, match="alpha must be a finite number"):  # what is wrong comes first
+        Settings(steps=4, warmup=5, alpha=float("nan"))
+
+
 def test_learning_rate():
     settings = Settings(lr=1.0, warmup=4, steps=12)
     rates = [training.learning_rate(step, settings) for step in range(12)]

@@ -10,7 +10,7 @@ from finetune_runs import FILES, refused_unloaded, rows_of
 from safetensors.torch import load_file
 
 from fused_lora import apply_lora, files
-from fused_lora.finetune import checkpoint
+from fused_lora.finetune import checkpoint, job
 
 
 class Killed(Exception):
@@ -47,7 +47,9 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_bits(tiny, run, settings_of,
 
 def test_resuming_nothing_starts_and_resuming_a_finished_run_repeats_its_end(tiny, run, settings_of, tmp_path):
     settings = settings_of(tiny, steps=3)
-    first = run(settings, tmp_path / "new", resume=True)
+    said = []
+    first = job.finetune(settings, tmp_path / "new", resume=True, say=said.append, prompt="the")
+    assert f"no checkpoint in {tmp_path / 'new'}: the run starts from the beginning" in said
     adapter = (tmp_path / "new/adapter_model.safetensors").read_bytes()
     (tmp_path / "new/adapter_model.safetensors").unlink()
     again = run(settings, tmp_path / "new", resume=True)

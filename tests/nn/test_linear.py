@@ -256,6 +256,21 @@ def test_unknown_adapter_names_the_nearest():
         layer.add_adapter("german")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, "float32", torch.float8_e4m3fn])
+def test_a_dtype_that_no_adapter_has_is_refused_first(dtype):
+    message = "adapter_dtype must be one of torch.float32, torch.bfloat16, torch.float16, torch.float64, or None; got"
+    layer, linear = LoRALinear(4, 4), nn.Linear(4, 4)
+    for call in (
+        lambda: layer.add_adapter("b", adapter_dtype=dtype),
+        lambda: LoRALinear.from_linear(linear, adapter_dtype=dtype),
+        lambda: LoRALinear(4, 4, adapter_dtype=dtype),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert list(layer.lora_A) == ["default"] and linear.weight.requires_grad
+    layer.add_adapter("b", adapter_dtype=torch.bfloat16)
+
+
 def test_what_is_no_linear_layer_is_refused():
     bilinear = nn.Bilinear(4, 4, 4)
     with pytest.raises(ValueError, match="Bilinear"):

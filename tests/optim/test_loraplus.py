@@ -135,3 +135,11 @@ def test_bad_input(change, says):
 def test_a_model_without_adapters_is_refused():
     with pytest.raises(ValueError, match="model must have LoRA adapters that train; got none"):
         lora_param_groups(Mixed(), 1e-3)
+
+
+def test_peft_s_names_serve_too():
+    model, AdamW = ours_mixed(), torch.optim.AdamW
+    theirs = create_loraplus_optimizer(model, AdamW, lr=1e-3, loraplus_weight_decay=0.1, loraplus_lr_embedding=1e-5)
+    ours = create_loraplus_optimizer(model, AdamW, lr=1e-3, weight_decay=0.1, lr_embedding=1e-5)
+    found = by_name(model, theirs.param_groups)
+    assert found == by_name(model, ours.param_groups) and (1e-5, 0.1) in found.values()

@@ -7,7 +7,7 @@ import torch
 from tiny_llama import llama, randomise
 from torch import nn
 
-from fused_lora import LoraConfig, apply_lora, load_adapter, optim
+from fused_lora import LoraConfig, apply_lora, delete_adapter, load_adapter, merged, optim, unload
 from fused_lora.schedules import MergeSchedule
 
 IDS = torch.arange(24).view(2, 12)
@@ -394,6 +394,64 @@ def test_a_merge_that_cannot_be_changes_nothing():
     with pytest.raises(ValueError, match="lora_B of 2 must be finite to be merged"):
         MergeSchedule(model, every=1).merge(optimizer)
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+def _merged(model):
+    context = merged(model)
+    context.__enter__()
+    return context  # which ends where it is forgotten
+
+
+def _another(model):
+    apply_lora(model, 2, target_modules=["0", "2"], adapter_name="c")
+
+
+def _again(model):
+    delete_adapter(model, "default")
+    apply_lora(model, 6, target_modules=["0", "2"])
+
+
+def _deleted(model):
+    _another(model)
+    delete_adapter(model, "default")
+
+
+CHANGES = {
+    "merged": (_merged, "must be unmerged before adapter 'default' is folded; got a merged layer"),
+    "unloaded": (unload, "must be on the model to be folded into the weight.* taken off"),
+    "made again": (_again, "must be on the model to be folded into the weight.* taken off"),
+    "deleted beside another": (_deleted, "adapter 'default' of .* must be on the model; got one that was deleted"),
+    "another is active": (_another, "must act to be folded into the weight; got adapter 'c' active"),
+}
+
+
+@pytest.mark.parametrize("options", [{}, dict(export="stack"), dict(momentum=0.5), dict(warmup=1)])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_is_another_by_now_is_not_merged(change, options):
+    """What changed after the schedule was made is seen before the first weight changes, and the step does not count."""
+    act, match = CHANGES[change]
+    model = adapted()
+    schedule = MergeSchedule(model, every=2, **options)
+    optimizer = train(model, 1, schedule)
+    held = act(model)  # noqa: F841
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    states = {p: {k: v.clone() for k, v in state.items()} for p, state in optimizer.state.items()}
+    for _ in range(2):
+        with pytest.raises(ValueError, match=match):
+            schedule.step(optimizer)
+    assert (schedule.steps, schedule.merges) == (1, 0)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(t, after[key]) for key, t in before.items())
+    assert all(torch.equal(v, optimizer.state[p][k]) for p, state in states.items() for k, v in state.items())
+    assert all(not links for links in schedule._links.values())
+
+
+def test_what_is_no_optimizer_is_refused_first():
+    model = randomise(adapted())
+    schedule, before = MergeSchedule(model, every=1), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="optimizer must be one of torch.optim's kind; got a str"):
+        schedule.step("sgd")
+    assert schedule.steps == 0 and all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
 
 
 def test_a_state_of_another_schedule_is_refused():

@@ -310,7 +310,18 @@ def test_files(language, tmp_path):
             lambda m: (LoRAFlow(m, ["zh"]), unload(m)),
             r"LoRA-Flow over adapters \['zh'\] must be removed, by its remove",
         ),
-        (lambda m: (LoRAFlow(m, ["zh"]), set_adapter(m, "math"), m(rows())), "and set_adapter excludes it"),
+        *(
+            (
+                lambda m, names=names: (LoRAFlow(m, ["zh", "math"]), set_adapter(m, names)),
+                r"LoRA-Flow over .* must be removed, by its remove\(\), before set_adapter acts on",
+            )
+            for names in ("math", ["zh", "math"], None)
+        ),
+        (
+            lambda m: (LoRAFlow(m, ["zh"]), apply_lora(m, 2, adapter_name="new")),
+            r"LoRA-Flow over .* must be removed, by its remove\(\), before an adapter is added to",
+        ),
+        (lambda m: (LoRAFlow(m, ["zh"]), m.layers[0].up.set_adapter("math"), m(rows())), "and set_adapter excludes it"),
         (lambda m: (LoRAFlow(m, ["zh"]), m.layers[0].up(rows())), "needs its layers to be called by their block"),
     ],
 )
@@ -318,6 +329,18 @@ def test_what_cannot_be_is_refused(call, message):
     model = stack()
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+def test_the_adapters_stay_frozen_under_a_flow():
+    model = stack()
+    LoRAFlow(model, ["zh", "math"])
+    before = {name: t.requires_grad for name, t in model.named_parameters()}
+    for names in ("zh", ["zh", "math"]):
+        with pytest.raises(ValueError, match="before set_adapter acts on"):
+            set_adapter(model, names)
+    assert before == {name: t.requires_grad for name, t in model.named_parameters()}
+    model(rows()).sum().backward()
+    assert not any("lora_A" in name or "lora_B" in name for name, t in model.named_parameters() if t.grad is not None)
 
 
 def test_a_refused_flow_changes_nothing():

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from stacks import Stack, filled, gradients
 from torch import nn
 
-from fused_lora import apply_lora, delete_adapter, link_reslora, lora_linear, merge_and_unload, merged, unload
+from fused_lora import (
+    apply_lora,
+    delete_adapter,
+    link_reslora,
+    lora_linear,
+    merge_and_unload,
+    merged,
+    set_adapter,
+    unload,
+)
 from fused_lora.backends import Request, refusal
 from fused_lora.testing import assert_close
 
@@ -320,8 +329,19 @@ def test_what_cannot_be_is_refused(call, message):
 
 def test_another_active_adapter_is_refused():
     model = stack(2)
-    handle = link_reslora(model, "block")
     apply_lora(model, r=2, adapter_name="other")
+    set_adapter(model, "default")
+    handle = link_reslora(model, "block")
+    for call, what in (
+        (lambda: set_adapter(model, "other"), "set_adapter acts on"),
+        (lambda: set_adapter(model, None), "set_adapter acts on"),
+        (lambda: apply_lora(model, r=2, adapter_name="third"), "an adapter is added to"),
+    ):
+        with pytest.raises(ValueError, match=f"ResLoRA's block shortcut must be removed, by its remove.*before {what}"):
+            call()
+    set_adapter(model, "default")  # which acts
+    model(rows())
+    model.layers[1].up.set_adapter("other")
     with pytest.raises(ValueError, match="acts instead of adapter 'default', and set_adapter excludes it.*got adapter"):
         model(rows())
     handle.remove()

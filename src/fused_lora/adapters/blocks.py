@@ -67,12 +67,17 @@ def _block(path: str, child: nn.Module) -> Block:
     return Block(plain_key(path), module, {name: x for name, x in layers.items() if x.active_adapter is not None})
 
 
+def check_alone(name: str, layer: LoRALayer, who: str) -> None:
+    """Raises ValueError if something else links the layer."""
+    if layer.link is not None:
+        raise ValueError(f"{who} and {layer.link} exclude each other: remove() the latter first; got both, at {name}")
+
+
 def _check(name: str, layer: LoRALayer, who: str) -> None:
     """Raises ValueError if a layer cannot be linked."""
     if layer.merged:
         raise ValueError(f"{name} must be unmerged before {who}; got adapter {layer.active_adapter!r} merged")
-    if layer.link is not None:
-        raise ValueError(f"{who} and {layer.link} exclude each other: remove() the latter first; got both, at {name}")
+    check_alone(name, layer, who)
     if layer.variants:
         raise ValueError(f"{who} needs plain LoRA; got adapters {sorted(layer.variants)} of another kind at {name}")
     if not isinstance(layer, LoRALinear) or isinstance(layer, LoRALinearAround):

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from fused_lora.adapters.blocks import Block, rows_of_blocks
-from fused_lora.adapters.holders import adapter_names, named_holders
+from fused_lora.adapters.blocks import Block, check_alone, rows_of_blocks
+from fused_lora.adapters.holders import adapter_names, all_holders, named_holders
 from fused_lora.adapters.model import check_not_merged, set_adapter
 from fused_lora.adapters.unload import switch_on
 from fused_lora.adapters.wrappers import unwrapped
@@ -62,6 +62,8 @@ class LoRAFlow:
         weights = _checked_weights(init_weights, len(self.adapters))
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a number > 0; got {temperature!r}")
+        for name, layer in all_holders(root)[0].items():
+            check_alone(name, layer, "LoRA-Flow")
         self._root, self.gates = root, dict[str, FlowGate]()
         self._before = {name: holder.active_adapter for name, holder in named_holders(root).items()}
         self._trained = [(parameter, parameter.requires_grad) for parameter in root.parameters()]

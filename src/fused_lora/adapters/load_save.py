@@ -69,6 +69,8 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         untouched.
     """
     check_no_peft(unwrapped(model))
+    if not str(directory):
+        raise ValueError("directory must be the path of a folder; got an empty one")
     tensors = adapter_tensors(model, adapter_name)
     peft_format.write_files(Path(directory), tensors, config_file(unwrapped(model), adapter_name))
 

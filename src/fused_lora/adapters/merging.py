@@ -67,6 +67,8 @@ def choose_to_merge(root: nn.Module, adapter_name: ActiveAdapter) -> None:
     an optimizer sees no change. Raises: ValueError as `merged`, but for values that are not finite; nothing changes
     then."""
     holders = named_holders(root)
+    if not holders:
+        raise ValueError("model must have adapters of this library; got one without")
     checked_names(root, adapter_name)
     if adapter_name is None and all(holder.active_adapter is None for holder in holders.values()):
         raise ValueError(f"adapter_name must be one of {adapter_names(root)} while no adapter is active; got None")

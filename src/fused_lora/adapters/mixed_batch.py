@@ -35,6 +35,8 @@ def adapters_per_sample(model: nn.Module, adapter_names: Sequence[str], copies: 
     Source: PEFT's `adapter_names`; Chen et al., "Punica", arXiv 2310.18547.
     """
     names = _known(model, adapter_names)
+    if not names:
+        raise ValueError("adapter_names must have a name for each sample; got none")
     if not isinstance(copies, int) or copies < 1:
         raise ValueError(f"copies must be an int >= 1; got {copies!r}")
     with _mixed(model, PerSample(names, copies)):

@@ -6,7 +6,15 @@ from typing import Any
 from torch import nn
 
 from fused_lora.adapters.conventions import for_model
-from fused_lora.adapters.holders import adapter_names, all_holders, biased_adapters, held, named_holders, trained_biases
+from fused_lora.adapters.holders import (
+    Layers,
+    adapter_names,
+    all_holders,
+    biased_adapters,
+    held,
+    named_holders,
+    trained_biases,
+)
 from fused_lora.adapters.peft_config import from_peft, is_peft_config
 from fused_lora.adapters.plan import Plan, make_plan
 from fused_lora.adapters.starts import check_start, start
@@ -134,6 +142,9 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
     check_may_train(model, checked_names(root, adapter_name))
     layers, wrappers = all_holders(root)
     for name, layer in layers.items():
+        if layer.link is not None and not layer.link.acts_with(held(adapter_name, layer)):
+            check_unlinked({name: layer}, "set_adapter acts on")
+    for name, layer in layers.items():
         if layer.merged and layer.active_adapter != held(adapter_name, layer):
             raise ValueError(
                 f"{name}: adapter {layer.active_adapter!r} is merged, unmerge before switching; got {adapter_name!r}"
@@ -150,7 +161,11 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
 
 def checked_names(root: nn.Module, adapter_name: ActiveAdapter) -> list[str]:
     """The names of adapters that are to act together. Raises: ValueError if they cannot."""
+    if not (adapter_name is None or isinstance(adapter_name, str | list | tuple)):
+        raise ValueError(f"adapter_name must be a name, a list of names or None; got {adapter_name!r}")
     names, known = as_list(adapter_name), adapter_names(root)
+    if names and not known:
+        raise ValueError("model must have adapters of this library; got one without")
     for name in names:
         if name not in known:
             raise unknown_name("adapter_name", name, known)
@@ -196,6 +211,7 @@ def check_addable(model: nn.Module) -> None:
     check_open(model)
     check_not_merged(model, "an adapter is added")
     check_not_mixed(model, "adding an adapter")
+    check_unlinked(all_holders(model)[0], "an adapter is added to")
 
 
 def check_one_bias(root: nn.Module, config: LoraConfig) -> None:
@@ -210,6 +226,13 @@ def check_not_merged(model: nn.Module, what: str) -> None:
     for name, layer in all_holders(model)[0].items():
         if layer.merged:
             raise ValueError(f"{name} must be unmerged before {what}; got adapter {layer.active_adapter!r} merged")
+
+
+def check_unlinked(layers: Layers, what: str) -> None:
+    """Raises ValueError naming a layer in which something acts instead of the active adapter, before `what`."""
+    for name, layer in layers.items():
+        if layer.link is not None:
+            raise ValueError(f"{layer.link} must be removed, by its remove(), before {what} {name}")
 
 
 def check_not_mixed(model: nn.Module, what: str) -> None:

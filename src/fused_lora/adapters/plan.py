@@ -55,6 +55,8 @@ def make_plan(model: nn.Module, config: LoraConfig, strict: bool) -> Plan:
     _check_tying(config, linears, saved, places)
     if strict:
         _check_all_used(config, linears, saved.modules, parameters, places)
+        if config.exclude_modules and not any(config.names_excluded(place.name) for place in places):
+            warnings.warn(f"exclude_modules={config.exclude_modules!r} excludes no module of the model", stacklevel=4)
     _check_reachable(linears, saved.modules, places)
     return Plan(linears, saved, places, parameters)
 
@@ -110,6 +112,11 @@ def _found_nothing(config: LoraConfig, places: list[Place]) -> ValueError:
     known = {place.name.rpartition(".")[2] for place in places if is_linear_layer(place.module)}
     if isinstance(targets, list) and targets:
         return unknown_name("target_modules", targets[0], known)
+    if config.all_linear and config.layers_to_transform is not None:
+        return ValueError(
+            "layers_to_transform must be numbers of layers that hold linear layers, in names with a number as "
+            f"layers.0.; got {config.layers_to_transform!r}, which leaves none of those that end in {sorted(known)}"
+        )
     if config.all_linear:
         return ValueError(
             "model must have linear layers beside its output head, which target_modules='all-linear' leaves out; its "

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from fused_lora.adapters.holders import (
-    Layers,
     active_adapters,
     adapter_names,
     all_holders,
@@ -18,7 +17,7 @@ from fused_lora.adapters.holders import (
     named_holders,
 )
 from fused_lora.adapters.merging import choose_to_merge
-from fused_lora.adapters.model import check_not_merged, check_not_mixed
+from fused_lora.adapters.model import check_not_merged, check_not_mixed, check_unlinked
 from fused_lora.adapters.places import walk
 from fused_lora.adapters.wrappers import is_sharded, unwrapped
 from fused_lora.config import unknown_name
@@ -63,8 +62,8 @@ def switch_on(model: nn.Module, before: dict[str, ActiveAdapter]) -> None:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter of the model; where it was active, no adapter is. Without its last adapter the model is the
-    plain one again, as after `unload`.
+    """Remove an adapter of the model; where it was active, no adapter is, and a warning says so where others are left.
+    Without its last adapter the model is the plain one again, as after `unload`.
 
     Raises: ValueError for an unknown adapter, a merged one, or a sharded model; nothing changes then.
     """
@@ -76,13 +75,17 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         unload(model)
         return
     layers, wrappers = holders_of(root, adapter_name)
-    _check_unlinked(layers)
+    check_unlinked(layers, "an adapter is taken off")
+    acted = active_adapters(root) == [adapter_name]
     for layer in layers.values():
         layer.delete_adapter(adapter_name)
     for wrapper in wrappers.values():
         if wrapper.active_adapter == adapter_name:
             wrapper.set_adapter(None)
         del wrapper.modules_to_save[adapter_name]
+    if acted:
+        left = adapter_names(root)
+        warnings.warn(f"no adapter of the model is active now, nor trains: set_adapter to one of {left}", stacklevel=2)
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -96,7 +99,7 @@ def unload(model: nn.Module) -> nn.Module:
     _check_removable(root)
     places = _places(root)
     layers, wrappers = all_holders(root)
-    _check_unlinked(layers)
+    check_unlinked(layers, "an adapter is taken off")
     for layer in layers.values():
         _replace(places, layer, layer.plain())
     for wrapper in wrappers.values():
@@ -162,13 +165,6 @@ def _check_removable(root: nn.Module) -> None:
             )
         if holds and place.attribute == "_orig_mod":
             raise ValueError(f"{place.name} must not be compiled by itself when adapters are taken off")
-
-
-def _check_unlinked(layers: Layers) -> None:
-    """Raises ValueError naming a layer in which something acts instead of the active adapter."""
-    for name, layer in layers.items():
-        if layer.link is not None:
-            raise ValueError(f"{layer.link} must be removed, by its remove(), before an adapter is taken off {name}")
 
 
 def _places(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -31,7 +31,9 @@ def _is_engine(module: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model under its wrappers."""
+    """The model under its wrappers. Raises: ValueError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module; got a {type(model).__name__}")
     while (attribute := inner_attribute(model)) is not None:
         model = getattr(model, attribute)
     return model

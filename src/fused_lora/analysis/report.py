@@ -73,15 +73,19 @@ def read_adapter(directory: Path, weights: Mapping[str, Tensor] | None = None, t
             copies.append(key.removesuffix(".weight"))
     if weights is not None:
         for name, magnitude in magnitudes.items():
-            V = weights[name].flatten(1).float() + dense(found[name]).float()
+            V = weights[name].flatten(1).float()
+            if name in found:  # not of rank 0, where the magnitude alone trains
+                V = V + dense(found[name]).float()
             over = 0 if name in turned else 1  # the dimension of a row of B A
             found[name] = V * (magnitude.float().flatten() / V.norm(dim=over)).unsqueeze(over)
     if not found:
         raise ValueError(f"{path} must hold a matrix B A; got {len(stored)} tensors of another kind")
-    return Adapter(found, _notes(experts, copies, len(magnitudes) if weights is None else 0))
+    alone = [name.removesuffix(".weight") for name in magnitudes if name not in found]
+    scaled = len(magnitudes) - len(alone) if weights is None else 0
+    return Adapter(found, _notes(experts, copies, alone, scaled))
 
 
-def _notes(experts: list[str], copies: list[str], magnitudes: int) -> list[str]:
+def _notes(experts: list[str], copies: list[str], alone: list[str], magnitudes: int) -> list[str]:
     """What figures are missing, or are not those of the whole update."""
     notes = []
     if experts:
@@ -89,6 +93,10 @@ def _notes(experts: list[str], copies: list[str], magnitudes: int) -> list[str]:
     if copies:
         notes.append(
             f"without figures: {len(copies)} layers trained in full, as {copies[0]}; --model needs to have them"
+        )
+    if alone:
+        notes.append(
+            f"without figures: {len(alone)} layers whose magnitude alone trains, as {alone[0]}; --model gives them"
         )
     if magnitudes:
         notes.append(f"{magnitudes} layers are DoRA's: without --model the figures are of B A, not of the scaled rows")

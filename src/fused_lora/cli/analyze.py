@@ -20,9 +20,12 @@ def analyze(
     top: Annotated[int, typer.Option(help="How many of the largest directions may be intruders.")] = 10,
     eps: Annotated[float, typer.Option(help="An intruder's cosine with all directions before is below this.")] = 0.5,
 ) -> None:
-    """A line a layer: norm, perturbation rank, effective rank and intruder dimensions of the update."""
+    """A line a layer: norm of the update, its rank (of how many directions hold a share of the energy), its effective
+    rank, and how many of its largest directions are intruders."""
     with errors():
         given(tuned=tuned, model=model, plot=plot)
+        if plot is not None and Path(plot).suffix.lower() != ".png":
+            raise ValueError(f"--plot must be a .png file; got {plot}")
         if top < 1:
             raise ValueError(f"--top must be >= 1; got {top}")
         import torch
@@ -62,16 +65,15 @@ def analyze(
 
 
 def _print(found: list, energy: float, top: int) -> None:
-    table = Table()
-    table.add_column("weight", overflow="fold", no_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("weight", overflow="fold")
     with_intruders = found[0].intruders is not None
-    titles = ["shape", "norm", f"rank, {energy:.0%} of energy", "effective rank"]
-    for title in titles + [f"intruders of {top}"] * with_intruders:
-        table.add_column(title, justify="right")
+    for title in ["shape", "norm", f"rank {energy:.0%}", "effective"] + ["intruders"] * with_intruders:
+        table.add_column(title, justify="right", no_wrap=True)
     for row in found:
         cells = [f"{row.shape[0]} x {row.shape[1]}", f"{row.norm:.4g}", str(row.rank), f"{row.effective_rank:.1f}"]
         table.add_row(printable(row.name), *cells, *([str(row.intruders)] if with_intruders else []))
-    out.print(table)
+    out.print(table, width=None if out.is_terminal else 200)
     n = len(found)
     rank, effective = sum(row.rank for row in found) / n, sum(row.effective_rank for row in found) / n
     ranks = f"mean rank {rank:.1f}, effective {effective:.1f}"

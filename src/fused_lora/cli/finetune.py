@@ -78,7 +78,9 @@ def finetune(
         float, typer.Option(help="Of the peak learning rate, to which cosine and linear fall.")
     ] = Settings.final_share,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = Settings.lr,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = Settings.warmup,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps of linear warm-up; default: 5, or half of --steps under 10.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Settings.steps,
     batch_size: Annotated[
         int, typer.Option(help="Blocks or examples in a forward and backward pass.")
@@ -88,7 +90,7 @@ def finetune(
     max_grad_norm: Annotated[
         float, typer.Option(help="Gradients are clipped to this norm; 0 does not clip.")
     ] = Settings.max_grad_norm,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = Settings.weight_decay,
+    weight_decay: Annotated[float, typer.Option(help="The optimizer's.")] = Settings.weight_decay,
     seed: Annotated[
         int, typer.Option(help="Of the adapter's start, dropout and the order of the data.")
     ] = Settings.seed,
@@ -103,7 +105,8 @@ def finetune(
     ] = 20,
     prompt: Annotated[str | None, typer.Option(help="Start of the sample completion.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the output's checkpoint, bit for bit.")
+        bool,
+        typer.Option("--resume", help="Continue from the output's checkpoint, bit for bit; begin where it has none."),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that the output holds.")] = False,
 ) -> None:

@@ -106,6 +106,8 @@ def _claim(claim: ExitStack, output: Path, settings: Settings, resume: bool, ove
     claim.enter_context(claimed(output, say))
     going_on = _going_on(output, settings, resume, overwrite)
     remove_leftovers(output, _OURS)
+    if resume and not going_on:
+        say(f"no checkpoint in {output}: the run starts from the beginning")
     return going_on
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from typing import cast
 
 import torch
 
@@ -36,12 +37,12 @@ class Settings:
         optimizer: adamw, loraplus, rite, pro, riemannian, lora-fa or lion.
         merge_every: steps after which the adapter is folded into the weights and a fresh one goes on; 0: never.
         lr, warmup, steps: peak learning rate after `warmup` steps, then the schedule's to `steps`. After a merge it
-            rises to the schedule's over `warmup` steps again.
+            rises to the schedule's over `warmup` steps again. Where it is None it is 5, or half of fewer than ten.
         schedule: cosine, linear or constant after the warm-up.
         final_share: of lr, to which cosine and linear fall.
         batch_size, grad_accum, seq_len: blocks or examples a pass, passes a step, tokens of one (examples: at most).
         max_grad_norm: 0 does not clip.
-        weight_decay: AdamW's.
+        weight_decay: the optimizer's, of all that it trains.
         seed: of A's start, dropout and the order of the blocks.
         dtype: of the frozen model, fp32, bf16 or fp16; the adapter is fp32.
         device: cpu or cuda.
@@ -69,7 +70,7 @@ class Settings:
     schedule: str = "cosine"
     final_share: float = 0.0
     lr: float = 1e-3
-    warmup: int = 5
+    warmup: int = cast(int, None)
     steps: int = 60
     batch_size: int = 2
     grad_accum: int = 1
@@ -85,6 +86,8 @@ class Settings:
         least = dict(
             rank=1, warmup=0, steps=1, batch_size=1, grad_accum=1, seq_len=2, seed=0, eval_tokens=2, merge_every=0
         )
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", max(0, min(5, self.steps // 2)))
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be an int >= {low}; got {getattr(self, name)}")
@@ -102,8 +105,6 @@ class Settings:
                 raise ValueError(f"{name} must be a finite number >= 0; got {getattr(self, name)}")
         if not 0 <= self.final_share <= 1:
             raise ValueError(f"final_share must be a number in [0, 1]; got {self.final_share}")
-        if self.warmup >= self.steps:
-            raise ValueError(f"warmup must be less than steps, {self.steps}; got {self.warmup}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         check_device(self.device)
@@ -118,6 +119,8 @@ class Settings:
                 raise unknown_name(name, getattr(self, name), known)
         self._check_together()
         self.lora()  # raises
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup must be less than steps, {self.steps}; got {self.warmup}")
 
     def _check_together(self) -> None:
         """Raises ValueError for settings that exclude each other."""
@@ -130,6 +133,12 @@ class Settings:
             (not allora and self.allora_mode != Settings.allora_mode, f"--allora-mode and --variant {self.variant}"),
             (self.full and self.variant != "lora", f"--full and --variant {self.variant}"),
             (self.full and self.rslora, "--full and --rslora"),
+            (self.full and self.rank != Settings.rank, f"--full and --rank {self.rank}"),
+            (self.full and self.alpha != Settings.alpha, f"--full and --alpha {self.alpha:g}"),
+            (
+                self.full and self.target_modules != Settings.target_modules,
+                f"--full and --target-modules {self.target_modules}",
+            ),
             (self.full and self.dropout > 0, f"--full and --dropout {self.dropout}"),
             (self.full and self.optimizer not in ("adamw", "lion"), f"--full and --optimizer {self.optimizer}"),
             (self.full and self.merge_every > 0, f"--full and --merge-every {self.merge_every}"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.config import check_adapter_name
-from fused_lora.layer_config import LayerConfig
+from fused_lora.layer_config import LayerConfig, check_adapter_dtype
 from fused_lora.nn.merging import MergeableLayer
 
 
@@ -50,6 +50,7 @@ class LoRALayer(MergeableLayer):
         """
         cls.check_base(base)
         check_adapter_name(adapter_name)
+        check_adapter_dtype(adapter_dtype)
         config, kind = LayerConfig(r, lora_alpha, lora_dropout, use_rslora, **variant), cls.kind_for(base)
         kind.check_variant(base, config)
         cls.shapes_over(base, r)
@@ -137,6 +138,7 @@ class LoRALayer(MergeableLayer):
         Raises: ValueError if the name is taken or an argument is out of range.
         """
         check_adapter_name(adapter_name)
+        check_adapter_dtype(adapter_dtype)
         config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora, **variant)
         if adapter_name in self.lora_A:
             raise ValueError(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_lora.config import check_adapter_name
-from fused_lora.layer_config import LayerConfig
+from fused_lora.layer_config import LayerConfig, check_adapter_dtype
 from fused_lora.nn.base_linear import absorbable, check_linear, check_weight, is_conv1d, linear_sizes
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.magnitudes import WithMagnitudes
@@ -87,6 +87,7 @@ class LoRALinear(WithMagnitudes):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1; got {value!r}")
         check_adapter_name(adapter_name)
+        check_adapter_dtype(adapter_dtype)
         variant: Any = use_dora, dora_exact, allora_eta, allora_mode, lora_bias
         config = LayerConfig(r, lora_alpha, lora_dropout, use_rslora, *variant)
         super().__init__()

@@ -12,6 +12,7 @@ from fused_lora.optim.whitening import whiten
 
 def create_lorafa_optimizer(
     model: nn.Module,
+    *,
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
@@ -30,8 +31,8 @@ def create_lorafa_optimizer(
         lr, betas, eps, weight_decay: AdamW's.
     Returns: the optimizer; `.grad` of B holds the changed gradient after a step, which takes no closure.
     Raises: ValueError if no B trains, or a scaling is 0; nothing is frozen then.
-    Source: Zhang et al., arXiv 2308.03303; name and defaults are those of Hugging Face PEFT, whose eps is not
-        divided by the bias correction as AdamW's is.
+    Source: Zhang et al., arXiv 2308.03303; name and defaults are those of Hugging Face PEFT, whose function wants r,
+        lora_alpha and use_rslora, too, and whose eps is not divided by the bias correction as AdamW's is.
     """
     pairs = [adapter.pair() for adapter in adapters_in(model) if adapter.B.requires_grad]
     if not pairs:

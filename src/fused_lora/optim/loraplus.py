@@ -71,7 +71,7 @@ def create_loraplus_optimizer(
 
     Equivalent to: ``optimizer_cls(lora_param_groups(model, lr, loraplus_lr_ratio, ...), lr=lr, **kwargs)``. The weight
     decay is that of the groups, where Hugging Face PEFT's function of this name takes `loraplus_weight_decay` and
-    leaves `weight_decay` without effect.
+    leaves `weight_decay` without effect; its names `loraplus_weight_decay` and `loraplus_lr_embedding` serve, too.
 
     Args:
         model: with adapters of ours or of PEFT.
@@ -83,5 +83,7 @@ def create_loraplus_optimizer(
     Raises: ValueError as lora_param_groups.
     Source: Hayou et al., arXiv 2402.12354.
     """
+    weight_decay = kwargs.pop("loraplus_weight_decay", weight_decay)
+    lr_embedding = kwargs.pop("loraplus_lr_embedding", lr_embedding)
     groups = lora_param_groups(model, lr, loraplus_lr_ratio, weight_decay=weight_decay, lr_embedding=lr_embedding)
     return optimizer_cls(groups, lr=lr, **kwargs)

@@ -59,6 +59,8 @@ def explain(model: nn.Module) -> Ways:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module; got a {type(model).__name__}")
     return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer))
 
 

@@ -17,7 +17,9 @@ Replaced = dict[nn.Parameter, nn.Parameter]  # the new Parameter of each old one
 
 def check_foldable(root: nn.Module, layers: Mapping[str, LoRALayer], adapter_name: str) -> None:
     """Raises ValueError naming the first layer whose base weight must not be changed in place: quantised, tied, not
-    plain, or under an adapter that is no plain LoRA; or if ZeRO has A and B."""
+    plain, merged, no longer the model's, or under an adapter that is no plain LoRA, does not act or is not finite; or
+    if ZeRO has A and B."""
+    _check_acting(root, layers, adapter_name)
     check_stepped(layers, adapter_name)
     owners = Counter(id(p) for module in root.modules() for p in module._parameters.values() if p is not None)
     for name, layer in layers.items():
@@ -40,25 +42,40 @@ def check_foldable(root: nn.Module, layers: Mapping[str, LoRALayer], adapter_nam
                 f"the base weight of {name} must be of this layer alone, a merge would change its twin; got a weight "
                 "that is tied to another module's: untie it, or leave the layer out of target_modules"
             )
+        for what, tensors in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            if not torch.isfinite(tensors[adapter_name]).all():
+                raise ValueError(f"{what} of {name} must be finite to be merged; got elements that are not")
+
+
+def _check_acting(root: nn.Module, layers: Mapping[str, LoRALayer], adapter_name: str) -> None:
+    """Raises ValueError naming the first layer that was taken off the model, or in which the adapter does not act."""
+    modules = {id(module) for module in root.modules()}
+    for name, layer in layers.items():
+        if id(layer) not in modules or adapter_name not in layer.lora_A:
+            raise ValueError(
+                f"adapter {adapter_name!r} of {name} must be on the model to be folded into the weight, as it was when "
+                "the schedule was made; got one that was taken off"
+            )
+        if layer.merged:
+            raise ValueError(f"{name} must be unmerged before adapter {adapter_name!r} is folded; got a merged layer")
+        if layer.active_adapter not in (adapter_name, None):
+            raise ValueError(
+                f"adapter {adapter_name!r} of {name} must act to be folded into the weight; got adapter "
+                f"{layer.active_adapter!r} active"
+            )
 
 
 def check_stepped(layers: Mapping[str, LoRALayer], adapter_name: str) -> None:
     """Raises ValueError naming the first layer of which the optimizer steps copies."""
     for name, layer in layers.items():
+        if adapter_name not in layer.lora_A:
+            raise ValueError(f"adapter {adapter_name!r} of {name} must be on the model; got one that was deleted")
         A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         if is_copied(A) or is_copied(B) or is_split(A) or is_split(B):
             raise ValueError(
                 f"A and B of {name} must be the optimizer's own to be folded into the weight: DeepSpeed's ZeRO steps "
                 "copies, and would put these back; got ones that ZeRO has"
             )
-
-
-def check_finite(layers: Mapping[str, LoRALayer], adapter_name: str) -> None:
-    """Raises ValueError naming the first layer whose A or B holds a number that is not finite."""
-    for name, layer in layers.items():
-        for what, tensors in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            if not torch.isfinite(tensors[adapter_name]).all():
-                raise ValueError(f"{what} of {name} must be finite to be merged; got elements that are not")
 
 
 def master_of(weight: Tensor) -> Tensor | None:

@@ -17,7 +17,6 @@ from fused_lora.schedules import rates
 from fused_lora.schedules.folding import (
     Replaced,
     check_exchangeable,
-    check_finite,
     check_foldable,
     check_stepped,
     fold,
@@ -112,15 +111,18 @@ class MergeSchedule:
         Args: optimizer, scheduler: whose state is reset; needed for that alone.
         Returns: whether there was a merge.
         Raises: ValueError as `merge`; at the first step already for an optimizer or a scheduler that is not given, and
-            for A and B of which DeepSpeed's ZeRO steps copies.
+            for A and B of which DeepSpeed's ZeRO steps copies; the step does not count then.
         """
         check_stepped(self._layers, self.adapter_name)
         self._check_resets(rates.unwrapped(optimizer, "optimizer"), rates.unwrapped(scheduler, "scheduler"))
+        due = self.stages.due(self.steps + 1)
+        if due:
+            check_foldable(self._root, self._layers, self.adapter_name)
         self.attach(optimizer)
         self.steps += 1
-        if self.stages.due(self.steps):
+        if due:
             self.merge(optimizer, scheduler)
-        return self.stages.due(self.steps)
+        return due
 
     def attach(self, optimizer: Optimizer | None) -> None:
         """Have the optimizer's steps after a merge warm up. `step` does so itself; after `load_state_dict`, which may
@@ -138,13 +140,13 @@ class MergeSchedule:
         """Merge now, and start the next stage.
 
         Raises: ValueError if an optimizer or a scheduler that is to be reset is not given or cannot be, if A or B are
-            not finite, or a layer cannot be merged any more; nothing changes then.
+            not finite, or a layer cannot be merged any more: it is merged, was taken off, or another adapter acts;
+            nothing changes then.
         """
         optimizer = rates.unwrapped(optimizer, "optimizer")
         scheduler = rates.unwrapped(scheduler, "scheduler")
         self._check_resets(optimizer, scheduler)
         check_foldable(self._root, self._layers, self.adapter_name)
-        check_finite(self._layers, self.adapter_name)
         for name, layer in self._layers.items():
             self._fold(name, layer)
         self.merges, self.merged_at = self.merges + 1, self.steps
@@ -159,6 +161,8 @@ class MergeSchedule:
         for name, given in (("optimizer", optimizer), ("scheduler", scheduler)):
             if getattr(self, f"reset_{name}") and given is None:
                 raise ValueError(f"{name} must be given with reset_{name}=True; got None")
+        if optimizer is not None and not hasattr(optimizer, "param_groups"):
+            raise ValueError(f"optimizer must be one of torch.optim's kind; got a {type(optimizer).__name__}")
         if self.reset_scheduler:
             rates.check_restartable(scheduler)
         if optimizer is not None and self.stages.ranks and self.rebuild_optimizer is None:

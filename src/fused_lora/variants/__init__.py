@@ -35,6 +35,10 @@ class LayerVariant(Protocol):
 class LayerLink(LayerVariant, Protocol):
     """What a layer asks the variant that links it with others for, beside that."""
 
+    def acts_with(self, active: str | list[str] | None) -> bool:
+        """Whether it stands where `set_adapter` makes these adapters of the layer active, and has them train."""
+        ...
+
     def merged_updates(self, layer: Any) -> list[tuple[Tensor, Tensor, float]]:
         """Left, right and scaling of the products that merging adds to the base weight, see `LoRALayer._factors`.
         Raises: ValueError if there are none."""

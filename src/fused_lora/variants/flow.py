@@ -119,6 +119,10 @@ class Flow:
             gate = gate.reshape(len(x), -1)
         return Update(lora_A, lora_B, 1.0, 0.0, {"gate": gate})
 
+    def acts_with(self, active: str | list[str] | None) -> bool:
+        """Never: its adapters are frozen."""
+        return False
+
     def merged_updates(self, layer: Any) -> list[tuple[Tensor, Tensor, float]]:
         """Raises ValueError: weights that depend on the token are no part of a matrix. Without a gate the adapters with
         their weights."""

@@ -98,6 +98,10 @@ class Shortcut:
         lora_A, lora_B = layer.lora_A[self._acting], layer.lora_B[self._acting]
         return self._extended(Update(lora_A, lora_B, layer.scaling[self._acting], dropout_p, {}), x)
 
+    def acts_with(self, active: str | list[str] | None) -> bool:
+        """With the adapter that it was made for."""
+        return active == self._acting
+
     def _extended(self, own: Update, x: Tensor) -> Update:
         """The layer's own update, with the shortcut."""
         raise NotImplementedError
