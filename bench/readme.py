@@ -85,7 +85,8 @@ def steps(rows: list[dict]) -> list[str]:
 
     head = ["dtype", "sequences × tokens", "candidate", "ms", "over frozen", "times as fast as PEFT", "MiB a step"]
     lines = [[dtype(r), batch(r), r["candidate"], *cells(r)] for r in rows]
-    title = "One training step of SmolLM2-135M (R=16 on all linears of all layers, A and B in fp32, addmm's in the model's dtype):"
+    what = "R=16 on all linears of all layers, A and B in fp32, addmm's in the model's dtype"
+    title = f"One training step of SmolLM2-135M ({what}):"
     return ["", title, "", *table(head, lines)]
 
 
