@@ -54,7 +54,7 @@ def analyze(
             assert weights is not None
             updates = changed(weights, load_bare_model(tuned, torch.float32, "cpu").state_dict())
         found = list(rows(updates, weights, energy, top, eps))
-        _print(found, energy, top)
+        _print(found, energy)
         for note in notes:
             say(note)
         if plot is not None:
@@ -64,7 +64,7 @@ def analyze(
             say(f"wrote {plot}")
 
 
-def _print(found: list, energy: float, top: int) -> None:
+def _print(found: list, energy: float) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("weight", overflow="fold")
     with_intruders = found[0].intruders is not None
