@@ -165,7 +165,7 @@ def test_an_installed_package_has_no_commit(monkeypatch, tmp_path):
 
 
 def test_output_means_a_file_or_a_directory(tmp_path):
-    document = dict(preset="quick", environment=dict(kind="cuda", vendor=""))
+    document = dict(preset="quick", environment=dict(kind="cuda", cpu=""))
     target = lambda path: results.target(document, path, ".json", "output")
     (tmp_path / "v1.2").mkdir()
     (tmp_path / "busy" / "quick-cuda.json").mkdir(parents=True)
