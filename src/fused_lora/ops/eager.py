@@ -123,7 +123,7 @@ class _EagerVariantFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, lora_A, lora_B, x_lora, h_in, gate, out_scale, call):
-        weight, bias, grad_row_scale, out_norm, seed, scaling, dropout_p, serving, return_h = call
+        weight, bias, grad_row_scale, out_norm, seed, scaling, dropout_p, serving, return_h, recorded = call
         back_end, plan = serving
         scale = out_scale if out_norm is None else out_scale / out_norm
         lead, flat, variant = None, x, Variant(x_lora, h_in, gate, scale, grad_row_scale)
@@ -136,7 +136,7 @@ class _EagerVariantFunction(torch.autograd.Function):
         keep_x = need_scale or (need_A and x_lora is None)
         keep_h = need_B or need_gate or need_scale
         kept = x if keep_x else None, weight, lora_A, lora_B, h if keep_h else None
-        saved_y, changed = keep_result(y) if need_scale else (None, None)
+        saved_y, changed = keep_result(y) if need_scale and recorded else (None, None)
         kept_y = saved_y, bias if need_scale else None
         ctx.save_for_backward(*kept, *kept_y, seed, x_lora, h_in, gate, out_scale, grad_row_scale, out_norm)
         ctx.call = scaling, dropout_p, serving, lead, None if out_norm is None else scale, changed

@@ -98,8 +98,8 @@ def lora_linear(
             return apply(x, lora_A, lora_B, (weight, bias, seed, scaling, dropout_p, serving))
         if return_h:
             gate, scaling = _folded(x, gate, scaling), 1.0
-        call = weight, bias, grad_row_scale, out_norm, seed, scaling, dropout_p, serving, return_h
-        made: Any = eager_variant_apply(x, lora_A, lora_B, x_lora, h_in, gate, out_scale, call)
+        ends = grad_row_scale, out_norm, seed, scaling, dropout_p, serving, return_h, torch.is_grad_enabled()
+        made: Any = eager_variant_apply(x, lora_A, lora_B, x_lora, h_in, gate, out_scale, (weight, bias, *ends))
         return (made[0], made[1].view(*x.shape[:-1], lora_A.shape[0])) if return_h else made
     error = fault(x, weight, lora_A, lora_B, bias, dropout_p, backend)
     if error is not None:

@@ -19,8 +19,8 @@ def check_foldable(root: nn.Module, layers: Mapping[str, LoRALayer], adapter_nam
     """Raises ValueError naming the first layer whose base weight must not be changed in place: quantised, tied, not
     plain, merged, no longer the model's, or under an adapter that is no plain LoRA, does not act or is not finite; or
     if ZeRO has A and B."""
-    _check_acting(root, layers, adapter_name)
     check_stepped(layers, adapter_name)
+    _check_acting(root, layers, adapter_name)
     owners = Counter(id(p) for module in root.modules() for p in module._parameters.values() if p is not None)
     for name, layer in layers.items():
         if bases.quantised(layer.base()):
@@ -51,7 +51,7 @@ def _check_acting(root: nn.Module, layers: Mapping[str, LoRALayer], adapter_name
     """Raises ValueError naming the first layer that was taken off the model, or in which the adapter does not act."""
     modules = {id(module) for module in root.modules()}
     for name, layer in layers.items():
-        if id(layer) not in modules or adapter_name not in layer.lora_A:
+        if id(layer) not in modules:
             raise ValueError(
                 f"adapter {adapter_name!r} of {name} must be on the model to be folded into the weight, as it was when "
                 "the schedule was made; got one that was taken off"
@@ -66,7 +66,8 @@ def _check_acting(root: nn.Module, layers: Mapping[str, LoRALayer], adapter_name
 
 
 def check_stepped(layers: Mapping[str, LoRALayer], adapter_name: str) -> None:
-    """Raises ValueError naming the first layer of which the optimizer steps copies."""
+    """Raises ValueError naming the first layer that has no such adapter any more, or of which the optimizer steps
+    copies."""
     for name, layer in layers.items():
         if adapter_name not in layer.lora_A:
             raise ValueError(f"adapter {adapter_name!r} of {name} must be on the model; got one that was deleted")

@@ -113,15 +113,12 @@ class MergeSchedule:
         Raises: ValueError as `merge`; at the first step already for an optimizer or a scheduler that is not given, and
             for A and B of which DeepSpeed's ZeRO steps copies; the step does not count then.
         """
-        check_stepped(self._layers, self.adapter_name)
-        self._check_resets(rates.unwrapped(optimizer, "optimizer"), rates.unwrapped(scheduler, "scheduler"))
         due = self.stages.due(self.steps + 1)
-        if due:
-            check_foldable(self._root, self._layers, self.adapter_name)
+        optimizer, scheduler = self._checked(optimizer, scheduler, merges=due)
         self.attach(optimizer)
         self.steps += 1
         if due:
-            self.merge(optimizer, scheduler)
+            self._merge(optimizer, scheduler)
         return due
 
     def attach(self, optimizer: Optimizer | None) -> None:
@@ -135,18 +132,16 @@ class MergeSchedule:
         since = self.steps - self.merged_at
         return (since + 1) / self.stages.warmup if self.merges and since < self.stages.warmup else 1.0
 
-    @torch.no_grad()
     def merge(self, optimizer: Optimizer | None = None, scheduler: Any = None) -> None:
         """Merge now, and start the next stage.
 
-        Raises: ValueError if an optimizer or a scheduler that is to be reset is not given or cannot be, if A or B are
-            not finite, or a layer cannot be merged any more: it is merged, was taken off, or another adapter acts;
-            nothing changes then.
+        Raises: ValueError if optimizer or scheduler, to be reset, is not given or cannot be, if A or B are not finite,
+            or a layer is merged, was taken off, or has another adapter active; nothing changes then.
         """
-        optimizer = rates.unwrapped(optimizer, "optimizer")
-        scheduler = rates.unwrapped(scheduler, "scheduler")
-        self._check_resets(optimizer, scheduler)
-        check_foldable(self._root, self._layers, self.adapter_name)
+        self._merge(*self._checked(optimizer, scheduler, merges=True))
+
+    @torch.no_grad()
+    def _merge(self, optimizer: Optimizer | None, scheduler: Any) -> None:
         for name, layer in self._layers.items():
             self._fold(name, layer)
         self.merges, self.merged_at = self.merges + 1, self.steps
@@ -156,8 +151,9 @@ class MergeSchedule:
         if self.reset_scheduler:
             rates.restart(scheduler)
 
-    def _check_resets(self, optimizer: Optimizer | None, scheduler: Any) -> None:
-        """Raises ValueError unless a merge can reset optimizer and scheduler as it has to."""
+    def _checked(self, optimizer: Optimizer | None, scheduler: Any, merges: bool) -> tuple[Optimizer | None, Any]:
+        """Both without accelerate's wrappers. Raises: ValueError unless a merge can reset them and, if now, fold."""
+        optimizer, scheduler = rates.unwrapped(optimizer, "optimizer"), rates.unwrapped(scheduler, "scheduler")
         for name, given in (("optimizer", optimizer), ("scheduler", scheduler)):
             if getattr(self, f"reset_{name}") and given is None:
                 raise ValueError(f"{name} must be given with reset_{name}=True; got None")
@@ -167,6 +163,10 @@ class MergeSchedule:
             rates.check_restartable(scheduler)
         if optimizer is not None and self.stages.ranks and self.rebuild_optimizer is None:
             check_exchangeable(optimizer)
+        check_stepped(self._layers, self.adapter_name)
+        if merges:
+            check_foldable(self._root, self._layers, self.adapter_name)
+        return optimizer, scheduler
 
     def _fold(self, name: str, layer: LoRALayer) -> None:
         share = 1 - self.stages.momentum
