@@ -278,6 +278,13 @@ def test_what_is_no_linear_layer_is_refused():
     assert all(p.requires_grad for p in bilinear.parameters())
 
 
+def test_a_layer_with_adapters_is_no_base():
+    layer = LoRALinear(4, 4)
+    with pytest.raises(ValueError, match=r"without adapters, add_adapter .* got a LoRALinear with \['default'\]"):
+        LoRALinear.from_linear(layer)
+    assert layer.lora_A["default"].requires_grad
+
+
 def test_setting_p_of_every_dropout_sets_that_of_the_adapters():
     layer = LoRALinear(8, 8, lora_dropout=0.5)
     layer.add_adapter("second", lora_dropout=0.25)

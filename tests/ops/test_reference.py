@@ -2,10 +2,12 @@
 statistics."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fused_lora import lora_linear
 from fused_lora.ops.dropout import dropout_mask
@@ -126,13 +128,31 @@ def test_returned_h_excludes_scale_gate_and_h_in():
     torch.testing.assert_close(h, t["x"] @ t["lora_A"].t())
 
 
+@pytest.mark.parametrize("way", ["eager", "operators"])
+@pytest.mark.parametrize("names", [(), ("x_lora", "h_in", "gate", "out_scale")])
 @pytest.mark.parametrize("lead", [(6,), (2, 3)])
-def test_gradient_through_the_returned_h_alone(lead):
+def test_gradient_through_the_returned_h_alone(lead, names, way):
+    """Weights that hold infinities have no part in it; once more differentiated, too. (torch.compile hands a Function
+    zeros for what was not used.)"""
     t = tensors(())
     x, A = torch.randn(*lead, K, dtype=torch.float64, requires_grad=True), t["lora_A"]
-    _, h = lora_linear(x, t["weight"], A, t["lora_B"], S, return_h=True)
-    got = torch.autograd.grad(h.square().sum(), (x, A))
-    torch.testing.assert_close(got, torch.autograd.grad((x @ A.t()).square().sum(), (x, A)))
+    sizes = dict(x_lora=(*lead, K), h_in=(*lead, R), gate=(*lead, 2), out_scale=(N,))
+    given = {n: torch.randn(sizes[n], dtype=torch.float64, requires_grad=True) for n in names}
+    weight, B = (torch.full_like(t[n], torch.inf).requires_grad_(n == "lora_B") for n in ("weight", "lora_B"))
+
+    low = given.get("x_lora", x)
+    with FlopCounterMode(display=False) if way == "operators" else nullcontext():
+        torch.manual_seed(3)
+        _, h = lora_linear(x, weight, A, B, S, dropout_p=0.4, return_h=True, **given)
+        got = torch.autograd.grad(h.square().sum(), (low, A), create_graph=way == "eager")
+    torch.manual_seed(3)
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)
+    mask = dropout_mask(seed, 6, K, 0.4, torch.float64).view_as(low)
+    expected = torch.autograd.grad(((low * mask) @ A.t()).square().sum(), (low, A), create_graph=True)
+    torch.testing.assert_close(got, expected)
+    if way == "eager":
+        again = [torch.autograd.grad(sum(g.square().sum() for g in grads), (low, A)) for grads in (got, expected)]
+        torch.testing.assert_close(*again)
 
 
 def test_zero_scaling_keeps_the_gate_gradient_finite():

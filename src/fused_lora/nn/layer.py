@@ -48,6 +48,11 @@ class LoRALayer(MergeableLayer):
         Returns: the layer, in the training mode of `base`.
         Raises: ValueError naming the argument, what was expected and what was given.
         """
+        if isinstance(base, LoRALayer):
+            raise ValueError(
+                f"base must be a layer without adapters, add_adapter gives it another one; got a {type(base).__name__} "
+                f"with {sorted(base.lora_A)}"
+            )
         cls.check_base(base)
         check_adapter_name(adapter_name)
         check_adapter_dtype(adapter_dtype)

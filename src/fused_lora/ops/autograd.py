@@ -19,7 +19,7 @@ from fused_lora.ops.internals import (
     without_autocast,
 )
 from fused_lora.ops.kept import keep_result
-from fused_lora.ops.reference import Gradients, Variant, backward_again
+from fused_lora.ops.reference import Gradients, Variant, backward_again, backward_of_h
 
 
 class Inputs(NamedTuple):
@@ -90,18 +90,19 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy, dh):
         x, weight, lora_A, lora_B, h, y, bias, seed, *variant = ctx.saved_tensors
         scaling, dropout_p, backend = ctx.settings
-        if dy is None:  # nothing of y was used
-            if dh is None:
-                return tuple(Inputs())
-            dy = dh.new_zeros((dh.shape[0], weight.shape[0]))
-        dy, x, y = matrix(dy), x if x is None else matrix(x), y if y is None else matrix(y)
+        if dy is None and dh is None:
+            return tuple(Inputs())
+        x, y = x if x is None else matrix(x), y if y is None else matrix(y)
         needs = Inputs(*ctx.needs_input_grad).differentiable()
         factors = x, weight, lora_A, lora_B
-        if ctx.changed is not None and ctx.changed():
+        dy = dy if dy is None else matrix(dy)
+        if dy is not None and ctx.changed is not None and ctx.changed():
             with torch.no_grad(), without_autocast(dy):
                 y, _ = schema.forward(*factors, bias, scaling, dropout_p, seed, *variant, backend)
         given = (*factors, h, y, bias, scaling, dropout_p, seed)
-        if torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
+        if dy is None:  # nothing of y was used
+            grads = backward_of_h(dh, x, lora_A, scaling, dropout_p, seed, needs, Variant(*variant))
+        elif torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
             grads = backward_again(dy, dh, *factors, scaling, dropout_p, seed, needs, Variant(*variant))
         elif wants_operators(dy, dh):
             grads = reference.backward(dy, dh, *given, needs, Variant(*variant))

@@ -24,7 +24,7 @@ from fused_lora.ops.internals import (
     without_autocast,
 )
 from fused_lora.ops.kept import keep_result
-from fused_lora.ops.reference import PLAIN, Gradients, Variant, backward_again
+from fused_lora.ops.reference import PLAIN, Gradients, Variant, backward_again, backward_of_h
 
 
 def _seen_backward(given, needs: Gradients, variant: Variant, back_end, plan: str) -> Gradients:
@@ -150,24 +150,25 @@ class _EagerVariantFunction(torch.autograd.Function):
         x, weight, lora_A, lora_B, h, y, bias, seed, x_lora, h_in, gate, *ends = ctx.saved_tensors
         out_scale, row_scale, out_norm = ends
         scaling, dropout_p, serving, lead, scale, changed = ctx.call
-        if dy is None:  # nothing of y was used
-            if dh is None:
-                return (None,) * 8
-            dy = dh.new_zeros((dh.shape[0], weight.shape[0]))
+        if dy is None and dh is None:
+            return (None,) * 8
         if lead is not None:
-            dy, x, y = matrix(dy), x if x is None else matrix(x), y if y is None else matrix(y)
+            dy, x, y = (t if t is None else matrix(t) for t in (dy, x, y))
             x_lora, h_in, gate = (t if t is None else matrix(t) for t in (x_lora, h_in, gate))
         if out_norm is None:
             scale = out_scale
         elif torch.is_grad_enabled():  # it is differentiated once more
             scale = out_scale / out_norm
         needs, variant = _needs_of_variant(ctx.needs_input_grad), Variant(x_lora, h_in, gate, scale, row_scale)
-        if changed is not None and changed():
+        if changed is not None and dy is not None and changed():
             again = x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant
             with torch.no_grad(), without_autocast(dy):
                 y, _ = serving.backend.forward(*again, serving.plan)
         given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
-        grads = unusual_backward(given, needs, variant, serving)
+        if dy is None:  # nothing of y was used
+            grads = backward_of_h(dh, x, lora_A, scaling, dropout_p, seed, needs, variant)
+        else:
+            grads = unusual_backward(given, needs, variant, serving)
         if grads is None:
             grads = serving.backend.backward(*given, needs, variant, serving.plan)
         dx, _, dA, dB, _, *drows, dscale = grads

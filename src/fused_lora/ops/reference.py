@@ -143,6 +143,22 @@ def backward(
     return Gradients(**grads)
 
 
+def backward_of_h(dh, x, lora_A, scaling, dropout_p, seed, needs, variant) -> Gradients:
+    """The gradients where of `forward`'s results only h was used, which zeros for dy would fill with NaN where weight
+    or lora_B holds an infinity; for autograd to differentiate once more. Arguments as in `backward`.
+    """
+    dh, mask = scaling * dh, None
+    if seed is not None:
+        mask = dropout_mask(seed, dh.shape[0], lora_A.shape[1], dropout_p, dh.dtype)
+    low = dA = None
+    if needs.x_lora or (needs.x and variant.x_lora is None):
+        low = dh @ lora_A.to(dh.dtype)
+        low = low if mask is None else low * mask
+    if needs.lora_A:
+        dA = (dh.t() @ _lora_input(x, variant, mask)).to(lora_A.dtype)
+    return Gradients(lora_A=dA, x=low) if variant.x_lora is None else Gradients(lora_A=dA, x_lora=low)
+
+
 def out_scale_gradient(dy, y, x, weight, lora_B, h, bias, scaling, variant) -> Tensor:
     """The gradient of out_scale, sum_M dy * z, from y = out_scale * z + bias, which is there, instead of from z: a base
     product, a third of a training step, is not computed again.
