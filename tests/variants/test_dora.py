@@ -223,6 +223,13 @@ def test_norms_by_the_kernel_where_it_serves(monkeypatch, adapter_dtype):
         assert calls == []
 
 
+def test_vmap_over_exact_norms_where_pytorch_does_not_tell(monkeypatch):
+    """As with FUSED_LORA_INTERNALS=0."""
+    monkeypatch.setattr(dora, "transforms_active", lambda: False)
+    layer, x = trained(dora_exact=True), inputs(2, 9)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+
+
 def test_rows_of_zeros_train():
     """m and n are 0 there, and g is 1: B gets the gradient that LoRA's gets."""
     linear = nn.Linear(K, N, bias=False)

@@ -27,6 +27,8 @@ class _Times(torch.autograd.Function):
     """A Wt [R, N] in fp32 at least, of A [R, K] and a frozen W [N, K] in any dtype; no copy of W outlives a block of
     rows."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(weight: Tensor, lora_A: Tensor) -> Tensor:
         products = [lora_A @ block.to(lora_A.dtype).t() for block in _blocks(weight, lora_A.dtype)]
