@@ -76,7 +76,8 @@ def _print_machine() -> None:
     names = ("fused-lora", "torch", "triton", "transformers", "peft")
     facts = [(name, _version(name) or "not installed") for name in names]
     facts += [("compiled part", _compiled_part())]
-    devices = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads"}
+    threads = torch.get_num_threads()
+    devices = {"cpu": f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"}
     for index in range(torch.cuda.device_count()):
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
     _print_table(facts + list(devices.items()) + [("tuned", _tuned(device)) for device in devices])
