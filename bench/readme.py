@@ -91,11 +91,15 @@ def steps(rows: list[dict]) -> list[str]:
 
 
 def host(rows: list[dict]) -> list[str]:
-    cost = ", ".join(
-        f"{r['candidate']} {r['fault'] if 'fault' in r else '{:.0f} µs'.format(r['host_us'])}" for r in rows
-    )
-    ours = [f" (fused over PEFT {r['of_peft']:.2f})" for r in rows if r["candidate"] == "fused" and "of_peft" in r]
-    return ["", f"Host cost, eager forward + backward of tiny tensors: {cost}{''.join(ours)}."]
+    def costs(part: str, of_peft: str) -> str:
+        cost = ", ".join(f"{r['candidate']} {r.get('fault') or f'{r[part]:.0f} µs'}" for r in rows)
+        ours = [f" (fused over PEFT {r[of_peft]:.2f})" for r in rows if r["candidate"] == "fused" and of_peft in r]
+        return cost + "".join(ours)
+
+    text = f"Host cost, eager forward + backward of tiny tensors: {costs('host_us', 'of_peft')}"
+    if any("chain_us" in r for r in rows):
+        text += f"; each layer of a chain of 24: {costs('chain_us', 'chain_of_peft')}"
+    return ["", f"{text}."]
 
 
 def variants(document: dict) -> str:

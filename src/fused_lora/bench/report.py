@@ -96,11 +96,11 @@ def print_host(rows: list[dict]) -> None:
     if not rows:
         return
     timed = [r for r in rows if "fault" not in r]
-    line = ", ".join(f"{r['candidate']} {r['host_us']:.0f}" for r in timed)
-    ours = next(
-        (f"; fused / PEFT {r['of_peft']:.2f}" for r in timed if r["candidate"] == "fused" and "of_peft" in r), ""
-    )
-    say(f"host cost, us for a forward and backward of tiny tensors:\n{line}{ours}")
+    say("host cost, us for a forward and backward of tiny tensors")
+    for what, part, of_peft in (("one layer", "host", "of_peft"), ("each of a chain", "chain", "chain_of_peft")):
+        line = ", ".join(f"{r['candidate']} {r[f'{part}_us']:.0f}" for r in timed)
+        ours = [f"; fused / PEFT {r[of_peft]:.2f}" for r in timed if r["candidate"] == "fused" and of_peft in r]
+        say(f"{what}: {line}{''.join(ours)}")
     _print_dropped(rows)
     say("")
 

@@ -204,26 +204,40 @@ def ratio_facts(name: str, found: tuple[float, float, float]) -> dict[str, float
     return dict(zip((name, f"{name}_low", f"{name}_high"), found))
 
 
-def host_cost(device: str, budget_s: float, names: list[str]) -> list[dict]:
-    """Eager forward and backward on tiny tensors (M=4, K=N=16, R=4), microseconds a call: what Python, autograd and
-    launches cost; candidates are dropped as in `run_case`."""
+def host_cost(device: str, budget_s: float, names: list[str], layers: int = 24) -> list[dict]:
+    """Eager forward and backward on tiny tensors (M=4, K=N=16, R=4), microseconds a layer, of one layer and of many in
+    a chain: what Python, autograd and launches cost. That of one holds what every backward() costs, whatever it runs
+    through. Candidates are dropped as in `run_case`."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    p = random_problem(4, 16, 16, 4, dtype, torch.float32, device=device)
+    problems = [random_problem(4, 16, 16, 4, dtype, torch.float32, device=device, seed=seed) for seed in range(layers)]
+    p = problems[0]
     exact, base = truth(p), truth(replace(p, lora_B=torch.zeros_like(p.lora_B)))
 
-    def make(name: str) -> Pass:
-        made = _maker(name, device)(p, 0.0)
-        check(name, outcome(made, p), base if name == "frozen" else exact, dtype)
-        one_pass = cpu_pass(made.forward, copies(p.x, 0), p.dy, made.leaves)
-        for _ in range(200):
-            one_pass()
-        return one_pass
+    def make(name: str) -> tuple[Pass, Pass]:
+        made = [_maker(name, device)(each, 0.0) for each in problems]
+        check(name, outcome(made[0], p), base if name == "frozen" else exact, dtype)
 
-    passes, dropped = prepare(names, make)
-    # every round counts: to look who waited costs such passes 5 %, and of thousands the median is steady
-    times = interleave(passes, budget_s=budget_s, least=500, most=20000, waited=lambda: 0)
-    rows = []
-    for name, series in times.items():
-        row: dict = dict(candidate=name) | Spread.of(series.seconds()).facts("host", "us", 1e6)
-        rows.append(row | (ratio_facts("of_peft", ratio(series, times["peft"])) if "peft" in times else {}))
-    return rows + [dict(candidate=name) | why for name, why in dropped.items()]
+        def one_pass(of: list[Made]) -> Pass:
+            def chain(x: Tensor) -> Tensor:
+                for each in of:
+                    x = each.forward(x)
+                return x
+
+            run = cpu_pass(chain, copies(p.x, 0), p.dy, [leaf for each in of for leaf in each.leaves])
+            for _ in range(200):
+                run()
+            return run
+
+        return one_pass(made[:1]), one_pass(made)
+
+    ready, dropped = prepare(names, make)
+    rows: dict[str, dict] = {name: dict(candidate=name) for name in ready}
+    for n, part, of_peft, depth in ((0, "host", "of_peft", 1), (1, "chain", "chain_of_peft", layers)):
+        passes = {name: both[n] for name, both in ready.items()}
+        # every round counts: to look who waited costs such passes 5 %, and of thousands the median is steady
+        times = interleave(passes, budget_s=budget_s / 2, least=500 // depth, most=20000, waited=lambda: 0)
+        for name, series in times.items():
+            rows[name] |= Spread.of(series.seconds()).facts(part, "us", 1e6 / depth)
+            if "peft" in times:
+                rows[name] |= ratio_facts(of_peft, ratio(series, times["peft"]))
+    return [*rows.values(), *[dict(candidate=name) | why for name, why in dropped.items()]]
