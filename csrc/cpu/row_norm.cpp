@@ -223,7 +223,7 @@ Status cpu_row_norm(const CpuRowNormParams& p) {
     });
     for (int64_t i = 0; i < rows; ++i) {
       float squared = sum_of_lanes(squares + i * kLane);
-      if (squared < whole[i] / 8.0f) squared = squared_row(p, n0 + i);
+      if (p.W && squared < whole[i] / 8.0f) squared = squared_row(p, n0 + i);  // else rounding may make it negative
       if (squared <= 0.0f) ++empty[t];
       p.norm[n0 + i] = std::sqrt(std::max(squared, 0.0f));
     }

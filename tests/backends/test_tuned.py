@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from fused_lora import backends, lora_linear
+from fused_lora import backends, hardware, lora_linear
 from fused_lora.backends import Request, pick, tuned
 from fused_lora.ops.linear import forget_verdicts
 from fused_lora.testing import random_problem
@@ -122,6 +122,26 @@ def test_another_environment_is_ignored_and_says_why(cache, change):
     write(row(reference=1.0), **change)
     assert served() != "reference"
     assert tuned.load(CPU).ignored.startswith(f"{name} was {change[name]!r}, is ")
+
+
+def test_the_number_of_threads_and_the_cpu_s_generation_have_files_of_their_own(cache, monkeypatch, tmp_path):
+    """Guests are told "AMD EPYC" of every generation."""
+    before = torch.get_num_threads()
+    write(row(reference=1.0))
+    assert served() == "reference"
+    try:
+        torch.set_num_threads(before + 1)
+        assert tuned.load(CPU).ignored == "there is none" and served(M=32) != "reference"
+    finally:
+        torch.set_num_threads(before)
+    other = tmp_path / "cpuinfo"
+    text = "vendor_id\t: AuthenticAMD\ncpu family\t: {}\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nflags\t\t: avx2\n"
+    monkeypatch.setattr(hardware, "_CPUINFO", other)
+    paths = []
+    for family in (25, 26):
+        other.write_text(text.format(family))
+        paths.append((tuned.path_of(CPU), tuned.environment(CPU)["device"]))
+    assert len(set(paths)) == 2 and paths[0][1] == "AMD EPYC (family 25 model 2, avx2)"
 
 
 def test_it_can_be_switched_off(cache, monkeypatch):

@@ -100,9 +100,10 @@ with FlopCounterMode(display=False) as counter:
 print(counter.get_total_flops())
 """
 IMPORTS = ["import fused_lora", "from torch.utils.flop_counter import FlopCounterMode"]
+ASKED = ["import importlib.util, fused_lora", 'importlib.util.find_spec("torch.utils.flop_counter"); ' + IMPORTS[1]]
 
 
-@pytest.mark.parametrize("order", [IMPORTS, IMPORTS[::-1]], ids=["ours first", "counter first"])
+@pytest.mark.parametrize("order", [IMPORTS, IMPORTS[::-1], ASKED], ids=["ours first", "counter first", "asked for"])
 def test_flops_are_counted_whoever_is_imported_first(order):
     done = subprocess.run(
         [sys.executable, "-c", FLOPS.format(first=order[0], second=order[1])], capture_output=True, text=True

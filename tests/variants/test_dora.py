@@ -191,6 +191,16 @@ def test_the_kernel_s_norms_of_rows(shape, dtype):
     assert torch.equal(cpu_norm.product_norms(A, B), want.float())
 
 
+def test_the_kernel_s_norms_of_products_that_cancel():
+    """Rounding makes some squares negative, and there is no W to take a row from."""
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        row = torch.randn(1024, generator=g)
+        A = torch.stack([row, row * (1 + 1e-7 * torch.randn(1024, generator=g))])
+        norms = cpu_norm.product_norms(A, torch.tensor([[1.0, -1.0]] * 4))
+        assert (norms >= 0).all() and (norms < 0.1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("by_kernel", [True, False])
 def test_rows_that_the_adapter_nearly_takes_away(by_kernel, dtype):

@@ -142,7 +142,7 @@ def _automatic(request: Request) -> str:
 def forget() -> None:
     """Ask anew who serves each request: what `fused-lora tune` has written since the last answer counts from now on."""
     pick.cache_clear()
-    _module("tuned").load.cache_clear()
+    _module("tuned").forget()
 
 
 def _named(plans: tuple[str, ...]) -> str:

@@ -1,7 +1,8 @@
 """What `fused-lora tune` has found out on this machine: one JSON file a device in the user's cache directory.
 
 The file counts only for the very environment in which it was written (`environment`). It is read once, when
-backend="auto" first asks for its device. FUSED_LORA_TUNED=0 ignores it; FUSED_LORA_CACHE names another directory.
+backend="auto" first asks for its device; on a CPU once for each number of threads, and what was picked for a request
+with one number stays for another. FUSED_LORA_TUNED=0 ignores it; FUSED_LORA_CACHE names another directory.
 """
 
 import functools
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_lora import _C
-from fused_lora.hardware import cpu_features, cpu_model, gpu_driver, gpu_name
+from fused_lora.hardware import cpu_features, cpu_name, gpu_driver, gpu_name
 
 
 class Shape(NamedTuple):
@@ -66,7 +67,7 @@ def switched_off() -> bool:
 
 def path_of(device: torch.device) -> Path:
     """The file of a device: named by it and, for a CPU, by the number of threads, which decides like the device."""
-    name = f"cpu {cpu_model()} {torch.get_num_threads()}" if device.type == "cpu" else gpu_name(device)
+    name = f"cpu {cpu_name()} {torch.get_num_threads()}" if device.type == "cpu" else gpu_name(device)
     return directory() / f"tuned-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
@@ -74,7 +75,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Everything that a verdict depends on: device, driver, versions, and the kernels byte for byte."""
     on_cpu = device.type == "cpu"
     return dict(
-        device=cpu_model() if on_cpu else gpu_name(device),
+        device=cpu_name() if on_cpu else gpu_name(device),
         threads=torch.get_num_threads() if on_cpu else 0,
         features=cpu_features() if on_cpu else {},
         driver="" if on_cpu else gpu_driver(),
@@ -102,12 +103,19 @@ def _kernels() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-@functools.cache
 def load(device: torch.device) -> Tuned:
     """What the file of a device says. A damaged one is ignored with a warning, never an error."""
-    if switched_off():
-        return Tuned(directory(), "FUSED_LORA_TUNED is 0")
-    return read(device)
+    return _loaded(device, torch.get_num_threads())
+
+
+@functools.cache
+def _loaded(device: torch.device, threads: int) -> Tuned:
+    return Tuned(directory(), "FUSED_LORA_TUNED is 0") if switched_off() else read(device)
+
+
+def forget() -> None:
+    """Read the files anew next time."""
+    _loaded.cache_clear()
 
 
 def read(device: torch.device) -> Tuned:
