@@ -6,7 +6,7 @@ import pytest
 import torch
 from bad_arguments import with_change
 
-from fused_lora import backends, lora_linear, lora_update
+from fused_lora import backends, grouped_lora_update, lora_linear, lora_update
 from fused_lora.ops import linear
 from fused_lora.testing import random_problem
 
@@ -32,6 +32,10 @@ BAD = [
     (dict(dtype_bias=torch.float16), r"bias must have x's dtype"),
     (dict(device_weight="meta"), r"weight must be on x's device cpu; got meta"),
     (dict(gate=(4, 3)), r"gate must have shape \[4, 'k'\] with k dividing R = 8; got \[4, 3\]"),
+    (dict(gate=(4, 0)), r"gate must have shape \[4, 'k'\] with k dividing R = 8; got \[4, 0\]"),
+    (dict(x=(32,), gate=()), r"gate must have shape \['k'\] with k dividing R = 8; got \[\]"),
+    (dict(gate=(4, 2), dtype_gate=torch.int64), r"gate must have a floating dtype; got torch.int64"),
+    (dict(backend="cpu:"), r"backend must be one of auto, cuda, triton, cpu, reference; got 'cpu:'"),
     (dict(h_in=(4, 7)), r"h_in must have shape \[4, 8\]"),
     (dict(out_scale=(23,)), r"out_scale must have shape \[24\] and dtype float32; got \[23\]"),
     (dict(x_lora=(3, 32)), r"x_lora must have x's shape \[4, 32\]"),
@@ -40,15 +44,29 @@ BAD = [
 ]
 
 
+SHAPES = GOOD | dict(x_lora=(4, 32), h_in=(4, 8), gate=(4, 2), out_scale=(24,), grad_row_scale=(24,), y=(4, 24))
+
+
 @pytest.mark.parametrize("autocast", [False, True])
-def test_an_x_that_is_no_tensor_is_named(autocast):
-    weight, A, B = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
-    for call in (lambda x: lora_linear(x, weight, A, B, 1.0), lambda x: lora_update(torch.zeros(3, 6), x, A, B, 1.0)):
+@pytest.mark.parametrize("kind", ["no tensor", "sparse"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_is_no_dense_tensor_is_named(name, kind, autocast):
+    """By every op that takes it."""
+    given = {n: torch.zeros(shape) for n, shape in SHAPES.items()}
+    given[name] = (given[name],) if kind == "no tensor" else given[name].to_sparse()
+    y, x, weight, A, B = (given.pop(n) for n in ("y", "x", "weight", "lora_A", "lora_B"))
+    calls = [] if name == "y" else [lambda: lora_linear(x, weight, A, B, 1.0, **given)]
+    if name in ("y", "x", "lora_A", "lora_B"):
+        calls.append(lambda: lora_update(y, x, A, B, 1.0))
+        calls.append(lambda: grouped_lora_update(y, x, [A], [B], 1.0, torch.tensor([0, 4])))
+    for call in calls:
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-            pytest.raises(ValueError, match="x must be a torch.Tensor; got tuple"),
+            pytest.raises(
+                ValueError, match=rf"{name} must (be a torch.Tensor|be a dense tensor|hold (dense )?tensors).*; got"
+            ),
         ):
-            call((torch.randn(3, 4),))
+            call()
 
 
 @pytest.mark.parametrize("change, message", BAD, ids=[m[:40] for _, m in BAD])

@@ -132,6 +132,8 @@ def _wrong_factors(lora_A, lora_B, G: int) -> ValueError | None:
         for t in factors:
             if not isinstance(t, Tensor):
                 return ValueError(f"{name} must hold tensors; got a {type(t).__name__}")
+            if t.layout is not torch.strided:
+                return ValueError(f"{name} must hold dense tensors; got layout {t.layout}")
         stacked = len(factors) == 1 and factors[0].dim() == 3
         if stacked and factors[0].shape[0] in (1, G) and factors[0].numel():
             continue
@@ -213,8 +215,8 @@ def _wrong_adapter_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> ValueErro
 def _wrong_settings(dropout_p, backend) -> ValueError | None:
     if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p < 1.0:
         return ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
-    name, _, plan = str(backend).partition(":")
-    if name not in NAMES or (plan and name == "auto"):
+    name, named_plan, plan = str(backend).partition(":")
+    if name not in NAMES or (named_plan and (not plan or name == "auto")):
         near = [each for each in difflib.get_close_matches(name, NAMES, 1) if each != name]
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         return ValueError(f"backend must be one of {', '.join(NAMES)}; got {backend!r}{hint}")
@@ -222,24 +224,28 @@ def _wrong_settings(dropout_p, backend) -> ValueError | None:
 
 
 def check_variant(x: Tensor, weight: Tensor, lora_A: Tensor, variant: Variant) -> None:
-    """Raises ValueError for a wrong shape, dtype or device of an optional tensor."""
+    """Raises ValueError for an optional tensor that is none, or of a wrong shape, dtype, layout or device."""
     x_lora, h_in, gate, out_scale, grad_row_scale = variant
     N, R = weight.shape[0], lora_A.shape[0]
     lead = tuple(x.shape[:-1])
+    named = {name: t for name, t in variant._asdict().items() if t is not None}
+    wrong = _no_tensor(named) or _not_dense(named) or _elsewhere(named, x)
+    if wrong is not None:
+        raise wrong
     if x_lora is not None and (x_lora.shape != x.shape or x_lora.dtype != x.dtype):
         raise ValueError(
             f"x_lora must have x's shape {_shape(x)} and dtype {x.dtype}; got {_shape(x_lora)} and {x_lora.dtype}"
         )
     if h_in is not None and (tuple(h_in.shape) != (*lead, R) or h_in.dtype != x.dtype):
         raise ValueError(f"h_in must have shape {[*lead, R]} and dtype {x.dtype}; got {_shape(h_in)} and {h_in.dtype}")
-    if gate is not None and (tuple(gate.shape[:-1]) != lead or gate.shape[-1] < 1 or R % gate.shape[-1]):
+    if gate is not None and not gate.dtype.is_floating_point:
+        raise ValueError(f"gate must have a floating dtype; got {gate.dtype}")
+    blocks = 0 if gate is None or gate.dim() == 0 else gate.shape[-1]
+    if gate is not None and (blocks < 1 or tuple(gate.shape[:-1]) != lead or R % blocks):
         raise ValueError(f"gate must have shape {[*lead, 'k']} with k dividing R = {R}; got {_shape(gate)}")
     for name, t in (("out_scale", out_scale), ("grad_row_scale", grad_row_scale)):
         if t is not None and (tuple(t.shape) != (N,) or t.dtype not in (torch.float32, torch.float64)):
             raise ValueError(f"{name} must have shape [{N}] and dtype float32; got {_shape(t)} and {t.dtype}")
-    wrong = _elsewhere({name: t for name, t in variant._asdict().items() if t is not None}, x)
-    if wrong is not None:
-        raise wrong
 
 
 def check_out_norm(x: Tensor, out_norm: Any, out_scale: Tensor | None) -> None:

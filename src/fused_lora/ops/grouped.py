@@ -8,18 +8,12 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from fused_lora.ops import grouped_schema  # which registers torch.ops.fused_lora.grouped_update
+from fused_lora.ops.autocast import cast_inputs
 from fused_lora.ops.autograd import matrix, needs_plain_operators
 from fused_lora.ops.checks import grouped_fault
 from fused_lora.ops.dropout import dropout_mask, dropout_threshold
 from fused_lora.ops.grouped_reference import grouped_composition, positions
-from fused_lora.ops.internals import (
-    any_autocast_enabled,
-    autocasts,
-    dispatch_modes_active,
-    function_apply,
-    reshaped,
-    wants_operators,
-)
+from fused_lora.ops.internals import dispatch_modes_active, function_apply, reshaped, wants_operators
 from fused_lora.ops.linear import draw_seed
 from fused_lora.ops.reference import gradients_again
 
@@ -71,10 +65,7 @@ def grouped_lora_update(
     Source: Chen et al., "Punica: Multi-Tenant LoRA Serving", arXiv 2310.18547; Hu et al., arXiv 2106.09685.
     """
     lora_A, lora_B = _as_list("lora_A", lora_A), _as_list("lora_B", lora_B)
-    if any_autocast_enabled() and autocasts(x):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-        if any(t.dtype != torch.float32 for t in (*lora_A, *lora_B)):
-            lora_A, lora_B = [A.to(x.dtype) for A in lora_A], [B.to(x.dtype) for B in lora_B]
+    x, lora_A, lora_B, _ = cast_inputs(x, lora_A, lora_B)
     ps = list(dropout_p) if isinstance(dropout_p, Sequence) else [dropout_p]
     wrong = [p for p in ps if not isinstance(p, int | float) or not 0.0 <= p < 1.0]
     error = grouped_fault(y, x, lora_A, lora_B, scaling, offsets, rows, wrong[0] if wrong else 0.0, backend)

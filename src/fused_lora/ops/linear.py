@@ -10,11 +10,12 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from fused_lora.backends import Serving, forget, pick
+from fused_lora.ops.autocast import cast_inputs
 from fused_lora.ops.autograd import linear_apply, matrix, needs_plain_operators, nobody_listens
 from fused_lora.ops.checks import check_out_norm, check_variant, fault
 from fused_lora.ops.dropout import dropout_threshold
 from fused_lora.ops.eager import eager_apply, eager_variant_apply, without_gradients
-from fused_lora.ops.internals import PLAIN_TENSORS, alike, any_autocast_enabled, autocasts, forward_ad_active
+from fused_lora.ops.internals import PLAIN_TENSORS, alike, any_autocast_enabled, forward_ad_active
 from fused_lora.ops.reference import PLAIN, Variant, composition
 from fused_lora.ops.schema import aligned, request_of
 from fused_lora.ops.sharded import on_shards
@@ -77,8 +78,9 @@ def lora_linear(
     Raises: ValueError naming the argument, what was expected and what was given.
     Source: Hu et al., arXiv 2106.09685; names as in Hugging Face PEFT.
     """
-    if any_autocast_enabled() and autocasts(x):
-        x, weight, lora_A, lora_B, bias, x_lora, h_in = _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in)
+    if any_autocast_enabled():
+        x, (lora_A,), (lora_B,), others = cast_inputs(x, [lora_A], [lora_B], weight, bias, x_lora, h_in)
+        weight, bias, x_lora, h_in = others
     if type(scaling) is not float:
         lora_A, lora_B, scaling = tensor_scaling(lora_A, lora_B, scaling)
     plain = (not return_h and out_norm is None) and (
@@ -288,12 +290,3 @@ def tensor_scaling(lora_A: Tensor, lora_B: Tensor, scaling) -> tuple[Tensor, Ten
     if lora_A.dtype is lora_B.dtype and lora_A.dtype is not torch.float64:
         lora_A, lora_B = lora_A.float(), lora_B.float()
     return lora_A * scaling, lora_B, 1.0
-
-
-def _autocast(x, weight, lora_A, lora_B, bias, x_lora, h_in):
-    """What torch.nn.Linear's autocast does; fp32 adapters stay, the kernels take them over a half-precision x."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    x, weight, bias, x_lora, h_in = (t if t is None else t.to(dtype) for t in (x, weight, bias, x_lora, h_in))
-    if lora_A.dtype != torch.float32 or lora_B.dtype != torch.float32:
-        lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
-    return x, weight, lora_A, lora_B, bias, x_lora, h_in

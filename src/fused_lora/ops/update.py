@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
+from fused_lora.ops.autocast import cast_inputs
 from fused_lora.ops.autograd import matrix, needs_plain_operators
 from fused_lora.ops.checks import update_fault
-from fused_lora.ops.internals import any_autocast_enabled, autocasts, function_apply, reshaped, wants_operators
+from fused_lora.ops.internals import function_apply, reshaped, wants_operators
 from fused_lora.ops.linear import draw_seed, tensor_scaling
 from fused_lora.ops.reference import Gradients, update_backward, update_backward_again, update_composition
 
@@ -49,10 +50,7 @@ def lora_update(
     Raises: ValueError naming the argument, what was expected and what was given.
     Source: Hu et al., arXiv 2106.09685; names as in Hugging Face PEFT.
     """
-    if any_autocast_enabled() and autocasts(x):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-        if lora_A.dtype != torch.float32 or lora_B.dtype != torch.float32:
-            lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    x, (lora_A,), (lora_B,), _ = cast_inputs(x, [lora_A], [lora_B])
     error = update_fault(y, x, lora_A, lora_B, dropout_p, backend)
     if error is not None:
         raise error

@@ -1,0 +1,25 @@
+"""What autocast does to the arguments of the ops, before they are checked."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lora.ops.internals import any_autocast_enabled, autocasts
+
+
+def cast_inputs(x: Any, lora_A: Sequence[Any], lora_B: Sequence[Any], *others: Any) -> tuple[Any, list, list, list]:
+    """x, the factors and what else is in x's dtype, as torch.nn.Linear's autocast would cast them; fp32 adapters stay,
+    the kernels take them over a half-precision x. What is no tensor stays, and is refused by who checks."""
+    factors = [*lora_A, *lora_B]
+    if any_autocast_enabled() and autocasts(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, *others = _cast(dtype, x, *others)
+        if any(isinstance(t, Tensor) and t.dtype != torch.float32 for t in factors):
+            factors = _cast(dtype, *factors)
+    return x, factors[: len(lora_A)], factors[len(lora_A) :], list(others)
+
+
+def _cast(dtype: torch.dtype, *tensors: Any) -> list:
+    return [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors]
