@@ -75,3 +75,7 @@ def test_info_names_what_extras_lack(monkeypatch):
 def test_info_says_nothing_of_extras_that_are_whole(monkeypatch):
     monkeypatch.setattr(metadata, "requires", lambda name: ['torch; extra == "bench"'])
     assert "extras" not in said(monkeypatch)
+
+
+def test_a_dtype_that_is_none_is_refused(refused):
+    assert "dtype must be one of fp32, bf16, fp16; got 'nonsense'" in refused(2, "info", "--dtype", "nonsense")

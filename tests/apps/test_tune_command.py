@@ -115,6 +115,9 @@ def test_info_has_a_line_of_it(written, call):
         (["--device", "tpu"], "device must be cpu"),
         (["--time-limit", "-1"], "time_limit_s must be a positive number"),
         (["--model", "/nowhere"], "/nowhere"),
+        (["--show", "--clear"], "--show measures nothing and must be given alone, or with --device; got --clear, too"),
+        (["--clear", "--again"], "--clear measures nothing"),
+        (["--show", "--rows", "5"], "got --rows, too"),
     ],
 )
 def test_bad_options_are_refused(cache, refused, options, words):

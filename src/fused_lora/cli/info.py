@@ -25,6 +25,11 @@ def info(
 
     With an adapter: how each layer of that PEFT model runs after fused_lora.peft.fuse, and why.
     """
+    from fused_lora.models import DTYPES
+
+    with errors():
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if model is None and adapter is None:
         return _print_machine()
     with errors():
@@ -40,8 +45,6 @@ def _print_ways(model: str | None, adapter: Path, dtype: str) -> None:
     """The table of `fused_lora.peft.fuse`, layers of like names in one row."""
     from fused_lora.models import DTYPES, check_name, load_model, packaged_model
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"--adapter must be a directory with an adapter_config.json; got {adapter}")
     chosen = packaged_model() if model is None else model

@@ -64,6 +64,14 @@ def tune(
         from fused_lora.tuning.job import chosen_device
         from fused_lora.tuning.job import tune as job
 
+        measures = {"--model": model, "--dtype": dtype, "--rows": rows, "--r": r, "--time-limit": time_limit}
+        others = [name for name, value in measures.items() if value is not None]
+        others += [name for name, on in (("--again", again), ("--clear", show and clear)) if on]
+        if (show or clear) and others:
+            alone = "--show" if show else "--clear"
+            raise ValueError(
+                f"{alone} measures nothing and must be given alone, or with --device; got {others[0]}, too"
+            )
         where = chosen_device(default_device(device))
         path = tuned.path_of(where)
         if clear:
