@@ -137,6 +137,21 @@ def command(line: str) -> str:
     return line.replace("$", "$$").replace("{in}", "$in").replace("{out}", "$out")
 
 
+def host_compiler(cxx: str) -> str:
+    """nvcc's -ccbin, one program, of a compiler that is called through ccache or with flags."""
+    words = shlex.split(cxx)
+    programs = [word for word in words if Path(word).name not in ("ccache", "sccache", "distcc")]
+    return shlex.quote(programs[0] if programs else words[0])
+
+
+def spin_limit() -> str:
+    """nvcc's flag for FUSED_LORA_SPIN_LIMIT, none where it isn't given."""
+    limit = os.environ.get("FUSED_LORA_SPIN_LIMIT", "")
+    if limit and not re.fullmatch("[1-9][0-9]*", limit):
+        raise SystemExit(f"FUSED_LORA_SPIN_LIMIT must be a whole number of turns; got {limit!r}")
+    return f" -DFUSED_LORA_SPIN_LIMIT={limit}" if limit else ""
+
+
 def build_ninja(folder: Path, library: Path, headers: Path, cuda: Path | None) -> str:
     """The text of build.ninja. Ninja runs in the repository and paths below it are relative, so that what a C++
     compiler writes does not depend on where that is (nvcc names its symbols by the absolute path)."""
@@ -154,9 +169,7 @@ def build_ninja(folder: Path, library: Path, headers: Path, cuda: Path | None) -
         flags += f" -DFUSED_LORA_CUDA {' '.join(map(quote, defines))} -I{quote(str(cuda / 'include'))}"
         libraries = f"-L{quote(str(cudart_folder(cuda)))} -lcudart_static -lrt {LIBRARIES}"
         targets = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
-        limit = os.environ.get("FUSED_LORA_SPIN_LIMIT")
-        limited = f" -DFUSED_LORA_SPIN_LIMIT={int(limit)}" if limit else ""
-        nvcc = f"{quote(str(program))} -ccbin {cxx} {NVCCFLAGS}{limited} -Icsrc {targets}"
+        nvcc = f"{quote(str(program))} -ccbin {host_compiler(cxx)} {NVCCFLAGS}{spin_limit()} -Icsrc {targets}"
         rules += [("nvcc", f"{nvcc} -MMD -MF {{out}}.d -c {{in}} -o {{out}}", True)]
     rules += [("cxx", f"{cxx} {flags} -MMD -MF {{out}}.d -c {{in}} -o {{out}}", True)]
     rules += [("link", f"{cxx} -shared -Wl,--gc-sections -s {{in}} -o {{out}} {libraries}", False)]

@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fused_lora import hardware
 from fused_lora.bench import results
@@ -90,8 +91,9 @@ def test_the_gpu_driver_is_read_where_there_is_one(monkeypatch, tmp_path):
 )
 def test_the_clocks_of_a_gpu(monkeypatch, tmp_path, says, clocks):
     smi = tmp_path / "nvidia-smi"
-    smi.write_text(f"#!/bin/sh\necho '{says}'\n")
+    smi.write_text(f"#!/bin/sh\ncase $1 in --id=GPU-5f1a) echo '{says}';; *) echo 'another card';; esac\n")
     smi.chmod(0o755)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="5f1a"))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert hardware.gpu_clocks(0) == clocks
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))

@@ -228,6 +228,12 @@ def test_cuda_switch_names_what_is_missing(source, tmp_path):
     assert line == "FUSED_LORA_CUDA_ARCHS must look like 90a or 90a;100a; got '9.0a'"
 
 
+def test_a_limit_that_is_no_number_is_refused_in_one_line(setup_module, monkeypatch):
+    monkeypatch.setenv("FUSED_LORA_SPIN_LIMIT", "1e6")
+    with pytest.raises(SystemExit, match="^FUSED_LORA_SPIN_LIMIT must be a whole number of turns; got '1e6'$"):
+        setup_module.spin_limit()
+
+
 def test_failed_compilation_is_an_error(source, tmp_path):
     done = build("build_wheel", source, tmp_path, FUSED_LORA_CUDA="0", CXX="false")
     assert done.returncode == 1 and "fused_lora._C did not build (without CUDA)" in done.stderr
@@ -260,11 +266,16 @@ def test_cuda_build_in_a_folder_with_odd_characters(sdist, tmp_path):
     libraries.mkdir(parents=True)
     (libraries / "libcudart_static.a").touch()
     source = unpack(sdist, folder)
-    done = build("build_wheel", source, tmp_path, CXX=str(cxx), CUDA_HOME=str(folder / "cuda"), FUSED_LORA_CUDA="1")
+    ccache = tmp_path / "ccache"
+    ccache.write_text('#!/bin/sh\nexec "$@"\n')
+    ccache.chmod(0o755)
+    compilers = dict(CXX=f"{ccache} {cxx}", CUDA_HOME=str(folder / "cuda"), FUSED_LORA_CUDA="1")
+    done = build("build_wheel", source, tmp_path, **compilers)
     assert done.returncode == 0, done.stderr
     compiled = {c[c.index("-c") + 1]: c for c in calls(nvcc) if "--dryrun" not in c}
     assert set(compiled) == {f"csrc/{name}" for name in files("csrc", ".cu")}
     assert all("-gencode=arch=compute_90a,code=sm_90a" in c for c in compiled.values())
+    assert all(c[c.index("-ccbin") + 1] == str(cxx) for c in compiled.values())
     assert not any("-gencode=arch=compute_80,code=sm_80" in c for c in compiled.values())
     compiled = {c[c.index("-c") + 1]: c for c in calls(cxx) if "-c" in c}
     assert set(compiled) == {f"csrc/{name}" for name in files("csrc", ".cpp")}

@@ -83,10 +83,14 @@ def gpu_driver() -> str:
 
 
 def gpu_clocks(index: int) -> dict:
-    """What an NVIDIA GPU runs at right now and what slows it: sm_mhz, memory_mhz, watts, celsius and throttle, a bit
-    mask that is 0 or idle (1) for an undisturbed card; empty where nvidia-smi doesn't say."""
+    """What PyTorch's cuda:<index> runs at right now and what slows it: sm_mhz, memory_mhz, watts, celsius and throttle,
+    a bit mask that is 0 or idle (1) for an undisturbed card; empty where nvidia-smi doesn't say."""
+    try:
+        which = f"GPU-{torch.cuda.get_device_properties(index).uuid}"  # CUDA_VISIBLE_DEVICES renumbers PyTorch's alone
+    except (AssertionError, AttributeError, RuntimeError):  # a PyTorch without CUDA
+        return {}
     query = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
-    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--id={which}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
         line = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
         sm, memory, watts, celsius, reasons = line.strip().split(", ")
