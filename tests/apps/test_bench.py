@@ -177,7 +177,7 @@ def test_a_run_ends_once_it_knows_enough():
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs a kernel that counts waiting")
 def test_the_system_tells_who_waited():
-    """More threads than CPUs, all busy: some wait. It's a sum over threads, which come and go."""
+    """More threads than CPUs, all busy: some wait. The sum over threads, which come and go, never falls."""
     before = timing.waited_ns()
     assert before >= 0
     busy = lambda: [hashlib.sha256(bytes(2**22)) for _ in range(5)]  # without the interpreter's lock
@@ -187,7 +187,7 @@ def test_the_system_tells_who_waited():
     most = max(timing.waited_ns() for _ in range(50))
     for thread in threads:
         thread.join()
-    assert most > before and timing.waited_ns() >= 0
+    assert most > before and timing.waited_ns() >= most
 
 
 def test_spread():

@@ -95,25 +95,25 @@ def ratio(of: Series, base: Series, part: Callable[[tuple[float, ...]], float] =
 
 
 _schedstat: dict[str, int] = {}  # a thread's open file
+_waits: dict[str, int] = {}  # what it has told last; of threads that have ended, too, so that the sum never falls
 
 
 def waited_ns() -> int:
     """Nanoseconds that the threads of this process have been ready without a CPU to run on, since they began; 0 where
     the system doesn't tell."""
-    total = 0
     try:
         threads = os.listdir("/proc/self/task")
     except OSError:
         return 0
-    for thread in threads:
+    for thread in {*threads, *_schedstat}:
         try:
             if thread not in _schedstat:
                 _schedstat[thread] = os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-            total += int(os.pread(_schedstat[thread], 64, 0).split()[1])
+            _waits[thread] = int(os.pread(_schedstat[thread], 64, 0).split()[1])
         except (OSError, ValueError, IndexError):  # it has ended, or there is no such file
             if thread in _schedstat:
                 os.close(_schedstat.pop(thread))
-    return total
+    return sum(_waits.values())
 
 
 def _disturbed(waited: int, seconds: tuple[float, ...]) -> bool:
