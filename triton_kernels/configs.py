@@ -253,8 +253,8 @@ def gemm_shrink_config(M: int, N: int, K: int, R: int, itemsize: int, device: De
 
     It takes TMA, the large tile, tiles for every multiprocessor, so that few wait for the first column, and a rank
     block that leaves three stages of shared memory. On an H100 a probe of this form took 396 us, shrink and lora_gemm
-    35 + 383 us (8192 x 4096 x 4096, bf16, R = 16, Triton 3.6, 2026-11-23); this kernel's own measurement, and that of
-    other sizes, is pending.
+    35 + 383 us (8192 x 4096 x 4096, bf16, R = 16, Triton 3.6, 2026-11-23); this kernel itself is level with the two or
+    slower (H200, 2026-11-26).
     """
     c = gemm_config(M, N, K, R, itemsize, False, device)
     few_tiles = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N) < device.sms
@@ -275,7 +275,7 @@ def shrink_config(M: int, K: int, R: int, itemsize: int, device: Device) -> Shri
 
 def low_gradient_config(M: int, N: int, R: int, itemsize: int, device: Device) -> ShrinkConfig:
     """Tiles of low_gradient for dh [M, R] from dy [M, N]: shrink's with half the depth, as tiles of y and dz may lie
-    beside dy's in registers. No GPU has timed it yet."""
+    beside dy's in registers. Timed within DoRA's step alone (bench/NOTES.md)."""
     c = shrink_config(M, N, R, itemsize, device)
     BLOCK_K = c.BLOCK_K // 2
     thin = c.BLOCK_R * BLOCK_K * 4  # an fp32 factor, as it comes

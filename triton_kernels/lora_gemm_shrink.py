@@ -14,8 +14,8 @@ number in reserve is itself at work on one. low is stored and loaded by ordinary
 release and acquire; TMA would need a proxy fence.
 Tile, dtypes, numerics as lora_gemm, R up to BLOCK_R, down in left's dtype, TMA only. No dropout: a masked left operand
 would pass through registers into a pipelined wgmma (shrink.py). On an H100, Triton 3.6, 8192 x 4096 x 4096, bf16, R =
-16, a probe of this form took 396 us, shrink and lora_gemm 35 + 383 us (2026-11-23); this kernel's own measurement is
-pending, and configs.py plans it only on request.
+16, a probe of this form took 396 us, shrink and lora_gemm 35 + 383 us (2026-11-23); this kernel itself is level with
+the two or slower (H200, 2026-11-26), and configs.py plans it only on request.
 """
 
 import torch
