@@ -72,6 +72,44 @@ def test_torch_func():
     torch.testing.assert_close(*hessians)
 
 
+@pytest.mark.parametrize("op", ["lora_linear", "with a gate", "lora_update", "grouped_lora_update"])
+def test_torch_func_in_a_compiled_graph(op):
+    p = random_problem(M, N, K, R)
+    x, A, B, gate = p.x, p.lora_A, p.lora_B, torch.rand(M, 1)
+
+    def loss(x, A, B):
+        if op == "lora_update":
+            y = lora_update(p.dy, x, A, B, p.scaling)
+        elif op == "grouped_lora_update":
+            y = grouped_lora_update(p.dy, x, [A, A], [B, B], p.scaling, torch.tensor([0, 3, M]))
+        else:
+            y = call(p, x, A, B, gate=gate if op == "with a gate" else None)
+        return y.pow(2).sum()
+
+    gradients = torch.func.grad(loss, argnums=(0, 1, 2))
+    leaf = [t.clone().requires_grad_() for t in (x, A, B)]
+    want = torch.autograd.grad(loss(*leaf), leaf)
+    compiled = torch.compile(gradients, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(list(compiled(x, A, B)), list(want), rtol=1e-4, atol=1e-4)
+    per_sample = torch.func.vmap(torch.func.grad(lambda A, x: call(p, x, A, B).pow(2).sum()), (None, 0))
+    torch.testing.assert_close(torch.compile(per_sample, backend="aot_eager")(A, x), per_sample(A, x))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_compiled_autograd_tells_plain_calls_from_those_with_optional_tensors(first):
+    """It makes one graph of like backwards, and its guards do not see which object an argument is."""
+    p, gate = random_problem(M, N, K, R), torch.rand(M, 1)
+    A, B = p.lora_A.clone().requires_grad_(), p.lora_B.clone().requires_grad_()
+    torch._dynamo.reset()
+    for given in sorted((False, True), reverse=first):
+        optional = dict(gate=gate, out_scale=torch.full((N,), 3.0)) if given else {}
+        want = torch.autograd.grad(call(p, p.x, A, B, **optional).pow(2).sum(), (A, B))
+        A.grad = B.grad = None
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            call(p, p.x, A, B, **optional).pow(2).sum().backward()
+        torch.testing.assert_close([A.grad, B.grad], list(want))
+
+
 def test_jit_trace_is_a_graph_of_plain_operators():
     p = random_problem(M, N, K, R)
     other = torch.randn(3, K)

@@ -23,7 +23,7 @@ from fused_lora.backends.cpu_grouped import grouped_update_onto as grouped_updat
 from fused_lora.backends.cpu_product import LEAST_ROWS, packs
 from fused_lora.ops import internals
 from fused_lora.ops.dropout import dropout_threshold
-from fused_lora.ops.reference import PLAIN, Gradients, out_scale_columns
+from fused_lora.ops.reference import PLAIN, Gradients, is_plain, out_scale_columns
 
 _FEATURES = _C.cpu_features()
 _OF_FEW = {"x_lora", "out_scale"}  # the optional tensors that few_rows takes
@@ -105,7 +105,7 @@ def _forward(y, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, varia
 
 def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, needs, variant, plan):
     """The gradients that `needs` asks for, but for the weight's where dy is its left side; see `reference.backward`."""
-    if variant is not PLAIN or dh is not None:
+    if dh is not None or not is_plain(variant):
         given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
         return _backward_of_variant(*given, needs, variant, plan)
     dx, M = None, dy.shape[0]

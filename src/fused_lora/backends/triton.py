@@ -22,7 +22,7 @@ from fused_lora.backends.triton_grouped import grouped_update, grouped_update_ba
 from fused_lora.backends.triton_plans import check_plan, of_backward, of_forward, plans  # noqa: F401
 from fused_lora.ops import reference
 from fused_lora.ops.dropout import dropout_threshold
-from fused_lora.ops.reference import PLAIN, Gradients, Variant
+from fused_lora.ops.reference import Gradients, Variant, is_plain
 from fused_lora.triton_kernels.configs import backward_plan, expand_config, forward_plan, shrink_config, wgrad_config
 from fused_lora.triton_kernels.device import current, facts, row_major
 from fused_lora.triton_kernels.dropout import NO_DROPOUT, Dropout
@@ -77,7 +77,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, 
     if M == 0:
         return x.new_empty((0, N)), x.new_empty((0, R))
     bias = _contiguous(bias)
-    x_lora, h_in, gate, out_scale, _ = variant if variant is PLAIN else _laid_out(variant)
+    x_lora, h_in, gate, out_scale, _ = variant if is_plain(variant) else _laid_out(variant)
     with current(x.device):
         said = of_forward(plan, x, weight, lora_A) if plan else {}
         p = launches(M, N, K, R, x.element_size(), seed is not None, facts(x.device), **said)
@@ -114,7 +114,7 @@ def backward(
     Args:
         launches: chooses the launches, from the arguments of `configs.backward_plan`.
     """
-    if dh is not None or (variant is not PLAIN and any(t is not None for t in variant)):
+    if dh is not None or not is_plain(variant):
         given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
         return _variant_backward(*given, needs, variant, launches)
     need_x, need_A, need_B, need_bias = needs.x, needs.lora_A, needs.lora_B, needs.bias

@@ -159,4 +159,6 @@ def needs_plain_operators(*tensors: Tensor) -> bool:
         return True
     if any(hasattr(type(t), "__tensor_flatten__") for t in tensors if type(t) not in PLAIN_TENSORS):
         return True
-    return not is_dynamo_compiling() and (transforms_active() or is_tracing() or wants_operators(*tensors))
+    if transforms_active():  # in a graph that torch.compile makes, too
+        return True
+    return not is_dynamo_compiling() and (is_tracing() or wants_operators(*tensors))

@@ -48,6 +48,12 @@ class Gradients(NamedTuple):
 PLAIN = Variant()
 
 
+def is_plain(variant: Variant) -> bool:
+    """Whether there is no optional tensor. It asks what it holds: torch.compile has no guard for which object it is."""
+    x_lora, h_in, gate, out_scale, grad_row_scale = variant
+    return x_lora is None and h_in is None and gate is None and out_scale is None and grad_row_scale is None
+
+
 def _gated(t: Tensor, variant: Variant) -> Tensor:
     """t [M, R] times gate [M, k], each gate for R / k neighbouring ranks."""
     if variant.gate is None:

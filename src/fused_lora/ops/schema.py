@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_lora.backends import UPDATE, Request, bucket, pick
 from fused_lora.ops.after_import import after_import
 from fused_lora.ops.internals import without_autocast
-from fused_lora.ops.reference import PLAIN, Gradients, Variant
+from fused_lora.ops.reference import Gradients, Variant
 
 _VARIANT = "Tensor? x_lora, Tensor? h_in, Tensor? gate, Tensor? out_scale, Tensor? grad_row_scale"
 
@@ -60,20 +60,15 @@ def request_of(x: Tensor, weight: Tensor, lora_A: Tensor, variant: Variant) -> R
     )
 
 
-def _variant(*optional: Tensor | None) -> Variant:
-    """PLAIN itself where there is no optional tensor, which back ends ask for by identity."""
-    return PLAIN if all(t is None for t in optional) else Variant(*optional)
-
-
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *optional_and_backend):
-    variant, backend = _variant(*optional_and_backend[:-1]), optional_and_backend[-1]
+    variant, backend = Variant(*optional_and_backend[:-1]), optional_and_backend[-1]
     back_end, plan = pick(backend, request_of(x, weight, lora_A, variant))
     return back_end.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, variant, plan)
 
 
 def backward(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed, *optional_needs_backend):
     *optional, needs, backend = optional_needs_backend
-    variant, needs = _variant(*optional), Gradients(*needs)
+    variant, needs = Variant(*optional), Gradients(*needs)
     back_end, plan = pick(backend, request_of(dy, weight, lora_A, variant))
     with without_autocast(dy):
         given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
