@@ -4,10 +4,12 @@ import pytest
 import torch
 from tiny_llama import llama
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_lora
 from fused_lora import adapters_per_sample, adapters_per_token, apply_lora, delete_adapter, set_adapter
-from fused_lora.nn.mixed_batch import Mixed, segments_of_samples
+from fused_lora.nn import mixed_batch
+from fused_lora.nn.mixed_batch import Mixed, Segments
 
 NAMES = ["a", "b", "c", "d"]
 BATCH = ["b", "__base__", "a", "b", "c", "d"]
@@ -330,12 +332,40 @@ def test_a_thousand_switches_leave_the_weight_as_it_was():
     assert [p.data_ptr() for p in layer.parameters()] == own
 
 
-def test_segments_are_found_once_for_all_layers(model, tokens):
-    with torch.no_grad():
-        segments_of_samples.cache_clear()
-        with torch.inference_mode():
-            model(tokens, adapter_names=["a", "b"] * 3)
-        first = segments_of_samples.cache_info()
-        assert first.misses <= 3 and first.hits > 10  # what holds both, one of them, or tokens without a dimension K
-    model(tokens, adapter_names=["a", "b"] * 3).logits.sum().backward()  # of segments that inference mode has found
+def test_segments_are_found_once_for_all_layers(model, tokens, monkeypatch):
+    made = []
+    monkeypatch.setattr(mixed_batch, "Segments", lambda *given: made.append(given) or Segments(*given))
+    names, tokens = ["b", "a"] * 3, tokens[:, :7]  # a batch that no other test has
+    with torch.inference_mode():
+        model(tokens, adapter_names=names)
+    assert 1 <= len(made) <= 3  # what holds both, one of them, or tokens without a dimension K
+    model(tokens, adapter_names=names).logits.sum().backward()  # of segments that inference mode has found
     model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("look", ["fake", "export", "another default device"])
+def test_who_looks_at_a_batch_first_leaves_nothing_behind(look):
+    """Fake tensors, and those of another device, are not remembered for the calls that follow."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    names = [f"{look} {n}" for n in range(2)]  # no other test has made their segments
+    for name in names:
+        apply_lora(model, r=2, target_modules=["0"], adapter_name=name)
+    x = torch.randn(2, 3, 8)
+
+    def mixed(x):
+        with adapters_per_sample(model, names[::-1]):
+            return model(x)
+
+    class Mixing(nn.Module):
+        def forward(self, x):
+            return mixed(x)
+
+    if look == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert mixed(mode.from_tensor(x)).shape == x.shape
+    elif look == "export":
+        torch.export.export(Mixing(), (x,), strict=False)
+    else:
+        with torch.device("meta"):
+            mixed(x)
+    torch.testing.assert_close(mixed(x), model[0].base()(x))  # B is zero

@@ -69,6 +69,16 @@ def test_what_is_no_dense_tensor_is_named(name, kind, autocast):
             call()
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool, torch.float64])
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A"])
+def test_autocast_makes_no_dtype_right(name, dtype):
+    """It casts what is floating, but for fp64, as in torch.nn.Linear."""
+    given = {n: torch.ones(SHAPES[n], dtype=dtype if n == name else torch.float32) for n in GOOD}
+    x, weight, A, B, bias = given.values()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=f"must .*{dtype}"):
+        lora_linear(x, weight, A, B, 1.0, bias=bias)
+
+
 @pytest.mark.parametrize("change, message", BAD, ids=[m[:40] for _, m in BAD])
 def test_bad_input_is_named(change, message):
     t, other = with_change(GOOD, change)

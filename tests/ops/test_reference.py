@@ -155,6 +155,27 @@ def test_gradient_through_the_returned_h_alone(lead, names, way):
         torch.testing.assert_close(*again)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_decides_nothing(default):
+    """What the CPU's kernels write is made in the dtype that they write."""
+    shapes = dict(x=(M, K), weight=(N, K), A=(R, K), B=(N, R), gate=(M, 2), out_scale=(N,), h_in=(M, R))
+    t = {name: torch.rand(shape, requires_grad=True) for name, shape in shapes.items()}
+    given, optional = [t.pop(name) for name in ("x", "weight", "A", "B")], t
+
+    def gradients(backend):
+        y = lora_linear(*given, S, backend=backend, **optional)
+        return torch.autograd.grad(y.square().sum(), (*given, *optional.values()))
+
+    want = gradients("reference")
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        got = gradients("cpu")
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(got, want)
+
+
 def test_zero_scaling_keeps_the_gate_gradient_finite():
     t = tensors(("gate",))
     lora_linear(t["x"], t["weight"], t["lora_A"], t["lora_B"], 0.0, gate=t["gate"]).sum().backward()

@@ -35,10 +35,11 @@ def test_opcheck_variants():
     torch.library.opcheck(BACKWARD, (*tensors, 1.5, 0.0, None, *variant, [True] * 9, "auto"))
 
 
-@pytest.mark.parametrize("needs", [(1, 0, 1, 1, 1), (0, 0, 1, 0, 0), (1, 0, 0, 0, 0), (0, 0, 0, 0, 0)])
+@pytest.mark.parametrize("needs", [(1, 1, 1, 1, 1), (1, 0, 1, 1, 1), (0, 0, 1, 0, 0), (1, 0, 0, 0, 0), (0, 0, 0, 0, 0)])
 def test_opcheck_backward(needs):
     p = random_problem(6, 10, 12, 3)
     mask = [bool(n) for n in needs] + [False] * 4
+    p.weight = p.weight.t().contiguous().t() if needs[1] else p.weight  # as in a trained Conv1D
     tensors = (p.dy, None, p.x, p.weight, p.lora_A, p.lora_B, torch.randn(6, 3), None, None)
     torch.library.opcheck(BACKWARD, (*tensors, 1.5, 0.5, SEED, *(None,) * 5, mask, "auto"))
 

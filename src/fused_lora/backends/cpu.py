@@ -157,7 +157,7 @@ def _backward_of_variant(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling,
     if needs.h_in:
         optional["dh_in"] = dh_in = internals.empty_on_cpu((M, R), (R, 1), dy.dtype)
     if needs.gate:
-        optional["dgate"] = dgate = torch.empty(M, gate.shape[1])
+        optional["dgate"] = dgate = internals.empty_on_cpu((M, gate.shape[1]), (gate.shape[1], 1), torch.float32)
     written = None if apart and not inside else dx
     if apart or needs.weight:
         low = low._replace(x=written is not None, weight=False)

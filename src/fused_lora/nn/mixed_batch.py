@@ -4,7 +4,7 @@ While a batch is mixed, a layer is of a subclass of its own class that reads `mi
 its usual forward has no question to ask.
 """
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from fused_lora.nn.linear import LoRALinear
 from fused_lora.nn.modules_to_save import ModuleToSave
 from fused_lora.ops.grouped import grouped_lora_update
 from fused_lora.ops.grouped_linear import grouped_lora_linear
+from fused_lora.ops.remembered import remembered
 from fused_lora.variants.dora import DoRA
 
 BASE = "__base__"  # the name of no adapter, as in PEFT
@@ -41,7 +42,7 @@ class Segments(NamedTuple):
         return places.new_zeros(M).index_copy_(0, self.all_rows(M).long(), places)
 
 
-@lru_cache(256)
+@remembered
 def segments_of_samples(names: tuple[str, ...], tokens: int, device: torch.device) -> Segments:
     """The segments of samples of so many rows each, one after the other, by the adapter of each; BASE is none.
 
@@ -50,12 +51,11 @@ def segments_of_samples(names: tuple[str, ...], tokens: int, device: torch.devic
     distinct = tuple(dict.fromkeys(name for name in names if name != BASE))
     places = [[i for i, own in enumerate(names) if own == name] for name in distinct]
     order = [i for own in places for i in own]
-    with torch.inference_mode(False):
-        ends = torch.tensor([0, *(len(own) * tokens for own in places)], device=device).cumsum(0)
-        if order == list(range(len(names))):
-            return Segments(distinct, ends, None)
-        starts = torch.tensor(order, dtype=torch.int64, device=device)[:, None] * tokens
-        return Segments(distinct, ends, (starts + torch.arange(tokens, device=device)).flatten())
+    ends = torch.tensor([0, *(len(own) * tokens for own in places)], device=device).cumsum(0)
+    if order == list(range(len(names))):
+        return Segments(distinct, ends, None)
+    starts = torch.tensor(order, dtype=torch.int64, device=device)[:, None] * tokens
+    return Segments(distinct, ends, (starts + torch.arange(tokens, device=device)).flatten())
 
 
 class PerSample:

@@ -11,7 +11,7 @@ from fused_lora.ops.internals import any_autocast_enabled, autocasts
 
 def cast_inputs(x: Any, lora_A: Sequence[Any], lora_B: Sequence[Any], *others: Any) -> tuple[Any, list, list, list]:
     """x, the factors and what else is in x's dtype, as torch.nn.Linear's autocast would cast them; fp32 adapters stay,
-    the kernels take them over a half-precision x. What is no tensor stays, and is refused by who checks."""
+    the kernels take them over a half-precision x. What it would not cast stays, and is refused by who checks."""
     factors = [*lora_A, *lora_B]
     if any_autocast_enabled() and autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -22,4 +22,4 @@ def cast_inputs(x: Any, lora_A: Sequence[Any], lora_B: Sequence[Any], *others: A
 
 
 def _cast(dtype: torch.dtype, *tensors: Any) -> list:
-    return [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors]
+    return [t.to(dtype) if autocasts(t) else t for t in tensors]

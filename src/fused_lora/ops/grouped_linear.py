@@ -1,7 +1,6 @@
 """grouped_lora_linear(): a frozen linear layer with adapters of their own for segments of the rows, for the layers."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from fused_lora.ops.internals import (
     without_autocast,
 )
 from fused_lora.ops.linear import draw_seed
+from fused_lora.ops.remembered import remembered
 from fused_lora.ops.schema import aligned
 
 
@@ -129,11 +129,10 @@ def _checked(x, weight, bias, lora_A, lora_B, offsets, rows) -> Callable[..., bo
     return alike(x, *tensors) if bias is None else alike(x, *tensors, bias)
 
 
-@lru_cache(256)
+@remembered
 def _numbers(values: tuple[float, ...]) -> Tensor:
     """Numbers in a tensor, which all layers with them share."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float32)
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _forward(call, x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -51,12 +51,12 @@ def without_autocast(t: Tensor) -> AbstractContextManager:
 
 
 def autocasts(t: Any) -> bool:
-    """Whether autocast is on for t's device type and casts its dtype; some types (meta) have none, fp64 stays, and what
-    is no tensor is refused by who asks."""
-    if not isinstance(t, Tensor):
+    """Whether autocast is on for t's device type and casts its dtype; some types (meta) have none, fp64 and what is not
+    floating stay, and what is no tensor is refused by who asks."""
+    if not isinstance(t, Tensor) or t.dtype is torch.float64 or not t.is_floating_point():
         return False
     kind = t.device.type
-    return t.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 # Whether a dispatch mode (fake tensors, tracing, selective checkpointing, counters) sees every operator that is called.

@@ -119,7 +119,7 @@ def _backward_fake(dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropo
 
     made = Gradients(
         x=lambda: dy.new_empty((M, K)),
-        weight=lambda: torch.empty_like(weight),
+        weight=lambda: like(weight),
         lora_A=lambda: like(lora_A),
         lora_B=lambda: like(lora_B),
         bias=lambda: dy.new_empty((dy.shape[1],)),
