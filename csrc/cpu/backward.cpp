@@ -32,7 +32,7 @@ template <class Block> class Gradient {
 
   // For the next thread.
   void add(Buffers& buffers) {
-    if (dst_ && !turned_ && ranks_first_ != Block::kRanksFirst) turned_ = buffers.take(padded_ * Rp_);
+    if (dst_ && !turned_ && !ranks_first_) turned_ = buffers.take(padded_ * Rp_);
     slabs_.add(buffers);
   }
   void clear(int t) { slabs_.clear(t); }
@@ -45,17 +45,11 @@ template <class Block> class Gradient {
     if (!dst_) return;
     float* sum = slabs_.sum();
     for (int64_t i = 0; factor != 1.0f && i < padded_ * Rp_; ++i) sum[i] *= factor;
-    static_assert(Block::kRanksFirst);
     for (int64_t r = 0; c && r < R_; ++r)
       for (int64_t n = 0; n < width_; ++n) sum[r * padded_ + n] *= c[n];
-    int64_t ld = Block::kRanksFirst ? padded_ : Rp_;
-    if (turned_) {
-      const int64_t rows = padded_ * Rp_ / ld;
-      load_transposed(sum, Dtype::f32, turned_, rows, ld, rows);
-      sum = turned_;
-      ld = rows;
-    }
-    store_slab(sum, ld, dst_, dtype_, ranks_first_ ? R_ : width_, ranks_first_ ? width_ : R_);
+    if (turned_) load_transposed(sum, Dtype::f32, turned_, Rp_, padded_, Rp_);
+    store_slab(turned_ ? turned_ : sum, turned_ ? Rp_ : padded_, dst_, dtype_, ranks_first_ ? R_ : width_,
+               ranks_first_ ? width_ : R_);
   }
   explicit operator bool() const { return dst_; }
 
@@ -64,7 +58,7 @@ template <class Block> class Gradient {
   Dtype dtype_;
   int64_t width_, padded_, R_, Rp_;
   bool ranks_first_;
-  Slabs slabs_;              // [padded, Rp], or [Rp, padded] where Block::kRanksFirst
+  Slabs slabs_;              // [Rp, padded]
   float* turned_ = nullptr;  // the sum transposed, where dst needs it
 };
 

@@ -17,7 +17,6 @@ class BlockBf16 {
   static constexpr int64_t kRanks = kLanes;         // R is padded to a multiple: Rp
   static constexpr int64_t kColumns = 2 * kLanes;   // columns of `thin` likewise
   static constexpr int64_t kGathered = 2 * kLanes;  // columns of a gradient's slab likewise
-  static constexpr bool kRanksFirst = true;         // a slab lies as [Rp, columns]
   static constexpr bool kMaskScales = false;        // a masked panel holds 0 or x itself
 
   // `down` [K or N, Rp] or `thin` [R, ld] in pairs of rows, [(rows + 1) / 2, ld], padded with zeros. The calling thread

@@ -10,7 +10,6 @@ class BlockFp32 {
   static constexpr int64_t kRanks = kVec;        // R is padded to a multiple: Rp
   static constexpr int64_t kColumns = 2 * kVec;  // columns of `thin` likewise
   static constexpr int64_t kGathered = kLanes;   // columns of a gradient's slab likewise
-  static constexpr bool kRanksFirst = true;      // a slab lies as [Rp, columns]
   static constexpr bool kMaskScales = true;      // a masked panel holds dropout's factor
 
   // `down` [K or N, Rp] or `thin` [R, ld], its rows the summed dimension: src itself where it lies so, else a copy

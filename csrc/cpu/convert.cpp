@@ -97,31 +97,20 @@ TRANSPOSE void load_transposed_avx512(const float* src, float* out, int64_t rows
 
 void load_panel(const void* src, Dtype dtype, int64_t ld, const float* mask, float* out, int64_t rows, int64_t cols) {
   widest([=]() INLINED {
-    switch (dtype) {
-      case Dtype::f32: return load_panel_as<F32>(src, ld, mask, out, rows, cols);
-      case Dtype::f16: return load_panel_as<F16>(src, ld, mask, out, rows, cols);
-      case Dtype::bf16: return load_panel_as<BF16>(src, ld, mask, out, rows, cols);
-    }
+    with_elements(dtype,
+                  [=](auto element) INLINED { load_panel_as<decltype(element)>(src, ld, mask, out, rows, cols); });
   });
 }
 
 void store_row(const float* src, void* dst, Dtype dtype, int64_t n) {
   widest([=]() INLINED {
-    switch (dtype) {
-      case Dtype::f32: return store_row_as<F32>(src, dst, n);
-      case Dtype::f16: return store_row_as<F16>(src, dst, n);
-      case Dtype::bf16: return store_row_as<BF16>(src, dst, n);
-    }
+    with_elements(dtype, [=](auto element) INLINED { store_row_as<decltype(element)>(src, dst, n); });
   });
 }
 
 void add_row(const float* src, const float* mask, void* dst, Dtype dtype, int64_t n) {
   widest([=]() INLINED {
-    switch (dtype) {
-      case Dtype::f32: return add_row_as<F32>(src, mask, dst, n);
-      case Dtype::f16: return add_row_as<F16>(src, mask, dst, n);
-      case Dtype::bf16: return add_row_as<BF16>(src, mask, dst, n);
-    }
+    with_elements(dtype, [=](auto element) INLINED { add_row_as<decltype(element)>(src, mask, dst, n); });
   });
 }
 
@@ -155,11 +144,7 @@ void add_matrix(const void* src, Dtype dtype, float factor, float* out, int64_t 
 
 void load_matrix(const void* src, Dtype dtype, float* out, int64_t rows, int64_t cols, int64_t ldo) {
   widest([=]() INLINED {
-    switch (dtype) {
-      case Dtype::f32: return load_matrix_as<F32>(src, out, rows, cols, ldo);
-      case Dtype::f16: return load_matrix_as<F16>(src, out, rows, cols, ldo);
-      case Dtype::bf16: return load_matrix_as<BF16>(src, out, rows, cols, ldo);
-    }
+    with_elements(dtype, [=](auto element) INLINED { load_matrix_as<decltype(element)>(src, out, rows, cols, ldo); });
   });
 }
 
@@ -169,11 +154,8 @@ void load_transposed(const void* src, Dtype dtype, float* out, int64_t rows, int
     return load_transposed_avx512(static_cast<const float*>(src), out, rows, cols, ldo);
 #endif
   widest([=]() INLINED {
-    switch (dtype) {
-      case Dtype::f32: return load_transposed_as<F32>(src, out, rows, cols, ldo);
-      case Dtype::f16: return load_transposed_as<F16>(src, out, rows, cols, ldo);
-      case Dtype::bf16: return load_transposed_as<BF16>(src, out, rows, cols, ldo);
-    }
+    with_elements(dtype,
+                  [=](auto element) INLINED { load_transposed_as<decltype(element)>(src, out, rows, cols, ldo); });
   });
 }
 

@@ -141,7 +141,7 @@ void ScaleSums::store() {
 namespace fused_lora {
 
 Status cpu_scale(const CpuScaleParams& p) {
-  if (p.dtype != Dtype::f32 && p.dtype != Dtype::f16 && p.dtype != Dtype::bf16) return Status::bad_dtype;
+  if (!cpu::known_dtypes(p.dtype, p.dtype)) return Status::bad_dtype;
   if (p.M < 0 || p.N < 1) return Status::bad_shape;
   cpu::Buffers buffers;
   cpu::scale(p, buffers);

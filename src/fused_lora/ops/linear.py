@@ -263,7 +263,7 @@ def _composed(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, vari
         y = on_shards(op, x, weight, lora_A, lora_B, bias)
         if y is not None:
             return y
-    under = "under torch.export, torch.jit.trace, forward-mode derivatives or a tensor subclass"
+    under = "under torch.func, torch.export, torch.jit.trace, forward-mode derivatives or a tensor subclass"
     given = f"for x, a {type(x).__name__}, and weight, a {type(weight).__name__}"
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend must be 'auto' or 'reference' {under}; got {backend!r} {given}")
