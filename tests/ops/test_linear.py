@@ -186,8 +186,12 @@ def test_inplace_on_the_result():
     x, A, B, bias = leaves(p)
     for shape in ((6, 10), (2, 3, 10)):
         y = call(p, x.view(shape), A, B, bias)
+        before = y.detach().clone()
         y += 1.0
-        y.sum().backward()
+        assert torch.equal(y, before + 1.0)
+        got = torch.autograd.grad(y, (x, A, B), p.dy.view(shape))
+        want = torch.autograd.grad(call(p, x.view(shape), A, B, bias), (x, A, B), p.dy.view(shape))
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])

@@ -8,9 +8,6 @@ import torch
 from torch import nn
 
 from fused_lora import LoraConfig, LoRALinear, lora_linear
-from fused_lora.backends import pick
-from fused_lora.ops.reference import Variant
-from fused_lora.ops.schema import request_of
 from fused_lora.variants.allora import row_scale
 
 K, N, R, ETA = 24, 40, 4, 2.0**0.5
@@ -56,10 +53,8 @@ def test_on_each_back_end(backend):
     A, B = allora.own_tensors("default")
     x = torch.randn(33, K, device=backend.device, requires_grad=True)
     c = row_scale(A, B, ETA)
-    try:
-        pick(backend.name, request_of(x, allora.weight, A, Variant(grad_row_scale=c)))
-    except ValueError as refused:
-        pytest.skip(str(refused))
+    if backend.name == "cuda":
+        pytest.skip("the compiled CUDA kernels take plain LoRA only")
     y = lora_linear(x, allora.weight, A, B, 1.0, bias=allora.bias, grad_row_scale=c, backend=backend.name)
     dy = torch.randn_like(y)
     dx, dA, dB = torch.autograd.grad(y, [x, A, B], dy)

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from fused_lora import LoRAFlow, apply_lora, link_reslora, lora_linear, merged, set_adapter, unload
-from fused_lora.backends import Request, refusal
 from fused_lora.testing import assert_close
 
 RANKS = {"zh": 3, "math": 5, "code": 3}
@@ -112,9 +111,8 @@ def test_gradients_of_the_gate(ranks, names):
 
 @pytest.mark.parametrize("ranks", [RANKS, dict.fromkeys(RANKS, 4)], ids=["ranks", "rank"])
 def test_back_ends(ranks, backend, monkeypatch):
-    request = Request(torch.device(backend.device), torch.float32, torch.float32, 16, 10, 6, 8, True, ("gate",))
-    if refused := refusal(backend.name, request):
-        pytest.skip(f"{backend.name} supports {refused}")
+    if backend.name == "cuda":
+        pytest.skip("the compiled CUDA kernels take plain LoRA only")
     monkeypatch.setattr(
         "fused_lora.nn.linear.lora_linear", lambda *args, **kw: lora_linear(*args, **kw, backend=backend.name)
     )

@@ -20,7 +20,6 @@ from fused_lora import (
     set_adapter,
     unload,
 )
-from fused_lora.backends import Request, refusal
 from fused_lora.testing import assert_close
 
 KINDS = [("block", 1), ("block", 2), ("block", -1), ("input", 1), ("middle", 1), ("middle", 2), ("middle", -1)]
@@ -74,10 +73,8 @@ def test_forward_and_gradients_are_the_formulas(kind, pre_num):
 
 @pytest.mark.parametrize("kind, pre_num", KINDS)
 def test_back_ends_and_dtypes(kind, pre_num, backend, monkeypatch):
-    optional = {"block": (), "input": ("x_lora",), "middle": ("h_in", "gate")}[kind]
-    request = Request(torch.device(backend.device), torch.float32, torch.float32, 64, 40, 24, 2, True, optional)
-    if refused := refusal(backend.name, request):
-        pytest.skip(f"{backend.name} supports {refused}")
+    if backend.name == "cuda" and kind != "block":
+        pytest.skip("the compiled CUDA kernels take plain LoRA only")
     monkeypatch.setattr(
         "fused_lora.nn.linear.lora_linear", lambda *args, **kw: lora_linear(*args, **kw, backend=backend.name)
     )
