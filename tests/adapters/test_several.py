@@ -136,6 +136,16 @@ def test_several_are_set_and_deleted_by_name(files, tmp_path):
     assert saved.up.active_adapter == "b"
 
 
+def test_a_layer_that_cannot_switch_is_found_before_others_have(refuses):
+    model = apply_lora(Net(), 2, target_modules=["up", "head"], adapter_name="b")
+    apply_lora(model, 2, 2, target_modules=["head"], allora_eta=1.0, adapter_name="a")
+    with refuses(model, r"ALLoRA adapter 'a' must act alone; got \['a', 'b'\]"):
+        set_adapter(model, ["a", "b"])
+    model.head.merge()
+    with refuses(model, r"^head: adapter 'a' is merged, unmerge\(\) before switching; got 'b'"):
+        set_adapter(model, "b")
+
+
 @pytest.mark.parametrize(
     "kind, names, weights, options",
     [

@@ -12,7 +12,17 @@ from tiny_llama import TOKENS, llama
 from torch import nn
 from torch.nn import functional as F
 
-from fused_lora import LoRAFlow, apply_lora, link_reslora, lora_linear, merged, set_adapter, unload
+from fused_lora import (
+    LoRAFlow,
+    apply_lora,
+    link_reslora,
+    load_adapter,
+    lora_linear,
+    merged,
+    save_adapter,
+    set_adapter,
+    unload,
+)
 from fused_lora.backends import Request, refusal
 from fused_lora.testing import assert_close
 
@@ -341,6 +351,17 @@ def test_the_adapters_stay_frozen_under_a_flow():
     assert before == {name: t.requires_grad for name, t in model.named_parameters()}
     model(rows()).sum().backward()
     assert not any("lora_A" in name or "lora_B" in name for name, t in model.named_parameters() if t.grad is not None)
+
+
+def test_an_adapter_under_a_flow_is_not_read_again(tmp_path):
+    model = stack()
+    save_adapter(model, tmp_path, "zh")
+    filled(model, seed=9)
+    LoRAFlow(model, ["zh", "math"])
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"LoRA-Flow over .* must be removed, by its remove\(\), before set_adapter"):
+        load_adapter(model, tmp_path, "zh")
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_a_refused_flow_changes_nothing():

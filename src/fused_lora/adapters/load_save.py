@@ -27,10 +27,10 @@ from fused_lora.adapters.holders import (
 from fused_lora.adapters.hub import adapter_directory
 from fused_lora.adapters.model import (
     check_addable,
-    check_may_train,
     check_not_merged,
     check_not_mixed,
     check_one_bias,
+    check_settable,
     install,
     set_adapter,
 )
@@ -150,10 +150,10 @@ def load_adapter(
     known = adapter_name in adapter_names(root)
     if known:
         check_no_peft(model)
-        check_may_train(model, [adapter_name])
         check_readable_again(model)
         check_not_merged(root, "an adapter is read again")
         check_not_mixed(root, "reading an adapter")
+        check_settable(model, adapter_name)
     else:
         check_addable(model)
     directory = adapter_directory(directory, revision, subfolder, local_files_only)

@@ -15,6 +15,7 @@ from fused_lora.adapters.holders import (
     held,
     holders_of,
     named_holders,
+    naming,
 )
 from fused_lora.adapters.merging import choose_to_merge
 from fused_lora.adapters.model import check_not_merged, check_not_mixed, check_unlinked
@@ -130,10 +131,8 @@ def merge_and_unload(model: nn.Module, adapter_name: str | list[str] | None = No
     while layers:  # which keeps no layer, and so no weight, longer than needed
         name, layer = layers.popitem()  # the last first: of a module's parameters the inner before the outer
         if layer.active_adapter is not None:
-            try:
+            with naming(name):
                 layer.merge()
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
         _replace(places, layer, layer.plain())
     for wrapper in wrappers.values():
         wrapper.merge()

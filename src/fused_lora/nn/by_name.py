@@ -192,6 +192,15 @@ class AdaptersByName(nn.Module):
 
         Raises: ValueError if an adapter is unknown or ALLoRA among several, or others are merged into the weight.
         """
+        self.check_settable(adapter_name)
+        names = as_list(adapter_name)
+        for name in self.lora_A:
+            for tensor in self.own_tensors(name):
+                set_trainable(tensor, name in names)
+        self.active_adapter = one_or_list(names)
+
+    def check_settable(self, adapter_name: ActiveAdapter) -> None:
+        """Raises ValueError if `set_adapter` would refuse these adapters."""
         names = as_list(adapter_name)
         for name in names:
             self._check_known(name)
@@ -201,10 +210,6 @@ class AdaptersByName(nn.Module):
             raise ValueError(
                 f"adapter {self.active_adapter!r} is merged, unmerge() before switching; got {adapter_name!r}"
             )
-        for name in self.lora_A:
-            for tensor in self.own_tensors(name):
-                set_trainable(tensor, name in names)
-        self.active_adapter = one_or_list(names)
 
     def _check_resettable(self, adapter_name: str) -> None:
         self._check_known(adapter_name)
