@@ -342,13 +342,16 @@ def test_what_cannot_be_is_refused(call, message):
 
 
 def test_the_adapters_stay_frozen_under_a_flow():
-    model = stack()
+    """With the biases of the base that train with one."""
+    model = stack(("zh",), bias="all")
+    apply_lora(model, 2, adapter_name="math")
     LoRAFlow(model, ["zh", "math"])
     before = {name: t.requires_grad for name, t in model.named_parameters()}
     for names in ("zh", ["zh", "math"]):
         with pytest.raises(ValueError, match="before set_adapter acts on"):
             set_adapter(model, names)
     assert before == {name: t.requires_grad for name, t in model.named_parameters()}
+    assert all("lora_flow_gate" in name for name, trains in before.items() if trains)
     model(rows()).sum().backward()
     assert not any("lora_A" in name or "lora_B" in name for name, t in model.named_parameters() if t.grad is not None)
 

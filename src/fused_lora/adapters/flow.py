@@ -12,12 +12,13 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from fused_lora.adapters.blocks import Block, check_alone, rows_of_blocks
-from fused_lora.adapters.holders import adapter_names, all_holders, named_holders
+from fused_lora.adapters.holders import adapter_names, all_holders, named_holders, own_tensors
 from fused_lora.adapters.model import check_not_merged, set_adapter
 from fused_lora.adapters.unload import switch_on
 from fused_lora.adapters.wrappers import unwrapped
 from fused_lora.config import unknown_name
 from fused_lora.files import write_whole
+from fused_lora.nn.adapter_tensors import set_trainable
 from fused_lora.nn.linear import LoRALinear
 from fused_lora.variants.flow import BlockWeights, Flow, FlowGate
 
@@ -68,6 +69,8 @@ class LoRAFlow:
         self._before = {name: holder.active_adapter for name, holder in named_holders(root).items()}
         self._trained = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
         set_adapter(model, self.adapters)
+        for tensor in (tensor for name in self.adapters for tensor in own_tensors(root, name)):
+            set_trainable(tensor, False)
         try:
             self._blocks = [block for row in rows_of_blocks(root, "LoRA-Flow") for block in row if block.layers]
         except ValueError:
@@ -92,9 +95,6 @@ class LoRAFlow:
             block.module.add_module(_ATTRIBUTE, gate)
         for layer in block.layers.values():
             layer.link = Flow(layer, self.adapters, given)
-            for name in layer.active_adapters:
-                layer.lora_A[name].requires_grad_(False)
-                layer.lora_B[name].requires_grad_(False)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What trains."""

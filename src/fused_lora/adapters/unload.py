@@ -16,6 +16,7 @@ from fused_lora.adapters.holders import (
     holders_of,
     named_holders,
     naming,
+    train_biases,
 )
 from fused_lora.adapters.merging import choose_to_merge
 from fused_lora.adapters.model import check_not_merged, check_not_mixed, check_unlinked
@@ -78,6 +79,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     layers, wrappers = holders_of(root, adapter_name)
     check_unlinked(layers, "an adapter is taken off")
     acted = active_adapters(root) == [adapter_name]
+    train_biases(root, adapter_name, False)
     for layer in layers.values():
         layer.delete_adapter(adapter_name)
     for wrapper in wrappers.values():
@@ -101,6 +103,8 @@ def unload(model: nn.Module) -> nn.Module:
     places = _places(root)
     layers, wrappers = all_holders(root)
     check_unlinked(layers, "an adapter is taken off")
+    for name in biased_adapters(layers):
+        train_biases(root, name, False)
     for layer in layers.values():
         _replace(places, layer, layer.plain())
     for wrapper in wrappers.values():
@@ -128,6 +132,8 @@ def merge_and_unload(model: nn.Module, adapter_name: str | list[str] | None = No
     choose_to_merge(root, adapter_name)
     places = _places(root)
     layers, wrappers = all_holders(root)
+    for name in biased_adapters(layers):
+        train_biases(root, name, False)
     while layers:  # which keeps no layer, and so no weight, longer than needed
         name, layer = layers.popitem()  # the last first: of a module's parameters the inner before the outer
         if layer.active_adapter is not None:
@@ -137,7 +143,7 @@ def merge_and_unload(model: nn.Module, adapter_name: str | list[str] | None = No
     for wrapper in wrappers.values():
         wrapper.merge()
     for wrapper in wrappers.values():
-        _replace(places, wrapper, wrapper.plain())
+        _replace(places, wrapper, wrapper.plain().requires_grad_(False))
     _tell_untied(root)
     _release(root)
     return model
