@@ -25,6 +25,7 @@ from fused_lora import (
 )
 from fused_lora.backends import Request, refusal
 from fused_lora.testing import assert_close
+from fused_lora.variants.flow import FlowGate
 
 RANKS = {"zh": 3, "math": 5, "code": 3}
 SCALINGS = {"zh": 2.0, "math": 3.0, "code": 0.5}
@@ -379,6 +380,24 @@ def test_a_refused_flow_changes_nothing():
         LoRAFlow(model, ["zh", "math"])
     assert [parameter.requires_grad for parameter in model.parameters()] == trains
     assert model["head"].active_adapter is None and model["body"].layers[0].up.active_adapter == "math"
+
+
+def test_a_flow_that_fails_on_the_way_leaves_nothing(monkeypatch):
+    model, x = stack(), rows()
+    want, before = model(x), [(name, p.requires_grad) for name, p in model.named_parameters()]
+    made = []
+
+    def gate(*args, **kwargs):
+        if made:
+            raise MemoryError
+        made.append(FlowGate(*args, **kwargs))
+        return made[0]
+
+    monkeypatch.setattr("fused_lora.adapters.flow.FlowGate", gate)
+    with pytest.raises(MemoryError):
+        LoRAFlow(model, ["zh", "math"])
+    assert made and [(name, p.requires_grad) for name, p in model.named_parameters()] == before
+    assert torch.equal(model(x), want) and not any(block._forward_hooks for block in model.layers)
 
 
 def test_tokens_that_are_not_the_blocks():

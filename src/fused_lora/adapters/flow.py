@@ -68,17 +68,18 @@ class LoRAFlow:
         self._root, self.gates = root, dict[str, FlowGate]()
         self._before = {name: holder.active_adapter for name, holder in named_holders(root).items()}
         self._trained = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
-        set_adapter(model, self.adapters)
-        for tensor in (tensor for name in self.adapters for tensor in own_tensors(root, name)):
-            set_trainable(tensor, False)
-        try:
-            self._blocks = [block for row in rows_of_blocks(root, "LoRA-Flow") for block in row if block.layers]
-        except ValueError:
-            self._restore()
-            raise
+        self._blocks: list[Block] = []
         self._hooks: list[BlockWeights] = []
-        for block in self._blocks:
-            self._link(block, weights, temperature, static)
+        set_adapter(model, self.adapters)
+        try:
+            for tensor in (tensor for name in self.adapters for tensor in own_tensors(root, name)):
+                set_trainable(tensor, False)
+            self._blocks = [block for row in rows_of_blocks(root, "LoRA-Flow") for block in row if block.layers]
+            for block in self._blocks:
+                self._link(block, weights, temperature, static)
+        except BaseException:
+            self._take_off()
+            raise
 
     def _link(self, block: Block, weights: list[float], temperature: float, static: bool) -> None:
         """Give a block its gate and its layers their links."""
@@ -104,18 +105,18 @@ class LoRAFlow:
     def remove(self) -> None:
         """Take the gates off; the adapters that were active before act and train again. A second call does nothing."""
         check_not_merged(self._root, "LoRA-Flow is removed")
+        if self._blocks:
+            self._take_off()
+
+    def _take_off(self) -> None:
+        """Undo what was done to the model, all of it or as far as it came."""
         for hooks, block in zip(self._hooks, self._blocks):
             hooks.unwatch(block.module)
         for block in self._blocks:
             for layer in block.layers.values():
                 layer.link = None
             block.module._modules.pop(_ATTRIBUTE, None)
-        if self._blocks:
-            self._restore()
         self._blocks, self._hooks, self.gates = [], [], {}
-
-    def _restore(self) -> None:
-        """Have the adapters act and train that did before."""
         for parameter, trained in self._trained:
             parameter.requires_grad_(trained)
         switch_on(self._root, self._before)
