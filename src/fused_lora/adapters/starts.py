@@ -47,6 +47,10 @@ def check_start(plan: Plan, config: LoraConfig) -> None:
             raise ValueError(
                 f"init_lora_weights={init!r} changes the weight, which must be of one layer alone; got {name}, tied"
             )
+        if init == "pissa" and r and config.layer(name).scaling <= 0:  # whose root A and B are divided by
+            raise ValueError(
+                f"lora_alpha must be > 0 with init_lora_weights='pissa'; got {config.layer(name).lora_alpha} in {name}"
+            )
         if init == "orthogonal" and r % 2:
             raise ValueError(f"r must be even with init_lora_weights='orthogonal'; got {r} in {name}")
         if init != "orthogonal" and (weight.dtype is torch.float64 or r > min(weight.shape)):
@@ -54,6 +58,8 @@ def check_start(plan: Plan, config: LoraConfig) -> None:
                 f"init_lora_weights={init!r} needs a weight of at most 32 bits and r up to its smaller side; got "
                 f"{weight.dtype} of shape {list(weight.shape)} and r={r} in {name}"
             )
+        if init != "orthogonal" and r and not torch.isfinite(weight).all():
+            raise ValueError(f"{name}: weight must be finite with init_lora_weights={init!r}; got elements that are not")
 
 
 def start(root: nn.Module, adapter_name: str, init: bool | str) -> None:
