@@ -125,7 +125,7 @@ def test_a_weight_that_is_not_finite_is_found_before_others_change(init, tmp_pat
     with torch.no_grad():
         model[1].weight[0, 0] = torch.nan
     for put_on in (lambda: apply_lora(model, **given), lambda: load_adapter(model, tmp_path)):
-        with refuses(model, f"1: weight must be finite with init_lora_weights='{init}'; got elements that are not"):
+        with refuses(model, f"1: weight must be finite with init_lora_weights='{init}'; got others"):
             put_on()
 
 

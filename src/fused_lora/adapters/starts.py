@@ -59,7 +59,7 @@ def check_start(plan: Plan, config: LoraConfig) -> None:
                 f"{weight.dtype} of shape {list(weight.shape)} and r={r} in {name}"
             )
         if init != "orthogonal" and r and not torch.isfinite(weight).all():
-            raise ValueError(f"{name}: weight must be finite with init_lora_weights={init!r}; got elements that are not")
+            raise ValueError(f"{name}: weight must be finite with init_lora_weights={init!r}; got others")
 
 
 def start(root: nn.Module, adapter_name: str, init: bool | str) -> None:
