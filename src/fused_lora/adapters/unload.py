@@ -70,14 +70,11 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises: ValueError for an unknown adapter, a merged one, or a sharded model; nothing changes then.
     """
     root = unwrapped(model)
-    if adapter_name not in adapter_names(root):
-        raise unknown_name("adapter_name", adapter_name, adapter_names(root))
-    _check_removable(root)
+    check_deletable(root, [adapter_name])
     if adapter_names(root) == [adapter_name]:
         unload(model)
         return
     layers, wrappers = holders_of(root, adapter_name)
-    check_unlinked(layers, "an adapter is taken off")
     acted = active_adapters(root) == [adapter_name]
     train_biases(root, adapter_name, False)
     for layer in layers.values():
@@ -89,6 +86,16 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     if acted:
         left = adapter_names(root)
         warnings.warn(f"no adapter of the model is active now, nor trains: set_adapter to one of {left}", stacklevel=2)
+
+
+def check_deletable(root: nn.Module, names: list[str]) -> None:
+    """Raises ValueError if `delete_adapter` would refuse one of these adapters."""
+    for name in names:
+        if name not in adapter_names(root):
+            raise unknown_name("adapter_name", name, adapter_names(root))
+    _check_removable(root)
+    for name in names:
+        check_unlinked(holders_of(root, name)[0], "an adapter is taken off")
 
 
 def unload(model: nn.Module) -> nn.Module:
