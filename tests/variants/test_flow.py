@@ -296,6 +296,12 @@ def test_files(language, tmp_path):
     again = LoRAFlow(stack(), ["zh", "math"])
     again.load(tmp_path)
     assert {gate.temperature for gate in again.gates.values()} == {1.5}
+    tensors, about = load_file(tmp_path / "lora_flow.safetensors"), {"adapters": '["zh", "math"]'}
+    for bad in ("0.0", "nan", "-1.0", "inf"):
+        save_file(tensors, tmp_path / "lora_flow.safetensors", about | {"temperature": bad})
+        with pytest.raises(ValueError, match=f"file of LoRAFlow.save; got temperature must be a number > 0; got {bad}"):
+            again.load(tmp_path)
+    assert {gate.temperature for gate in again.gates.values()} == {1.5}
     save_file({"a": torch.zeros(1)}, tmp_path / "lora_flow.safetensors")
     with pytest.raises(ValueError, match="must be a file of LoRAFlow.save"):
         again.load(tmp_path)
@@ -310,7 +316,10 @@ def test_files(language, tmp_path):
         (lambda m: LoRAFlow(m, ["zh", "zh"]), "adapters must be different names"),
         (lambda m: LoRAFlow(m, ["zh", "mth"]), r"adapters must be one of .*got 'mth' \(did you mean 'math'\?\)"),
         (lambda m: LoRAFlow(m, ["zh", "math"], [1]), "init_weights must be 2 finite numbers, one for each adapter"),
+        (lambda m: LoRAFlow(m, ["zh", "math"], 0.5), "init_weights must be 2 finite numbers, .*; got 0.5"),
+        (lambda m: LoRAFlow(m, ["zh", "math"], ["x", 1]), "init_weights must be 2 finite numbers, .*; got .'x', 1]"),
         (lambda m: LoRAFlow(m, ["zh", "math"], temperature=0.0), "temperature must be a number > 0; got 0.0"),
+        (lambda m: LoRAFlow(m, ["zh", "math"], temperature="1"), "temperature must be a number > 0; got '1'"),
         (lambda m: (LoRAFlow(m, ["zh"]), LoRAFlow(m, ["zh"])), "LoRA-Flow and LoRA-Flow over .* exclude each other"),
         (
             lambda m: (LoRAFlow(m, ["zh"]), merged(m).__enter__()),

@@ -18,6 +18,7 @@ from fused_lora.adapters.unload import switch_on
 from fused_lora.adapters.wrappers import unwrapped
 from fused_lora.config import unknown_name
 from fused_lora.files import write_whole
+from fused_lora.layer_config import as_number, finite_numbers
 from fused_lora.nn.adapter_tensors import set_trainable
 from fused_lora.nn.linear import LoRALinear
 from fused_lora.variants.flow import BlockWeights, Flow, FlowGate
@@ -60,9 +61,11 @@ class LoRAFlow:
     ):
         root = unwrapped(model)
         self.adapters = _checked_adapters(root, adapters)
-        weights = _checked_weights(init_weights, len(self.adapters))
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be a number > 0; got {temperature!r}")
+        count = len(self.adapters)
+        weights = [0.0] * (count - 1) + [1.0]
+        if init_weights is not None:
+            weights = finite_numbers("init_weights", init_weights, count)
+        temperature = _checked_temperature(temperature)
         for name, layer in all_holders(root)[0].items():
             check_alone(name, layer, "LoRA-Flow")
         self._root, self.gates = root, dict[str, FlowGate]()
@@ -147,7 +150,7 @@ class LoRAFlow:
             with safe_open(path, framework="pt") as file:
                 about, keys = file.metadata() or {}, list(file.keys())
                 tensors = {key: file.get_tensor(key) for key in keys}
-                adapters, temperature = json.loads(about["adapters"]), float(about["temperature"])
+                adapters, temperature = json.loads(about["adapters"]), _checked_temperature(float(about["temperature"]))
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} must be a file of LoRAFlow.save; got {error}") from None
         if adapters != self.adapters:
@@ -176,12 +179,11 @@ def _checked_adapters(root: nn.Module, adapters: Sequence[str]) -> list[str]:
     return list(adapters)
 
 
-def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    if weights is None:
-        return [0.0] * (count - 1) + [1.0]
-    if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"init_weights must be {count} finite numbers, one for each adapter; got {list(weights)}")
-    return [float(weight) for weight in weights]
+def _checked_temperature(temperature: float) -> float:
+    """Of a call or of a file."""
+    if not 0 < as_number(temperature) < math.inf:
+        raise ValueError(f"temperature must be a number > 0; got {temperature!r}")
+    return as_number(temperature)
 
 
 def _width(root: nn.Module, first: LoRALinear) -> int:
