@@ -270,6 +270,22 @@ def test_a_failed_forward_leaves_nothing():
     assert not any(hooks._frames for hooks in flow._hooks)
 
 
+def test_a_forward_that_does_not_begin_raises_its_own_error_alone(recwarn):
+    """In our hook, which wants a tensor, and in one before it: what is called at the end does not fail beside it."""
+    model = stack()
+    flow = LoRAFlow(model, ["zh", "math"])
+    with pytest.raises(ValueError, match="a linked block must be given a tensor; got 1 arguments without one"):
+        model.layers[0]("no tensor")
+
+    def fails(*_):
+        raise KeyError("mine")
+
+    model.layers[0].register_forward_pre_hook(fails, prepend=True)
+    with pytest.raises(KeyError, match="mine"):
+        model(rows())
+    assert not [str(warning.message) for warning in recwarn] and not any(hooks._frames for hooks in flow._hooks)
+
+
 def test_files(language, tmp_path):
     model, flow = language
     with torch.no_grad():

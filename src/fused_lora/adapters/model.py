@@ -131,11 +131,11 @@ def _config(given: dict, config, model: nn.Module) -> LoraConfig:
 def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
     """Make one adapter of the model, or those of a list, active and the only ones that train; None is the base model.
 
-    The updates of several are added. Layers and modules_to_save without such an adapter run as in the base model; of
-    modules_to_save one copy can act.
+    The updates of several are added; one that is named twice counts twice, as in PEFT. Layers and modules_to_save
+    without such an adapter run as in the base model; of modules_to_save one copy can act.
 
-    Raises: ValueError for an unknown adapter, if another one is merged into some layer, or for two copies of a module;
-        nothing changes then.
+    Raises: ValueError for an unknown adapter, if another one is merged into some layer, for ALLoRA among several in one
+        or for two copies of a module; nothing changes then.
     """
     root = unwrapped(model)
     check_settable(model, adapter_name)

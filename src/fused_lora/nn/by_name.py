@@ -188,7 +188,8 @@ class AdaptersByName(nn.Module):
         return as_list(self.active_adapter)
 
     def set_adapter(self, adapter_name: ActiveAdapter) -> None:
-        """Make one adapter, or those of a list, active and the only trainable ones; None is the base layer alone.
+        """Make one adapter, or those of a list, active and the only trainable ones; None is the base layer alone. One
+        that is named twice counts twice.
 
         Raises: ValueError if an adapter is unknown or ALLoRA among several, or others are merged into the weight.
         """
