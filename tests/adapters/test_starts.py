@@ -129,6 +129,24 @@ def test_a_weight_that_is_not_finite_is_found_before_others_change(init, tmp_pat
             put_on()
 
 
+@pytest.mark.parametrize("error", [torch.linalg.LinAlgError("no convergence"), MemoryError("no convergence")])
+def test_factors_that_cannot_be_found_leave_the_model_as_it_was(error, monkeypatch, refuses):
+    model, svd, done = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8)), torch.linalg.svd, []
+
+    def fails(*args, **kwargs):
+        if done:
+            raise error
+        done.append(args)
+        return svd(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    named = isinstance(error, torch.linalg.LinAlgError)
+    with refuses(
+        model, ("1: weight must .*" if named else "") + "no convergence", ValueError if named else MemoryError
+    ):
+        apply_lora(model, r=2, target_modules=["0", "1"], init_lora_weights="pissa")
+
+
 @pytest.mark.parametrize("adapted", [[], ["embed_tokens"]])
 def test_weights_that_two_layers_share_are_left_alone(adapted, refuses):
     model = llama(tie=True)

@@ -36,7 +36,7 @@ from fused_lora.adapters.model import (
 )
 from fused_lora.adapters.places import parameter_names, walk
 from fused_lora.adapters.plan import Plan, make_plan
-from fused_lora.adapters.starts import check_start, start
+from fused_lora.adapters.starts import check_start, first_factors, start
 from fused_lora.adapters.wrappers import (
     check_no_peft,
     check_readable_again,
@@ -168,8 +168,9 @@ def load_adapter(
         found = peft_format.find_tensors(directory, _expected(root, plan, config), lambda: base_tensors(root), again)
         values = peft_format.read_tensors(directory, found)
         if not known:
+            first = first_factors(plan, config)
             install(root, plan, config, adapter_name)
-            start(root, adapter_name, config.init_lora_weights)
+            start(root, adapter_name, config.init_lora_weights, first)
         for name, layer in holders_of(root, adapter_name)[0].items():
             given = config.layer(pattern_name(name, layer))
             variant = given.dora_exact, given.allora_eta, given.allora_mode

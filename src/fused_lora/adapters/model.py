@@ -18,7 +18,7 @@ from fused_lora.adapters.holders import (
 )
 from fused_lora.adapters.peft_config import from_peft, is_peft_config
 from fused_lora.adapters.plan import Plan, make_plan
-from fused_lora.adapters.starts import check_start, start
+from fused_lora.adapters.starts import check_start, first_factors, start
 from fused_lora.adapters.untrained import watch
 from fused_lora.adapters.weight_readers import call_all_layers
 from fused_lora.adapters.wrappers import check_no_peft, check_open, is_replicated, reshard, unwrapped
@@ -107,8 +107,9 @@ def apply_lora(
     plan = make_plan(model, lora_config, strict=True)
     check_start(plan, lora_config)
     check_one_bias(unwrapped(model), lora_config)
+    first = first_factors(plan, lora_config)
     install(unwrapped(model), plan, lora_config, adapter_name)
-    start(unwrapped(model), adapter_name, lora_config.init_lora_weights)
+    start(unwrapped(model), adapter_name, lora_config.init_lora_weights, first)
     set_adapter(model, adapter_name)
     return model
 
