@@ -41,6 +41,18 @@ def test_recipes_make_adapters_that_train():
         biderman(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("word", ["num_experts_per_tok", "moe_topk", "experts_per_token", "top_k_experts"])
+def test_models_name_the_experts_of_a_token_in_their_own_words(word):
+    from transformers import PretrainedConfig
+
+    model = torch.nn.Module()
+    model.config = PretrainedConfig(model_type="mixture", hidden_size=8, **{word: 4})
+    model.mlp = torch.nn.Module()
+    model.mlp.experts = torch.nn.Module()
+    model.mlp.experts.down_proj = torch.nn.Parameter(torch.zeros(4, 8, 8))
+    assert lora_without_regret(model, r=32).config.rank_pattern == {r".*experts\.down_proj": 8}
+
+
 def test_experts_share_the_rank():
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

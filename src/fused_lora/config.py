@@ -71,7 +71,7 @@ class LoraConfig:
         ensure_weight_tying: let modules that are tied to one of modules_to_save have its copy, too; of
             trainable_token_indices it asks that tied modules have the same.
         bias: which biases of the base train with the adapter, in place: "none", with "lora_only" those of the layers
-            that have the adapter, or "all". One adapter of a model can train them, and they stay when it goes.
+            that have the adapter, or "all". One adapter of a model can train them; when it goes they stay, frozen.
         init_lora_weights: True for a random A and a zero B, "gaussian" for another random A, False for a random B as
             well; by PEFT, if it is installed, "orthogonal", and "pissa" and "olora", which take A and B out of the base
             weights and leave the rest in them.

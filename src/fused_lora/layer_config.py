@@ -3,8 +3,11 @@
 import math
 import sys
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _LARGEST_RANK = 2**31 - 1
 _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -14,6 +17,23 @@ _ALLORA_MODES = ("gradient", "update")
 def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA; 0 where there is no rank."""
     return 0.0 if r == 0 else lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def finite_numbers(name: str, values: Any, count: int) -> list[float]:
+    """The values as floats. Raises: ValueError unless they are so many finite numbers."""
+    try:
+        numbers = [as_number(value) for value in values]
+    except TypeError:  # nothing that can be gone through
+        numbers = []
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name} must be {count} finite numbers, one for each adapter; got {values!r}")
+    return numbers
+
+
+def as_number(value: Any) -> float:
+    """A number, or a tensor of one element, as a float; NaN for anything else."""
+    one = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    return float(value) if one else math.nan
 
 
 def check_adapter_dtype(dtype: torch.dtype | None) -> None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fused_lora.adapters.experts import experts_per_token
 from fused_lora.config import LoraConfig, unknown_name
 
 # Exponents of (2000 / hidden size) by family, and the constants: fits of tinker-cookbook's hyperparam_utils.py.
@@ -82,7 +83,7 @@ def lora_without_regret(
     text: Any = _text_config(model)
     family = "qwen" if "qwen" in str(text.model_type) else "llama"
     lr = recommended_lr(text.hidden_size, family, full_ft_lr, steps)
-    active = getattr(text, "num_experts_per_tok", None) or 1
+    active = experts_per_token(model) or 1
     experts = sorted({name.rpartition(".")[2] for name, p in model.named_parameters() if _is_of_experts(name, p)})
     ranks = {rf".*experts\.{name}": max(1, r // active) for name in experts}
     config = LoraConfig(

@@ -114,6 +114,32 @@ def test_biases_train_with_their_adapter_alone(tmp_path):
     torch.testing.assert_close(logits(fused_lora.unload(model)), want)
 
 
+def trains(model) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_are_frozen_when_their_adapter_goes(bias):
+    """PEFT leaves them training."""
+
+    def adapted():
+        model = apply_lora(bert(), **LORA, bias=bias)
+        apply_lora(model, 2, target_modules=["query"], adapter_name="other")
+        set_adapter(model, "default")
+        assert any(name.endswith(".bias") for name in trains(model))
+        return model
+
+    assert not trains(fused_lora.unload(adapted())) and not trains(fused_lora.merge_and_unload(adapted()))
+    model = adapted()
+    with pytest.warns(UserWarning, match="no adapter of the model is active now, nor trains"):
+        fused_lora.delete_adapter(model, "default")
+    assert not trains(model)
+    model = adapted()
+    set_adapter(model, ["default", "other"])
+    fused_lora.delete_adapter(model, "default")
+    assert trains(model) and all(".other" in name for name in trains(model))
+
+
 class Net(nn.Module):
     """A linear layer, one that is called for its hook, a convolution, and a linear layer without a bias."""
 

@@ -136,6 +136,16 @@ def test_several_are_set_and_deleted_by_name(files, tmp_path):
     assert saved.up.active_adapter == "b"
 
 
+def test_a_layer_that_cannot_switch_is_found_before_others_have(refuses):
+    model = apply_lora(Net(), 2, target_modules=["up", "head"], adapter_name="b")
+    apply_lora(model, 2, 2, target_modules=["head"], allora_eta=1.0, adapter_name="a")
+    with refuses(model, r"ALLoRA adapter 'a' must act alone; got \['a', 'b'\]"):
+        set_adapter(model, ["a", "b"])
+    model.head.merge()
+    with refuses(model, r"^head: adapter 'a' is merged, unmerge\(\) before switching; got 'b'"):
+        set_adapter(model, "b")
+
+
 @pytest.mark.parametrize(
     "kind, names, weights, options",
     [
@@ -188,6 +198,9 @@ def test_a_copy_of_a_module_goes_along():
         (([], [], "new"), "adapters must be different names, one at least"),
         ((["a", "a"], [1, 1], "new"), "adapters must be different names"),
         ((["a", "b"], [1], "new"), "weights must be 2 finite numbers"),
+        ((["a", "b"], 0.5, "new"), "weights must be 2 finite numbers, one for each adapter; got 0.5"),
+        ((["a", "b"], ["x", 1], "new"), r"weights must be 2 finite numbers, one for each adapter; got \['x', 1\]"),
+        ((["a", "b"], "12", "new"), "weights must be 2 finite numbers, one for each adapter; got '12'"),
         ((["a", "b"], [1, float("nan")], "new"), "weights must be 2 finite numbers"),
         ((["a", "b"], [1, 1], "c"), "adapter_name must be new to the model"),
         ((["a", "b"], [1, 1], "new", "ties"), "combination_type must be one of linear, cat, svd; got 'ties'"),

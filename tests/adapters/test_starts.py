@@ -98,6 +98,7 @@ def test_random_starts(init):
     [
         (nn.Linear, {"init_lora_weights": "pisa"}, r"init_lora_weights must be a bool or one of .*; got 'pisa'"),
         (nn.Linear, {"init_lora_weights": "orthogonal", "r": 3}, r"r must be even .*; got 3 in 0"),
+        (nn.Linear, {"init_lora_weights": "pissa", "r": 2, "lora_alpha": 0}, r"lora_alpha must be > 0 .*; got 0 in 0"),
         (nn.Linear, {"init_lora_weights": "pissa", "r": 7}, r"r up to its smaller side; got .* \[8, 6\] and r=7 in 0"),
         (
             nn.Bilinear,
@@ -110,6 +111,40 @@ def test_refusals(model, arguments, message, refuses):
     model = nn.Sequential(model(6, 8) if model is nn.Linear else model(6, 6, 8), nn.Linear(4, 4))
     with refuses(model, message):
         apply_lora(model, **{"r": 2, "target_modules": ["0"] if "r" in arguments else ["1"], **arguments})
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_weight_that_is_not_finite_is_found_before_others_change(init, tmp_path, refuses):
+    def linears():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8))
+
+    given = dict(r=2, target_modules=["0", "1"], init_lora_weights=init)
+    save_adapter(apply_lora(linears(), **given), tmp_path)
+    model = linears()
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.nan
+    for put_on in (lambda: apply_lora(model, **given), lambda: load_adapter(model, tmp_path)):
+        with refuses(model, f"1: weight must be finite with init_lora_weights='{init}'; got others"):
+            put_on()
+
+
+@pytest.mark.parametrize("error", [torch.linalg.LinAlgError("no convergence"), MemoryError("no convergence")])
+def test_factors_that_cannot_be_found_leave_the_model_as_it_was(error, monkeypatch, refuses):
+    model, svd, done = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8)), torch.linalg.svd, []
+
+    def fails(*args, **kwargs):
+        if done:
+            raise error
+        done.append(args)
+        return svd(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    named = isinstance(error, torch.linalg.LinAlgError)
+    with refuses(
+        model, ("1: weight must .*" if named else "") + "no convergence", ValueError if named else MemoryError
+    ):
+        apply_lora(model, r=2, target_modules=["0", "1"], init_lora_weights="pissa")
 
 
 @pytest.mark.parametrize("adapted", [[], ["embed_tokens"]])

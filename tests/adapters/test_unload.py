@@ -60,6 +60,16 @@ def test_delete_adapter(refuses):
         unload(model)
 
 
+def test_a_list_of_adapters_is_deleted_or_none_of_them(refuses):
+    model = two_adapters()
+    with refuses(model, r"adapter_name must be one of \['a', 'b'\]; got 'c'"):
+        model.delete_adapter(["a", "c"])
+    model.delete_adapter(["a", "a"])
+    assert model.model.layers[0].self_attn.q_proj.lora_A.keys() == {"b"}
+    model.delete_adapter("b")
+    assert is_plain(model)
+
+
 @pytest.mark.parametrize("tie", [False, True])
 def test_unload_gives_the_plain_model_back(tie):
     model = llama(tie=tie)

@@ -87,6 +87,25 @@ def test_layers_whose_magnitude_alone_trains(tmp_path):
     assert f"{alone}.weight" not in updates and "whose magnitude alone trains" in notes[0]
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_of_another_base_is_named(tmp_path, use_dora):
+    options = dict(use_dora=True, rank_pattern={"q_proj": 0}) if use_dora else dict(modules_to_save=["lm_head"])
+    save_adapter(apply_lora(llama(), 2, target_modules=["q_proj", "up_proj"], **options), tmp_path)
+    weights = dict(llama().state_dict())
+    q, head = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"
+    without = {name: t for name, t in weights.items() if name != q}
+    with pytest.raises(ValueError, match=f"--model must be the adapter's base: it must have {q}; got a model without"):
+        read_adapter(tmp_path, without)
+    name, words = (q, "must have 64 rows, as many as magnitudes; got 63") if use_dora else (head, "must have shape")
+    with pytest.raises(ValueError, match=f"--model must be the adapter's base: {name} {words}"):
+        read_adapter(tmp_path, weights | {name: weights[name][:-1]})
+    file = tmp_path / "adapter_model.safetensors"
+    tensors, key = load_file(file), "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    save_file(tensors | {key: tensors[key][:1].clone()}, file)
+    with pytest.raises(ValueError, match=r"must hold lora_A and lora_B of model.layers.0.mlp.up_proj of one rank; got"):
+        read_adapter(tmp_path, weights)
+
+
 def test_the_figures_are_the_functions(trained):
     from fused_lora.models import load_model
 

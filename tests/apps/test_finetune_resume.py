@@ -2,15 +2,18 @@
 
 import dataclasses
 import errno
+import json
 import os
 
 import pytest
 import torch
 from finetune_runs import FILES, refused_unloaded, rows_of
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fused_lora import apply_lora, files
 from fused_lora.finetune import checkpoint, job
+from fused_lora.schedules import MergeSchedule
 
 
 class Killed(Exception):
@@ -114,6 +117,54 @@ def test_a_checkpoint_of_another_model_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="must hold the 2 trained tensors of this model; got 2, which differ"):
         checkpoint.load_checkpoint(path, model, optimizer, scaler, settings)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+MOMENT = "optimizer.exp_avg.0.lora_B.default"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(remove="rng.cpu"), "must hold the state of PyTorch's generator of each process as rng.cpu; got KeyError"),
+        (dict(change="rng.cpu", to=torch.zeros(1, 9, dtype=torch.uint8)), "generator of each process as rng.cpu; got"),
+        (dict(change="rng.cpu", to=torch.zeros(0, 9, dtype=torch.uint8)), "generator of each process as rng.cpu; got"),
+        (dict(change=MOMENT, to=torch.zeros(1, 3)), r"exp_avg.0.lora_B.default must fit .* \[4, 2\]; got .* \[1, 3\]"),
+        (dict(change=MOMENT, to=torch.zeros(2, 4)), r"exp_avg.0.lora_B.default must fit .* \[4, 2\]; got .* \[2, 4\]"),
+        (dict(change="optimizer.step.0.lora_B.default", to=torch.zeros(2)), "step.0.lora_B.default must fit"),
+        (dict(change="optimizer.exp_avg", to=torch.zeros(2)), "optimizer's state of this model only; got optim"),
+        (dict(remove=MOMENT), f"must hold {MOMENT}, as of others; got none"),
+        (dict(remove="schedule.steps"), "the schedule's state must be of a schedule with export='weights'"),
+        (dict(state="scaler", to={"scale": 1.0}), r"must hold a loss scale of \[\]; got \['scale'\]"),
+        (dict(state="step", to=None), "a whole checkpoint of fused-lora; got ValueError: step must be of type"),
+        (dict(state="settings", to=3), "got ValueError: settings must be of type dict; got 3"),
+    ],
+)
+def test_a_checkpoint_that_lacks_something_changes_nothing(tmp_path, change, message):
+    path, scaler = tmp_path / "checkpoint.safetensors", torch.amp.GradScaler("cpu", enabled=False)
+
+    def made():
+        model = apply_lora(torch.nn.Sequential(torch.nn.Linear(4, 4)), 2, target_modules=["0"])
+        optimizer, schedule = torch.optim.AdamW(checkpoint.trained(model).values()), MergeSchedule(model, every=1)
+        return model, optimizer, schedule
+
+    model, optimizer, schedule = made()
+    model(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+    schedule.merges = schedule.steps = schedule.merged_at = 1
+    checkpoint.save_checkpoint(path, model, optimizer, scaler, 1, {}, schedule)
+    with safe_open(path, "pt") as file:
+        tensors, state = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["fused_lora"])  # noqa: SIM118
+    if "remove" in change:
+        del tensors[change["remove"]]
+    else:
+        (tensors if "change" in change else state)[change.get("change") or change["state"]] = change["to"]
+    save_file(tensors, path, {"fused_lora": json.dumps(state)})
+    model, optimizer, schedule = made()
+    before, generator = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"checkpoint.safetensors.*{message}"):
+        checkpoint.load_checkpoint(path, model, optimizer, scaler, {}, schedule)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not optimizer.state and not schedule.merges and torch.equal(torch.get_rng_state(), generator)
 
 
 def test_another_run_is_not_overwritten_unasked(tiny, run, settings_of, stopped_copy):

@@ -101,3 +101,11 @@ def test_bad_input():
     with pytest.raises(ValueError, match="proj: scaling must not be 0"):
         create_lorafa_optimizer(model)
     assert model.base_model.model.proj.lora_A["default"].weight.requires_grad
+    model, given = Net(), dict(lr=0.1, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)
+    lora_A = [p for name, p in model.named_parameters() if "lora_A" in name]
+    for p in lora_A:
+        p.grad = torch.ones_like(p)
+    for name, value in dict(lr=-1.0, betas=(1.0, 0.9), eps=-1.0, weight_decay=-1.0).items():
+        with pytest.raises(ValueError, match="[Ii]nvalid"):
+            create_lorafa_optimizer(model, **given | {name: value})
+        assert lora_A and all(p.requires_grad and p.grad is not None for p in lora_A)

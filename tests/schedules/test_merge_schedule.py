@@ -305,6 +305,37 @@ def test_a_warm_up_follows_each_merge_and_no_scheduler_sees_it():
     assert taken == pytest.approx([share[step] * 0.9**step for step in range(10)])
 
 
+@pytest.mark.parametrize("scheduled", ["before", "after"])
+def test_a_step_that_fails_in_a_warm_up_leaves_the_learning_rate(scheduled):
+    """Whether a scheduler, which takes the place of `optimizer.step`, is made before the warm-up or after."""
+    model = adapted()
+    optimizer = torch.optim.SGD(factors(model), lr=1.0)
+    schedule, made = MergeSchedule.relora(model, every=1, warmup=4), []
+
+    def scheduler():
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    made += [scheduler()] if scheduled == "before" else []
+    schedule.attach(optimizer)
+    made += [scheduler()] if scheduled == "after" else []
+    taken = []
+    optimizer.register_step_pre_hook(lambda optimizer, *_: taken.append(optimizer.param_groups[0]["lr"]))
+
+    def fails():
+        raise MemoryError
+
+    model(torch.ones(32)).sum().backward()
+    optimizer.step()
+    schedule.step(optimizer)
+    with pytest.raises(MemoryError):
+        optimizer.step(fails)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    model(torch.ones(32)).sum().backward()
+    optimizer.step()
+    made[0].step()
+    assert taken == [1.0, 0.25, 0.25] and optimizer.param_groups[0]["lr"] == 0.5
+
+
 def test_the_trainer_merges_and_resumes(tmp_path):
     from transformers import Trainer, TrainingArguments
 

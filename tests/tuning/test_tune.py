@@ -234,9 +234,23 @@ def test_bad_arguments_are_refused_before_anything_is_written(cache, given, word
     assert not cache.exists()
 
 
+def test_arguments_may_be_generators(cache, monkeypatch):
+    given = {}
+
+    def seen(*arguments):
+        given.update(zip(("model", "device", "dtypes", "rows", "ranks", "dropouts"), arguments))
+        return []
+
+    monkeypatch.setattr(job, "cases_for", seen)
+    of = dict(dtypes=(torch.float32,), rows=(64,), ranks=(4,), dropouts=(0.0,))
+    tuning.tune(device="cpu", **{name: iter(values) for name, values in of.items()})
+    assert {name: given[name] for name in of} == of
+
+
 def test_the_shapes_of_a_model(tiny_model):
     model = nn.ModuleDict({"a": nn.Linear(8, 16), "b": nn.Linear(8, 16), "c": nn.Linear(16, 8)})
     assert problems.shapes_of(model) == [(8, 16, 16), (16, 8, 16)]
+    assert problems.shapes_of(model, iter([3])) == [(8, 16, 3), (16, 8, 3)]
     fused_lora.apply_lora(model, r=4, lora_alpha=8, target_modules=["a"])
     assert problems.shapes_of(model) == [(8, 16, 4), (8, 16, 16), (16, 8, 16)]
     assert problems.shapes_of(model, [2]) == [(8, 16, 2), (16, 8, 2)]

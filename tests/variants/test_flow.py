@@ -12,8 +12,19 @@ from tiny_llama import TOKENS, llama
 from torch import nn
 from torch.nn import functional as F
 
-from fused_lora import LoRAFlow, apply_lora, link_reslora, lora_linear, merged, set_adapter, unload
+from fused_lora import (
+    LoRAFlow,
+    apply_lora,
+    link_reslora,
+    load_adapter,
+    lora_linear,
+    merged,
+    save_adapter,
+    set_adapter,
+    unload,
+)
 from fused_lora.testing import assert_close
+from fused_lora.variants.flow import FlowGate
 
 RANKS = {"zh": 3, "math": 5, "code": 3}
 SCALINGS = {"zh": 2.0, "math": 3.0, "code": 0.5}
@@ -257,6 +268,22 @@ def test_a_failed_forward_leaves_nothing():
     assert not any(hooks._frames for hooks in flow._hooks)
 
 
+def test_a_forward_that_does_not_begin_raises_its_own_error_alone(recwarn):
+    """In our hook, which wants a tensor, and in one before it: what is called at the end does not fail beside it."""
+    model = stack()
+    flow = LoRAFlow(model, ["zh", "math"])
+    with pytest.raises(ValueError, match="a linked block must be given a tensor; got 1 arguments without one"):
+        model.layers[0]("no tensor")
+
+    def fails(*_):
+        raise KeyError("mine")
+
+    model.layers[0].register_forward_pre_hook(fails, prepend=True)
+    with pytest.raises(KeyError, match="mine"):
+        model(rows())
+    assert not [str(warning.message) for warning in recwarn] and not any(hooks._frames for hooks in flow._hooks)
+
+
 def test_files(language, tmp_path):
     model, flow = language
     with torch.no_grad():
@@ -283,6 +310,12 @@ def test_files(language, tmp_path):
     again = LoRAFlow(stack(), ["zh", "math"])
     again.load(tmp_path)
     assert {gate.temperature for gate in again.gates.values()} == {1.5}
+    tensors, about = load_file(tmp_path / "lora_flow.safetensors"), {"adapters": '["zh", "math"]'}
+    for bad in ("0.0", "nan", "-1.0", "inf"):
+        save_file(tensors, tmp_path / "lora_flow.safetensors", about | {"temperature": bad})
+        with pytest.raises(ValueError, match=f"file of LoRAFlow.save; got temperature must be a number > 0; got {bad}"):
+            again.load(tmp_path)
+    assert {gate.temperature for gate in again.gates.values()} == {1.5}
     save_file({"a": torch.zeros(1)}, tmp_path / "lora_flow.safetensors")
     with pytest.raises(ValueError, match="must be a file of LoRAFlow.save"):
         again.load(tmp_path)
@@ -297,7 +330,10 @@ def test_files(language, tmp_path):
         (lambda m: LoRAFlow(m, ["zh", "zh"]), "adapters must be different names"),
         (lambda m: LoRAFlow(m, ["zh", "mth"]), r"adapters must be one of .*got 'mth' \(did you mean 'math'\?\)"),
         (lambda m: LoRAFlow(m, ["zh", "math"], [1]), "init_weights must be 2 finite numbers, one for each adapter"),
+        (lambda m: LoRAFlow(m, ["zh", "math"], 0.5), "init_weights must be 2 finite numbers, .*; got 0.5"),
+        (lambda m: LoRAFlow(m, ["zh", "math"], ["x", 1]), "init_weights must be 2 finite numbers, .*; got .'x', 1]"),
         (lambda m: LoRAFlow(m, ["zh", "math"], temperature=0.0), "temperature must be a number > 0; got 0.0"),
+        (lambda m: LoRAFlow(m, ["zh", "math"], temperature="1"), "temperature must be a number > 0; got '1'"),
         (lambda m: (LoRAFlow(m, ["zh"]), LoRAFlow(m, ["zh"])), "LoRA-Flow and LoRA-Flow over .* exclude each other"),
         (
             lambda m: (LoRAFlow(m, ["zh"]), merged(m).__enter__()),
@@ -330,15 +366,29 @@ def test_what_cannot_be_is_refused(call, message):
 
 
 def test_the_adapters_stay_frozen_under_a_flow():
-    model = stack()
+    """With the biases of the base that train with one."""
+    model = stack(("zh",), bias="all")
+    apply_lora(model, 2, adapter_name="math")
     LoRAFlow(model, ["zh", "math"])
     before = {name: t.requires_grad for name, t in model.named_parameters()}
     for names in ("zh", ["zh", "math"]):
         with pytest.raises(ValueError, match="before set_adapter acts on"):
             set_adapter(model, names)
     assert before == {name: t.requires_grad for name, t in model.named_parameters()}
+    assert all("lora_flow_gate" in name for name, trains in before.items() if trains)
     model(rows()).sum().backward()
     assert not any("lora_A" in name or "lora_B" in name for name, t in model.named_parameters() if t.grad is not None)
+
+
+def test_an_adapter_under_a_flow_is_not_read_again(tmp_path):
+    model = stack()
+    save_adapter(model, tmp_path, "zh")
+    filled(model, seed=9)
+    LoRAFlow(model, ["zh", "math"])
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"LoRA-Flow over .* must be removed, by its remove\(\), before set_adapter"):
+        load_adapter(model, tmp_path, "zh")
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_a_refused_flow_changes_nothing():
@@ -353,6 +403,24 @@ def test_a_refused_flow_changes_nothing():
         LoRAFlow(model, ["zh", "math"])
     assert [parameter.requires_grad for parameter in model.parameters()] == trains
     assert model["head"].active_adapter is None and model["body"].layers[0].up.active_adapter == "math"
+
+
+def test_a_flow_that_fails_on_the_way_leaves_nothing(monkeypatch):
+    model, x = stack(), rows()
+    want, before = model(x), [(name, p.requires_grad) for name, p in model.named_parameters()]
+    made = []
+
+    def gate(*args, **kwargs):
+        if made:
+            raise MemoryError
+        made.append(FlowGate(*args, **kwargs))
+        return made[0]
+
+    monkeypatch.setattr("fused_lora.adapters.flow.FlowGate", gate)
+    with pytest.raises(MemoryError):
+        LoRAFlow(model, ["zh", "math"])
+    assert made and [(name, p.requires_grad) for name, p in model.named_parameters()] == before
+    assert torch.equal(model(x), want) and not any(block._forward_hooks for block in model.layers)
 
 
 def test_tokens_that_are_not_the_blocks():

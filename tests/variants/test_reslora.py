@@ -309,6 +309,7 @@ def test_inputs_that_are_written_to_are_noticed():
         ),
         (lambda m: link_reslora(m, "block").merge("weights"), "mode must be 'exact' with shortcut 'block'"),
         (lambda m: link_reslora(m).merge("best"), "mode must be one of exact, input, weights; got 'best'"),
+        (lambda m: link_reslora(m).merge("input", [rows()], 0), "window must be an int >= 1; got 0"),
         (lambda m: link_reslora(m).merge("input"), "batches must be given for mode 'input' and no other; got 0"),
         (lambda m: (link_reslora(m), link_reslora(m)), "ResLoRA and ResLoRA's input shortcut exclude each other"),
         (lambda m: (link_reslora(m), m.layers[0].up.merge()), "merging exactly and ResLoRA's input shortcut exclude"),
@@ -322,6 +323,34 @@ def test_what_cannot_be_is_refused(call, message):
     model = stack(2)
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+class HalfCalled(Shrinking):
+    """A block of two layers of which the forward calls one."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Linear(6, 10)
+
+
+def test_a_merge_that_fails_leaves_nothing_merged(monkeypatch):
+    """Where no batch reaches a layer, and whatever else is raised."""
+    model = Row()
+    model.layers = nn.ModuleList(HalfCalled() for _ in range(2))
+    filled(apply_lora(model.double(), r=2, lora_alpha=6))
+    handle = link_reslora(model, "input")
+    layers = [layer for block in model.layers for layer in (block.proj, block.spare)]
+    with pytest.raises(ValueError, match="batches must reach every layer that is linked; got none .* layers.0.spare"):
+        handle.merge("input", [rows().detach()])
+    assert not any(layer.merged for layer in layers)
+
+    def fails():
+        raise MemoryError
+
+    monkeypatch.setattr(layers[-1], "merge", fails)
+    with pytest.raises(MemoryError):
+        handle.merge("weights")
+    assert not any(layer.merged for layer in layers)
 
 
 def test_another_active_adapter_is_refused():

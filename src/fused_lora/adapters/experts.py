@@ -32,10 +32,8 @@ def expert_rank_pattern(model: nn.Module, r: int, n_active: int | None = None) -
         leaves none for each.
     Source: Schulman and Thinking Machines Lab, LoRA Without Regret, 2025.
     """
-    config: Any = getattr(unwrapped(model), "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if n_active is None:
-        n_active = next((n for key in _PER_TOKEN if isinstance(n := getattr(config, key, None), int)), None)
+        n_active = experts_per_token(unwrapped(model))
     if n_active is None:
         raise ValueError(f"n_active must be given for a model whose configuration has none of {list(_PER_TOKEN)}")
     if not isinstance(r, int) or not isinstance(n_active, int) or not 1 <= n_active <= r:
@@ -47,6 +45,13 @@ def expert_rank_pattern(model: nn.Module, r: int, n_active: int | None = None) -
     if not keys:
         raise ValueError(f"model must have modules or parameters in one called experts; got a {type(model).__name__}")
     return dict.fromkeys(keys, r // n_active)
+
+
+def experts_per_token(model: nn.Module) -> int | None:
+    """How many experts act on a token by the model's configuration, None where it has no word for that."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return next((n for key in _PER_TOKEN if isinstance(n := getattr(config, key, None), int)), None)
 
 
 def _is_fused(key: str, name: str) -> bool:

@@ -12,12 +12,14 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from fused_lora.adapters.blocks import Block, check_alone, rows_of_blocks
-from fused_lora.adapters.holders import adapter_names, all_holders, named_holders
+from fused_lora.adapters.holders import adapter_names, all_holders, named_holders, own_tensors
 from fused_lora.adapters.model import check_not_merged, set_adapter
 from fused_lora.adapters.unload import switch_on
 from fused_lora.adapters.wrappers import unwrapped
 from fused_lora.config import unknown_name
 from fused_lora.files import write_whole
+from fused_lora.layer_config import as_number, finite_numbers
+from fused_lora.nn.adapter_tensors import set_trainable
 from fused_lora.nn.linear import LoRALinear
 from fused_lora.variants.flow import BlockWeights, Flow, FlowGate
 
@@ -59,23 +61,28 @@ class LoRAFlow:
     ):
         root = unwrapped(model)
         self.adapters = _checked_adapters(root, adapters)
-        weights = _checked_weights(init_weights, len(self.adapters))
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be a number > 0; got {temperature!r}")
+        count = len(self.adapters)
+        weights = [0.0] * (count - 1) + [1.0]
+        if init_weights is not None:
+            weights = finite_numbers("init_weights", init_weights, count)
+        temperature = _checked_temperature(temperature)
         for name, layer in all_holders(root)[0].items():
             check_alone(name, layer, "LoRA-Flow")
         self._root, self.gates = root, dict[str, FlowGate]()
         self._before = {name: holder.active_adapter for name, holder in named_holders(root).items()}
         self._trained = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+        self._blocks: list[Block] = []
+        self._hooks: list[BlockWeights] = []
         set_adapter(model, self.adapters)
         try:
+            for tensor in (tensor for name in self.adapters for tensor in own_tensors(root, name)):
+                set_trainable(tensor, False)
             self._blocks = [block for row in rows_of_blocks(root, "LoRA-Flow") for block in row if block.layers]
-        except ValueError:
-            self._restore()
+            for block in self._blocks:
+                self._link(block, weights, temperature, static)
+        except BaseException:
+            self._take_off()
             raise
-        self._hooks: list[BlockWeights] = []
-        for block in self._blocks:
-            self._link(block, weights, temperature, static)
 
     def _link(self, block: Block, weights: list[float], temperature: float, static: bool) -> None:
         """Give a block its gate and its layers their links."""
@@ -92,9 +99,6 @@ class LoRAFlow:
             block.module.add_module(_ATTRIBUTE, gate)
         for layer in block.layers.values():
             layer.link = Flow(layer, self.adapters, given)
-            for name in layer.active_adapters:
-                layer.lora_A[name].requires_grad_(False)
-                layer.lora_B[name].requires_grad_(False)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What trains."""
@@ -104,18 +108,18 @@ class LoRAFlow:
     def remove(self) -> None:
         """Take the gates off; the adapters that were active before act and train again. A second call does nothing."""
         check_not_merged(self._root, "LoRA-Flow is removed")
+        if self._blocks:
+            self._take_off()
+
+    def _take_off(self) -> None:
+        """Undo what was done to the model, all of it or as far as it came."""
         for hooks, block in zip(self._hooks, self._blocks):
             hooks.unwatch(block.module)
         for block in self._blocks:
             for layer in block.layers.values():
                 layer.link = None
             block.module._modules.pop(_ATTRIBUTE, None)
-        if self._blocks:
-            self._restore()
         self._blocks, self._hooks, self.gates = [], [], {}
-
-    def _restore(self) -> None:
-        """Have the adapters act and train that did before."""
         for parameter, trained in self._trained:
             parameter.requires_grad_(trained)
         switch_on(self._root, self._before)
@@ -146,7 +150,7 @@ class LoRAFlow:
             with safe_open(path, framework="pt") as file:
                 about, keys = file.metadata() or {}, list(file.keys())
                 tensors = {key: file.get_tensor(key) for key in keys}
-                adapters, temperature = json.loads(about["adapters"]), float(about["temperature"])
+                adapters, temperature = json.loads(about["adapters"]), _checked_temperature(float(about["temperature"]))
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} must be a file of LoRAFlow.save; got {error}") from None
         if adapters != self.adapters:
@@ -175,12 +179,11 @@ def _checked_adapters(root: nn.Module, adapters: Sequence[str]) -> list[str]:
     return list(adapters)
 
 
-def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    if weights is None:
-        return [0.0] * (count - 1) + [1.0]
-    if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"init_weights must be {count} finite numbers, one for each adapter; got {list(weights)}")
-    return [float(weight) for weight in weights]
+def _checked_temperature(temperature: float) -> float:
+    """Of a call or of a file."""
+    if not 0 < as_number(temperature) < math.inf:
+        raise ValueError(f"temperature must be a number > 0; got {temperature!r}")
+    return as_number(temperature)
 
 
 def _width(root: nn.Module, first: LoRALinear) -> int:

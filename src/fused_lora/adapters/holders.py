@@ -1,7 +1,8 @@
 """The layers and wrappers of a model that hold adapters, and an adapter's tensors by their keys in PEFT's file."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from fused_lora.adapters.peft_format import file_key
 from fused_lora.adapters.places import walk
 from fused_lora.adapters.wrappers import plain_key
+from fused_lora.nn.adapter_tensors import set_trainable
 from fused_lora.nn.by_name import ActiveAdapter, as_list, one_or_list
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.modules_to_save import ModuleToSave
@@ -103,6 +105,15 @@ def held(adapter_name: ActiveAdapter, holder: Holder) -> Any:
     return one_or_list([name for name in as_list(adapter_name) if name in own])
 
 
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Have a ValueError from inside begin with the layer's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{layer}: {error}") from None
+
+
 def tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """What an adapter trains, not copies but of factors that experts share, by its keys in the file."""
     layers, saved = holders_of(model, adapter_name)
@@ -145,6 +156,12 @@ def trained_biases(model: nn.Module, adapter_name: str) -> dict[str, nn.Paramete
     layers = holders_of(model, adapter_name)[0]
     which = next((layer.trains_bias[adapter_name] for layer in layers.values()), "none")
     return biases_in(model, which, layers)
+
+
+def train_biases(model: nn.Module, adapter_name: str, trains: bool) -> None:
+    """Let the biases of the base that belong to an adapter train, or freeze them. Nothing else does either."""
+    for bias in trained_biases(model, adapter_name).values():
+        set_trainable(bias, trains)
 
 
 def own_tensors(model: nn.Module, adapter_name: str) -> list[Tensor]:

@@ -27,16 +27,16 @@ from fused_lora.adapters.holders import (
 from fused_lora.adapters.hub import adapter_directory
 from fused_lora.adapters.model import (
     check_addable,
-    check_may_train,
     check_not_merged,
     check_not_mixed,
     check_one_bias,
+    check_settable,
     install,
     set_adapter,
 )
 from fused_lora.adapters.places import parameter_names, walk
 from fused_lora.adapters.plan import Plan, make_plan
-from fused_lora.adapters.starts import check_start, start
+from fused_lora.adapters.starts import check_start, first_factors, start
 from fused_lora.adapters.wrappers import (
     check_no_peft,
     check_readable_again,
@@ -150,10 +150,10 @@ def load_adapter(
     known = adapter_name in adapter_names(root)
     if known:
         check_no_peft(model)
-        check_may_train(model, [adapter_name])
         check_readable_again(model)
         check_not_merged(root, "an adapter is read again")
         check_not_mixed(root, "reading an adapter")
+        check_settable(model, adapter_name)
     else:
         check_addable(model)
     directory = adapter_directory(directory, revision, subfolder, local_files_only)
@@ -168,8 +168,9 @@ def load_adapter(
         found = peft_format.find_tensors(directory, _expected(root, plan, config), lambda: base_tensors(root), again)
         values = peft_format.read_tensors(directory, found)
         if not known:
+            first = first_factors(plan, config)
             install(root, plan, config, adapter_name)
-            start(root, adapter_name, config.init_lora_weights)
+            start(root, adapter_name, config.init_lora_weights, first)
         for name, layer in holders_of(root, adapter_name)[0].items():
             given = config.layer(pattern_name(name, layer))
             variant = given.dora_exact, given.allora_eta, given.allora_mode

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from fused_lora.adapters.holders import adapter_names, all_holders, held, named_holders
+from fused_lora.adapters.holders import adapter_names, all_holders, held, named_holders, naming
 from fused_lora.adapters.model import checked_names
 from fused_lora.adapters.wrappers import is_sharded, unwrapped
 from fused_lora.nn.by_name import ActiveAdapter, as_list
@@ -39,7 +39,7 @@ def merged(model: nn.Module, adapter_name: str | list[str] | None = None) -> Ite
         for name, layer in layers.items():
             layer.shows_plain = True
             if layer.active_adapter is not None:
-                with _named(name):
+                with naming(name):
                     layer.merge()
         yield model
     finally:
@@ -51,15 +51,6 @@ def merged(model: nn.Module, adapter_name: str | list[str] | None = None) -> Ite
             wrapper.unmerge()
         for name, holder in named_holders(root).items():
             holder.active_adapter = before[name]
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Have a ValueError from inside begin with the layer's name."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 def choose_to_merge(root: nn.Module, adapter_name: ActiveAdapter) -> None:
@@ -78,7 +69,7 @@ def choose_to_merge(root: nn.Module, adapter_name: ActiveAdapter) -> None:
     for name, holder in holders.items():
         if holder.merged:
             raise ValueError(f"{name} must not be merged yet; got adapter {holder.active_adapter!r} merged")
-        with _named(name):
+        with naming(name):
             holder.check_mergeable(as_list(chosen[name]))
     for name, holder in holders.items():
         holder.active_adapter = chosen[name]

@@ -13,17 +13,17 @@ from fused_lora.adapters.holders import (
     biased_adapters,
     held,
     named_holders,
-    trained_biases,
+    naming,
+    train_biases,
 )
 from fused_lora.adapters.peft_config import from_peft, is_peft_config
 from fused_lora.adapters.plan import Plan, make_plan
-from fused_lora.adapters.starts import check_start, start
+from fused_lora.adapters.starts import check_start, first_factors, start
 from fused_lora.adapters.untrained import watch
 from fused_lora.adapters.weight_readers import call_all_layers
 from fused_lora.adapters.wrappers import check_no_peft, check_open, is_replicated, reshard, unwrapped
 from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, lora_layer
-from fused_lora.nn.adapter_tensors import set_trainable
 from fused_lora.nn.by_name import ActiveAdapter, as_list
 from fused_lora.nn.experts import LoRAParameter, pattern_name
 from fused_lora.nn.mixed_batch import Mixed
@@ -107,8 +107,9 @@ def apply_lora(
     plan = make_plan(model, lora_config, strict=True)
     check_start(plan, lora_config)
     check_one_bias(unwrapped(model), lora_config)
+    first = first_factors(plan, lora_config)
     install(unwrapped(model), plan, lora_config, adapter_name)
-    start(unwrapped(model), adapter_name, lora_config.init_lora_weights)
+    start(unwrapped(model), adapter_name, lora_config.init_lora_weights, first)
     set_adapter(model, adapter_name)
     return model
 
@@ -131,32 +132,35 @@ def _config(given: dict, config, model: nn.Module) -> LoraConfig:
 def set_adapter(model: nn.Module, adapter_name: str | list[str] | None) -> None:
     """Make one adapter of the model, or those of a list, active and the only ones that train; None is the base model.
 
-    The updates of several are added. Layers and modules_to_save without such an adapter run as in the base model; of
-    modules_to_save one copy can act.
+    The updates of several are added; one that is named twice counts twice, as in PEFT. Layers and modules_to_save
+    without such an adapter run as in the base model; of modules_to_save one copy can act.
 
-    Raises: ValueError for an unknown adapter, if another one is merged into some layer, or for two copies of a module;
-        nothing changes then.
+    Raises: ValueError for an unknown adapter, if another one is merged into some layer, for ALLoRA among several in one
+        or for two copies of a module; nothing changes then.
     """
     root = unwrapped(model)
-    check_not_mixed(root, "set_adapter")
-    check_may_train(model, checked_names(root, adapter_name))
+    check_settable(model, adapter_name)
     layers, wrappers = all_holders(root)
-    for name, layer in layers.items():
-        if layer.link is not None and not layer.link.acts_with(held(adapter_name, layer)):
-            check_unlinked({name: layer}, "set_adapter acts on")
-    for name, layer in layers.items():
-        if layer.merged and layer.active_adapter != held(adapter_name, layer):
-            raise ValueError(
-                f"{name}: adapter {layer.active_adapter!r} is merged, unmerge before switching; got {adapter_name!r}"
-            )
     reshard(root)
     for layer in layers.values():
         layer.set_adapter(held(adapter_name, layer))
     for wrapper in wrappers.values():
         wrapper.set_adapter(held(adapter_name, wrapper))
     for name in biased_adapters(layers):
-        for bias in trained_biases(root, name).values():
-            set_trainable(bias, name in as_list(adapter_name))
+        train_biases(root, name, name in as_list(adapter_name))
+
+
+def check_settable(model: nn.Module, adapter_name: ActiveAdapter) -> None:
+    """Raises ValueError if `set_adapter` would refuse these adapters, in whichever layer."""
+    root = unwrapped(model)
+    check_not_mixed(root, "set_adapter")
+    check_may_train(model, checked_names(root, adapter_name))
+    for name, layer in all_holders(root)[0].items():
+        own = held(adapter_name, layer)
+        if layer.link is not None and not layer.link.acts_with(own):
+            check_unlinked({name: layer}, "set_adapter acts on")
+        with naming(name):
+            layer.check_settable(own)
 
 
 def checked_names(root: nn.Module, adapter_name: ActiveAdapter) -> list[str]:

@@ -112,10 +112,10 @@ class ResLoRA:
             mode: as above.
             batches: for "input", what the model is called with, in eval mode and without gradients: keywords, or one
                 tensor.
-            window: how many batches count.
+            window: how many batches count, 1 or more.
         Returns: whether it is exact, and the factors.
-        Raises: ValueError for a mode that is none of the shortcut's, no batches, or as `LoRALinear.merge`; nothing is
-            merged then.
+        Raises: ValueError for a mode that is none of the shortcut's, no batches, a layer that no batch reaches, or as
+            `LoRALinear.merge`; nothing is merged then.
         """
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
@@ -124,13 +124,18 @@ class ResLoRA:
             raise ValueError(f"mode must be {modes} with shortcut {self._shortcut!r}; got {mode!r}")
         if (mode == "input") != bool(batches):
             raise ValueError(f"batches must be given for mode 'input' and no other; got {len(batches)} for {mode!r}")
+        if type(window) is not int or window < 1:
+            raise ValueError(f"window must be an int >= 1; got {window!r}")
         check_not_merged(self._model, "ResLoRA is merged")
         norms = self._norms(batches[-window:]) if batches else {}
+        missed = [each.name for each in self._linked if each.name not in norms] if batches else []
+        if missed:
+            raise ValueError(f"batches must reach every layer that is linked; got none that calls {missed[0]}")
         factors: dict[str, list[float]] = {}
         try:
             for linked in self._linked:
                 self._merge_one(linked, mode, norms, factors)
-        except ValueError:
+        except BaseException:
             self.unmerge()
             raise
         finally:

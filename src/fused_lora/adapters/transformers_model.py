@@ -30,7 +30,15 @@ from fused_lora.adapters.load_save import adapter_tensors, base_tensors, config_
 from fused_lora.adapters.mixed_batch import sequences, taking_names
 from fused_lora.adapters.peft_config import CONFIG_NAME
 from fused_lora.adapters.peft_format import write_files
-from fused_lora.adapters.unload import delete_adapter, disable_adapter, merge_and_unload, switch_off, switch_on, unload
+from fused_lora.adapters.unload import (
+    check_deletable,
+    delete_adapter,
+    disable_adapter,
+    merge_and_unload,
+    switch_off,
+    switch_on,
+    unload,
+)
 from fused_lora.adapters.wrappers import plain_key, whole_tensor
 from fused_lora.files import write_whole
 from fused_lora.nn.by_name import as_list
@@ -125,7 +133,9 @@ class AdaptedModel(nn.Module):
         raise ValueError("load_adapter(..., hotswap=True) swaps adapters of one rank; got enable_peft_hotswap")
 
     def delete_adapter(self, adapter_names: str | list[str]) -> None:
-        for name in as_list(adapter_names):
+        names = list(dict.fromkeys(as_list(adapter_names)))
+        check_deletable(self, names)  # all, before the first is gone
+        for name in names:
             delete_adapter(self, name)
 
     def disable_adapters(self) -> None:

@@ -15,6 +15,8 @@ from fused_lora.adapters.holders import (
     held,
     holders_of,
     named_holders,
+    naming,
+    train_biases,
 )
 from fused_lora.adapters.merging import choose_to_merge
 from fused_lora.adapters.model import check_not_merged, check_not_mixed, check_unlinked
@@ -68,15 +70,13 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises: ValueError for an unknown adapter, a merged one, or a sharded model; nothing changes then.
     """
     root = unwrapped(model)
-    if adapter_name not in adapter_names(root):
-        raise unknown_name("adapter_name", adapter_name, adapter_names(root))
-    _check_removable(root)
+    check_deletable(root, [adapter_name])
     if adapter_names(root) == [adapter_name]:
         unload(model)
         return
     layers, wrappers = holders_of(root, adapter_name)
-    check_unlinked(layers, "an adapter is taken off")
     acted = active_adapters(root) == [adapter_name]
+    train_biases(root, adapter_name, False)
     for layer in layers.values():
         layer.delete_adapter(adapter_name)
     for wrapper in wrappers.values():
@@ -86,6 +86,16 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     if acted:
         left = adapter_names(root)
         warnings.warn(f"no adapter of the model is active now, nor trains: set_adapter to one of {left}", stacklevel=2)
+
+
+def check_deletable(root: nn.Module, names: list[str]) -> None:
+    """Raises ValueError if `delete_adapter` would refuse one of these adapters."""
+    for name in names:
+        if name not in adapter_names(root):
+            raise unknown_name("adapter_name", name, adapter_names(root))
+    _check_removable(root)
+    for name in names:
+        check_unlinked(holders_of(root, name)[0], "an adapter is taken off")
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -100,6 +110,8 @@ def unload(model: nn.Module) -> nn.Module:
     places = _places(root)
     layers, wrappers = all_holders(root)
     check_unlinked(layers, "an adapter is taken off")
+    for name in biased_adapters(layers):
+        train_biases(root, name, False)
     for layer in layers.values():
         _replace(places, layer, layer.plain())
     for wrapper in wrappers.values():
@@ -127,18 +139,18 @@ def merge_and_unload(model: nn.Module, adapter_name: str | list[str] | None = No
     choose_to_merge(root, adapter_name)
     places = _places(root)
     layers, wrappers = all_holders(root)
+    for name in biased_adapters(layers):
+        train_biases(root, name, False)
     while layers:  # which keeps no layer, and so no weight, longer than needed
         name, layer = layers.popitem()  # the last first: of a module's parameters the inner before the outer
         if layer.active_adapter is not None:
-            try:
+            with naming(name):
                 layer.merge()
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
         _replace(places, layer, layer.plain())
     for wrapper in wrappers.values():
         wrapper.merge()
     for wrapper in wrappers.values():
-        _replace(places, wrapper, wrapper.plain())
+        _replace(places, wrapper, wrapper.plain().requires_grad_(False))
     _tell_untied(root)
     _release(root)
     return model

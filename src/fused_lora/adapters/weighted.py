@@ -10,7 +10,7 @@ from fused_lora.adapters.holders import Layers, adapter_names, all_holders, copy
 from fused_lora.adapters.model import check_addable
 from fused_lora.adapters.wrappers import unwrapped
 from fused_lora.config import check_adapter_name, unknown_name
-from fused_lora.layer_config import LayerConfig
+from fused_lora.layer_config import LayerConfig, finite_numbers
 from fused_lora.nn import LoRALayer
 from fused_lora.nn.conv import LoRAConv
 from fused_lora.nn.experts import LoRAParameter
@@ -51,7 +51,7 @@ def add_weighted_adapter(
     root = unwrapped(model)
     check_addable(model)
     check_adapter_name(adapter_name)
-    _check_arguments(root, adapters, weights, adapter_name, combination_type)
+    weights = _checked_weights(root, adapters, weights, adapter_name, combination_type)
     kind = combination_type if len(adapters) > 1 else "linear"
     layers, wrappers = all_holders(root)
     layers = {name: layer for name, layer in layers.items() if any(adapter in layer.lora_A for adapter in adapters)}
@@ -71,7 +71,8 @@ def add_weighted_adapter(
         copy_saved(wrappers, adapter, adapter_name)
 
 
-def _check_arguments(root: nn.Module, adapters, weights, adapter_name: str, combination_type: str) -> None:
+def _checked_weights(root: nn.Module, adapters, weights, adapter_name: str, combination_type: str) -> list[float]:
+    """The weights as floats, if they and the other arguments can be."""
     known = adapter_names(root)
     if adapter_name in known:
         raise ValueError(f"adapter_name must be new to the model, which has {known}; got {adapter_name!r}")
@@ -80,10 +81,9 @@ def _check_arguments(root: nn.Module, adapters, weights, adapter_name: str, comb
             raise unknown_name("adapters", adapter, known)
     if not adapters or len(set(adapters)) != len(adapters):
         raise ValueError(f"adapters must be different names, one at least; got {list(adapters)}")
-    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"weights must be {len(adapters)} finite numbers, one for each adapter; got {list(weights)}")
     if combination_type not in _TYPES:
         raise ValueError(f"combination_type must be one of {', '.join(_TYPES)}; got {combination_type!r}")
+    return finite_numbers("weights", weights, len(adapters))
 
 
 def _rank(layers: Layers, adapters: Sequence[str], kind: str, svd_rank: int | None) -> int:

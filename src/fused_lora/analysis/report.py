@@ -64,19 +64,28 @@ def read_adapter(directory: Path, weights: Mapping[str, Tensor] | None = None, t
                 experts.append(name)
                 continue
             update = Factors(lora_B.flatten(1), tensor.flatten(1), config.layer(name).scaling)
+            if update.lora_B.shape[1] != len(update.lora_A):
+                shapes = f"{list(tensor.shape)} and {list(lora_B.shape)}"
+                raise ValueError(f"{path} must hold lora_A and lora_B of {name} of one rank; got shapes {shapes}")
             found[f"{name}.weight"] = _placed(update, weights, f"{name}.weight", turned)
         elif "magnitude_vector" in end:
             magnitudes[f"{name}.weight"] = tensor
         elif not end and tensor.dim() == 2 and weights is not None and key in weights:
+            _base_weight(weights, key, list(tensor.shape))
             found[key] = tensor
         elif not end and tensor.dim() == 2:
             copies.append(key.removesuffix(".weight"))
     if weights is not None:
         for name, magnitude in magnitudes.items():
-            V = weights[name].flatten(1).float()
+            V = _base_weight(weights, name).float()
             if name in found:  # not of rank 0, where the magnitude alone trains
                 V = V + dense(found[name]).float()
             over = 0 if name in turned else 1  # the dimension of a row of B A
+            if magnitude.numel() != V.shape[1 - over]:
+                raise ValueError(
+                    f"--model must be the adapter's base: {name} must have {magnitude.numel()} rows, as many as "
+                    f"magnitudes; got {V.shape[1 - over]}"
+                )
             found[name] = V * (magnitude.float().flatten() / V.norm(dim=over)).unsqueeze(over)
     if not found:
         raise ValueError(f"{path} must hold a matrix B A; got {len(stored)} tensors of another kind")
@@ -117,14 +126,22 @@ def _placed(update: Factors, weights: Mapping[str, Tensor] | None, name: str, tu
     """The factors as the weight lies. Raises: ValueError if there is no such weight, or one of another shape."""
     if weights is None:
         return update
-    if name not in weights:
-        raise ValueError(f"--model must be the adapter's base: it must have {name}; got a model without it")
     if name in turned:
         update = Factors(update.lora_A.T, update.lora_B.T, update.scaling)
-    own, shape = [len(update.lora_B), update.lora_A.shape[1]], list(weights[name].flatten(1).shape)
-    if shape != own:
-        raise ValueError(f"--model must be the adapter's base: {name} must have shape {own}; got {shape}")
+    _base_weight(weights, name, [len(update.lora_B), update.lora_A.shape[1]])
     return update
+
+
+def _base_weight(weights: Mapping[str, Tensor], name: str, shape: list[int] | None = None) -> Tensor:
+    """The base's weight as a matrix. Raises: ValueError if there is none, or one of another shape."""
+    if name not in weights:
+        raise ValueError(f"--model must be the adapter's base: it must have {name}; got a model without it")
+    weight = weights[name].flatten(1)
+    if shape is not None and list(weight.shape) != shape:
+        raise ValueError(
+            f"--model must be the adapter's base: {name} must have shape {shape}; got {list(weight.shape)}"
+        )
+    return weight
 
 
 def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Update]:

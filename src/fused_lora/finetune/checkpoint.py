@@ -79,8 +79,8 @@ def load_checkpoint(
     """Put the run's state back, PyTorch's generators included; returns the steps done.
 
     Args: as in `save_checkpoint`.
-    Raises: ValueError naming the file if it is damaged or of another model, and naming the setting that differs;
-        nothing changes then.
+    Raises: ValueError naming the file and what it lacks if it is damaged or of another model, and naming the setting
+        that differs; nothing changes then.
     """
     state, tensors = _read(path)
     check_settings(path, state["settings"], settings)
@@ -93,26 +93,75 @@ def load_checkpoint(
             f"{path} must hold the {len(wanted)} trained tensors of this model; got {len(found)}, which differ in "
             f"{differ}"
         )
-    moments: dict[int, dict[str, Tensor]] = {}
-    order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    for key in [key for key in tensors if key.startswith("optimizer.")]:
-        _, kind, name = key.split(".", 2)
-        if name not in parameters:
-            raise ValueError(f"{path} must hold the optimizer's state of this model only; got {key}")
-        moments.setdefault(order[id(parameters[name])], {})[kind] = tensors[key]
-    if schedule is not None:
+    moments = _moments(path, optimizer, parameters, tensors)
+    device = next(iter(parameters.values())).device
+    cpu = _generator_state(path, tensors, "rng.cpu", "cpu")
+    cuda = _generator_state(path, tensors, "rng.cuda", device) if device.type == "cuda" else None
+    if state["scaler"].keys() != scaler.state_dict().keys():
+        raise ValueError(f"{path} must hold a loss scale of {list(scaler.state_dict())}; got {list(state['scaler'])}")
+    if schedule is not None:  # checks all of it, and changes: so it is the last that may refuse
         before = {key.removeprefix("schedule."): t for key, t in tensors.items() if key.startswith("schedule.")}
-        schedule.load_state_dict(before, optimizer)
+        try:
+            schedule.load_state_dict(before, optimizer)
+        except ValueError as error:
+            raise ValueError(f"{path}: the schedule's {error}") from None
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"adapter.{name}"])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     scaler.load_state_dict(state["scaler"])
-    own = processes.rank()  # cloned: PyTorch reads a state from where the storage begins
-    torch.set_rng_state(tensors["rng.cpu"][own].clone())
-    if "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"][own].clone(), next(iter(parameters.values())).device)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda, device)
     return state["step"]
+
+
+def _moments(
+    path: Path, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """The optimizer's state by the place of each parameter in it. Raises: ValueError for one that does not fit."""
+    order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    names = {order.get(id(parameter)): name for name, parameter in parameters.items()}
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key in [key for key in tensors if key.startswith("optimizer.")]:
+        kind, _, name = key.removeprefix("optimizer.").partition(".")
+        if name not in parameters:
+            raise ValueError(f"{path} must hold the optimizer's state of this model only; got {key}")
+        parameter, got = parameters[name], tensors[key]
+        if not _fits(kind, got, parameter):
+            wanted = f"fit a parameter of shape {list(parameter.shape)}"
+            raise ValueError(f"{path}: {key} must {wanted}; got {got.dtype} of shape {list(got.shape)}")
+        moments.setdefault(order[id(parameter)], {})[kind] = got
+    for group in optimizer.param_groups:
+        having = [order[id(p)] for p in group["params"] if order[id(p)] in moments]
+        kinds = {kind for i in having for kind in moments[i]}
+        for i in having:  # a parameter that never had a gradient has no state at all
+            if lacking := kinds - moments[i].keys():
+                raise ValueError(f"{path} must hold optimizer.{min(lacking)}.{names[i]}, as of others; got none")
+    return moments
+
+
+def _fits(kind: str, moment: Tensor, parameter: Tensor) -> bool:
+    """Whether an optimizer can have this of a parameter: a count of steps; a moment of each of its elements, also block
+    by block of a factor, [blocks, ...]; or one of its rank, [blocks, R, R]."""
+    if kind == "step" or not moment.is_floating_point():
+        return kind == "step" and moment.numel() == 1
+    square = moment.dim() == 3 and moment.shape[1] == moment.shape[2]
+    by_block = parameter.dim() > 1 and moment.dim() == 3 and (square or moment.numel() == parameter.numel())
+    return moment.shape == parameter.shape or by_block
+
+
+def _generator_state(path: Path, tensors: dict[str, Tensor], key: str, device: torch.device | str) -> Tensor:
+    """This process's state of PyTorch's generator. Raises: ValueError unless a generator takes it."""
+    try:
+        own = tensors[key][processes.rank()].clone()  # PyTorch reads a state from where the storage begins
+        torch.Generator(device).set_state(own)
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} must hold the state of PyTorch's generator of each process as {key}; got {type(error).__name__}: "
+            f"{error}"
+        ) from None
+    return own
 
 
 def check_settings(path: Path, before: dict, now: dict) -> None:
@@ -170,6 +219,9 @@ def _open(path: Path):
         state = json.loads((file.metadata() or {})["fused_lora"])
         if state["format"] != _FORMAT:
             raise ValueError(f"format must be {_FORMAT}; got {state['format']!r}")
+        for name, kind in (("step", int), ("settings", dict), ("scaler", dict)):
+            if type(state[name]) is not kind:
+                raise ValueError(f"{name} must be of type {kind.__name__}; got {state[name]!r}")
         return {key: state[key] for key in ("step", "settings", "scaler")}, file
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -188,10 +188,20 @@ class AdaptersByName(nn.Module):
         return as_list(self.active_adapter)
 
     def set_adapter(self, adapter_name: ActiveAdapter) -> None:
-        """Make one adapter, or those of a list, active and the only trainable ones; None is the base layer alone.
+        """Make one adapter, or those of a list, active and the only trainable ones; None is the base layer alone. One
+        that is named twice counts twice.
 
         Raises: ValueError if an adapter is unknown or ALLoRA among several, or others are merged into the weight.
         """
+        self.check_settable(adapter_name)
+        names = as_list(adapter_name)
+        for name in self.lora_A:
+            for tensor in self.own_tensors(name):
+                set_trainable(tensor, name in names)
+        self.active_adapter = one_or_list(names)
+
+    def check_settable(self, adapter_name: ActiveAdapter) -> None:
+        """Raises ValueError if `set_adapter` would refuse these adapters."""
         names = as_list(adapter_name)
         for name in names:
             self._check_known(name)
@@ -201,10 +211,6 @@ class AdaptersByName(nn.Module):
             raise ValueError(
                 f"adapter {self.active_adapter!r} is merged, unmerge() before switching; got {adapter_name!r}"
             )
-        for name in self.lora_A:
-            for tensor in self.own_tensors(name):
-                set_trainable(tensor, name in names)
-        self.active_adapter = one_or_list(names)
 
     def _check_resettable(self, adapter_name: str) -> None:
         self._check_known(adapter_name)

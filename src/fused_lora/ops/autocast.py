@@ -12,13 +12,13 @@ from fused_lora.ops.internals import any_autocast_enabled, autocasts
 def cast_inputs(x: Any, lora_A: Sequence[Any], lora_B: Sequence[Any], *others: Any) -> tuple[Any, list, list, list]:
     """x, the factors and what else is in x's dtype, as torch.nn.Linear's autocast would cast them; fp32 adapters stay,
     the kernels take them over a half-precision x. What it would not cast stays, and is refused by who checks."""
-    factors = [*lora_A, *lora_B]
+    factors, rest = [*lora_A, *lora_B], list(others)
     if any_autocast_enabled() and autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, *others = _cast(dtype, x, *others)
+        x, *rest = _cast(dtype, x, *others)
         if any(isinstance(t, Tensor) and t.dtype != torch.float32 for t in factors):
             factors = _cast(dtype, *factors)
-    return x, factors[: len(lora_A)], factors[len(lora_A) :], list(others)
+    return x, factors[: len(lora_A)], factors[len(lora_A) :], rest
 
 
 def _cast(dtype: torch.dtype, *tensors: Any) -> list:

@@ -165,6 +165,7 @@ class _EagerVariantFunction(torch.autograd.Function):
             with torch.no_grad(), without_autocast(dy):
                 y, _ = serving.backend.forward(*again, serving.plan)
         given = dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed
+        grads: Gradients | None
         if dy is None:  # nothing of y was used
             grads = backward_of_h(dh, x, lora_A, scaling, dropout_p, seed, needs, variant)
         else:

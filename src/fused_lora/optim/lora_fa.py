@@ -30,7 +30,7 @@ def create_lorafa_optimizer(
         model: with adapters of ours or of PEFT; scalings are the layers' own.
         lr, betas, eps, weight_decay: AdamW's.
     Returns: the optimizer; `.grad` of B holds the changed gradient after a step, which takes no closure.
-    Raises: ValueError if no B trains, or a scaling is 0; nothing is frozen then.
+    Raises: ValueError if no B trains, a scaling is 0, or a number is out of AdamW's range; nothing is frozen then.
     Source: Zhang et al., arXiv 2308.03303; name and defaults are those of Hugging Face PEFT, whose function wants r,
         lora_alpha and use_rslora, too, and whose eps is not divided by the bias correction as AdamW's is.
     """
@@ -40,11 +40,12 @@ def create_lorafa_optimizer(
     for pair in pairs:
         if not pair.scaling:
             raise ValueError(f"{pair.name}: scaling must not be 0; got {pair.scaling}")
-    for pair in pairs:
+    frozen = {id(pair.A) for pair in pairs}
+    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in frozen]
+    optimizer = AdamW(trainable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    for pair in pairs:  # from here on nothing is refused
         pair.A.requires_grad_(False)
         pair.A.grad = None
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = AdamW(trainable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def change(batch: Batch) -> dict[str, Tensor]:
         white = whiten(batch.A.mT, floor=batch.A.shape[1] * torch.finfo(batch.A.dtype).eps)

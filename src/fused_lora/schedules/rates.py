@@ -1,6 +1,8 @@
 """The learning rate around a merge: a scheduler that starts again, and a re-warm-up that no scheduler sees."""
 
 from collections.abc import Callable
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 from torch import Tensor
@@ -51,7 +53,7 @@ def restart(scheduler: Any) -> None:
 
 def warm_up(optimizer: Optimizer, factor: Callable[[], float]) -> None:
     """Have every step of the optimizer taken at `factor()` times its groups' learning rates, which schedulers and
-    state dicts see unscaled."""
+    state dicts see unscaled, also after a step that has failed."""
     if getattr(optimizer, _ATTRIBUTE, None) is not None:
         setattr(optimizer, _ATTRIBUTE, factor)
         return
@@ -67,6 +69,17 @@ def warm_up(optimizer: Optimizer, factor: Callable[[], float]) -> None:
     def after(optimizer: Optimizer, args, kwargs) -> None:
         for group, rate in zip(optimizer.param_groups, scheduled):
             group["lr"] = rate
+        scheduled.clear()
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
+    step = optimizer.step
+
+    @wraps(getattr(step, "__func__", step))
+    def unscaling(optimizer: Optimizer, *args, **kwargs) -> Any:
+        try:
+            return step(*args, **kwargs)
+        finally:  # PyTorch calls no hook behind a step that fails
+            after(optimizer, args, kwargs)
+
+    optimizer.step = MethodType(unscaling, optimizer)  # type: ignore[method-assign]

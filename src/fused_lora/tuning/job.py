@@ -66,9 +66,10 @@ def tune(
     Returns: the document that the file holds.
     Raises: ValueError for a bad argument, OSError if the file cannot be written or another run is at work.
     """
+    dtypes, rows, ranks, dropouts = tuple(dtypes), tuple(rows), tuple(ranks), tuple(dropouts)  # gone through often
     where = chosen_device(device, model)
     _check_numbers(rows, ranks, dropouts, dtypes, time_limit_s, budget_s)
-    cases = cases_for(model, where.type, tuple(dtypes), tuple(rows), tuple(ranks), tuple(dropouts))
+    cases = cases_for(model, where.type, dtypes, rows, ranks, dropouts)
     path = tuned.path_of(where)
     limit_s = time_limit_s or _TIME_LIMIT_S[where.type]
     with claimed(path.parent, say), _Trial(where, limit_s, budget_s, setup) as trial:

@@ -31,11 +31,12 @@ def shapes_of(model: nn.Module, ranks: Iterable[int] = ()) -> list[tuple[int, in
     Raises: ValueError if the model has no linear layer that can hold an adapter.
     """
     layers = make_plan(model, LoraConfig(target_modules="all-linear"), strict=False).linears.values()
+    given = tuple(ranks)
     found: dict[tuple[int, int, int], None] = {}
     for layer in layers:
         K, N = linear_sizes(layer)
         own = {A.shape[0] for A in layer.lora_A.values()} if isinstance(layer, LoRALinear) else ()
-        for R in tuple(ranks) or sorted(own) or (RANK,):
+        for R in given or sorted(own) or (RANK,):
             found[K, N, R] = None
     return list(found)
 

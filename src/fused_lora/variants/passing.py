@@ -91,7 +91,8 @@ class Passing(Generic[T]):
         self._start(args, kwargs)
 
     def _leave(self, block: nn.Module, args: tuple, output: Any) -> None:
-        self._finish(output)
+        if self._frames.get(_thread()):  # none where `_enter`, or a hook before it, has raised
+            self._finish(output)
 
     def _start(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         given = (*args, kwargs.get("hidden_states"), *kwargs.values())
