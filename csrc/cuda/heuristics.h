@@ -25,7 +25,7 @@ constexpr int kGemmBlockM = 128, kGemmBlockK = 64, kGemmCluster = 2;
 constexpr int64_t kInsideRank = 64;  // ranks of low that it can make itself
 
 // Who makes dA and dB in dx's launch: nobody; a fourth warpgroup by wgmma, for which products are of 128 columns at
-// most; or the loader's three idle warps by mma.sync, in tiles of 256 columns. traffic.h compares them.
+// most; or the loader's three idle warps by mma.sync, in tiles of 256 columns.
 enum class GradientsBy : int { none, warpgroup, warps };
 
 // An instance of the kernel, and the shared memory that it takes.
