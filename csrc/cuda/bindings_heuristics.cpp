@@ -38,7 +38,7 @@ py::dict describe(const GemmConfig& c) {
   d["one_launch"] = c.kind.rank_tile > 0;
   d["low_columns"] = c.low_columns;
   d["dropout"] = c.kind.dropout;
-  d["gradients"] = c.kind.gradients != GradientsBy::none;
+  d["gradients"] = c.kind.gradients;
   d["threads"] = 128 * c.kind.warpgroups();
   return d;
 }
@@ -78,7 +78,7 @@ py::dict lora_gemm_config(int64_t M, int64_t N, int64_t K, int64_t R, int dtype,
                                     .makes_low = makes_low,
                                     .dropout = dropout,
                                     .backward = backward,
-                                    .gradients = gradients ? GradientsBy::warpgroup : GradientsBy::none,
+                                    .gradients = gradients,
                                     .block_n = block_n,
                                     .halves = halves});
   require(c.valid,

@@ -281,19 +281,12 @@ def test_halves_take_two_columns_two_blocks_and_two_clusters():
 
 
 def test_what_the_loaders_warps_make_leaves_tiles_and_stages_as_they_are():
-    """256 columns, three warpgroups; four stages up to 16 ranks, in the forward up to 32."""
-    for M, R, dropout in itertools.product((300, 8192), (1, 16, 17, 32, 33, 64), (False, True)):
-        sizes = dict(M=M, N=4096, K=4096, R=R, dropout=dropout)
-        kinds = []
-        if R <= 16 or not dropout:
-            kinds.append(backward_plan((True,) * 4, plan="wgrad_warps", **sizes))
-            assert kinds[-1]["plan"].startswith("dx256+dh_inside+dh_halves+wgrad_warps")
-        if R <= 32 and dropout:
-            kinds.append(forward_plan(plan="h_warps", **sizes))
-            assert kinds[-1]["plan"].startswith("y256+h_warps")
-        for plan, c in ((kind["plan"], kind["gemm"]) for kind in kinds):
-            assert c["block_n"] == 256 and c["threads"] == 384 and c["smem_bytes"] <= _C.cuda_smem_limit
-            assert c["stages"] == (4 if R <= 16 or "h_warps" in plan else 3)
+    """256 columns, three warpgroups, four stages."""
+    for M, R in itertools.product((300, 8192), (1, 16, 17, 32)):
+        made = forward_plan(M=M, N=4096, K=4096, R=R, dropout=True, plan="h_warps")
+        c = made["gemm"]
+        assert made["plan"].startswith("y256+h_warps+h_halves") and c["smem_bytes"] <= _C.cuda_smem_limit
+        assert c["block_n"] == 256 and c["threads"] == 384 and c["stages"] == 4
     assert "h_inside" in forward_plan(M=300, plan="h_warps")["plan"], "without dropout there is nothing to mask"
 
 
@@ -355,7 +348,7 @@ def test_other_devices_are_refused(built, monkeypatch, capability, got):
 
 @pytest.mark.parametrize("M, R", [(1, 16), (0, 8), (128, 64), (256, 8), (8192, 16), (8192, 256)])
 def test_plans_to_measure_are_right_with_and_without_dropout(built, monkeypatch, M, R):
-    """Few, no two alike, each followed."""
+    """Few, no two alike with dropout and without, each followed."""
     monkeypatch.setattr(cuda, "_sms", lambda index: 132)
     request = request_of(M=M, N=1024, K=4096, R=R)
     plans = cuda.plans(request)
@@ -365,9 +358,8 @@ def test_plans_to_measure_are_right_with_and_without_dropout(built, monkeypatch,
     done = set()
     for plan in plans:
         assert backends.pick(f"cuda:{plan}" if plan else "cuda", request) == (cuda, plan)
-        sizes = dict(M=max(M, 1), N=1024, K=4096, R=R, plan=plan)
-        assert forward_plan(**sizes, dropout=True) and backward_plan((True,) * 4, **sizes, dropout=True)
-        done.add((forward_plan(**sizes)["plan"], backward_plan((True,) * 4, **sizes)["plan"]))
+        sizes = [dict(M=max(M, 1), N=1024, K=4096, R=R, plan=plan, dropout=dropout) for dropout in (False, True)]
+        done.add(tuple(made["plan"] for s in sizes for made in (forward_plan(**s), backward_plan((True,) * 4, **s))))
     assert len(done) == len(plans)
     assert backends.pick("cuda:dh_gemm+serial", request).plan == "dh_gemm+serial", "others on request"
     with pytest.raises(ValueError, match="both wgrad_warpgroup.* or dh_gemm|wgrad_warpgroup beyond 64 ranks"):
