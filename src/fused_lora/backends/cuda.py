@@ -110,7 +110,7 @@ def plans(request: Request) -> tuple[str, ...]:
 
     parts = itertools.product(["", *others("h_shrink")], ["", *others("wgrad_apart", "dh_shrink")])
     alone = others("y128", "y256")[:1] + others("dx128", "dx256", "serial")
-    warps = ["h_warps"] if request.R <= 16 else []
+    warps = ["h_warps"] if request.R <= 32 else []
     singles = [word.replace("halves", "single") for word in done.split("+") if word.endswith("_halves")]
     return *map(_joined, parts), *alone, *warps, *(_joined([plan, *singles]) for plan in ("", *warps) if singles)
 
