@@ -202,8 +202,8 @@ struct CudaPlan {
                                                                 // there, with dropout by the loader's idle warps
   Product dx;                                                   // never small
   Low dh;                                                       // in dx's launch, or by a kernel of its own
-  enum class Weights : int { any, apart, warpgroup, warps } wgrad;  // dA, dB: after dx, or in its launch by a fourth
-                                                                    // warpgroup or by the loader's idle warps
+  enum class Weights : int { any, apart, warpgroup } wgrad;     // dA, dB: after dx, or in its launch by a fourth
+                                                                // warpgroup
   enum class Launches : int { any, overlap, serial } launches;  // whether a kernel may start while the last one ends
   enum class Share : int { any, single, halves } h_share,       // in whose launch h or dh is: by one column of its
       dh_share;                                                 // tiles, or by two, half of K (of dy's N) each

@@ -58,23 +58,14 @@ const std::vector<Rung> kRungs = {
      [](Report& all) { each(all, {16, 32, 64}, [](Report& r, C c) { gemm_backward(r, c, true, true, true); }); }},
     {"dropped-low", "the forward with dropout in one launch",
      [](Report& all) { each(all, {16, 32, 64}, [](Report& r, C c) { gemm_forward(r, c, true, true); }); }},
-    {"warps", "dB and dA by the loader's idle warps, without a mask and with one",
-     [](Report& all) {
-       const auto check = [](Report& r, C c) {
-         for (const bool dropout : {false, true})
-           gemm_backward(r, c, true, true, dropout, fused_lora::GradientsBy::warps);
-       };
-       each(all, {16, 32, 64}, check, {256});
-     }},
     {"low-warps", "the forward with dropout, low by the loader's idle warps",
      [](Report& all) { each(all, {16, 32}, [](Report& r, C c) { gemm_forward(r, c, true, true, true); }, {256}); }},
     {"halves", "low by two columns of tiles, half of K each",
      [](Report& all) {
        each(all, {16, 64}, [](Report& r, C c) {
-         using fused_lora::GradientsBy;
          for (const bool dropout : {false, true}) {
            gemm_forward(r, c, true, dropout, c.block_n == 256 && c.sizes.R == 16, true);
-           gemm_backward(r, c, true, true, dropout, GradientsBy::warpgroup, true);
+           gemm_backward(r, c, true, true, dropout, true);
          }
        });
      }},

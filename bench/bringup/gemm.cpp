@@ -20,8 +20,8 @@ Matrix seed_bits() {
 }
 
 // What heuristics.h plans, with tiles of the width that the case asks for.
-GemmConfig config_for(const Case& c, int64_t out_cols, bool makes_low, bool dropout, bool backward,
-                      GradientsBy gradients, bool low_by_warps, bool halves) {
+GemmConfig config_for(const Case& c, int64_t out_cols, bool makes_low, bool dropout, bool backward, bool gradients,
+                      bool low_by_warps, bool halves) {
   return gemm_config({.M = c.sizes.M,
                       .N = out_cols,
                       .R = c.sizes.R,
@@ -63,7 +63,7 @@ void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout, b
   const Device x(layer.x, c.dtype), W(layer.W, c.dtype), A(layer.A, c.dtype), B(layer.B, c.dtype, Rp);
   Device low = makes_low ? Device(M, R, c.dtype, Rp) : Device(h, c.dtype, Rp);
   Device out(M, N, c.dtype);
-  const GemmConfig config = config_for(c, N, makes_low, dropout, false, GradientsBy::none, low_by_warps, halves);
+  const GemmConfig config = config_for(c, N, makes_low, dropout, false, false, low_by_warps, halves);
   Device control = control_for(config), low_sums = low_sums_for(config);
   const GemmParams p{.left = x.get(),
                      .right = W.get(),
@@ -98,7 +98,7 @@ void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout, b
 }
 
 // The backward GEMM: dh and dx, and with them dB and dA, under a mask or not.
-void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool dropout, GradientsBy by, bool halves) {
+void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool dropout, bool halves) {
   const auto [M, N, K, R] = c.sizes;
   const Layer layer(c.sizes);
   const Device seed(seed_bits(), Dtype::f32);
@@ -110,9 +110,8 @@ void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool
   const Device dy(layer.dy, c.dtype), W(layer.W, c.dtype), A(layer.A, c.dtype), B(layer.B, c.dtype, Rp);
   const Device x(layer.x, c.dtype), saved_h(h, c.dtype, Rp);
   Device out(M, K, c.dtype), low(M, R, c.dtype, Rp), dA(R, K, Dtype::f32), dB(N, R, Dtype::f32);
-  const GradientsBy wanted = need_A || need_B ? by : GradientsBy::none;
-  const GemmConfig config = config_for(c, K, true, dropout, true, wanted, false, halves);
-  const bool gradients = config.kind.gradients != GradientsBy::none;  // not with every mask
+  const GemmConfig config = config_for(c, K, true, dropout, true, need_A || need_B, false, halves);
+  const bool gradients = config.kind.gradients;  // not with every mask
   Device control = control_for(config), low_sums = low_sums_for(config);
   Device mask(M, mask_words(K), Dtype::f32);  // its words are 32 bits each
   const Dropout drop = dropout ? Dropout{static_cast<const int64_t*>(seed.get()), kThreshold} : Dropout{};

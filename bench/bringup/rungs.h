@@ -34,8 +34,7 @@ struct Layer {
 //                backward with what is asked for; `halves`: low by two columns of tiles, where there are two.
 void gemm_forward(Report& report, const Case& c, bool makes_low, bool dropout, bool low_by_warps = false,
                   bool halves = false);
-void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool dropout,
-                   fused_lora::GradientsBy by = fused_lora::GradientsBy::warpgroup, bool halves = false);
+void gemm_backward(Report& report, const Case& c, bool need_B, bool need_A, bool dropout, bool halves = false);
 
 // launches.cpp   the other kernels, and the two drivers.
 void small_forward(Report& report);

@@ -3,12 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <iterator>
 #include <stdexcept>
 #include <string>
 
 #include "plans.h"
-#include "traffic.h"
 
 namespace py = pybind11;
 using namespace fused_lora;
@@ -40,7 +38,7 @@ py::dict describe(const GemmConfig& c) {
   d["one_launch"] = c.kind.rank_tile > 0;
   d["low_columns"] = c.low_columns;
   d["dropout"] = c.kind.dropout;
-  d["gradients"] = c.kind.gradients != GradientsBy::none;
+  d["gradients"] = c.kind.gradients;
   d["threads"] = 128 * c.kind.warpgroups();
   return d;
 }
@@ -80,7 +78,7 @@ py::dict lora_gemm_config(int64_t M, int64_t N, int64_t K, int64_t R, int dtype,
                                     .makes_low = makes_low,
                                     .dropout = dropout,
                                     .backward = backward,
-                                    .gradients = gradients ? GradientsBy::warpgroup : GradientsBy::none,
+                                    .gradients = gradients,
                                     .block_n = block_n,
                                     .halves = halves});
   require(c.valid,
@@ -101,22 +99,6 @@ py::tuple lora_gemm_walk(int col, int low_columns, int k_blocks) {
           "k_blocks must be at least 1 for each of low_columns, which are at most 2");
   const KWalk walk = k_walk(col, low_columns, k_blocks);
   return py::make_tuple(walk.first, walk.low_begin, walk.low_end);
-}
-
-py::tuple tile_of_dx(int block_n, int rank_tile, bool dropout, const std::string& gradients, int k_steps, int col_tiles,
-                     int low_steps) {
-  static const std::string names[] = {"apart", "warpgroup", "warps"};
-  const auto* const by = std::find(std::begin(names), std::end(names), gradients);
-  require(by != std::end(names), "gradients must be 'apart', 'warpgroup' or 'warps'");
-  require(k_steps >= 1 && col_tiles >= 1, "k_steps and col_tiles must be at least 1");
-  const Traffic t = tile_traffic({.block_n = block_n,
-                                  .rank_tile = rank_tile,
-                                  .dropout = dropout,
-                                  .gradients = GradientsBy(by - names),
-                                  .k_steps = k_steps,
-                                  .col_tiles = col_tiles,
-                                  .low_steps = low_steps});
-  return py::make_tuple(t.shared_cycles(), t.tensor_cycles);
 }
 
 // A CudaPlan from its values in order.
@@ -209,9 +191,6 @@ void bind_heuristics(py::module_& m) {
         "(first k-block, first step that makes low, step after the last) of a tile in column `col`.");
   m.def("cuda_shrink_splits", &shrink_splits, py::kw_only(), "M"_a, "K"_a, "R"_a, "sms"_a,
         "Blocks of a cluster of shrink, which share K.");
-  m.def("lora_gemm_traffic", &tile_of_dx, py::kw_only(), "block_n"_a, "rank_tile"_a, "dropout"_a, "gradients"_a,
-        "k_steps"_a, "col_tiles"_a, "low_steps"_a = 0,
-        "Cycles of shared memory and of the tensor cores that a tile of dx takes by the model of traffic.h.");
   m.def("cuda_forward_plan", &plan_forward, py::kw_only(), "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a,
         "dropout"_a, "sms"_a, "plan"_a = PlanValues{}, "What the CUDA forward launches and the workspace it needs.");
   m.def("cuda_backward_plan", &plan_backward, py::kw_only(), "M"_a, "N"_a, "K"_a, "R"_a, "dtype"_a, "adapter_dtype"_a,

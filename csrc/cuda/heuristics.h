@@ -24,30 +24,21 @@ constexpr int rank_tile_for(int64_t R) { return R <= 16 ? 16 : R <= 32 ? 32 : 64
 constexpr int kGemmBlockM = 128, kGemmBlockK = 64, kGemmCluster = 2;
 constexpr int64_t kInsideRank = 64;  // ranks of low that it can make itself
 
-// Who makes dA and dB in dx's launch: nobody; a fourth warpgroup by wgmma, for which products are of 128 columns at
-// most; or the loader's three idle warps by mma.sync, in tiles of 256 columns. traffic.h compares them.
-enum class GradientsBy : int { none, warpgroup, warps };
-
 // An instance of the kernel, and the shared memory that it takes.
 struct GemmKind {
   int block_n;    // columns of a tile, 128 or 256; a cluster's two tiles of 128 rows lie above each other
   int rank_tile;  // columns of low that column 0 computes in the same launch: 16, 32 or 64; 0: low is given
   bool backward;  // dx: the right operands lie with their reduction dimension in rows
   bool dropout;   // backward: the low-rank term and x go through the mask; forward: low is that of the masked left
-  GradientsBy gradients = GradientsBy::none;
+  bool gradients = false;     // a fourth warpgroup makes dA and dB, too: products are of 128 columns at most
   bool low_by_warps = false;  // forward with dropout: the loader's idle warps make low, not a warpgroup of its own
 
   constexpr bool operator==(const GemmKind&) const = default;
-  // Whether it could make gradients so. In a fourth warpgroup with a mask, 256 columns and more than 16 ranks the
-  // accumulators don't fit. At 128 columns the loader's warps have nothing to win. A masked tile keeps its low-rank
-  // block until all of its x but the last 64 columns has passed: with 256 columns that takes four stages.
-  constexpr bool fits_gradients(GradientsBy by) const {
-    switch (by) {
-      case GradientsBy::none: return true;
-      case GradientsBy::warpgroup: return backward && rank_tile > 0 && (!dropout || block_n == 128 || rank_tile == 16);
-      case GradientsBy::warps: return backward && rank_tile > 0 && block_n == 256 && (!dropout || rank_tile == 16);
-    }
-    return false;
+  // Whether it could make gradients. With a mask, 256 columns and more than 16 ranks the accumulators don't fit, and a
+  // masked tile keeps its low-rank block until all of its x but the last 64 columns has passed: with 256 columns that
+  // takes four stages.
+  constexpr bool fits_gradients() const {
+    return backward && rank_tile > 0 && (!dropout || block_n == 128 || rank_tile == 16);
   }
   // Whether the loader's warps could make low: 64 ranks are too many for their registers.
   constexpr bool fits_low_by_warps() const { return drops_left() && block_n == 256 && rank_tile <= 32; }
@@ -55,12 +46,12 @@ struct GemmKind {
   constexpr bool drops_left() const { return !backward && dropout; }
   // Whether a tile of the masked left lies in shared memory, for a warpgroup of its own.
   constexpr bool masked_left() const { return drops_left() && !low_by_warps; }
-  constexpr int warpgroups() const { return gradients == GradientsBy::warpgroup || masked_left() ? 4 : 3; }
+  constexpr int warpgroups() const { return gradients || masked_left() ? 4 : 3; }
   constexpr int stage_bytes() const { return (kGemmBlockM + block_n + rank_tile) * kGemmBlockK * 2; }
   // Two 64 x 64 tiles on their way out, 128 rows of h or dh for the gradients, a masked left tile, the mask bits of a
   // tile, barriers, and the way to the first multiple of 1024.
   constexpr int other_bytes() const {
-    return 2 * 64 * 64 * 2 + (gradients != GradientsBy::none ? kGemmBlockM * rank_tile * 2 : 0) +
+    return 2 * 64 * 64 * 2 + (gradients ? kGemmBlockM * rank_tile * 2 : 0) +
            (masked_left() ? kGemmBlockM * kGemmBlockK * 2 : 0) + (backward && dropout ? kGemmBlockM * block_n / 8 : 0) +
            1024 + 1024;
   }
@@ -113,10 +104,10 @@ struct GemmRequest {
   int sms;
   bool makes_low;  // in the same launch, where it can
   bool dropout, backward;
-  GradientsBy gradients = GradientsBy::none;  // where they fit
-  int block_n = 0;                            // 0: the width that is expected to be faster
-  bool low_by_warps = false;                  // where low is made of the masked left
-  bool halves = false;                        // low by two columns, where there are two, and two clusters
+  bool gradients = false;     // where they fit
+  int block_n = 0;            // 0: the width that is expected to be faster
+  bool low_by_warps = false;  // where low is made of the masked left
+  bool halves = false;        // low by two columns, where there are two, and two clusters
 };
 
 inline GemmConfig gemm_config(const GemmRequest& request) {
@@ -135,7 +126,7 @@ inline GemmConfig gemm_config(const GemmRequest& request) {
   c.kind.rank_tile = makes_low && R >= 1 && R <= kInsideRank ? rank_tile_for(R) : 0;
   c.kind.backward = backward;
   c.kind.dropout = dropout && (backward || c.kind.rank_tile);  // the forward's mask matters to h alone
-  c.kind.gradients = c.kind.fits_gradients(gradients) ? gradients : GradientsBy::none;
+  c.kind.gradients = gradients && c.kind.fits_gradients();
   c.kind.low_by_warps = low_by_warps && c.kind.fits_low_by_warps();
   const int64_t cols = ceil_div(N, c.kind.block_n);
   c.low_blocks = static_cast<int>(ceil_div(R, kGemmBlockK));

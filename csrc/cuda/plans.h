@@ -58,7 +58,6 @@ constexpr PlanWord kPlanWords[] = {
     {"dh_halves", 7, static_cast<int>(CudaPlan::Share::halves)},
     {"wgrad_apart", 4, static_cast<int>(CudaPlan::Weights::apart)},
     {"wgrad_warpgroup", 4, static_cast<int>(CudaPlan::Weights::warpgroup)},
-    {"wgrad_warps", 4, static_cast<int>(CudaPlan::Weights::warps)},
     {"overlap", 5, static_cast<int>(CudaPlan::Launches::overlap)},
     {"serial", 5, static_cast<int>(CudaPlan::Launches::serial)},
 };
@@ -108,7 +107,7 @@ constexpr char kNoHalvesOfH[] = "plan must not say h_halves with one column of t
 constexpr const char* plan_conflict(const CudaPlan& plan, int64_t M, int64_t R, bool dropout) {
   using Product = CudaPlan::Product;
   using Low = CudaPlan::Low;
-  const bool warpgroup = plan.wgrad == CudaPlan::Weights::warpgroup, warps = plan.wgrad == CudaPlan::Weights::warps;
+  const bool warpgroup = plan.wgrad == CudaPlan::Weights::warpgroup;
   if (plan.dx == Product::small) return "plan must not say small of dx, which has no such kernel";
   if (plan.y == Product::small) {
     if (M > kSmallRows || R > kSmallRank) return "plan must not say small beyond 128 rows or 64 ranks";
@@ -120,16 +119,10 @@ constexpr const char* plan_conflict(const CudaPlan& plan, int64_t M, int64_t R, 
     if (plan.h == Low::inside) return "plan must not say h_inside beyond 64 ranks";
     if (plan.dh == Low::inside) return "plan must not say dh_inside beyond 64 ranks";
     if (warpgroup) return "plan must not say wgrad_warpgroup beyond 64 ranks";
-    if (warps) return "plan must not say wgrad_warps beyond 64 ranks";
   }
   if (dropout && plan.h == Low::gemm) return "plan must not say h_gemm with dropout, which is shrink's";
   if (warpgroup && (plan.dh == Low::shrink || plan.dh == Low::gemm))
     return "plan must not say both wgrad_warpgroup, which needs dh_inside, and dh_shrink or dh_gemm";
-  if (warps && (plan.dh == Low::shrink || plan.dh == Low::gemm))
-    return "plan must not say both wgrad_warps, which needs dh_inside, and dh_shrink or dh_gemm";
-  if (warps && plan.dx == Product::n128) return "plan must not say both wgrad_warps, which needs dx256, and dx128";
-  if (warps && dropout && R > 16)
-    return "plan must not say wgrad_warps with dropout beyond 16 ranks: a tile would not pass through three stages";
   if (plan.h == Low::warps && R > 32) return "plan must not say h_warps beyond 32 ranks: the registers are too few";
   if (plan.h == Low::warps && plan.y == Product::n128)
     return "plan must not say both h_warps, which needs y256, and y128";
@@ -245,7 +238,7 @@ struct BackwardPlan {
   int64_t bytes;
   const char* refused;  // why there is none, or null
 
-  bool gradients_inside() const { return gemm.kind.gradients != GradientsBy::none; }
+  bool gradients_inside() const { return gemm.kind.gradients; }
 };
 
 struct BackwardRequest {
@@ -270,13 +263,11 @@ inline GemmConfig dx_config(const BackwardRequest& r) {
                       .makes_low = may_be_inside(want.dh),
                       .dropout = r.dropout,
                       .backward = true,
-                      .gradients = !inside                                  ? GradientsBy::none
-                                   : want.wgrad == CudaPlan::Weights::warps ? GradientsBy::warps
-                                                                            : GradientsBy::warpgroup,
-                      .block_n = inside && want.wgrad == CudaPlan::Weights::warps ? 256 : width_of(want.dx),
+                      .gradients = inside,
+                      .block_n = width_of(want.dx),
                       .halves = may_be_halves(want.dh_share, r.N)};
   GemmConfig c = gemm_config(request);
-  if (inside && c.kind.gradients == GradientsBy::none && want.wgrad == CudaPlan::Weights::warpgroup) {
+  if (inside && !c.kind.gradients && want.wgrad == CudaPlan::Weights::warpgroup) {
     request.block_n = 128;  // where they fit
     c = gemm_config(request);
   }
@@ -286,7 +277,6 @@ inline GemmConfig dx_config(const BackwardRequest& r) {
 inline BackwardPlan backward_plan(const BackwardRequest& request) {
   using Low = CudaPlan::Low;
   using Weights = CudaPlan::Weights;
-  constexpr Weights kWeightsOf[] = {Weights::apart, Weights::warpgroup, Weights::warps};  // by GradientsBy
   const auto& [M, N, K, R, dtype, adapter_dtype, dropout, need_x, need_A, need_B, need_bias, deterministic, sms, want] =
       request;
   BackwardPlan p{};
@@ -312,7 +302,7 @@ inline BackwardPlan backward_plan(const BackwardRequest& request) {
         gemm_config({.M = M, .N = R, .R = 0, .sms = sms, .makes_low = false, .dropout = false, .backward = true});
     valid = valid && p.h_gemm.valid;
   }
-  if (need_A || need_B) p.plan.wgrad = kWeightsOf[static_cast<int>(p.gemm.kind.gradients)];
+  if (need_A || need_B) p.plan.wgrad = p.gradients_inside() ? Weights::warpgroup : Weights::apart;
   p.bias_apart = need_bias && (p.gradients_inside() || !need_B);
   const int64_t tiles = (need_A ? ceil_div(K, kWgradCols) : 0) + (need_B ? ceil_div(N, kWgradCols) : 0);
   p.wgrad = wgrad_config(M, tiles, R, sms);

@@ -135,9 +135,9 @@ PLANS = [
     ("y256+h_gemm+dx128+dh_gemm+serial", 64),
     ("y256+h_inside+dx256+dh_gemm+overlap", 32),
     ("h_shrink+dh_shrink+overlap", 100),
-    ("h_warps+wgrad_warps", 16),
+    ("h_warps", 16),
     ("h_warps+wgrad_apart+serial", 31),
-    ("h_shrink+wgrad_warps+overlap", 64),
+    ("h_shrink+wgrad_warpgroup+overlap", 64),
     ("y128+h_halves+dx256+dh_halves+serial", 12),
 ]
 
@@ -149,8 +149,8 @@ def test_every_plan(library, schedule, poison, dropout_p):
     for i, (plan, R) in enumerate(PLANS):
         dtype, adapter = ((torch.bfloat16, None), (torch.float16, torch.float32))[i % 2]
         p = exact_problem(65 if "small" in plan else 300, 136, 264, R, dtype, adapter, seed=i)
-        if dropout_p and ("small" in plan or "h_gemm" in plan.split("+") or ("wgrad_warps" in plan and R > 16)):
-            with pytest.raises(ValueError, match="plan must not say (small|h_gemm|wgrad_warps) with dropout"):
+        if dropout_p and ("small" in plan or "h_gemm" in plan.split("+")):
+            with pytest.raises(ValueError, match="plan must not say (small|h_gemm) with dropout"):
                 run(p, backend=f"cuda:{plan}", **masked)
             continue
         assert_exact(run(p, backend=f"cuda:{plan}", **masked), truth(p, **masked))
@@ -164,7 +164,7 @@ HALVES = [
     ((300, 72, 264, 33), "dx256+wgrad_apart", 2, "h_halves refused"),
     ((129, 136, 328, 64), "y128+dx256", 3, ""),
     ((600, 264, 136, 12), "y256+dx128+h_warps", 3, ""),
-    ((300, 1160, 520, 9), "y256+h_warps+wgrad_warps", 2, ""),
+    ((300, 1160, 520, 9), "y256+h_warps+wgrad_warpgroup", 2, ""),
     ((600, 328, 1160, 16), "y256+dx256", 4, ""),
 ]
 
@@ -364,10 +364,9 @@ WAITS = [
     # the loader's wait for h; the wait before the staging tile is written again
     ("loader.cuh", "ptx::wait_flag(flag_of(args, r), args.low_columns);", ";", LARGE, ""),
     ("consumer.cuh", "if (thread == 0) ptx::tma_store_wait_read();", "", LARGE, ""),
-    # the gradients' wait for h
+    # the gradients' waits for h and for dh
     ("gradients.cuh", "ptx::wait(&s.side_full, side_phase);\n        multiply_rows", "multiply_rows", LARGE, ""),
-    # the loader's warps' wait for dh
-    ("gradient_warps.cuh", "warp_wait(&s.side_full, side_phase);\n    for", "for", (*LARGE[:3], 48), ":wgrad_warps"),
+    ("gradients.cuh", "ptx::wait(&s.side_full, side_phase);\n    for", "for", LARGE, ""),
     # the loader's wait before dh takes the place of h
     ("loader.cuh", "ptx::wait(&s.side_empty, side_phase ^ 1);", "", LARGE, ""),
     # column 1's wait for column 0's sums

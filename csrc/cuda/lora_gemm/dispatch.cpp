@@ -16,8 +16,7 @@ Status lora_gemm(const GemmConfig& c, const GemmParams& p, Target& target) {
     return Status::bad_shape;
   if (c.low_columns > 1 && (c.col_tiles < 2 || c.grid < 2 * kGemmCluster || p.K <= kGemmBlockK || !p.low_sums))
     return Status::bad_shape;
-  if ((p.dA || p.dB) && (kind.gradients == GradientsBy::none || (p.dB && !p.h) || (p.dA && !p.x)))
-    return Status::bad_shape;
+  if ((p.dA || p.dB) && (!kind.gradients || (p.dB && !p.h) || (p.dA && !p.x))) return Status::bad_shape;
   if (p.bias && (p.N % 2 || kind.backward)) return Status::bad_shape;
   if (reinterpret_cast<uintptr_t>(p.bias) % 4 || reinterpret_cast<uintptr_t>(p.low_sums) % 16 || p.ld_low % 2)
     return Status::bad_alignment;

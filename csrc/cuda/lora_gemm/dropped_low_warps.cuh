@@ -1,7 +1,7 @@
 // lora_gemm's first warpgroup, warps 1-3, in the forward with dropout: h = scale * drop(x) A^T in the launch that makes
 // y = x W^T + h B^T
 //
-// Used for    the forward with dropout and 256 columns up to 32 ranks (kSideWarps): without dropped_low.cuh's fourth
+// Used for    the forward with dropout and 256 columns up to 32 ranks (kLowByWarps): without dropped_low.cuh's fourth
 //             warpgroup the products are of 256 columns, and without its masked tile there is a fourth stage
 // Work        of the k-blocks of which a tile makes low, 48, 48 or 32 of 128 rows a warp: the mask is drawn while a
 //             block is on its way, a word a lane for 16 rows, and spread by shuffles to where ldmatrix puts x. All

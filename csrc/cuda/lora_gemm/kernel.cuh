@@ -8,8 +8,8 @@
 //             above each other shares the right operands by multicast: 256 x kBlockN
 // Roles       warpgroup 0: a thread loads (loader.cuh), warps 1-3 fetch dx's dropout mask (mask.cuh). Warpgroups 1
 //             and 2 multiply and store (consumer.cuh). A fourth, where there is one, makes dA and dB in dx's launch
-//             (gradients.cuh), or low of the masked left in the forward's (dropped_low.cuh); or warps 1-3 do
-//             (gradient_warps.cuh, dropped_low_warps.cuh)
+//             (gradients.cuh), or low of the masked left in the forward's (dropped_low.cuh); or warps 1-3 make
+//             that (dropped_low_warps.cuh)
 // Low rank    ceil(R / 64) more blocks from (low, thin) through the same ring; columns past R are TMA's zeros
 // One launch  kRank > 0: in the tiles of column 0 the staged left tile is also multiplied by down, low published and a
 //             flag raised for each 64 rows; the loader of any tile waits for its rows' flags before the low-rank
@@ -26,7 +26,6 @@
 #include "consumer.cuh"
 #include "dropped_low.cuh"
 #include "dropped_low_warps.cuh"
-#include "gradient_warps.cuh"
 #include "gradients.cuh"
 #include "loader.cuh"
 #include "mask.cuh"
@@ -35,8 +34,7 @@ namespace fused_lora::gemm {
 
 // Warps 1-3 of the loader's warpgroup.
 template <class C> PTX_FN void other_warps(Smem<C>& s, const Args<typename C::T>& args, uint32_t cta) {
-  if constexpr (C::kSideWarps && C::kGradients) GradientWarps<C>(s, args, cta).run();
-  else if constexpr (C::kSideWarps) DroppedLowWarps<C>(s, args, cta).run();
+  if constexpr (C::kLowByWarps) DroppedLowWarps<C>(s, args, cta).run();
   else if constexpr (C::kMasked) MaskLoader<C>(s, args).run(cta);
 }
 
@@ -64,16 +62,16 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kStages; ++i) {
       ptx::barrier_init(&s.full[i], 1);
-      ptx::barrier_init(&s.empty[i], (C::kConsumers + (C::kSideWarps ? 3 : 0)) * kCluster);
+      ptx::barrier_init(&s.empty[i], (C::kConsumers + (C::kLowByWarps ? 3 : 0)) * kCluster);
     }
     for (int i = 0; i < 2; ++i) {
       ptx::barrier_init(&s.tile_full[i], 1);
       ptx::barrier_init(&s.tile_empty[i], Tiles<C>::kReaders);
     }
     ptx::barrier_init(&s.mask_full, kMaskThreads);
-    ptx::barrier_init(&s.mask_empty, C::kConsumers + (C::kSideWarps ? 3 : 0));
+    ptx::barrier_init(&s.mask_empty, C::kConsumers);
     ptx::barrier_init(&s.side_full, 1);
-    ptx::barrier_init(&s.side_empty, C::kSideWarps ? 3 : 1);
+    ptx::barrier_init(&s.side_empty, 1);
     ptx::barrier_init_fence();
   }
   ptx::wait_for_previous_kernel();
@@ -88,7 +86,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     __syncwarp();
   } else if (C::kConsumers == 3 && group == 3) {
     if constexpr (C::kConsumers == 3) ptx::registers_down<C::kFourthRegisters>();
-    if constexpr (C::kGradients && !C::kSideWarps) Gradients<C>(s, args, cta, thread).run();
+    if constexpr (C::kGradients) Gradients<C>(s, args, cta, thread).run();
     if constexpr (C::kKind.masked_left()) DroppedLow<C>(s, args, cta, thread).run();
   } else {
     ptx::registers_up<C::kConsumerRegisters>();

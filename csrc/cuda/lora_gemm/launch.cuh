@@ -100,22 +100,11 @@ template <class C> Status run(const GemmConfig& c, const GemmParams& p, Target& 
 template <class T, int kBlockN, int kRank, bool kBackward, bool kDropout>
 Status choose_gradients(const GemmConfig& c, const GemmParams& p, Target& target) {
   using Without = Traits<T, kBlockN, kRank, kBackward, kDropout>;
-  switch (c.kind.gradients) {
-    case GradientsBy::none:
-      if constexpr (Without::kKind.fits_low_by_warps())
-        if (c.kind.low_by_warps)
-          return run<Traits<T, kBlockN, kRank, kBackward, kDropout, GradientsBy::none, true>>(c, p, target);
-      return run<Without>(c, p, target);
-    case GradientsBy::warpgroup:
-      if constexpr (Without::kKind.fits_gradients(GradientsBy::warpgroup))
-        return run<Traits<T, kBlockN, kRank, kBackward, kDropout, GradientsBy::warpgroup>>(c, p, target);
-      else return Status::bad_shape;
-    case GradientsBy::warps:
-      if constexpr (Without::kKind.fits_gradients(GradientsBy::warps))
-        return run<Traits<T, kBlockN, kRank, kBackward, kDropout, GradientsBy::warps>>(c, p, target);
-      else return Status::bad_shape;
-    default: return Status::bad_shape;
-  }
+  if constexpr (Without::kKind.fits_gradients())
+    if (c.kind.gradients) return run<Traits<T, kBlockN, kRank, kBackward, kDropout, true>>(c, p, target);
+  if constexpr (Without::kKind.fits_low_by_warps())
+    if (c.kind.low_by_warps) return run<Traits<T, kBlockN, kRank, kBackward, kDropout, false, true>>(c, p, target);
+  return run<Without>(c, p, target);
 }
 
 template <class T, int kBlockN, bool kBackward, bool kDropout>

@@ -14,40 +14,32 @@ template <class C> struct MaskLoader {
   static constexpr int kRounds = (kBlockM * C::kMaskWords + kMaskThreads - 1) / kMaskThreads;  // a word a thread each
   Smem<C>& s;
   const Args<typename C::T>& args;
-  int round = 0;
   uint32_t phase = 0;
 
   PTX_FN MaskLoader(Smem<C>& s, const Args<typename C::T>& args) : s(s), args(args) {}
 
-  // Nothing but masks, tile by tile.
   PTX_FN void run(uint32_t cta) {
     Tiles<C> tiles(s, args, cta);
     tiles.first();
     while (tiles.more()) {
-      load(tiles.place(), 1, 1);
-      next();
+      load(tiles.place());
+      phase ^= 1;
       if constexpr (C::kOneLaunch) __syncwarp();
       tiles.next(threadIdx.x % 32 == 0);
     }
   }
 
-  // The part of this tile's mask that is due after `done` of `steps` steps.
-  PTX_FN void load(const Place& at, int done, int steps) {
-    if (round == kRounds) return;
-    if (round == 0) ptx::wait(&s.mask_empty, phase ^ 1);
+ private:
+  PTX_FN void load(const Place& at) {
+    ptx::wait(&s.mask_empty, phase ^ 1);
 #pragma unroll 4
-    for (; round < kRounds && (round < done || round * steps < done * kRounds); ++round) {
+    for (int round = 0; round < kRounds; ++round) {
       const int w = round * kMaskThreads + threadIdx.x - 32;
       if (w < kBlockM * C::kMaskWords) s.mask[w] = word(at, w);
     }
-    if (round == kRounds) ptx::arrive(&s.mask_full);
-  }
-  PTX_FN void next() {
-    round = 0;
-    phase ^= 1;
+    ptx::arrive(&s.mask_full);
   }
 
- private:
   PTX_FN uint32_t word(const Place& at, int w) const {
     const int row = at.row + w / C::kMaskWords, col = at.col / 32 + w % C::kMaskWords;
     const int words = static_cast<int>(mask_words(args.N));

@@ -10,32 +10,27 @@ namespace fused_lora::gemm {
 constexpr int kMaskThreads = 96, kBlockM = kGemmBlockM, kBlockK = kGemmBlockK, kCluster = kGemmCluster;
 constexpr int kFourth = 2;  // the fourth warpgroup's number among those that read staged tiles; 0 and 1 multiply
 
-template <class T_, int kBlockN_, int kRank_, bool kBackward, bool kDropout, GradientsBy gradients = GradientsBy::none,
-          bool kLowByWarps = false>
+template <class T_, int kBlockN_, int kRank_, bool kBackward, bool kDropout, bool kGradients_ = false,
+          bool kLowByWarps_ = false>
 struct Traits {
   using T = T_;
   static constexpr GemmKind kKind{.block_n = kBlockN_,
                                   .rank_tile = kRank_,
                                   .backward = kBackward,
                                   .dropout = kDropout,
-                                  .gradients = gradients,
-                                  .low_by_warps = kLowByWarps};
+                                  .gradients = kGradients_,
+                                  .low_by_warps = kLowByWarps_};
   static constexpr int kBlockN = kBlockN_, kRank = kRank_, kStages = kKind.stages();
   static constexpr int kChunks = kBlockN / 64;     // of 64 columns, in which a tile is stored and x comes
   static constexpr int kMaskWords = kBlockN / 32;  // of one row
   static constexpr bool kRightMN = kBackward, kMasked = kBackward && kDropout, kOneLaunch = kRank > 0;
-  static constexpr bool kGradients = gradients != GradientsBy::none, kDropsLeft = kKind.drops_left();
+  static constexpr bool kGradients = kGradients_, kDropsLeft = kKind.drops_left();
   static constexpr bool kMakesLow = kOneLaunch && !kDropsLeft;  // in the warpgroups that multiply
-  // Whether the loader's idle warps read staged tiles, too: they make the gradients or low.
-  static constexpr bool kSideWarps = gradients == GradientsBy::warps || kLowByWarps;
+  static constexpr bool kLowByWarps = kLowByWarps_;             // the loader's idle warps read staged tiles, too
   static constexpr int kThreads = 128 * kKind.warpgroups();
   static constexpr int kConsumers = kKind.warpgroups() - 1;  // warpgroups that read a staged tile
   // Registers of a thread in each role: an SM has 512 for four of them.
-  static constexpr int kSideWarpsRegisters = kLowByWarps   ? (kRank == 16 ? 120 : 136)
-                                             : kRank == 64 ? 120
-                                             : kMasked     ? 104
-                                                           : 88;
-  static constexpr int kLoaderRegisters = kSideWarps ? kSideWarpsRegisters : kMasked ? 56 : 40;
+  static constexpr int kLoaderRegisters = kLowByWarps ? (kRank == 16 ? 120 : 136) : kMasked ? 56 : 40;
   static constexpr int kFourthRegisters = kConsumers < 3   ? 0
                                           : kDropsLeft     ? 104
                                           : !kMasked       ? 88
@@ -46,7 +41,7 @@ struct Traits {
   static_assert(kBlockN == 128 || kBlockN == 256);
   static_assert(kRank == 0 || kRank == 16 || kRank == 32 || kRank == 64);
   static_assert(!kDropsLeft || kOneLaunch);
-  static_assert(kKind.fits_gradients(gradients) && (!kLowByWarps || kKind.fits_low_by_warps()));
+  static_assert((!kGradients || kKind.fits_gradients()) && (!kLowByWarps || kKind.fits_low_by_warps()));
   static_assert(!kMasked || !kGradients || kStages >= kChunks, "x passes while the low-rank block stays in the ring");
   static_assert(kStages >= 3 && (!kMasked || kRank || kStages >= kMaxRank / kBlockK),
                 "all low-rank blocks of a masked tile must fit into the ring");
@@ -153,7 +148,7 @@ template <class C> struct Tiles {
   }
   PTX_FN void step() { number += gridDim.x / kCluster; }
   // Readers of a number in the cluster: the loaders, the warpgroups, and the three other warps where they work.
-  static constexpr int kReaders = kCluster * (1 + C::kConsumers + (C::kMasked || C::kSideWarps ? 3 : 0));
+  static constexpr int kReaders = kCluster * (1 + C::kConsumers + (C::kMasked || C::kLowByWarps ? 3 : 0));
 
  private:
   PTX_FN void read() {

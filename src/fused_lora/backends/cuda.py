@@ -98,8 +98,8 @@ def _joined(words) -> str:
 
 def plans(request: Request) -> tuple[str, ...]:
     """See `backends`: the heuristics' own plan; each way to make h with each way to make dh, dA and dB; one by one, the
-    other width of tiles, or tiles instead of the kernel for few rows; kernels that don't overlap; what the loader's
-    idle warps can make; and with those and without, h and dh by one column of tiles where two would make them."""
+    other width of tiles, or tiles instead of the kernel for few rows; kernels that don't overlap; the masked h by
+    the loader's idle warps; and with that and without, h and dh by one column of tiles where two would make them."""
     sizes, code = (max(request.M, 1), request.N, request.K, request.R), _CODE[request.dtype]
     call = _request(sizes, (code, code)) | dict(dropout=False, sms=_sms(request.device.index))
     needs = dict(need_x=True, need_A=True, need_B=True, need_bias=False, deterministic=False)
@@ -110,7 +110,7 @@ def plans(request: Request) -> tuple[str, ...]:
 
     parts = itertools.product(["", *others("h_shrink")], ["", *others("wgrad_apart", "dh_shrink")])
     alone = others("y128", "y256")[:1] + others("dx128", "dx256", "serial")
-    warps = ["h_warps+wgrad_warps"] if request.R <= 16 else []  # beyond, not with dropout
+    warps = ["h_warps"] if request.R <= 32 else []
     singles = [word.replace("halves", "single") for word in done.split("+") if word.endswith("_halves")]
     return *map(_joined, parts), *alone, *warps, *(_joined([plan, *singles]) for plan in ("", *warps) if singles)
 
