@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from tiny_llama import adapted, logits_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from fused_lora import apply_lora, merged
 from fused_lora.files import LOCK
 from fused_lora.finetune import export
 from fused_lora.finetune.export import export_merged
+from fused_lora.models import load_model
 
 MERGED = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
@@ -27,6 +29,8 @@ MERGED = ["config.json", "generation_config.json", "model.safetensors", "tokeniz
     [
         {},
         {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
         *({"modules_to_save": [name]} for name in ("norm", "embed_tokens", "lm_head")),
     ],
     ids=str,
@@ -41,11 +45,23 @@ def test_round_trip(base, tmp_path, tied, lora):
     texts = [AutoTokenizer.from_pretrained(path)("a ü").input_ids for path in (directory, tmp_path / "out/merged")]
     assert texts[0] == texts[1]
     with safe_open(tmp_path / "out/merged/model.safetensors", "pt") as file:
+        one = "lm_head.weight" not in file.keys()  # noqa: SIM118
+        assert json.loads((tmp_path / "out/merged/config.json").read_text())["tie_word_embeddings"] == one
         assert not [
             key
             for key in file.keys()  # noqa: SIM118  safe_open has no __iter__
             if "lora" in key or "modules_to_save" in key
         ]
+
+
+def test_the_model_s_own_configuration_stays(base, tmp_path):
+    """A merged head is not the embedding any more in what is written, in the model itself it is again."""
+    model, _ = load_model(base(), torch.float32, "cpu")
+    apply_lora(model, 4, target_modules=["lm_head"])
+    with merged(model):
+        export._save_plain(model, tmp_path / "out")
+    assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+    assert not json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"]
 
 
 def test_bf16_base(base, tmp_path):

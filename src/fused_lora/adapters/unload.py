@@ -151,7 +151,7 @@ def merge_and_unload(model: nn.Module, adapter_name: str | list[str] | None = No
         wrapper.merge()
     for wrapper in wrappers.values():
         _replace(places, wrapper, wrapper.plain().requires_grad_(False))
-    _tell_untied(root)
+    tell_untied(root)
     _release(root)
     return model
 
@@ -192,7 +192,7 @@ def _replace(places: dict[int, list[tuple[nn.Module, str]]], old: nn.Module, new
         setattr(parent, attribute, new)
 
 
-def _tell_untied(root: Any) -> None:
+def tell_untied(root: Any) -> None:
     """Have a transformers model's configuration say so if its output head no longer has its embedding's weight."""
     if not getattr(getattr(root, "config", None), "tie_word_embeddings", False):
         return
