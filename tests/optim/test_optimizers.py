@@ -7,7 +7,7 @@ import torch
 from pair_problems import Net, descend, farthest, make_pairs, train
 from torch import nn
 
-from fused_lora import LoRALinear
+from fused_lora import LoRALinear, apply_lora
 from fused_lora.optim import (
     Lion,
     LoRAProAdamW,
@@ -288,6 +288,61 @@ def test_a_sparse_gradient_is_refused(make_own):
     pairs[0].A.grad = torch.ones_like(pairs[0].A).to_sparse()
     with pytest.raises(ValueError, match="gradients must be dense; got a sparse one"):
         make_own(pairs).step()
+
+
+def test_steps_are_counted_beyond_256_whatever_the_defaults(make_own):
+    """bf16 has no 257; torch's optimizers count in fp32, too. A count saved in bf16 goes on."""
+    pairs = make_pairs(torch.float32)
+    optimizer = make_own(pairs)
+
+    def step():
+        for pair in pairs:
+            pair.A.grad, pair.B.grad = pair.A.detach().clone(), pair.B.detach().clone()
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        try:
+            optimizer.step()
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+
+    def counts():
+        return [float(state["step"]) for state in optimizer.state.values()]
+
+    step()
+    for state in optimizer.state.values():
+        state["step"] = state["step"].clone().fill_(256.0)
+    step()
+    assert counts() == [257.0] * 6
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        state["step"] = torch.tensor(256.0, dtype=torch.bfloat16)
+    optimizer.load_state_dict(saved)
+    step()
+    assert counts() == [257.0] * 6
+
+
+@pytest.mark.parametrize("cls", [LoRARite, LoRAProAdamW])
+def test_a_compiled_step_is_the_step(cls):
+    """Compiled in pieces LoRA-RITE's left counts and moments of some factors behind from the third step on."""
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = apply_lora(nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 5)), r=2, target_modules=["0", "1"])
+        for layer in model:
+            nn.init.normal_(layer.lora_B["default"])
+        optimizer, x = cls(model, lr=0.01), torch.randn(6, 7)
+        torch.compiler.reset()
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            step()
+        runs.append(([float(state["step"]) for state in optimizer.state.values()], trained(model)))
+    torch.compiler.reset()
+    (counts, values), (counts_compiled, values_compiled) = runs
+    assert counts == counts_compiled == [4.0] * 4
+    assert equal(values, values_compiled)
 
 
 def test_lion_is_its_formula():

@@ -50,9 +50,11 @@ class PairOptimizer(Optimizer):
         if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"betas must be two numbers in [0, 1); got {group['betas']}")
 
+    # Compiled in pieces it leaves the state of some parameters as it was, from the third step on (torch 2.13.0).
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all parameters that have a gradient.
+        """One step of all parameters that have a gradient. torch.compile runs it as it is.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -95,7 +97,7 @@ class PairOptimizer(Optimizer):
     def _keep(self, batch: Batch, which: str, **stacks: Tensor) -> None:
         """Make parts of stacks the state of A or B, and count the step."""
         parts = {key: batch.split(stack) for key, stack in stacks.items()}
-        step = torch.tensor(float(batch.step))
+        step = _count(batch.step)
         for i, t in enumerate(batch.tensors(which)):
             self.state[t].update({key: part[i] for key, part in parts.items()}, step=step)
 
@@ -109,7 +111,7 @@ class PairOptimizer(Optimizer):
             states = [self.state[params[i]] for i in chosen]
             for state, value in zip(states, values):
                 if not state:
-                    state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(value))
+                    state.update(step=_count(0), exp_avg=torch.zeros_like(value))
                     state["exp_avg_sq"] = torch.zeros_like(value)
             adamw(
                 values,
@@ -132,8 +134,8 @@ class PairOptimizer(Optimizer):
                     params[i].copy_(value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but for the dtype of the state, which stays as saved, and for what the groups say of pairs,
-        which the model knows."""
+        """As in torch, but for the dtype of the state, which stays as saved but for the counts of steps, and for what
+        the groups say of pairs, which the model knows."""
         about = [group["lora_pairs"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -142,5 +144,13 @@ class PairOptimizer(Optimizer):
             group["lora_pairs"] = pairs
         for i, p in zip(saved, params):
             for key, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and self.state[p][key].dtype != value.dtype:
+                if key == "step":
+                    self.state[p][key] = _count(value)
+                elif isinstance(value, Tensor) and self.state[p][key].dtype != value.dtype:
                     self.state[p][key] = value.to(p.device, copy=True)
+
+
+def _count(steps: Any) -> Tensor:
+    """A number of steps as torch's optimizers keep it. In a default dtype of bfloat16 a count ends at 256, and on a
+    default device that is none of the CPU's each step waits for it."""
+    return torch.tensor(float(steps), dtype=torch.float32, device="cpu")
