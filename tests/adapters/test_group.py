@@ -167,6 +167,34 @@ def test_another_x_is_computed_alone(between):
     assert calls(model) == 0  # and so it stays
 
 
+CHANGES = {
+    "factor": lambda layer: layer.lora_A["default"].mul_(2),
+    "weight": lambda layer: layer.weight.add_(1),
+    "parameter": lambda layer: layer.lora_B.update({"default": nn.Parameter(torch.ones(4, 3))}),
+    "scaling": lambda layer: layer.scaling.update(default=7.0),
+    "mode": lambda layer: layer.eval(),
+    "adapter": lambda layer: layer.set_adapter(None),
+    "merged": lambda layer: layer.merge(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_that_has_changed_since_computes_anew(change):
+    """Between the call of the first one and its own."""
+    model, seen = net(dropout=0.5 if change == "mode" else 0.0), []
+    k = model.three.k
+
+    def alter(*_):
+        with torch.no_grad():
+            CHANGES[change](k)
+
+    k.register_forward_pre_hook(alter)
+    k.register_forward_hook(lambda layer, given, y: seen.append((*given, y)))
+    model(rows())
+    ((x, y),) = seen
+    torch.testing.assert_close(y, LoRALinear.forward(k, x))
+
+
 def test_hooks_and_parts_that_are_not_used():
     """A pre-hook that gives one layer another x, an output hook, an output that nothing uses."""
     model, alone = net(), net(grouped=False)

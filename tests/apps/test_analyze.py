@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -58,7 +57,7 @@ def test_figures_are_whole_on_a_terminal_of_80_columns(call, trained, monkeypatc
     base, adapter, _ = trained
     written = io.StringIO()
     terminal = Console(width=80, force_terminal=True, color_system=None, legacy_windows=False, file=written)
-    monkeypatch.setattr(sys.modules["fused_lora.cli.analyze"], "out", terminal)
+    monkeypatch.setattr(console, "out", terminal)
     call("analyze", adapter, "--model", base)
     lines = written.getvalue().splitlines()
     assert "rank 90%" in lines[0] and "intruders" in lines[0]

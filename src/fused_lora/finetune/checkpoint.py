@@ -22,8 +22,8 @@ from fused_lora.schedules import MergeSchedule
 
 NAME, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 _FORMAT = 1
-# Settings that follow from others, the steps or a recipe, where they are not given: whoever changed one of those is told
-# of that one.
+# Settings that follow from others, the steps or a recipe, where they are not given: who changed one of those is told of
+# that one.
 _DERIVED = frozenset(
     ("alpha", "target_modules", "lr", "warmup", "schedule", "final_share", "optimizer", "max_grad_norm")
 )

@@ -207,8 +207,8 @@ def _save(run: Run, model: Any, tokenizer: Any, output: Path) -> None:
 
 
 def _check_space(output: Path, model: nn.Module, settings: Settings) -> None:
-    """Raises OSError unless two checkpoints (values and two moments, after merges the weights in fp32), of which the new
-    one is whole before the old one goes, and what was trained fit on the disk."""
+    """Raises OSError unless two checkpoints (values and two moments, after merges the weights in fp32) and what was
+    trained fit on the disk: a new checkpoint is whole before the old one goes."""
     size = sum(parameter.numel() * parameter.element_size() for parameter in checkpoint.trained(model).values())
     merged = 4 * sum(parameter.numel() for parameter in model.parameters()) if settings.merge_every else 0
     there = sum((output / name).stat().st_size for name in _OURS if (output / name).exists())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from fused_lora.nn.linear import LoRALinear
-from fused_lora.ops.internals import any_autocast_enabled
+from fused_lora.ops.internals import any_autocast_enabled, layer_tensors
 from fused_lora.ops.projections import Projection, lora_projections
 
 
@@ -17,13 +17,16 @@ class _Ready(NamedTuple):
 
     x: Tensor
     version: int
-    ys: dict[int, Tensor]  # by the layer's id, each once
+    projections: list[Projection]  # what they were computed from, so that no other tensor gets an id of one of these
+    made_of: dict[int, tuple | None]  # by the layer's id
+    ys: dict[int, Tensor]  # likewise, each once
 
 
 class Projections:
     """The layers of a group: the first one that is called computes all, the others take their part if they are given
-    the very same tensor, unchanged, and not under autocast, under which the first computes alone; else they compute
-    alone, from then on all of them. One that is called without gradients computes alone.
+    the very same tensor, unchanged, and are themselves as they were then, and not under autocast, under which the first
+    computes alone; else they compute alone, from then on all of them. One that is called without gradients computes
+    alone.
 
     Args:
         layers: the LoRALinears in the order of their calls, all in `parent`.
@@ -45,7 +48,8 @@ class Projections:
         thread = get_ident()
         ready = self._ready.pop(thread, None)
         if ready is not None and id(layer) in ready.ys:
-            if ready.x is not x or ready.version != x._version or any_autocast_enabled():  # what is ready is without
+            stale = ready.x is not x or ready.version != x._version or ready.made_of[id(layer)] != _made_of(layer)
+            if stale or any_autocast_enabled():  # what is ready is without
                 self._apart = True
                 return None
             y = ready.ys.pop(id(layer))
@@ -54,12 +58,14 @@ class Projections:
             return y
         if not all(map(_is_plain, self._layers)) or x.is_inference():
             return None
-        ys = lora_projections(x, [_projection(each) for each in self._layers])
+        projections = [_projection(each) for each in self._layers]
+        ys = lora_projections(x, projections)
         if ys is None:
             return None
         by_layer = {id(each): y for each, y in zip(self._layers, ys)}
         y = by_layer.pop(id(layer))
-        self._ready[thread] = _Ready(x, x._version, by_layer)
+        made_of = {id(each): _made_of(each) for each in self._layers if each is not layer}
+        self._ready[thread] = _Ready(x, x._version, projections, made_of, by_layer)
         return y
 
     def _drop(self, *_: Any) -> None:
@@ -94,6 +100,16 @@ def _is_plain(layer: LoRALinear) -> bool:
         and not layer.lora_A[name].is_meta
         and "forward" not in vars(layer)
     )
+
+
+def _made_of(layer: LoRALinear) -> tuple | None:
+    """What the layer computes with, as far as autograd counts writes; None where it does not compute as a plain one."""
+    name = layer.active_adapter
+    if type(name) is not str or layer.merged or layer._variant() is not None:
+        return None
+    tensors = layer_tensors(layer, name)
+    how = name, layer.training, layer.scaling[name], layer.lora_dropout[name]
+    return *how, *[None if t is None else (id(t), t._version) for t in tensors]
 
 
 def _projection(layer: LoRALinear) -> Projection:
