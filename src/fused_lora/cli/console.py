@@ -3,18 +3,30 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Who read the output has gone, as in `| head`."""
+        with suppress(SystemExit):  # rich's own code for it, 1
+            super().on_broken_pipe()
+        raise SystemExit(128 + signal.SIGPIPE)
+
+
+out, err = _Console(highlight=False), _Console(stderr=True, highlight=False)
 
 Model = Annotated[
     str | None,
-    typer.Option(help="Model directory, GGUF file or hub id; default: the packaged SmolLM2-135M.", show_default=False),
+    typer.Option(
+        help="Model directory, GGUF file, hub id or 'packaged'; default: the packaged SmolLM2-135M.", show_default=False
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="Of the base model: fp32, bf16 or fp16.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.", show_default=False)]
@@ -31,8 +43,11 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def errors() -> Iterator[None]:
-    """Expected failures as one red line and an exit code; anything else is a bug and keeps its traceback."""
+def errors(**options: str) -> Iterator[None]:
+    """Expected failures as one red line and an exit code; anything else is a bug and keeps its traceback.
+
+    Args: options: by the name of an argument that a ValueError may begin with, the option in its place.
+    """
     from fused_lora.models import out_of_memory
 
     try:
@@ -49,7 +64,8 @@ def errors() -> Iterator[None]:
     except ImportError as error:
         fail(missing(error), 1)
     except ValueError as error:
-        fail(str(error), 2)
+        name, space, words = str(error).partition(" ")
+        fail(options.get(name, name) + space + words, 2)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -81,6 +97,8 @@ def _signals() -> Iterator[None]:
 
 def missing(error: ImportError) -> str:
     """What to install for an import that failed; raises the error itself if that is this package's own fault."""
+    if error.name == "fused_lora._C":
+        return str(error)
     name = (error.name or "").partition(".")[0]
     if name == "fused_lora" or (not isinstance(error, ModuleNotFoundError) and name):
         raise error
@@ -89,14 +107,20 @@ def missing(error: ImportError) -> str:
 
 
 def given(**options: str | None) -> None:
-    """Raises ValueError for an option that is there and empty, as an unset variable in a script leaves it."""
+    """Raises ValueError for an option, or an argument in capitals, that is there and empty, as an unset variable in a
+    script leaves it."""
     for name, value in options.items():
         if value == "":
-            raise ValueError(f"--{name} must not be empty; got ''")
+            raise ValueError(f"{name if name.isupper() else f'--{name}'} must not be empty; got ''")
 
 
 def say(line: str) -> None:
     out.print(Text(printable(line)), soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """Within the width of a terminal; a file or a pipe, where rich believes in 80 columns, gets each row whole."""
+    (out if out.is_terminal else _Console(file=out.file, width=10_000)).print(table)
 
 
 def fail(message: str, code: int) -> None:

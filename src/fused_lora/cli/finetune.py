@@ -97,7 +97,10 @@ def finetune(
     dtype: Dtype = Settings.dtype,
     device: Device = None,
     eval_tokens: Annotated[
-        int, typer.Option(help="Held-out tokens that the perplexity is of, at the most.")
+        int,
+        typer.Option(
+            help="Held-out tokens that the perplexity is of, in whole blocks: as many as fit, one at the least."
+        ),
     ] = Settings.eval_tokens,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: only at the start and the end.")] = 20,
     eval_every: Annotated[

@@ -2,7 +2,8 @@
 
 import re
 import textwrap
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,9 +31,8 @@ def info(
     with errors():
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    if model is None and adapter is None:
-        return _print_machine()
-    with errors():
+        if model is None and adapter is None:
+            return _print_machine()
         given(model=model, adapter=adapter)
         if adapter is None:
             raise ValueError(
@@ -43,11 +43,11 @@ def info(
 
 def _print_ways(model: str | None, adapter: Path, dtype: str) -> None:
     """The table of `fused_lora.peft.fuse`, layers of like names in one row."""
-    from fused_lora.models import DTYPES, check_name, load_model, packaged_model
+    from fused_lora.models import DTYPES, base_model, check_name, load_model
 
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"--adapter must be a directory with an adapter_config.json; got {adapter}")
-    chosen = packaged_model() if model is None else model
+    chosen = base_model(model)
     check_name(chosen)
     from fused_lora.peft import fuse
 
@@ -72,21 +72,31 @@ def _with_adapter(base: Any, adapter: Path) -> Any:
 def _print_machine() -> None:
     import torch
 
-    from fused_lora.backends import explain
     from fused_lora.hardware import cpu_name
-    from fused_lora.models import DTYPES
 
     names = ("fused-lora", "torch", "triton", "transformers", "peft")
     facts = [(name, _version(name) or "not installed") for name in names]
-    facts += [("compiled part", _compiled_part())]
+    loads, holds = _compiled_part()
+    facts += [("compiled part", holds)]
     threads = torch.get_num_threads()
     devices = {"cpu": f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"}
     for index in range(torch.cuda.device_count()):
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
-    _print_table(facts + list(devices.items()) + [("tuned", _tuned(device)) for device in devices])
+    tuned = [("tuned", _tuned(device)) for device in devices if loads]
+    _print_table(facts + list(devices.items()) + tuned)
     if missing := missing_of_extras():
         out.print("\nextras that lack packages", style="bold")
         _print_table([(f"fused-lora[{extra}]", ", ".join(packages)) for extra, packages in missing.items()])
+    if loads:
+        _print_served(devices)
+
+
+def _print_served(devices: Iterable[str]) -> None:
+    import torch
+
+    from fused_lora.backends import explain
+    from fused_lora.models import DTYPES
+
     out.print("\nbackend='auto' for plain LoRA", style="bold")
     rows = [("device", "dtype", "back end", "why")]
     for device in devices:
@@ -132,11 +142,10 @@ def _tuned(device: str) -> str:
     """What `fused-lora tune` has left for a device, or why it doesn't count."""
     import torch
 
-    try:
-        from fused_lora.backends import tuned
-    except ImportError:
-        return f"{device}: needs the compiled part"
-    found = tuned.load(torch.device(device))
+    from fused_lora.backends import tuned
+
+    with warnings.catch_warnings(action="ignore"):  # of a damaged file: the line says so
+        found = tuned.load(torch.device(device))
     if found.ignored == "there is none":
         return f"{device}: nothing yet; `fused-lora tune` finds out what is fastest here"
     if found.ignored:
@@ -146,11 +155,12 @@ def _tuned(device: str) -> str:
     return f"{device}: {found.path}, {found.document.get('date', '')}, {len(rows)} cases, {failed} failures"
 
 
-def _compiled_part() -> str:
+def _compiled_part() -> tuple[bool, str]:
+    """Whether the compiled part loads, and what it holds or why it does not."""
     try:
         from fused_lora import _C
     except ImportError as error:
-        return f"does not load ({error}): install again with a C++ compiler at hand"
+        return False, " ".join(str(error).removeprefix("fused-lora's compiled part ").split())
     built = _C.build_info()
     names = ", ".join(f"sm_{name}" for name in built["cuda_archs"].replace(";", " ").replace(",", " ").split())
     cuda = (
@@ -158,4 +168,4 @@ def _compiled_part() -> str:
         if built["cuda"]
         else "no CUDA kernels (built without nvcc)"
     )
-    return f"CPU kernels and {cuda}, by compiler {built['compiler']}"
+    return True, f"CPU kernels and {cuda}, by compiler {built['compiler']}"

@@ -13,14 +13,16 @@ def merge(
     adapter: Annotated[str, typer.Argument(help="Directory of an adapter, from fused-lora or PEFT.")],
     model: Annotated[
         str | None,
-        typer.Option(help="Base model: directory, GGUF file or hub id; default: the one that the adapter names."),
+        typer.Option(
+            help="Base model: directory, GGUF file, hub id or 'packaged'; default: the one that the adapter names."
+        ),
     ] = None,
     output: Annotated[str, typer.Option(help="The new model directory.")] = "fused-lora-merged",
     dtype: Dtype = "fp32",
 ) -> None:
     """Fold an adapter into its base model: a directory that plain transformers loads."""
     with errors():
-        given(adapter=adapter, model=model, output=output)
+        given(ADAPTER=adapter, model=model, output=output)
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
         from fused_lora.finetune.export import export_merged

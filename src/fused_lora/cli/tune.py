@@ -1,5 +1,6 @@
 """fused-lora tune: which back end and plan is right and fastest on this machine."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fused_lora.cli.console import Device, default_device, errors, given, out, say
+from fused_lora.cli.console import Device, default_device, errors, given, out, print_table, say
 
 
 def tune(
@@ -57,10 +58,10 @@ def tune(
     Each is checked and timed in a process of its own; from then on backend="auto" takes the fastest. A stop keeps what
     is done.
     """
-    with errors():
+    with errors(rows="--rows", ranks="--r", time_limit_s="--time-limit", budget_s="--budget", device="--device"):
         given(model=model, dtype=dtype, rows=rows, r=r)
         from fused_lora.backends import tuned
-        from fused_lora.models import DTYPES, packaged_model
+        from fused_lora.models import DTYPES, base_model
         from fused_lora.tuning.job import chosen_device
         from fused_lora.tuning.job import tune as job
 
@@ -78,7 +79,9 @@ def tune(
             say(f"removed {path}" if path.exists() else f"there is no {path}")
             path.unlink(missing_ok=True)
         elif show:
-            _show(tuned.read(where))
+            with warnings.catch_warnings(action="ignore"):  # of a damaged file: what is shown says so
+                found = tuned.read(where)
+            _show(found)
         else:
             options: dict[str, Any] = dict(
                 dtypes=_listed("dtype", dtype, DTYPES.__getitem__, f"of {', '.join(DTYPES)}"),
@@ -87,7 +90,7 @@ def tune(
                 dropouts=(0.0, 0.1) if dropout else (0.0,),
                 time_limit_s=time_limit,
             )
-            shapes = packaged_model() if model == "packaged" else model
+            shapes = None if model is None else base_model(model)
             with _progress() as progress:
                 document = job(
                     shapes, device=where, budget_s=budget, again=again, progress=progress, say=say, **options
@@ -101,7 +104,7 @@ def _listed(name: str, text: str | None, convert: Callable[[str], Any], expected
     try:
         return () if text is None else tuple(convert(each.strip()) for each in text.split(","))
     except (ValueError, KeyError):
-        raise ValueError(f"{name} must be {expected}, with commas between; got {text!r}") from None
+        raise ValueError(f"--{name} must be {expected}, with commas between; got {text!r}") from None
 
 
 @contextmanager
@@ -155,7 +158,7 @@ def _print_rows(rows: list[dict]) -> None:
     for shape, verdict in sorted(tuned.verdicts(rows).items(), key=lambda pair: pair[0]):
         frozen = sum(row["frozen"].get("us", 0) for row in rows if tuned.shape_of(row) == shape)
         table.add_row(*(Text(cell) for cell in _cells(shape, verdict, frozen)), style="red" if verdict.failed else "")
-    out.print(table)
+    print_table(table)
     for row in rows:
         case = f"{row['dtype']} M={row['rows']} {row['K']}->{row['N']} R={row['R']} p={row['dropout']:g}"
         for name, figures in row["candidates"].items():

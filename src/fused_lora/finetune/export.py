@@ -15,7 +15,7 @@ from fused_lora.adapters.peft_config import CONFIG_NAME, read_config
 from fused_lora.adapters.peft_format import WEIGHTS_NAME
 from fused_lora.adapters.unload import tell_untied
 from fused_lora.files import LOCK, check_space, claimed
-from fused_lora.models import PACKAGED, check_name, is_text, load_model, packaged_model
+from fused_lora.models import PACKAGED, base_model, check_name, is_text, load_model, packaged_model
 
 _STAGING, _LAST = ".fused-lora-merge", "config.json"
 
@@ -69,7 +69,7 @@ def _choose_base(model: str | Path | None, adapter: Path, say: Callable[[str], N
         check_name(model)
         if named and os.path.realpath(named) != os.path.realpath(model):
             say(f"base model: {model}; the adapter names {named}")
-        return model, None
+        return base_model(model), None
     if not named or not isinstance(named, str):
         raise ValueError(f"--model must be given; {path} names no base model, base_model_name_or_path is {named!r}")
     say(f"base model: {named}, which the adapter names")

@@ -7,7 +7,7 @@ from torch import nn
 
 from fused_lora import recipes
 from fused_lora.config import unknown_name
-from fused_lora.models import packaged_model
+from fused_lora.models import base_model, load_config
 
 _RECIPES = ("without-regret", "biderman")
 
@@ -22,7 +22,7 @@ def recipe_values(name: str, values: dict[str, Any]) -> dict[str, Any]:
     """
     if name not in _RECIPES:
         raise unknown_name("--recipe", name, _RECIPES)
-    described, steps = _described(values["model"] or packaged_model()), values["steps"]
+    described, steps = _described(base_model(values["model"])), values["steps"]
     if name == "without-regret":
         recipe = recipes.lora_without_regret(described, r=values["rank"], steps=steps)
         warmup = 0
@@ -37,10 +37,6 @@ def recipe_values(name: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def _described(model: str | Path) -> nn.Module:
     """A module with the model's configuration and nothing else."""
-    from transformers import AutoConfig
-
-    path = Path(model)
-    source, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(model), {})
     described = nn.Module()
-    described.config = AutoConfig.from_pretrained(source, local_files_only=path.exists(), **options)
+    described.config = load_config(model)
     return described

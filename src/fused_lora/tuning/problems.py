@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from fused_lora.adapters.plan import make_plan
 from fused_lora.bench.cases import Case, preset
 from fused_lora.config import LoraConfig
-from fused_lora.models import check_name
+from fused_lora.models import base_model, load_config
 from fused_lora.nn import LoRALinear
 from fused_lora.nn.base_linear import linear_sizes
 
@@ -45,15 +44,10 @@ def skeleton(path: str | Path) -> nn.Module:
 
     Raises: as `models.load_model`.
     """
-    local = Path(path)
-    check_name(path)
+    config = load_config(base_model(path))
     import transformers
 
-    options: dict[str, Any] = {"local_files_only": local.exists(), "trust_remote_code": False}
-    if local.suffix == ".gguf":
-        options["gguf_file"] = local.name
     try:
-        config = transformers.AutoConfig.from_pretrained(local.parent if "gguf_file" in options else path, **options)
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
