@@ -22,6 +22,11 @@ from fused_lora.schedules import MergeSchedule
 
 NAME, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 _FORMAT = 1
+# Settings that follow from others, as the warm-up from the steps, or from a recipe, where they are not given: they are
+# compared last, so that whoever changed one of the others is told of that one.
+_DERIVED = frozenset(
+    ("alpha", "target_modules", "lr", "warmup", "schedule", "final_share", "optimizer", "max_grad_norm")
+)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -118,7 +123,7 @@ def load_checkpoint(
 def check_settings(path: Path, before: dict, now: dict) -> None:
     """Raises ValueError naming the first setting in which a resumed run differs from the one that wrote the
     checkpoint."""
-    for name in dict.fromkeys([*before, *now]):
+    for name in sorted(dict.fromkeys([*before, *now]), key=_DERIVED.__contains__):
         if before.get(name) != now.get(name):
             raise ValueError(
                 f"--resume continues a run under the settings of its checkpoint {path}: {name} must be "
