@@ -30,10 +30,12 @@ from fused_lora.finetune.borders import check_kept_apart
 from fused_lora.finetune.loop import Run, predicted
 from fused_lora.finetune.settings import Settings
 from fused_lora.models import DTYPES, check_name, context_of, is_text, load_model, packaged_model
+from fused_lora.nn.layer import LoRALayer
 from fused_lora.rows import first_text, inputs_of
 
 PLOT, SUMMARY, WHOLE = "loss.png", "summary.json", "model"
 _OURS = (checkpoint.NAME, checkpoint.METRICS, PLOT, SUMMARY, peft_format.CONFIG_NAME, peft_format.WEIGHTS_NAME)
+_FIGURES = 2**20  # bytes of the small files, at the most of any run that people wait for
 _PYTHON_PROMPT = 'def read_lines(path):\n    """'
 
 
@@ -207,12 +209,15 @@ def _save(run: Run, model: Any, tokenizer: Any, output: Path) -> None:
 
 
 def _check_space(output: Path, model: nn.Module, settings: Settings) -> None:
-    """Raises OSError unless the last checkpoint (values and two moments, after merges the weights in fp32) and what was
-    trained fit on the disk."""
+    """Raises OSError unless the disk has room for what lies there at once: the last checkpoint (values and moments,
+    after merges the weights in fp32 and every stage) beside the one that it replaces, what was trained, and figures."""
     size = sum(parameter.numel() * parameter.element_size() for parameter in checkpoint.trained(model).values())
-    merged = 4 * sum(parameter.numel() for parameter in model.parameters()) if settings.merge_every else 0
+    merges = settings.steps // settings.merge_every if settings.merge_every else 0
+    layers = [module for module in model.modules() if isinstance(module, LoRALayer)] if merges else []
+    moments = 1 if settings.optimizer == "lion" else 2
+    last = (1 + moments + merges) * size + sum(4 * layer.weight.numel() for layer in layers)
     there = sum((output / name).stat().st_size for name in _OURS if (output / name).exists())
-    check_space(output, 4 * size + merged - there)
+    check_space(output, 2 * last + (1 + merges) * size + _FIGURES - there)
 
 
 def _default_prompt(tokenizer, measured: Tensor, settings: Settings, context: int | None) -> str:
