@@ -198,7 +198,7 @@ def test_the_space_is_what_a_run_needs_at_its_peak(tiny, run, settings_of, tmp_p
 
     monkeypatch.setattr(finetune, "_FIGURES", 2**17)  # beside a tiny adapter; files have headers and the plot 50 KB
     monkeypatch.setattr(finetune, "check_space", lambda directory, needed: asked.append(needed))
-    settings = settings_of(tiny, **change)
+    settings = settings_of(tiny, **({} if "full" in change else dict(rank=24)), **change)
     run(settings, tmp_path / "out", save_every=1)
     monkeypatch.setattr(os, "replace", seen)
     run(settings, tmp_path / "out", save_every=1, overwrite=True)
