@@ -202,7 +202,7 @@ def test_the_space_is_what_a_run_needs_at_its_peak(tiny, run, settings_of, tmp_p
     run(settings, tmp_path / "out", save_every=1)
     monkeypatch.setattr(os, "replace", seen)
     run(settings, tmp_path / "out", save_every=1, overwrite=True)
-    assert max(there) <= asked[0] <= 1.3 * max(there) + 2**17, (asked, max(there))
+    assert max(there) <= asked[0] <= 1.5 * max(there) + 2**17, (asked, max(there))
 
 
 def test_a_run_needs_no_peft_for_its_summary(tiny, tmp_path, monkeypatch):

@@ -34,6 +34,11 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def trained_bytes(model: nn.Module) -> int:
+    """The size of the parameters that train."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in trained(model).values())
+
+
 def save_checkpoint(
     path: Path,
     model: nn.Module,
