@@ -39,8 +39,8 @@ def is_packaged_name(name: str | Path) -> bool:
 
 
 def base_model(name: str | Path | None) -> str | Path:
-    """What a --model stands for: the packaged model's file without a name and under each of its own, else what is
-    given. Raises: ValueError as `packaged_model`."""
+    """What a --model stands for: the packaged model's file without a name and under each of its own, else the name.
+    Raises: ValueError as `packaged_model`."""
     return packaged_model() if not name or is_packaged_name(name) else name
 
 

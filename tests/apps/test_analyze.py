@@ -36,8 +36,7 @@ def figures(text):
     return {cells[0]: cells[1:] for cells in lines}
 
 
-def test_an_adapter_and_the_model_that_it_makes_have_the_same_figures(call, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(console.out, "width", 160)  # which it has read from the environment when it was made
+def test_an_adapter_and_the_model_that_it_makes_have_the_same_figures(call, trained, tmp_path):
     base, adapter, whole = trained
     out, _ = call("analyze", adapter)
     alone = figures(out)
@@ -51,6 +50,14 @@ def test_an_adapter_and_the_model_that_it_makes_have_the_same_figures(call, trai
     out, _ = call("analyze", whole, "--model", base)
     assert figures(out) == with_base
     assert re.search(r"4 weights, mean rank .*, \d+ intruders", out)
+
+
+def test_a_file_gets_each_name_whole(call, tmp_path):
+    """Beyond the 80 columns that a console believes in where it writes to no terminal."""
+    name = ".".join(["model"] + [f"a_long_name_{i}" for i in range(8)])
+    pair = {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}
+    write_adapter(tmp_path, pair)
+    assert list(figures(call("analyze", tmp_path)[0])) == [name]
 
 
 def test_figures_are_whole_on_a_terminal_of_80_columns(call, trained, monkeypatch):

@@ -202,6 +202,8 @@ def test_empty_options_of_merge_are_refused(refused, tiny_options, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     for arguments in (["", *tiny_options[:2]], [tmp_path, "--model", ""], [tmp_path, "--output", ""]):
         assert "must not be empty; got ''" in refused(2, "merge", *arguments)
+    assert refused(2, "merge", "") == "error: ADAPTER must not be empty; got ''"
+    assert refused(2, "analyze", "") == "error: TUNED must not be empty; got ''"
     assert os.listdir(tmp_path) == []
 
 
@@ -210,14 +212,22 @@ def test_names_that_are_not_utf_8_are_printed_somehow(refused, tiny_options):
     assert "/nowhere/caf\ufffd: No such file" in line
 
 
-def test_a_reader_that_goes_is_no_traceback():
-    """`fused-lora info | head -1`."""
+@pytest.mark.parametrize("arguments", [["info"], ["tune", "--show"]])
+def test_a_reader_that_goes_is_no_traceback(arguments):
+    """`fused-lora tune --show | head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "fused_lora", "info"]
+    command = [sys.executable, "-m", "fused_lora", *arguments]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
-    assert done.returncode in (1, 141) and done.stderr == ""
+    assert done.returncode == 141 and done.stderr == ""
+
+
+def test_a_full_disk_under_the_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "fused_lora", "info"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")
 
 
 def test_a_wrong_result_is_one_line_and_exit_code_1(refused, monkeypatch):

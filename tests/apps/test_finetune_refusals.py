@@ -178,6 +178,33 @@ def test_too_little_space_is_found_before_the_training(tiny, run, settings_of, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(),
+        dict(merge_every=2),
+        dict(full=True),
+        *(dict(optimizer=name) for name in ("lion", "rite", "pro", "lora-fa")),
+    ],
+    ids=str,
+)
+def test_the_space_is_what_a_run_needs_at_its_peak(tiny, run, settings_of, tmp_path, monkeypatch, change):
+    """The old checkpoint and the new one lie there at once."""
+    asked, there, replace = [], [], os.replace
+
+    def seen(*arguments):
+        there.append(sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()))
+        replace(*arguments)
+
+    monkeypatch.setattr(finetune, "_FIGURES", 2**17)  # beside a tiny adapter; files have headers and the plot 50 KB
+    monkeypatch.setattr(finetune, "check_space", lambda directory, needed: asked.append(needed))
+    settings = settings_of(tiny, **({} if "full" in change else dict(rank=24)), **change)
+    run(settings, tmp_path / "out", save_every=1)
+    monkeypatch.setattr(os, "replace", seen)
+    run(settings, tmp_path / "out", save_every=1, overwrite=True)
+    assert max(there) <= asked[0] <= 1.5 * max(there) + 2**17, (asked, max(there))
+
+
 def test_a_run_needs_no_peft_for_its_summary(tiny, tmp_path, monkeypatch):
     real = finetune.metadata.version
 

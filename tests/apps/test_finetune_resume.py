@@ -72,6 +72,13 @@ def test_resuming_with_other_settings_names_the_setting(tiny, run, settings_of, 
     assert (stopped / "checkpoint.safetensors").read_bytes() == before
 
 
+def test_what_follows_from_a_changed_setting_is_not_blamed(tiny, run, settings_of, tmp_path):
+    """The warm-up of 4 steps is 2, of 8 steps 4: --steps was changed."""
+    run(settings_of(tiny, warmup=None, steps=4), tmp_path / "out")
+    with pytest.raises(ValueError, match="checkpoint.safetensors: steps must be 4; got 8"):
+        run(settings_of(tiny, warmup=None, steps=8), tmp_path / "out", resume=True)
+
+
 def test_resuming_on_changed_data_is_refused(tiny, run, settings_of, stopped_copy):
     output, (_, file) = stopped_copy, tiny
     text = open(file).read()

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fused_lora import apply_lora, models, save_adapter
+from fused_lora.finetune.settings import Settings
 from fused_lora.models import load_model, packaged_model
 
 
@@ -168,6 +169,21 @@ def test_the_name_that_adapters_write(tiny_model, monkeypatch):
     assert load(os.path.basename(tiny_model))[0].name_or_path == tiny_model
     monkeypatch.setattr(models, "packaged_model", lambda: models.Path(tiny_model))
     assert load(tiny_model)[0].name_or_path == models.PACKAGED
+
+
+def test_the_names_of_the_packaged_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {models.base_model(name) for name in (None, "", "packaged", models.PACKAGED)} == {packaged_model()}
+    assert models.base_model("owner/packaged") == "owner/packaged" and Settings(model=models.PACKAGED).model == ""
+    (tmp_path / "packaged").mkdir()
+    assert models.base_model("packaged") == Settings(model="packaged").model == "packaged"
+
+
+def test_a_configuration_is_read_as_the_model_is(tiny_model):
+    assert models.load_config(tiny_model).hidden_size == 32
+    assert models.load_config(packaged_model()).hidden_size == 576  # from a GGUF file
+    with pytest.raises(OSError, match="owner/nowhere is no directory here, and as a model id: "):
+        models.load_config("owner/nowhere")
 
 
 def test_a_revision_is_of_the_hub(tiny_model, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 from fused_lora.backends import tuned
 from fused_lora.bench.cases import Case
-from fused_lora.models import packaged_model
+from fused_lora.models import PACKAGED, packaged_model
 from fused_lora.ops.linear import forget_verdicts
 from fused_lora.tuning import job
 
@@ -62,6 +62,8 @@ def test_options_reach_the_run(cache, job_given, call):
     assert job_given["model"] == packaged_model() and job_given["dtypes"] == (torch.float16, torch.bfloat16)
     assert job_given["rows"] == (1, 512) and job_given["ranks"] == (8,) and job_given["dropouts"] == (0.0,)
     assert job_given["again"]
+    call("tune", "--model", PACKAGED)
+    assert job_given["model"] == packaged_model()
     call("tune", "--time-limit", "3", "--budget", "0.5")
     assert job_given["time_limit_s"] == 3.0 and job_given["budget_s"] == 0.5
 
@@ -97,6 +99,12 @@ def test_show_says_why_a_file_does_not_count(written, call):
     assert f"{written}: torch was '0.4', is '{torch.__version__}'" in call("tune", "--device", "cpu", "--show")[0]
 
 
+def test_a_damaged_file_is_said_once(written, call, recwarn):
+    written.write_text("{")
+    assert call("tune", "--device", "cpu", "--show")[0].startswith(f"{written}: damaged (JSONDecodeError: ")
+    assert "damaged" in "".join(call("info")[0].split()) and not recwarn.list
+
+
 def test_info_has_a_line_of_it(written, call):
     squeezed = "".join(call("info")[0].split())  # long paths wrap anywhere
     assert f"tunedcpu:{written},2026-11-26,2cases,2failures" in squeezed
@@ -108,18 +116,21 @@ def test_info_has_a_line_of_it(written, call):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--dtype", "fp8"], "dtype must be of fp32, bf16, fp16, with commas between; got 'fp8'"),
-        (["--rows", "1,x"], "rows must be whole numbers, with commas between; got '1,x'"),
+        (["--dtype", "fp8"], "--dtype must be of fp32, bf16, fp16, with commas between; got 'fp8'"),
+        (["--rows", "1,x"], "--rows must be whole numbers, with commas between; got '1,x'"),
         (["--rows", ""], "--rows must not be empty"),
         (["--r", "0"], "--r must be 1 or more each; got [0]"),
-        (["--device", "tpu"], "device must be cpu"),
-        (["--time-limit", "-1"], "--time-limit must be a positive number"),
+        (["--device", "tpu"], "--device must be cpu"),
+        (["--time-limit", "0"], "--time-limit must be a positive number"),
+        (["--budget", "-1"], "--budget must be a number of seconds"),
+        (["--rows", "0"], "--rows must be 1 or more"),
         (["--model", "/nowhere"], "/nowhere"),
+        (["--model", "owner/nowhere"], "owner/nowhere is no directory here, and as a model id: "),
         (["--show", "--clear"], "--show measures nothing and must be given alone, or with --device; got --clear, too"),
         (["--clear", "--again"], "--clear measures nothing"),
         (["--show", "--rows", "5"], "got --rows, too"),
     ],
 )
 def test_bad_options_are_refused(cache, refused, options, words):
-    code = 1 if "/nowhere" in options else 2
+    code = 1 if "/nowhere" in options[-1] else 2
     assert words in refused(code, "tune", "--device", "cpu", *options) and not cache.exists()

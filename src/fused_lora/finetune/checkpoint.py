@@ -22,8 +22,8 @@ from fused_lora.schedules import MergeSchedule
 
 NAME, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 _FORMAT = 1
-# Settings that follow from others, the steps or a recipe, where they are not given: who changed one of those is told of
-# that one.
+# Settings that follow from others, as the warm-up from the steps, or from a recipe, where they are not given: they are
+# compared last, so that whoever changed one of the others is told of that one.
 _DERIVED = frozenset(
     ("alpha", "target_modules", "lr", "warmup", "schedule", "final_share", "optimizer", "max_grad_norm")
 )
@@ -32,6 +32,11 @@ _DERIVED = frozenset(
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trained_bytes(model: nn.Module) -> int:
+    """The size of the parameters that train."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in trained(model).values())
 
 
 def save_checkpoint(

@@ -30,10 +30,12 @@ from fused_lora.finetune.borders import check_kept_apart
 from fused_lora.finetune.loop import Run, predicted
 from fused_lora.finetune.settings import Settings
 from fused_lora.models import DTYPES, check_name, context_of, is_text, load_model, packaged_model
+from fused_lora.nn.layer import LoRALayer
 from fused_lora.rows import first_text, inputs_of
 
 PLOT, SUMMARY, WHOLE = "loss.png", "summary.json", "model"
 _OURS = (checkpoint.NAME, checkpoint.METRICS, PLOT, SUMMARY, peft_format.CONFIG_NAME, peft_format.WEIGHTS_NAME)
+_FIGURES = 2**20  # bytes of the small files, at the most of any run that people wait for
 _PYTHON_PROMPT = 'def read_lines(path):\n    """'
 
 
@@ -82,8 +84,9 @@ def finetune(
         torch.manual_seed(settings.seed)
         model.requires_grad_(True) if settings.full else apply_lora(model, settings.lora())
         processes.part_ways(settings.seed)
-        processes.by_first(lambda: _check_space(output, model, settings))
+        saved = checkpoint.trained_bytes(model)  # before LoRA-FA, which freezes A
         run = Run(settings, output, model.train(), blocks, measured, say, tick)
+        processes.by_first(lambda: _check_space(output, model, settings, saved))
         if going_on:
             run.restore()
         else:
@@ -206,13 +209,16 @@ def _save(run: Run, model: Any, tokenizer: Any, output: Path) -> None:
         save_adapter(model, output)
 
 
-def _check_space(output: Path, model: nn.Module, settings: Settings) -> None:
-    """Raises OSError unless two checkpoints (values and two moments, after merges the weights in fp32) and what was
-    trained fit on the disk: a new checkpoint is whole before the old one goes."""
-    size = sum(parameter.numel() * parameter.element_size() for parameter in checkpoint.trained(model).values())
-    merged = 4 * sum(parameter.numel() for parameter in model.parameters()) if settings.merge_every else 0
+def _check_space(output: Path, model: nn.Module, settings: Settings, saved: int) -> None:
+    """Raises OSError unless the disk has room for what lies there at once: the last checkpoint (values and moments,
+    after merges the weights in fp32 and every stage) beside the one that it replaces, what was trained, and figures."""
+    size, every = checkpoint.trained_bytes(model), settings.merge_every
+    moments = 1 if settings.optimizer == "lion" else 2
+    stages = (settings.steps - 1) // every if every else 0  # a merge after the last step leaves no moments
+    layers = [m for m in model.modules() if isinstance(m, LoRALayer)] if 0 < every <= settings.steps else []
+    last = (1 + moments + stages) * size + sum(4 * layer.weight.numel() for layer in layers)
     there = sum((output / name).stat().st_size for name in _OURS if (output / name).exists())
-    check_space(output, 2 * (3 * size + merged) + size - there)
+    check_space(output, 2 * last + (1 + stages) * saved + _FIGURES - there)
 
 
 def _default_prompt(tokenizer, measured: Tensor, settings: Settings, context: int | None) -> str:
