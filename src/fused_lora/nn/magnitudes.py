@@ -26,7 +26,8 @@ def check_called(base: nn.Module, config: LayerConfig) -> None:
         )
     weight = getattr(base, "weight", None)
     plain = type(weight) is nn.Parameter
-    kind += f" whose weight is {COMPUTED}" if type(weight) is Tensor else ""
+    if not plain and weight is not None:
+        kind += f" whose weight is {COMPUTED if type(weight) is Tensor else f'a {type(weight).__name__}'}"
     if config.use_dora and not (plain or quantised(base)):
         raise ValueError(f"use_dora needs a weight that can be read or dequantised; got a {kind}")
     if config.dora_exact and not plain:
