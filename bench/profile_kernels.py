@@ -75,7 +75,7 @@ def summary(events: list[tuple[str, float, float]], passes: int) -> list[dict]:
 
 def profile(case: Case, names: list[str]) -> dict[str, list[dict]]:
     p = random_problem(case.M, case.N, case.K, case.R, case.dtype, torch.float32, device="cuda")
-    turn = itertools.cycle(copies(p.x, 256 << 20))
+    turn = itertools.cycle(copies(p.x))
     found = {}
     for name in names:
         made = candidates_on("cuda")[name](p, case.dropout)

@@ -178,7 +178,7 @@ def run_mixed(cases: list[MixedCase], device: str, budget_s: float, least: int =
 
 def _case_rows(case: MixedCase, device: str, budget_s: float, least: int) -> list[dict]:
     p = _problem(case, device)
-    inputs = copies(p.x, (64 if device == "cpu" else 256) << 20)
+    inputs = copies(p.x)
     exact = _truth(p, case.adapters)
     others = {"frozen": _truth(p, 0), "one adapter": _truth(p, 1)}
 

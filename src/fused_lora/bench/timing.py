@@ -252,7 +252,12 @@ def gpu_pass(forward: Callable, inputs: list[torch.Tensor], gradient: torch.Tens
     return one
 
 
-def copies(x: torch.Tensor, cache_bytes: int) -> list[torch.Tensor]:
-    """x and clones of it that together exceed the cache, so that each pass finds its input cold; at most 16."""
-    count = min(16, max(2, -(-cache_bytes // max(1, x.numel() * x.element_size()))))
+_PAST_CACHES = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes that no cache of the kind holds
+
+
+def copies(x: torch.Tensor, cold: bool = True) -> list[torch.Tensor]:
+    """x and clones of it, two at the least; where they are to be cold, together more than any cache holds, so that each
+    pass finds its input in memory, but at most 16."""
+    past = _PAST_CACHES[x.device.type] if cold else 0
+    count = min(16, max(2, -(-past // max(1, x.numel() * x.element_size()))))
     return [x.detach().clone().requires_grad_() for _ in range(count)]

@@ -10,8 +10,6 @@ from fused_lora.bench.cases import Case
 from fused_lora.bench.timing import Series, Spread, copies, cpu_pass, gpu_pass, interleave, ratio
 from fused_lora.testing import Problem, random_problem
 
-_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # inputs that no cache holds
-
 
 def race(names: list[str], case: Case, device: str, budget_s: float) -> dict[str, dict[str, float]]:
     """Microseconds of a forward and backward with 95 % intervals, by candidate, and what they are over the frozen
@@ -20,7 +18,7 @@ def race(names: list[str], case: Case, device: str, budget_s: float) -> dict[str
     It ends before its budget where the fastest is told from the second: the interval of their ratio leaves out 1.
     """
     p = random_problem(case.M, case.N, case.K, case.R, case.dtype, torch.float32, bias=False, device=device)
-    inputs = copies(p.x, _CACHE_BYTES[p.x.device.type])
+    inputs = copies(p.x)
     passes = {name: _pass(name, p, case.dropout, inputs) for name in ("frozen", *names)}
     for one in itertools.chain(passes.values(), passes.values()):
         one()
