@@ -167,32 +167,77 @@ def test_another_x_is_computed_alone(between):
     assert calls(model) == 0  # and so it stays
 
 
+def _scaled_factor(model):
+    with torch.no_grad():
+        model.three.k.lora_A["default"].mul_(3)
+
+
+def _other_data(model):
+    A = model.three.k.lora_A["default"]
+    A.data = A.data * 3
+
+
+def _other_parameter(model):
+    lora_A = model.three.k.lora_A
+    lora_A["default"] = nn.Parameter(lora_A["default"].detach() * 3)
+
+
 CHANGES = {
-    "factor": lambda layer: layer.lora_A["default"].mul_(2),
-    "weight": lambda layer: layer.weight.add_(1),
-    "parameter": lambda layer: layer.lora_B.update({"default": nn.Parameter(torch.ones(4, 3))}),
-    "scaling": lambda layer: layer.scaling.update(default=7.0),
-    "mode": lambda layer: layer.eval(),
-    "adapter": lambda layer: layer.set_adapter(None),
-    "merged": lambda layer: layer.merge(),
+    "a factor in place": _scaled_factor,
+    "a factor's memory": _other_data,
+    "a factor replaced": _other_parameter,
+    "the base": lambda model: model.three.k.weight.mul_(2),
+    "load_state_dict": lambda model: model.load_state_dict({key: 2 * t for key, t in model.state_dict().items()}),
+    "the scaling": lambda model: model.three.k.scaling.update(default=7.0),
+    "the active adapter": lambda model: set_adapter(model, None),
+    "merged": lambda model: model.three.k.merge(),
+    "eval": lambda model: model.eval(),
+    "a base that trains": lambda model: model.three.k.weight.requires_grad_(True),
+    "a scaling that trains": lambda model: model.three.k.scaling.update(default=torch.tensor(3.0, requires_grad=True)),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_layer_that_has_changed_since_computes_anew(change):
-    """Between the call of the first one and its own."""
-    model, seen = net(dropout=0.5 if change == "mode" else 0.0), []
-    k = model.three.k
-
-    def alter(*_):
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_layer_that_was_changed_computes_anew(how):
+    """After the first layer has computed for it, of the same x."""
+    found = []
+    for grouped in (True, False):
+        model, x = net(dropout=0.5 if how == "eval" else 0.0, grouped=grouped), rows()
+        model.three.q(x)
         with torch.no_grad():
-            CHANGES[change](k)
+            CHANGES[how](model)
+        y = model.three.k(x)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad, gradients(model.three.k)))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
-    k.register_forward_pre_hook(alter)
-    k.register_forward_hook(lambda layer, given, y: seen.append((*given, y)))
-    model(rows())
-    ((x, y),) = seen
-    torch.testing.assert_close(y, LoRALinear.forward(k, x))
+
+def test_a_pre_hook_that_changes_a_layer_acts():
+    found = []
+    for grouped in (True, False):
+        model = net(grouped=grouped)
+        model.three.k.register_forward_pre_hook(lambda layer, args: layer.scaling.update(default=7.0))
+        found.append(step(model))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_needs_nothing_that_is_ready():
+    """Which belongs to a graph, and such tensors cannot be copied."""
+    model, x = net(), rows()
+    model.three.q(x)
+    twin = copy.deepcopy(model)
+    assert not twin.three.q.projections._ready and torch.equal(twin.three.k(x), model.three.k(x))
+    pickle.dumps(twin.three.q)
+
+
+def test_an_x_that_wants_a_gradient_by_now_gets_it():
+    found = []
+    for grouped in (True, False):
+        model, x = net(grouped=grouped), rows().detach()
+        model.three.q(x)
+        model.three.k(x.requires_grad_()).sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
 
 
 def test_hooks_and_parts_that_are_not_used():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
 
 from fused_lora.adapters import apply_lora, merge_and_unload
@@ -79,3 +80,24 @@ def test_a_weight_that_is_computed_is_named_so():
 def test_the_projection_that_multihead_attention_never_calls_is_refused():
     with pytest.raises(ValueError, match=r"target out_proj: .*MultiheadAttention reads the weight of its projection"):
         apply_lora(nn.MultiheadAttention(8, 2), r=2, target_modules=["out_proj"])
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"allora_eta": 2.0}], ids=str)
+def test_a_layer_without_values_is_a_linear_layer(variant):
+    """FakeTensorMode, in which nn.Parameter makes another type; the layer is the one that stands for nn.Linear."""
+    with FakeTensorMode():
+        layer, x = LoRALinear.from_linear(nn.Linear(7, 5), r=2, **variant), torch.randn(3, 7)
+        layer.add_adapter("second", r=3)
+        layer(x).sum().backward()
+        assert type(layer) is LoRALinear and layer.lora_B["default"].grad.shape == (5, 2)
+        with pytest.raises(ValueError, match="weight must be a plain Parameter with values to be merged; got .*Fake"):
+            layer.merge()
+
+
+def test_a_called_layer_without_values_can_be_dora():
+    with FakeTensorMode():
+        linear = nn.Linear(7, 5)
+        linear.register_forward_hook(lambda *args: None)
+        layer = LoRALinear.from_linear(linear, r=2, use_dora=True)
+        layer(torch.randn(3, 7)).sum().backward()
+        assert layer.lora_magnitude_vector["default"].grad.shape == (5,)

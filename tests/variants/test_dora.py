@@ -410,6 +410,43 @@ def test_nothing_of_an_offloaded_layer_is_kept():
     assert torch.equal(layer(x), y)
 
 
+@pytest.fixture
+def swapping():
+    """Module.to and load_state_dict swap what the parameters hold, which is refused for one with a weak reference."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "to and fro"])
+def test_norms_follow_swapped_parameters(how, swapping):
+    test_norms_follow_every_write(how)
+
+
+def test_a_layer_over_a_base_of_torchaos_can_be_moved():
+    """Module.to swaps its weight."""
+    layer, x = LoRALinear.from_linear(quantised("int8", torch.float32), R, use_dora=True), torch.randn(9, 64)
+    y = layer(x)
+    assert torch.equal(layer.to("cpu", torch.float32)(x), y)
+    layer.to("meta")
+
+
+def test_another_parameter_of_the_same_memory_is_another():
+    """Though it has the first one's id, and its count of writes begins anew."""
+    once = OncePerStep()
+    weight = nn.Parameter(torch.zeros(1000), requires_grad=False)
+    for n in range(1, 100):
+        known, data = id(weight), weight.data
+        once(weight.sum, weight)
+        weight[500] = n  # not one of the words that are looked at
+        del weight
+        weight = nn.Parameter(data, requires_grad=False)
+        assert once(weight.sum, weight) == n
+        if id(weight) == known:
+            return
+    pytest.skip("no Parameter took another's id")
+
+
 def test_what_is_kept_is_found_without_comparing_tensors():
     """`in` asks each for equality, which costs 15 us a tensor in every layer."""
     once, tensors, seen = OncePerStep(), [torch.zeros(3) for _ in range(4)], []

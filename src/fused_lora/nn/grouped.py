@@ -12,25 +12,33 @@ from fused_lora.ops.internals import any_autocast_enabled, layer_tensors
 from fused_lora.ops.projections import Projection, lora_projections
 
 
+class _Given(NamedTuple):
+    """What a layer computes its y of."""
+
+    projection: Projection
+    marks: list[Any]  # what differs once that is other or written
+
+
 class _Ready(NamedTuple):
     """What the first of the layers has computed for the others."""
 
     x: Tensor
     version: int
-    projections: list[Projection]  # what they were computed from, so that no other tensor gets an id of one of these
-    made_of: dict[int, tuple | None]  # by the layer's id
-    ys: dict[int, Tensor]  # likewise, each once
+    needs_dx: bool
+    ys: dict[int, Tensor]  # by the layer's id, each once
+    givens: dict[int, _Given]  # of which they were computed
 
 
 class Projections:
     """The layers of a group: the first one that is called computes all, the others take their part if they are given
-    the very same tensor, unchanged, and are themselves as they were then, and not under autocast, under which the first
-    computes alone; else they compute alone, from then on all of them. One that is called without gradients computes
-    alone.
+    the very same tensor and are themselves as they were then, both unchanged as autograd counts writes, and not under
+    autocast, under which the first computes alone; else they compute alone, from then on all of them. One that is
+    called without gradients computes alone.
 
     Args:
         layers: the LoRALinears in the order of their calls, all in `parent`.
-        parent: the module whose forward calls them; at its end nothing is kept.
+        parent: the module whose forward calls them; at its end nothing is kept. Where the first is called outside it,
+            as in a checkpoint that computes again, what the others do not take is kept until the thread's next call.
     """
 
     def __init__(self, layers: list[LoRALinear], parent: nn.Module):
@@ -48,29 +56,35 @@ class Projections:
         thread = get_ident()
         ready = self._ready.pop(thread, None)
         if ready is not None and id(layer) in ready.ys:
-            stale = ready.x is not x or ready.version != x._version or ready.made_of[id(layer)] != _made_of(layer)
-            if stale or any_autocast_enabled():  # what is ready is without
+            if not _fits(ready, layer, x) or any_autocast_enabled():  # what is ready is without
                 self._apart = True
                 return None
             y = ready.ys.pop(id(layer))
             if ready.ys:
                 self._ready[thread] = ready
             return y
-        if not all(map(_is_plain, self._layers)) or x.is_inference():
+        if x.is_inference():
             return None
-        projections = [_projection(each) for each in self._layers]
-        ys = lora_projections(x, projections)
+        givens: dict[int, _Given] = {}
+        for each in self._layers:
+            given = _given(each)
+            if given is None:
+                return None
+            givens[id(each)] = given
+        ys = lora_projections(x, [given.projection for given in givens.values()])
         if ys is None:
             return None
-        by_layer = {id(each): y for each, y in zip(self._layers, ys)}
+        by_layer = dict(zip(givens, ys))
         y = by_layer.pop(id(layer))
-        made_of = {id(each): _made_of(each) for each in self._layers if each is not layer}
-        self._ready[thread] = _Ready(x, x._version, projections, made_of, by_layer)
+        self._ready[thread] = _Ready(x, x._version, x.requires_grad, by_layer, givens)
         return y
 
     def _drop(self, *_: Any) -> None:
         if not is_dynamo_compiling():
             self._ready.pop(get_ident(), None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_ready": {}}
 
     def dissolve(self) -> None:
         """The layers are LoRALinears again."""
@@ -90,29 +104,30 @@ class GroupedLoRALinear(LoRALinear):
         return super().forward(x) if y is None else y
 
 
-def _is_plain(layer: LoRALinear) -> bool:
-    """Whether one adapter acts, without a variant, and nothing but the layer's own call is needed for its tensors."""
-    name = layer.active_adapter
-    return (
-        isinstance(name, str)
-        and not layer.merged
-        and layer._variant() is None
-        and not layer.lora_A[name].is_meta
-        and "forward" not in vars(layer)
-    )
+def _fits(ready: _Ready, layer: LoRALinear, x: Tensor) -> bool:
+    """Whether the layer would compute of x what is ready."""
+    if ready.x is not x or ready.version != x._version or ready.needs_dx != x.requires_grad:
+        return False
+    given = _given(layer)
+    return given is not None and given.marks == ready.givens[id(layer)].marks
 
 
-def _made_of(layer: LoRALinear) -> tuple | None:
-    """What the layer computes with, as far as autograd counts writes; None where it does not compute as a plain one."""
-    name = layer.active_adapter
-    if type(name) is not str or layer.merged or layer._variant() is not None:
-        return None
-    tensors = layer_tensors(layer, name)
-    how = name, layer.training, layer.scaling[name], layer.lora_dropout[name]
-    return *how, *[None if t is None else (id(t), t._version) for t in tensors]
-
-
-def _projection(layer: LoRALinear) -> Projection:
+def _given(layer: LoRALinear) -> _Given | None:
+    """What the layer computes its y of; None unless one adapter acts, without a variant, and nothing but the layer's
+    own call is needed for its tensors."""
     name: Any = layer.active_adapter
+    if type(name) is not str or layer.merged or layer._variant() is not None or "forward" in vars(layer):
+        return None
+    weight, bias, lora_A, lora_B = layer_tensors(layer, name)
+    scaling = layer.scaling[name]
+    if lora_A.is_meta or type(scaling) is not float:
+        return None
     dropout_p = layer.lora_dropout[name] if layer.training else 0.0
-    return Projection(layer.weight, layer.lora_A[name], layer.lora_B[name], layer.scaling[name], layer.bias, dropout_p)
+    marks: list[Any] = [scaling, dropout_p]
+    try:
+        for t in (weight, bias, lora_A, lora_B):
+            if t is not None:  # they are held, so that no other gets an id of theirs
+                marks += (id(t), t.data_ptr(), t._version, t.requires_grad)
+    except RuntimeError:  # under torch.func they have no memory, in inference mode no count of writes
+        return None
+    return _Given(Projection(weight, lora_A, lora_B, scaling, bias, dropout_p), marks)

@@ -1,6 +1,6 @@
 """OncePerStep: what a variant computes from parameters alone, kept until an optimizer may have written them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
 
@@ -62,13 +62,13 @@ class OncePerStep:
                 steps = _steps
                 break
         key, kept = (steps, also, found), self._kept
-        if kept is not None and kept[0] == key and _same(found, memories, kept[1], kept[2]):
+        if kept is not None and kept[0] == key and _same(found, memories, kept):
             return kept[3]
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():  # tensors that a later backward can save
-                value, counters = compute(), [_counter(t) for t in tensors]
+                value, counters = compute(), _counters(tensors, found, kept)
         else:
-            value, counters = compute(), [_counter(t) for t in tensors]
+            value, counters = compute(), _counters(tensors, found, kept)
         self._kept = key, [ref(each) for each in memories], counters, value  # at once: DataParallel's threads share it
         return value
 
@@ -80,20 +80,26 @@ class OncePerStep:
         return {"_kept": None}
 
 
-def _same(found: tuple, memories: list, kept: list, counters: list[Tensor | None]) -> bool:
+def _same(found: tuple, memories: list, kept: tuple) -> bool:
     """Whether tensors with equal marks are those of before: what is gone may have left its id or its address to
     another, but not both its memory and its count."""
-    for (_, version, _), memory, alive, counter in zip(found, memories, kept, counters):
+    for (_, version, _), memory, alive, counter in zip(found, memories, kept[1], kept[2]):
         if alive() is not memory or (counter is not None and counter._version != version):
             return False
     return True
 
 
-def _counter(t: Tensor) -> Tensor | None:
-    """A tensor without memory that shares autograd's count of writes with t, and so goes on counting when another
-    Parameter, whose count begins anew, holds the memory. None for subclasses, whose detach is their own."""
-    if type(t) not in PLAIN_TENSORS:
-        return None
-    counter = t.detach()
-    counter.data = counter.new_empty(0)
-    return counter
+def _counters(tensors: Sequence[Tensor], found: tuple, kept: tuple | None) -> list[Tensor | None]:
+    """A tensor without memory for each, which shares autograd's count of writes with it, and so goes on counting when
+    another Parameter, whose count begins anew, holds the memory. None for subclasses, whose detach is their own."""
+    if kept is not None:  # a new one takes 1.3 us
+        before = zip(kept[0][2], kept[2], found)
+        if all(was[0] == now[0] and counter is not None and counter._version == now[1] for was, counter, now in before):
+            return kept[2]
+    counters: list[Tensor | None] = []
+    for t in tensors:
+        counter = t.detach() if type(t) in PLAIN_TENSORS else None
+        if counter is not None:
+            counter.data = counter.new_empty(0)
+        counters.append(counter)
+    return counters
