@@ -20,10 +20,9 @@ def group(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None = None) ->
 
     Which they are is watched in one forward. In a later one layers that are given another tensor, or one that was
     written to in between, or whose own factors, weight, scaling or mode have changed in between, compute alone, and so
-    does the whole group from then on. Values, gradients and dropout's
-    masks are those of the layers alone, up to the order of dx's sums. It acts on the CPU in fp32, in plain eager mode;
-    elsewhere (autocast, torch.compile, no gradients, several adapters or another variant active) layers compute alone,
-    as they do where nothing is found.
+    does the whole group from then on. Values, gradients and dropout's masks are those of the layers alone, up to the
+    order of dx's sums. It acts on the CPU in fp32, in plain eager mode; elsewhere (autocast, torch.compile, no
+    gradients, several adapters or another variant active) layers compute alone, as they do where nothing is found.
 
     Args:
         model: with adapters, in wrappers or not.
