@@ -141,5 +141,5 @@ def test_dropout_is_in_the_program():
 
 def test_a_named_back_end_has_no_plain_operators():
     p = random_problem(6, 10, 12, 3)
-    with pytest.raises(ValueError, match="backend must be 'auto' or 'reference' under torch.export"):
+    with pytest.raises(ValueError, match="backend must be 'auto' or 'reference' under torch.func, torch.export"):
         torch.export.export(Layer(p, backend="cpu"), (p.x,))

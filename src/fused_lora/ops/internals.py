@@ -62,8 +62,8 @@ def autocasts(t: Any) -> bool:
 # Whether a dispatch mode (fake tensors, tracing, selective checkpointing, counters) sees every operator that is called.
 dispatch_modes_active = _private("_C._len_torch_dispatch_stack") or _maybe
 
-# Whether torch.func transforms or vmap are at work; where PyTorch doesn't tell, dispatch_modes_active() says maybe.
-_functorch_active = _private("_C._are_functorch_transforms_active") or (lambda: False)
+# Whether torch.func or vmap is at work; untold, dispatch_modes_active() says maybe, and compiled graphs are plain.
+_functorch_active = _private("_C._are_functorch_transforms_active") or is_dynamo_compiling
 
 _probe = torch.zeros(1)
 
