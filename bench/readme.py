@@ -18,6 +18,7 @@ import torch
 from fused_lora.bench.cases import Case
 from fused_lora.bench.report import amx
 from fused_lora.bench.results import key
+from fused_lora.bench.runner import CHAIN
 from fused_lora.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +99,7 @@ def host(rows: list[dict]) -> list[str]:
 
     text = f"Host cost, eager forward + backward of tiny tensors: {costs('host_us', 'of_peft')}"
     if any("chain_us" in r for r in rows):
-        text += f"; each layer of a chain of 24: {costs('chain_us', 'chain_of_peft')}"
+        text += f"; each layer of a chain of {CHAIN}: {costs('chain_us', 'chain_of_peft')}"
     return ["", f"{text}."]
 
 

@@ -155,6 +155,17 @@ def test_gradient_through_the_returned_h_alone(lead, names, way):
         torch.testing.assert_close(*again)
 
 
+def test_autocast_leaves_the_gradient_through_h_alone():
+    """It has acted on what the op was given, and must not act again in a backward that runs under it."""
+    x, A = torch.randn(M, K, requires_grad=True), torch.randn(R, K, requires_grad=True)
+    found = []
+    for enabled in (False, True):
+        _, h = lora_linear(x, torch.randn(N, K), A, torch.randn(N, R), S, return_h=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(h.sum(), (x, A)))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_decides_nothing(default):
     """What the CPU's kernels write is made in the dtype that they write."""

@@ -14,6 +14,7 @@ from fused_lora.bench.timing import Pass, Series, Spread, copies, cpu_pass, gpu_
 from fused_lora.testing import Problem, random_problem, truth
 
 T = TypeVar("T")
+CHAIN = 24  # layers of the chain in `host_cost`
 _OURS = ("fused", "triton", "cuda", "cpu")  # with any plan: A and B in fp32, the mask drawn from a seed
 
 
@@ -203,12 +204,12 @@ def ratio_facts(name: str, found: tuple[float, float, float]) -> dict[str, float
     return dict(zip((name, f"{name}_low", f"{name}_high"), found))
 
 
-def host_cost(device: str, budget_s: float, names: list[str], layers: int = 24) -> list[dict]:
+def host_cost(device: str, budget_s: float, names: list[str]) -> list[dict]:
     """Eager forward and backward on tiny tensors (M=4, K=N=16, R=4), microseconds a layer, of one layer and of many in
     a chain: what Python, autograd and launches cost. That of one holds what every backward() costs, whatever it runs
     through. Candidates are dropped as in `run_case`."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    problems = [random_problem(4, 16, 16, 4, dtype, torch.float32, device=device, seed=seed) for seed in range(layers)]
+    problems = [random_problem(4, 16, 16, 4, dtype, torch.float32, device=device, seed=seed) for seed in range(CHAIN)]
     p = problems[0]
     exact, base = truth(p), truth(replace(p, lora_B=torch.zeros_like(p.lora_B)))
 
@@ -231,7 +232,7 @@ def host_cost(device: str, budget_s: float, names: list[str], layers: int = 24) 
 
     ready, dropped = prepare(names, make)
     rows: dict[str, dict] = {name: dict(candidate=name) for name in ready}
-    for n, part, of_peft, depth in ((0, "host", "of_peft", 1), (1, "chain", "chain_of_peft", layers)):
+    for n, part, of_peft, depth in ((0, "host", "of_peft", 1), (1, "chain", "chain_of_peft", CHAIN)):
         passes = {name: both[n] for name, both in ready.items()}
         # every round counts: to look who waited costs such passes 5 %, and of thousands the median is steady
         times = interleave(passes, budget_s=budget_s / 2, least=500 // depth, most=20000, waited=lambda: 0)

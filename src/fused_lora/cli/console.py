@@ -31,7 +31,7 @@ Model = Annotated[
 Dtype = Annotated[str, typer.Option(help="Of the base model: fp32, bf16 or fp16.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.", show_default=False)]
 
-_EXTRAS = {"typer": "cli", "rich": "cli", "peft": "peft", "pytest_benchmark": "bench"}  # others come with finetune
+_EXTRA_OF = {"peft": "peft", "pytest_benchmark": "bench"}  # others come with finetune
 
 
 class Terminated(BaseException):
@@ -103,7 +103,7 @@ def missing(error: ImportError) -> str:
     if name == "fused_lora" or (not isinstance(error, ModuleNotFoundError) and name):
         raise error
     what = f"{name} is not installed" if name else str(error)
-    return f"{what}: pip install 'fused-lora[{_EXTRAS.get(name, 'finetune')}]'"
+    return f"{what}: pip install 'fused-lora[{_EXTRA_OF.get(name, 'finetune')}]'"
 
 
 def given(**options: str | None) -> None:

@@ -59,7 +59,7 @@ def check_linear(linear: Any) -> None:
         )
     if runs(linear, nn.Linear) or (is_conv1d(linear) and "forward" not in vars(linear)):
         weight = linear.weight
-        if is_plain(weight) or weight.is_nested:
+        if is_plain_weight(weight) or weight.is_nested:
             check_weight(weight, (K, N) if is_conv1d(linear) else (N, K))
 
 
@@ -71,10 +71,10 @@ def absorbable(linear: nn.Module) -> bool:
     attached += [name for name, _ in (*linear.named_buffers(), *linear.named_children())]
     if attached or not (conv1d or runs(linear, nn.Linear)) or not bare(linear):
         return False
-    return is_plain(linear.weight) and (linear.bias is None or is_plain(linear.bias))
+    return is_plain_weight(linear.weight) and (linear.bias is None or is_plain_weight(linear.bias))
 
 
-def is_plain(weight: Any) -> bool:
+def is_plain_weight(weight: Any) -> bool:
     """Whether a weight is a Parameter over plain memory, or stands for one in a model without values (FakeTensorMode),
     where nn.Parameter makes another type."""
     return type(weight) is nn.Parameter or (isinstance(weight, nn.Parameter) and hasattr(weight, "fake_mode"))
@@ -83,7 +83,7 @@ def is_plain(weight: Any) -> bool:
 def check_weight(weight: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless a weight is a plain dense Parameter of this shape: no DTensor, no quantised or packed
     form, no shard."""
-    if not is_plain(weight):
+    if not is_plain_weight(weight):
         kind = type(weight)
         raise ValueError(
             "weight must be a plain torch.nn.Parameter, neither sharded nor quantised nor made from others; got "

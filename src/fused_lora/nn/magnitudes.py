@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fused_lora.bases import added, quantised
 from fused_lora.deepspeed_zero import gathered
 from fused_lora.layer_config import LayerConfig
-from fused_lora.nn.base_linear import is_plain
+from fused_lora.nn.base_linear import is_plain_weight
 from fused_lora.nn.by_name import Summand
 from fused_lora.nn.layer import LoRALayer
 from fused_lora.nn.merged_weight import COMPUTED
@@ -26,7 +26,7 @@ def check_called(base: nn.Module, config: LayerConfig) -> None:
             f"a {kind}"
         )
     weight = getattr(base, "weight", None)
-    plain = is_plain(weight)
+    plain = is_plain_weight(weight)
     if not plain and weight is not None:
         kind += f" whose weight is {COMPUTED if type(weight) is Tensor else f'a {type(weight).__name__}'}"
     if config.use_dora and not (plain or quantised(base)):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fused_lora.ops.dropout import dropout_mask
 from fused_lora.ops.grouped_reference import grouped_update as grouped_update  # as a back end has them
 from fused_lora.ops.grouped_reference import grouped_update_backward as grouped_update_backward
+from fused_lora.ops.internals import without_autocast
 
 
 class Variant(NamedTuple):
@@ -157,11 +158,12 @@ def backward_of_h(dh, x, lora_A, scaling, dropout_p, seed, needs, variant) -> Gr
     if seed is not None:
         mask = dropout_mask(seed, dh.shape[0], lora_A.shape[1], dropout_p, dh.dtype)
     low = dA = None
-    if needs.x_lora or (needs.x and variant.x_lora is None):
-        low = dh @ lora_A.to(dh.dtype)
-        low = low if mask is None else low * mask
-    if needs.lora_A:
-        dA = (dh.t() @ _lora_input(x, variant, mask)).to(lora_A.dtype)
+    with without_autocast(dh):
+        if needs.x_lora or (needs.x and variant.x_lora is None):
+            low = dh @ lora_A.to(dh.dtype)
+            low = low if mask is None else low * mask
+        if needs.lora_A:
+            dA = (dh.t() @ _lora_input(x, variant, mask)).to(lora_A.dtype)
     return Gradients(lora_A=dA, x=low) if variant.x_lora is None else Gradients(lora_A=dA, x_lora=low)
 
 
