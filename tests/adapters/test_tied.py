@@ -84,3 +84,25 @@ def test_trainer_s_checkpoint_resumes(tmp_path):
     assert torch.count_nonzero(whole.model.model.layers[0].self_attn.q_proj.lora_B["default"])
     for (name, want), got in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(got, want, msg=name)
+
+
+@pytest.mark.parametrize("way", ("merged", "layer by layer"))
+def test_a_merged_head_is_saved_as_what_it_is_no_embedding_any_more(way, tmp_path):
+    """In what is written, also by hand from state dict and configuration; in the model itself the two are one again."""
+    model = randomise(apply_lora(llama(), r=2, target_modules=["q_proj", "lm_head"]), 1)
+    want = model(IDS).logits
+    if way == "merged":
+        with merged(model):
+            model.save_pretrained(tmp_path)
+            assert not model.config.tie_word_embeddings
+    else:
+        layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+        for layer in layers:
+            layer.merge()
+        model.save_pretrained(tmp_path)
+        for layer in layers:
+            layer.unmerge()
+    assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+    plain = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert not plain.config.tie_word_embeddings
+    torch.testing.assert_close(plain(IDS).logits, want)

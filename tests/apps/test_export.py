@@ -14,11 +14,9 @@ from safetensors import SafetensorError, safe_open
 from tiny_llama import adapted, logits_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from fused_lora import apply_lora, merged
 from fused_lora.files import LOCK
 from fused_lora.finetune import export
 from fused_lora.finetune.export import export_merged
-from fused_lora.models import load_model
 
 MERGED = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
@@ -52,16 +50,6 @@ def test_round_trip(base, tmp_path, tied, lora):
             for key in file.keys()  # noqa: SIM118  safe_open has no __iter__
             if "lora" in key or "modules_to_save" in key
         ]
-
-
-def test_the_model_s_own_configuration_stays(base, tmp_path):
-    """A merged head is not the embedding any more in what is written, in the model itself it is again."""
-    model, _ = load_model(base(), torch.float32, "cpu")
-    apply_lora(model, 4, target_modules=["lm_head"])
-    with merged(model):
-        export._save_plain(model, tmp_path / "out")
-    assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
-    assert not json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"]
 
 
 def test_bf16_base(base, tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -14,9 +15,11 @@ from fused_lora.nn.by_name import ActiveAdapter, as_list
 @contextmanager
 def merged(model: nn.Module, adapter_name: str | list[str] | None = None) -> Iterator[nn.Module]:
     """Run with an adapter folded into the weights: every layer is one GEMM, and `model.state_dict()` is that of the
-    plain model.
+    plain model. Where a merged weight was tied to another one, as an output head to the embedding, a transformers
+    model's configuration says that it no longer is.
 
-    On leaving, also by an exception, every base weight and the active adapters are restored bit for bit.
+    On leaving, also by an exception, every base weight, the active adapters and the configuration are restored bit for
+    bit.
 
     Args:
         model: a model with adapters, none of them merged, not sharded and not offloaded.
@@ -41,7 +44,8 @@ def merged(model: nn.Module, adapter_name: str | list[str] | None = None) -> Ite
             if layer.active_adapter is not None:
                 with naming(name):
                     layer.merge()
-        yield model
+        with saying_untied(root):
+            yield model
     finally:
         for layer in layers.values():
             layer.shows_plain = False
@@ -73,3 +77,25 @@ def choose_to_merge(root: nn.Module, adapter_name: ActiveAdapter) -> None:
             holder.check_mergeable(as_list(chosen[name]))
     for name, holder in holders.items():
         holder.active_adapter = chosen[name]
+
+
+def tell_untied(root: Any) -> None:
+    """Have a transformers model's configuration say so if its output head no longer has its embedding's weight."""
+    if not getattr(getattr(root, "config", None), "tie_word_embeddings", False):
+        return
+    head = root.get_output_embeddings()
+    if head is not None and head.weight is not root.get_input_embeddings().weight:
+        root.config.tie_word_embeddings = False
+
+
+@contextmanager
+def saying_untied(root: Any) -> Iterator[None]:
+    """Inside, `tell_untied` holds; on leaving the configuration is what it was."""
+    config = getattr(root, "config", None)
+    tied = getattr(config, "tie_word_embeddings", False)
+    tell_untied(root)
+    try:
+        yield
+    finally:
+        if tied:
+            config.tie_word_embeddings = tied

@@ -27,6 +27,7 @@ from fused_lora.adapters.holders import (
     own_tensors,
 )
 from fused_lora.adapters.load_save import adapter_tensors, base_tensors, config_file, load_adapter
+from fused_lora.adapters.merging import saying_untied
 from fused_lora.adapters.mixed_batch import sequences, taking_names
 from fused_lora.adapters.peft_config import CONFIG_NAME
 from fused_lora.adapters.peft_format import write_files
@@ -170,7 +171,8 @@ class AdaptedModel(nn.Module):
             self._save_adapter(save_directory, *args, **kwargs)
         else:
             self._check_all_merged()
-            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+            with saying_untied(self):
+                super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def _save_adapter(self, save_directory, is_main_process=True, state_dict=None, **kwargs) -> None:
         folder, active = Path(save_directory), active_adapters(self)

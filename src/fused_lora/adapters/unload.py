@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -18,7 +17,7 @@ from fused_lora.adapters.holders import (
     naming,
     train_biases,
 )
-from fused_lora.adapters.merging import choose_to_merge
+from fused_lora.adapters.merging import choose_to_merge, tell_untied
 from fused_lora.adapters.model import check_not_merged, check_not_mixed, check_unlinked
 from fused_lora.adapters.places import walk
 from fused_lora.adapters.wrappers import is_sharded, unwrapped
@@ -190,15 +189,6 @@ def _places(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 def _replace(places: dict[int, list[tuple[nn.Module, str]]], old: nn.Module, new: nn.Module) -> None:
     for parent, attribute in places[id(old)]:
         setattr(parent, attribute, new)
-
-
-def tell_untied(root: Any) -> None:
-    """Have a transformers model's configuration say so if its output head no longer has its embedding's weight."""
-    if not getattr(getattr(root, "config", None), "tie_word_embeddings", False):
-        return
-    head = root.get_output_embeddings()
-    if head is not None and head.weight is not root.get_input_embeddings().weight:
-        root.config.tie_word_embeddings = False
 
 
 def _release(root: nn.Module) -> None:

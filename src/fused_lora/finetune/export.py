@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from fused_lora.adapters import load_adapter, merged
 from fused_lora.adapters.peft_config import CONFIG_NAME, read_config
 from fused_lora.adapters.peft_format import WEIGHTS_NAME
-from fused_lora.adapters.unload import tell_untied
 from fused_lora.files import LOCK, check_space, claimed
 from fused_lora.models import PACKAGED, base_model, check_name, is_text, load_model, packaged_model
 
@@ -104,17 +103,6 @@ def _check_empty(output: Path) -> None:
         )
 
 
-def _save_plain(base, directory: Path) -> None:
-    """save_pretrained of a merged model, whose configuration says so where head and embedding are no longer one."""
-    tied = getattr(base.config, "tie_word_embeddings", False)
-    try:
-        tell_untied(base)
-        base.save_pretrained(directory)
-    finally:
-        if tied:
-            base.config.tie_word_embeddings = tied
-
-
 def _write(base, tokenizer, output: Path) -> None:
     """Raises OSError; no file is left then."""
     staging, written = output / _STAGING, []
@@ -125,7 +113,7 @@ def _write(base, tokenizer, output: Path) -> None:
         mode = probe.stat().st_mode & 0o777  # what the umask and the directory's own rules say
         probe.unlink()
         with merged(base):
-            _save_plain(base, staging)
+            base.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         for path in staging.rglob("*"):
             if path.is_file():
