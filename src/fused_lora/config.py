@@ -11,7 +11,8 @@ from torch import nn
 from fused_lora.layer_config import LayerConfig
 from fused_lora.name_patterns import NamePatterns, as_plain_name, check_regex, for_ends, layer_number, matches
 
-_STARTS = ("gaussian", "orthogonal", "pissa", "olora")
+STARTS_OF_WEIGHTS = ("pissa", "olora")  # which take the adapter out of the base weight, the same at every time
+_STARTS = ("gaussian", "orthogonal", *STARTS_OF_WEIGHTS)
 _OTHER_STARTS = {  # PEFT's, and what they need beside the model
     "eva": "batches of data",
     "corda": "batches of data",

@@ -136,6 +136,14 @@ def test_the_layers_are_peft_s(fields):
     assert {n: m.lora_A["default"].shape for n, m in ours.named_modules() if isinstance(m, LoRALinear)} == want
 
 
+def test_layer_0_is_a_layer_too():
+    """As an int, with a pattern of names that others have, too."""
+    net = nn.ModuleDict({tower: nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)})]) for tower in ("text", "vision")})
+    theirs = PeftConfig(r=2, target_modules=["q"], layers_to_transform=0, layers_pattern="text")
+    model = apply_lora(net, theirs)
+    assert [n for n, m in model.named_modules() if isinstance(m, LoRALinear)] == ["text.0.q"]
+
+
 def test_all_linear_takes_numbers_of_layers_too():
     model = apply_lora(Blocks(), layers_to_transform=[0, 2], layers_pattern="blocks")
     assert {n for n, m in model.named_modules() if isinstance(m, LoRALinear)} == {

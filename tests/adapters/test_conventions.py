@@ -1,6 +1,7 @@
 """Heads and experts: what a configuration leaves to the model, as PEFT and transformers have it."""
 
 import copy
+import json
 import warnings
 
 import peft
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
 from tiny_llama import randomise
 from torch import nn
 
@@ -195,3 +197,21 @@ def test_deepseek_s_dense_layers_are_written_so_that_peft_reads_them(tmp_path):
     want = ours(TOKENS).logits
     torch.testing.assert_close(peft.PeftModel.from_pretrained(model(), tmp_path).eval()(TOKENS).logits, want)
     assert torch.equal(load_adapter(model(), tmp_path)(TOKENS).logits, want)
+
+
+def test_a_head_that_an_older_peft_wrote_without_saying_so(tmp_path):
+    """Its configuration had the task type alone. A file that has no head leaves the model's as it is."""
+    model = randomise(apply_lora(bert(), r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    assert fields["modules_to_save"] == ["classifier"]
+    path.write_text(json.dumps(fields | {"modules_to_save": None}))
+    again = load_adapter(bert(), tmp_path)
+    assert in_full(again) == ["classifier"] and torch.equal(again(TOKENS)[0], model(TOKENS)[0])
+    theirs = peft.PeftModel.from_pretrained(bert(), tmp_path).eval()
+    torch.testing.assert_close(theirs(TOKENS)[0], again(TOKENS)[0])
+    load_adapter(again, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({key: t for key, t in load_file(weights).items() if "classifier" not in key}, weights)
+    assert in_full(load_adapter(bert(), tmp_path)) == []

@@ -260,3 +260,14 @@ def test_every_kind_is_offloaded(how, names, tmp_path):
     for model, name in ((here, "here"), (away, "away")):
         save_adapter(model, tmp_path / name, "b")
     assert (tmp_path / "away" / WEIGHTS).read_bytes() == (tmp_path / "here" / WEIGHTS).read_bytes()
+
+
+def test_what_a_sum_in_a_file_would_not_be(refuses):
+    """Ranks that differ in one layer alone; adapters that took themselves out of the base weight."""
+    model = apply_lora(Net(), 4, target_modules=["up", "head"], adapter_name="a")
+    apply_lora(model, 4, target_modules=["up", "head"], rank_pattern={"up": 2}, adapter_name="b")
+    with refuses(model, r"adapters must have one rank in up for combination_type 'linear'; got \[4, 2\]"):
+        add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "sum", "linear")
+    model = apply_lora(Net(), 4, target_modules=["up"], init_lora_weights="pissa", adapter_name="a")
+    with refuses(model, "must have left the base weight as it was to be combined, .*; got 'a' with .*'pissa'"):
+        add_weighted_adapter(model, ["a"], [0.5], "halved")

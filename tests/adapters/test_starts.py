@@ -93,6 +93,23 @@ def test_random_starts(init):
         assert A.any() and B.any() and (B @ A).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("init", [False, "gaussian"])
+def test_random_starts_of_convolutions_and_embeddings_are_peft_s(init):
+    """In distribution: PEFT draws in another order."""
+
+    def net():
+        return nn.ModuleDict({"conv": nn.Conv2d(64, 64, 3), "tokens": nn.Embedding(400, 32)})
+
+    given = dict(r=8, target_modules=["conv", "tokens"], init_lora_weights=init)
+    ours, theirs = apply_lora(net(), **given), peft.LoraModel(net(), peft.LoraConfig(**given), "default").model
+    for name, (key_A, key_B) in (("conv", ("lora_A", "lora_B")), ("tokens", ("lora_embedding_A", "lora_embedding_B"))):
+        for which, key in (("lora_A", key_A), ("lora_B", key_B)):
+            got, want = getattr(ours[name], which)["default"], getattr(theirs[name], key)["default"]
+            want = want.weight if name == "conv" else want
+            assert got.shape == want.shape
+            assert got.std().item() == pytest.approx(want.std().item(), rel=0.1, abs=1e-12), (name, which)
+
+
 @pytest.mark.parametrize(
     "model, arguments, message",
     [

@@ -209,3 +209,12 @@ def test_files_that_do_not_fit_are_named(refused, trained, tmp_path):
     assert "must be the adapter's base: it must have q_proj.weight; got a model without it" in line
     write_adapter(tmp_path, pair | {"q_proj.lora_B.weight": torch.full((32, 2), torch.nan)})
     assert "q_proj.weight must be finite" in refused(2, "analyze", tmp_path)
+
+
+def test_an_adapter_that_began_as_a_part_of_the_weights(call, refused, tmp_path):
+    """Its B A is not what it has changed."""
+    llama().save_pretrained(tmp_path / "base")
+    save_adapter(apply_lora(llama(), 2, init_lora_weights="pissa"), tmp_path / "adapter")
+    assert "of which W gave the start" in read_adapter(tmp_path / "adapter")[1][0]
+    said = refused(2, "analyze", tmp_path / "adapter", "--model", tmp_path / "base")
+    assert "--model must not be given for an adapter with init_lora_weights='pissa'" in said

@@ -18,6 +18,15 @@ def small(dtype=torch.float32, bias=False) -> nn.Sequential:
     return nn.Sequential(nn.Linear(32, 48, bias), nn.Tanh(), nn.Linear(48, 24, bias)).to(dtype)
 
 
+def qwen():
+    """With biases."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    return Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=2)).eval()
+
+
 def adapted(r=4, dtype=torch.float32, **options) -> nn.Sequential:
     torch.manual_seed(1)
     return apply_lora(small(dtype), r, 2 * r, target_modules=["0", "2"], **options)
@@ -248,6 +257,20 @@ def test_the_stack_is_a_plain_adapter_on_the_original_base(momentum, tmp_path):
     assert ranks == ([2, 2, 4, 4, 6] if momentum == 0 else [2, 4, 4, 6, 6]), "a fresh adapter is left out"
 
 
+def test_the_stack_holds_the_biases_that_train_and_no_start_of_the_weights(tmp_path):
+    model = randomise(apply_lora(qwen(), 2, bias="lora_only", target_modules=["q_proj", "up_proj"]))
+    schedule = MergeSchedule(model, every=1, export="stack")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.bias.add_(1.0)
+    schedule.step(torch.optim.SGD(factors(model), lr=0.0))
+    schedule.save_stack(tmp_path)
+    torch.testing.assert_close(load_adapter(qwen(), tmp_path)(IDS).logits, model(IDS).logits)
+    model = apply_lora(llama(), 2, init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="export must be 'weights' with init_lora_weights='pissa'.*; got 'stack' and"):
+        MergeSchedule(model, every=1, export="stack")
+    MergeSchedule(model, every=1)
+
+
 def scheduled(kind):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     rates = torch.optim.lr_scheduler
@@ -259,6 +282,19 @@ def scheduled(kind):
         "sequence": lambda: rates.SequentialLR(
             optimizer, [rates.LinearLR(optimizer, 0.1, total_iters=3), rates.CosineAnnealingLR(optimizer, 6)], [3]
         ),
+        "sequence of warm restarts": lambda: rates.SequentialLR(
+            optimizer,
+            [rates.LinearLR(optimizer, 0.1, total_iters=3), rates.CosineAnnealingWarmRestarts(optimizer, 2, 2)],
+            [3],
+        ),
+        "sequence in a chain": lambda: rates.ChainedScheduler(
+            [
+                rates.SequentialLR(
+                    optimizer, [rates.ConstantLR(optimizer, 0.1, 3), rates.ExponentialLR(optimizer, 0.8)], [3]
+                ),
+                rates.ExponentialLR(optimizer, 0.9),
+            ]
+        ),
         "chained": lambda: rates.ChainedScheduler(
             [rates.ConstantLR(optimizer, 0.1, 3), rates.ExponentialLR(optimizer, 0.9)]
         ),
@@ -266,7 +302,10 @@ def scheduled(kind):
     return optimizer, made[kind]()
 
 
-@pytest.mark.parametrize("kind", ["lambda", "cosine", "step", "one cycle", "sequence", "chained"])
+SCHEDULERS = ("lambda", "cosine", "step", "one cycle", "sequence", "chained", "sequence of warm restarts")
+
+
+@pytest.mark.parametrize("kind", (*SCHEDULERS, "sequence in a chain"))
 @pytest.mark.parametrize("after", [2, 5])
 def test_a_scheduler_starts_again(kind, after):
     def rates(optimizer, scheduler, steps):
@@ -339,15 +378,15 @@ def test_a_step_that_fails_in_a_warm_up_leaves_the_learning_rate(scheduled):
 def test_the_trainer_merges_and_resumes(tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    def trainer(steps):
+    def trainer(steps, **more):
         torch.manual_seed(7)
         model = apply_lora(llama(), 2, 4, target_modules=["q_proj", "down_proj"])
         schedule = MergeSchedule.periodic(model, every=2, warmup=2)
         arguments = dict(max_steps=steps, save_steps=3, per_device_train_batch_size=1, report_to=[], use_cpu=True)
         arguments |= dict(disable_tqdm=True, learning_rate=0.01, lr_scheduler_type="linear", warmup_steps=1)
         data = [{"input_ids": IDS[0] + i, "labels": IDS[0] + i} for i in range(8)]
-        made = TrainingArguments(str(tmp_path / "run"), **arguments)
-        return Trainer(model, made, train_dataset=data, callbacks=[schedule.callback()]), schedule
+        made = TrainingArguments(str(tmp_path / "run"), **arguments | more)
+        return Trainer(model, made, None, data, data, callbacks=[schedule.callback()]), schedule
 
     whole, schedule = trainer(5)
     whole.train()
@@ -360,6 +399,9 @@ def test_the_trainer_merges_and_resumes(tmp_path):
     (tmp_path / "run/checkpoint-3/merge_schedule.safetensors").unlink()
     with pytest.raises(ValueError, match="must be at step 3 as Trainer is; got 0"):
         trainer(5)[0].train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    best = dict(load_best_model_at_end=True, save_strategy="steps", eval_strategy="steps", eval_steps=3)
+    with pytest.raises(ValueError, match="load_best_model_at_end must be False with a merge schedule; got True"):
+        trainer(5, **best)[0].train()
 
 
 @pytest.mark.parametrize(

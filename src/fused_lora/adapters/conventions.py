@@ -4,7 +4,7 @@ head, and where transformers keeps what were linear layers of experts once."""
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -53,6 +53,22 @@ def for_model(config: LoraConfig, model: nn.Module) -> LoraConfig:
     """
     places = [place for place in walk(model) if not place.inside]
     return _with_experts(_with_head(config, model, places), model, places)
+
+
+def with_stored_head(config: LoraConfig, model: nn.Module, stored: Callable[[], Collection[str]]) -> LoraConfig:
+    """The configuration of a file with the model's head among modules_to_save where the file holds it: older releases
+    of PEFT trained and wrote the head of a task_type without saying so.
+
+    Args:
+        config: a file's.
+        model: the base model.
+        stored: gives the names in the base model of what the file holds.
+    """
+    if config.modules_to_save or config.task_type not in _HEADS:
+        return config
+    told = _with_head(config, model, [place for place in walk(model) if not place.inside])
+    heads = tuple(f"{name}." for name in told.modules_to_save)
+    return told if heads and any(name.startswith(heads) for name in stored()) else config
 
 
 def _with_head(config: LoraConfig, model: nn.Module, places: list[Place]) -> LoraConfig:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.adapters import peft_config, peft_format
-from fused_lora.adapters.conventions import moved_layers, task_type_of
+from fused_lora.adapters.conventions import moved_layers, task_type_of, with_stored_head
 from fused_lora.adapters.holders import (
     Layers,
     Wrappers,
@@ -47,7 +47,7 @@ from fused_lora.adapters.wrappers import (
     whole,
     whole_tensor,
 )
-from fused_lora.config import LoraConfig, check_adapter_name, unknown_name
+from fused_lora.config import STARTS_OF_WEIGHTS, LoraConfig, check_adapter_name, unknown_name
 from fused_lora.nn import LoRALayer, layer_class
 from fused_lora.nn.experts import LoRAParameter, pattern_name
 from fused_lora.nn.layer import adapter_place
@@ -142,8 +142,8 @@ def load_adapter(
         local_files_only: whether it must have been downloaded from there before.
     Returns: model.
     Raises: FileNotFoundError; ValueError for a damaged file, an adapter of another base model, a model on the meta
-        device or offloaded, and configurations beyond plain LoRA, each naming file and field. The model is unchanged
-        then.
+        device or offloaded, and configurations with what `LoraConfig` does not have, each naming file and field. The
+        model is unchanged then.
     """
     root = unwrapped(model)
     check_adapter_name(adapter_name)
@@ -157,7 +157,7 @@ def load_adapter(
     else:
         check_addable(model)
     directory = adapter_directory(directory, revision, subfolder, local_files_only)
-    config = peft_config.read_config(directory)
+    config = with_stored_head(peft_config.read_config(directory), root, lambda: peft_format.stored_names(directory))
     with whole(model, writeback=True):
         plan = _plan_of_existing(root, directory, config, adapter_name) if known else _plan(root, directory, config)
         if not known:
@@ -212,7 +212,7 @@ def _plan_of_existing(root: nn.Module, directory: Path, config: LoraConfig, adap
         )
     for name, layer in layers.items():
         init, new_init = layer.init_lora_weights[adapter_name], config.init_lora_weights
-        if init != new_init and {init, new_init} & {"pissa", "olora"}:
+        if init != new_init and {init, new_init} & set(STARTS_OF_WEIGHTS):
             raise ValueError(
                 f"adapter {adapter_name!r} exists with init_lora_weights={init!r}; got {new_init!r}, load into a fresh "
                 "model"

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from torch import nn
 
 from fused_lora.adapters.wrappers import plain_class
-from fused_lora.config import LoraConfig
+from fused_lora.config import STARTS_OF_WEIGHTS, LoraConfig
 from fused_lora.layer_config import lora_scaling
 from fused_lora.name_patterns import matches
 from fused_lora.nn.experts import LoRAParameter, pattern_name
@@ -45,14 +45,13 @@ _OURS = {"dora_exact": False, "allora_eta": None, "allora_mode": "gradient"}
 _NONE_IF_EMPTY = ("modules_to_save", "exclude_modules", "target_parameters")
 _OFF: tuple = (None, False, "none", [], {})
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # which a file's values make one
-_STARTS_OF_WEIGHTS = ("pissa", "olora")  # which take the adapter out of the base weight, the same at every time
 
 
 def read_config(directory: Path) -> LoraConfig:
     """The supported part of adapter_config.json.
 
-    Raises: FileNotFoundError naming the file; ValueError for anything that is not a plain LoRA configuration, naming
-        file, field and value.
+    Raises: FileNotFoundError naming the file; ValueError for anything that `LoraConfig` does not have, naming file,
+        field and value.
     """
     path = directory / CONFIG_NAME
     config = _read_object(path)
@@ -60,12 +59,12 @@ def read_config(directory: Path) -> LoraConfig:
         if config.get("peft_type") != "LORA":
             raise ValueError(f"peft_type must be 'LORA'; got {config.get('peft_type')!r}")
         start = config.get("init_lora_weights")
-        if start not in _PLAIN_STARTS + _STARTS_OF_WEIGHTS:
+        if start not in _PLAIN_STARTS + STARTS_OF_WEIGHTS:
             raise ValueError(
-                f"init_lora_weights must be one of {_PLAIN_STARTS[1:] + _STARTS_OF_WEIGHTS}, others rewrite the base "
+                f"init_lora_weights must be one of {_PLAIN_STARTS[1:] + STARTS_OF_WEIGHTS}, others rewrite the base "
                 f"weights or the forward; got {start!r}"
             )
-        config["init_lora_weights"] = start if start in _STARTS_OF_WEIGHTS else True
+        config["init_lora_weights"] = start if start in STARTS_OF_WEIGHTS else True
         return _from_fields(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -102,7 +101,7 @@ def _from_fields(config: Mapping) -> LoraConfig:
         if field not in _SUPPORTED and field not in _WITHOUT_EFFECT and value not in _OFF:
             raise ValueError(f"{field} is not supported and must be off; got {value!r}")
     given = {field: config[field] for field in _SUPPORTED if config.get(field) is not None}
-    if not given.get("layers_to_transform"):
+    if given.get("layers_to_transform") in (None, []):
         given.pop("layers_pattern", None)  # which acts only with it
     if "target_modules" not in given and given.get("target_parameters"):
         given["target_modules"] = []

@@ -35,6 +35,15 @@ def base_name(key: str) -> str:
     return re.sub(r"(^|\.)((token_adapter\.)?(base_layer|original_module)\.)+", r"\1", key.removeprefix(_PREFIX))
 
 
+def stored_names(directory: Path) -> set[str]:
+    """The names, in the base model, of what adapter_model.safetensors holds; none where there is no such file."""
+    path = directory / WEIGHTS_NAME
+    if not path.exists():
+        return set()
+    with _open(path) as file:
+        return {base_name(_plain(key)) for key in file.keys()}  # noqa: SIM118  it has no __iter__
+
+
 def find_tensors(
     directory: Path,
     expected: Mapping[str, tuple[int, ...]],

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from fused_lora.adapters.holders import Layers, holders_of
 from fused_lora.adapters.plan import Plan
-from fused_lora.config import LoraConfig
+from fused_lora.config import STARTS_OF_WEIGHTS, LoraConfig
 from fused_lora.deepspeed_zero import is_split
 from fused_lora.layer_config import LayerConfig
 from fused_lora.nn import LoRALinear
 from fused_lora.nn.base_linear import absorbable, is_conv1d
-from fused_lora.nn.experts import LoRAParameter, pattern_name
+from fused_lora.nn.embedding import LoRAEmbedding
+from fused_lora.nn.experts import pattern_name
 from fused_lora.nn.layer import LoRALayer
 
 FirstFactors = dict[str, tuple[Tensor, Tensor]]  # A and B by layer
-_BY_PEFT = ("orthogonal", "pissa", "olora")
+_BY_PEFT = ("orthogonal", *STARTS_OF_WEIGHTS)
 
 
 def check_start(plan: Plan, config: LoraConfig) -> None:
@@ -99,7 +100,10 @@ def start(root: nn.Module, adapter_name: str, init: bool | str, first: FirstFact
                 lora_B.copy_(first[name][1])
                 if init != "orthogonal":
                     _take_out(layer, *first[name], float(layer.scaling[adapter_name]))
-            elif isinstance(layer, LoRALinear | LoRAParameter):
+            elif isinstance(layer, LoRAEmbedding):
+                if init is False:
+                    nn.init.normal_(lora_A)
+            else:
                 if init == "gaussian":
                     nn.init.normal_(lora_A, std=1 / layer.r[adapter_name])
                 else:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fused_lora.adapters.holders import Layers, adapter_names, all_holders, copy_saved
 from fused_lora.adapters.model import check_addable
 from fused_lora.adapters.wrappers import unwrapped
-from fused_lora.config import check_adapter_name, unknown_name
+from fused_lora.config import STARTS_OF_WEIGHTS, check_adapter_name, unknown_name
 from fused_lora.layer_config import LayerConfig, finite_numbers
 from fused_lora.nn import LoRALayer
 from fused_lora.nn.conv import LoRAConv
@@ -111,6 +111,11 @@ def _combined(
             f"{layer.extra_repr()}"
         )
     for adapter, _ in held:
+        if (start := layer.init_lora_weights[adapter]) in STARTS_OF_WEIGHTS:
+            raise ValueError(
+                "adapters must have left the base weight as it was to be combined, a file of their sum would count "
+                f"twice what they took out of it; got {adapter!r} with init_lora_weights={start!r}"
+            )
         if adapter in layer.lora_magnitude_vector:
             raise ValueError(
                 f"adapters must be plain LoRA to be combined, the sum of DoRA adapters is none; got {adapter!r}, DoRA "
@@ -122,6 +127,9 @@ def _combined(
             )
     if any(t.is_meta for lora_A, lora_B, _ in given for t in (lora_A, lora_B)):
         raise ValueError(f"adapters must have values to be combined; got {name} on the meta device")
+    if kind == "linear" and len({lora_A.shape for lora_A, *_ in given}) > 1:
+        ranks = [layer.r[adapter] for adapter, _ in held]
+        raise ValueError(f"adapters must have one rank in {name} for combination_type 'linear'; got {ranks}")
     shape_A, shape_B = layer.adapter_shapes(rank)
     lora_A, lora_B = {"linear": _linear, "cat": _cat, "svd": _svd}[kind](given)
     lora_A, lora_B = lora_A[:rank], lora_B[:, :rank]  # largest first, if one is cut

@@ -13,6 +13,7 @@ from fused_lora.adapters.peft_config import read_config
 from fused_lora.adapters.peft_format import WEIGHTS_NAME, base_name
 from fused_lora.analysis.intruders import intruder_dimensions
 from fused_lora.analysis.spectra import Factors, effective_rank_of, energy_rank_of, singular_values
+from fused_lora.config import STARTS_OF_WEIGHTS
 from fused_lora.nn.base_linear import is_conv1d
 
 Update = Tensor | Factors  # the tuned weight, or what was added to the weight before
@@ -45,9 +46,17 @@ def read_adapter(directory: Path, weights: Mapping[str, Tensor] | None = None, t
     Args:
         weights: the base model's by name.
         turned: names of those that lie as the transpose of B A, see `lying_turned`.
-    Raises: FileNotFoundError or ValueError naming the file for what is no adapter of the base, or one without a matrix.
+    Raises: FileNotFoundError or ValueError naming the file for what is no adapter of the base, one without a matrix,
+        or, with weights, one that began as a part of them.
     """
     config, path = read_config(directory), directory / WEIGHTS_NAME
+    start = config.init_lora_weights
+    if start in STARTS_OF_WEIGHTS and weights is not None:
+        raise ValueError(
+            f"--model must not be given for an adapter with init_lora_weights={start!r}, which changed the weights at "
+            f"its start; PEFT's save_pretrained with path_initial_model_for_weight_conversion makes a plain one of it; "
+            f"got {directory}"
+        )
     if not path.exists():
         raise FileNotFoundError(2, "No such file", str(path))
     with safe_open(path, framework="pt", device="cpu") as file:
@@ -91,12 +100,14 @@ def read_adapter(directory: Path, weights: Mapping[str, Tensor] | None = None, t
         raise ValueError(f"{path} must hold a matrix B A; got {len(stored)} tensors of another kind")
     alone = [name.removesuffix(".weight") for name in magnitudes if name not in found]
     scaled = len(magnitudes) - len(alone) if weights is None else 0
-    return Adapter(found, _notes(experts, copies, alone, scaled))
+    return Adapter(found, _notes(experts, copies, alone, scaled, start))
 
 
-def _notes(experts: list[str], copies: list[str], alone: list[str], magnitudes: int) -> list[str]:
+def _notes(experts: list[str], copies: list[str], alone: list[str], magnitudes: int, start: bool | str) -> list[str]:
     """What figures are missing, or are not those of the whole update."""
     notes = []
+    if start in STARTS_OF_WEIGHTS:
+        notes.append(f"init_lora_weights={start!r}: the figures are of the whole B A, of which W gave the start")
     if experts:
         notes.append(f"without figures: {len(experts)} adapters of fused experts, as {experts[0]}")
     if copies:

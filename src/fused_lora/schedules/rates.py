@@ -32,19 +32,29 @@ def check_restartable(scheduler: Any) -> None:
 
 def restart(scheduler: Any) -> None:
     """Put a scheduler where its constructor left it: the next step's learning rate is the first of its schedule."""
+    _reset_rates(scheduler)
+    _begin(scheduler)
+
+
+def _reset_rates(scheduler: Any) -> None:
     for group in scheduler.optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # which schedulers fill, and initial_lr must not be filled with it
             group["lr"].fill_(group["initial_lr"])
         else:
             group["lr"] = group["initial_lr"]
+
+
+def _begin(scheduler: Any) -> None:
+    """What a scheduler's constructor does, with what it finds as the learning rates."""
     if isinstance(scheduler, SequentialLR):
-        restart(scheduler._schedulers[0])
+        for inner in reversed(scheduler._schedulers):  # the first one last, whose rates are the next step's
+            _reset_rates(inner)
+            _begin(inner)
         scheduler.last_epoch = 0
         scheduler._last_lr = scheduler._schedulers[0].get_last_lr()
     elif isinstance(scheduler, ChainedScheduler):
         for inner in scheduler._schedulers:
-            inner.last_epoch = -1
-            inner._initial_step()
+            _begin(inner)
         scheduler._last_lr = scheduler._schedulers[-1].get_last_lr()
     else:
         scheduler.last_epoch = -1

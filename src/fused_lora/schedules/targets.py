@@ -23,7 +23,7 @@ def find_layers(model: nn.Module, stages: Stages) -> tuple[str, dict[str, LoRALa
     layers = {name: layer for name, layer in all_holders(root)[0].items() if layer.active_adapter == names[0]}
     check_foldable(root, layers, names[0])
     if stages.export == "stack":
-        check_stackable(layers)
+        check_stackable(layers, names[0])
     if stages.ranks:
         have = {layer.r[names[0]] for layer in layers.values()}
         if have != {stages.ranks[0]}:
