@@ -65,4 +65,6 @@ def test_experts_share_the_rank():
     experts = {name: shape for name, shape in ranks.items() if "experts" in name}
     assert len(experts) == 2 and all(shape[0] == 4 * 4 for shape in experts.values()), ranks
     assert all(shape[0] == 8 for name, shape in ranks.items() if name not in experts)
+    alphas = {m.lora_alpha["default"] for m in model.modules() if hasattr(m, "lora_alpha")}
+    assert alphas == {32}
     assert recipe.lr == recommended_lr(32, "qwen")

@@ -92,6 +92,7 @@ def lora_without_regret(
         target_modules="all-linear",
         target_parameters=[f"experts.{name}" for name in experts],
         rank_pattern=ranks,
+        alpha_pattern=dict.fromkeys(ranks, 32),  # "all-linear" would double that of two layers in one parameter
     )
     return Recipe(config, lr, {"schedule": "constant", "warmup": 0, "optimizer": "adamw"})
 

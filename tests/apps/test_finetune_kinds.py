@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from finetune_runs import FILES, refused_unloaded, rows_of
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fused_lora.finetune import job
@@ -45,6 +46,15 @@ def test_every_kind_learns_and_resumes_bit_for_bit(tiny, run, settings_of, tmp_p
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
     losses = [[row.get("loss") for row in rows_of(tmp_path / name)] for name in ("whole", "killed")]
     assert losses[0] == losses[1]
+
+
+def test_a_checkpoint_of_lora_fa_holds_the_A_that_it_was_trained_with(tiny, run, settings_of, tmp_path):
+    """On another machine it would be drawn otherwise."""
+    run(settings_of(tiny, optimizer="lora-fa"), tmp_path / "run")
+    adapter = load_file(tmp_path / "run/adapter_model.safetensors")
+    with safe_open(tmp_path / "run/checkpoint.safetensors", "pt") as file:
+        kept = [file.get_tensor(key) for key in file.keys() if ".lora_A." in key]  # noqa: SIM118
+    assert kept and all(any(torch.equal(t, A) for A in adapter.values()) for t in kept)
 
 
 @pytest.mark.parametrize("kind", ["merges", "dora", "full"])

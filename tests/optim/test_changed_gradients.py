@@ -12,6 +12,7 @@ from peft.optimizers import create_riemannian_optimizer as pefts_riemannian
 from peft_twins import Root, peft_layer
 from torch import nn
 
+from fused_lora import apply_lora
 from fused_lora.optim import create_lorafa_optimizer, create_riemannian_optimizer
 
 
@@ -109,3 +110,22 @@ def test_bad_input():
         with pytest.raises(ValueError, match="[Ii]nvalid"):
             create_lorafa_optimizer(model, **given | {name: value})
         assert lora_A and all(p.requires_grad and p.grad is not None for p in lora_A)
+
+
+def test_lora_fa_leaves_embeddings_to_adamw():
+    """Their A begins at zero: frozen, nothing would ever train there, as nothing does in PEFT's but for that."""
+    torch.manual_seed(0)
+    model = apply_lora(nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6)), 2, target_modules=["0", "1"])
+    optimizer = create_lorafa_optimizer(model, lr=1e-2)
+    embedding, linear = model[0], model[1]
+    assert embedding.lora_A["default"].requires_grad and not linear.lora_A["default"].requires_grad
+    before = [t.detach().clone() for t in (embedding.lora_A["default"], embedding.lora_B["default"])]
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.arange(9)).square().mean().backward()
+        optimizer.step()
+    assert not torch.equal(embedding.lora_A["default"], before[0])
+    assert not torch.equal(embedding.lora_B["default"], before[1])
+    alone = apply_lora(nn.Sequential(nn.Embedding(9, 6)), 2, target_modules=["0"])
+    with pytest.raises(ValueError, match="model must have LoRA pairs whose B trains; got none"):
+        create_lorafa_optimizer(alone)

@@ -174,6 +174,36 @@ def test_a_missing_gradient_of_one_factor_is_zero(make_own):
     assert all(torch.equal(p.A, q.A) and torch.equal(p.B, q.B) for p, q in zip(some, others))
 
 
+def test_one_frozen_factor_is_refused(make_own):
+    """Both are needed for a step, which moves both."""
+    pairs = make_pairs()
+    optimizer = make_own(pairs)
+    pairs[1].A.requires_grad_(False)
+    before = [t.detach().clone() for p in pairs for t in (p.A, p.B)]
+    for p in pairs:
+        p.B.grad = torch.ones_like(p.B)
+    with pytest.raises(ValueError, match=r"lora_B must both train, as when the LoRA\w+ was made; got lora_A"):
+        optimizer.step()
+    assert equal(before, [t for p in pairs for t in (p.A, p.B)])
+
+
+def test_factors_in_channels_last_get_the_same_steps(make_own):
+    models = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = apply_lora(nn.Sequential(nn.Conv2d(8, 8, 3)), 2, target_modules=["0"]).to(memory_format=layout)
+        optimizer = make_own(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(1))
+            (model(x) - 1).square().mean().backward()
+            optimizer.step()
+        models.append(model)
+    assert models[1][0].lora_A["default"].stride() != models[0][0].lora_A["default"].stride()
+    for one, other in zip(*(trained(model) for model in models), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_closure_is_called_with_gradients_on(make_own):
     model, twin = Net(), Net()
     optimizer, other = make_own(model), make_own(twin)
@@ -262,6 +292,17 @@ def test_bad_limits_of_rite(name):
 def test_the_clip_of_rite_is_one_for_all_groups():
     with pytest.raises(ValueError, match="clip_norm must be one for all groups; got 2.0 in a group"):
         LoRARite([{"params": make_pairs(), "clip_norm": 2.0}], lr=0.1)
+
+
+def test_the_clip_of_rite_is_the_loaded_one():
+    def stepped(clip_norm, loaded=None):
+        pairs = make_pairs()
+        optimizer = LoRARite(pairs, lr=0.1, clip_norm=clip_norm)
+        if loaded is not None:
+            optimizer.load_state_dict(LoRARite(make_pairs(), lr=0.1, clip_norm=loaded).state_dict())
+        return descend(optimizer, pairs, 3)
+
+    assert farthest(stepped(None, 0.01), stepped(0.01)) == 0 < farthest(stepped(None), stepped(0.01))
 
 
 def test_a_learning_rate_may_be_a_tensor(make_own):

@@ -22,7 +22,9 @@ def expert_rank_pattern(model: nn.Module, r: int, n_active: int | None = None) -
 
     Equivalent to ``{name: r // n_active}`` of every fused parameter in a module called `experts` and every linear layer
     in a list of that name, by their common names: so a mixture has the ratio of LoRA's parameters to its own that a
-    dense layer has at rank r. For `LoraConfig`, ours or PEFT's; lora_alpha stays.
+    dense layer has at rank r. For `LoraConfig`, ours or PEFT's; lora_alpha stays where target_parameters names the
+    experts. Under target_modules="all-linear" PEFT's convention doubles that of gate_up_proj, if no alpha_pattern has
+    these keys.
 
     Args:
         model: a mixture, plain or with adapters.
@@ -62,8 +64,8 @@ def share_outer(model: nn.Module, adapter_name: str = "default") -> nn.Module:
     """Let all experts share the factors of an adapter that face the residual stream, in place.
 
     A of gate_up_proj and up_proj becomes [R, in] instead of [E R, in], B of down_proj [out, R] instead of [out, R E]:
-    one Parameter each, whose gradient is the sum over the experts. An optimiser is made after it. `save_adapter` writes
-    PEFT's file, with the factors repeated, which loads as an adapter that shares none.
+    one Parameter each, whose gradient is the sum over the experts. Make the optimizer after this call. `save_adapter`
+    writes PEFT's file, with the factors repeated, which loads as an adapter that shares none.
 
     Args:
         model: with a fresh adapter on fused experts, by target_parameters; or one whose experts have equal factors.

@@ -1,1 +1,1 @@
-"""`fused-lora finetune` and `fused-lora merge`: LoRA for causal language models on text files."""
+"""`fused-lora finetune` and `fused-lora merge`: causal language models on text or JSONL, by an adapter or whole."""

@@ -34,9 +34,14 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def trained_bytes(model: nn.Module) -> int:
-    """The size of the parameters that train."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in trained(model).values())
+def _kept(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The same and A where LoRA-FA has frozen it, which was drawn for this run."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or ".lora_A." in name}
+
+
+def kept_bytes(model: nn.Module) -> int:
+    """The size of the parameters that a checkpoint holds."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in _kept(model).values())
 
 
 def save_checkpoint(
@@ -59,9 +64,9 @@ def save_checkpoint(
     Raises: OSError naming the file; the old one is whole then.
     """
     tensors = {}
-    for name, parameter in trained(model).items():
+    for name, parameter in _kept(model).items():
         tensors[f"adapter.{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     for key, value in schedule.state_dict().items() if schedule is not None else ():
         tensors[f"schedule.{key}"] = value
@@ -94,7 +99,7 @@ def load_checkpoint(
     """
     state, tensors = _read(path)
     check_settings(path, state["settings"], settings)
-    parameters = trained(model)
+    parameters = _kept(model)
     wanted = {f"adapter.{name}": tuple(parameter.shape) for name, parameter in parameters.items()}
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key.startswith("adapter.")}
     if wanted != found:
@@ -135,7 +140,7 @@ def _moments(
     moments: dict[int, dict[str, Tensor]] = {}
     for key in [key for key in tensors if key.startswith("optimizer.")]:
         kind, _, name = key.removeprefix("optimizer.").partition(".")
-        if name not in parameters:
+        if name not in parameters or id(parameters[name]) not in order:
             raise ValueError(f"{path} must hold the optimizer's state of this model only; got {key}")
         parameter, got = parameters[name], tensors[key]
         if not _fits(kind, got, parameter):

@@ -84,9 +84,8 @@ def finetune(
         torch.manual_seed(settings.seed)
         model.requires_grad_(True) if settings.full else apply_lora(model, settings.lora())
         processes.part_ways(settings.seed)
-        saved = checkpoint.trained_bytes(model)  # before LoRA-FA, which freezes A
         run = Run(settings, output, model.train(), blocks, measured, say, tick)
-        processes.by_first(lambda: _check_space(output, model, settings, saved))
+        processes.by_first(lambda: _check_space(output, model, settings))
         if going_on:
             run.restore()
         else:
@@ -209,16 +208,16 @@ def _save(run: Run, model: Any, tokenizer: Any, output: Path) -> None:
         save_adapter(model, output)
 
 
-def _check_space(output: Path, model: nn.Module, settings: Settings, saved: int) -> None:
+def _check_space(output: Path, model: nn.Module, settings: Settings) -> None:
     """Raises OSError unless the disk has room for what lies there at once: the last checkpoint (values and moments,
     after merges the weights in fp32 and every stage) beside the one that it replaces, what was trained, and figures."""
-    size, every = checkpoint.trained_bytes(model), settings.merge_every
+    size, every = checkpoint.kept_bytes(model), settings.merge_every
     moments = 1 if settings.optimizer == "lion" else 2
     stages = (settings.steps - 1) // every if every else 0  # a merge after the last step leaves no moments
     layers = [m for m in model.modules() if isinstance(m, LoRALayer)] if 0 < every <= settings.steps else []
     last = (1 + moments + stages) * size + sum(4 * layer.weight.numel() for layer in layers)
     there = sum((output / name).stat().st_size for name in _OURS if (output / name).exists())
-    check_space(output, 2 * last + (1 + stages) * saved + _FIGURES - there)
+    check_space(output, 2 * last + (1 + stages) * size + _FIGURES - there)
 
 
 def _default_prompt(tokenizer, measured: Tensor, settings: Settings, context: int | None) -> str:

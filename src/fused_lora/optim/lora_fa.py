@@ -19,6 +19,7 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
 ) -> AdamW:
     """Freezes the A of a model's adapters and returns an AdamW for all else that trains, with LoRA-FA's gradients of B.
+    Adapters of embeddings, whose A begins at zero, train both factors by AdamW.
 
     Equivalent to, before each step of AdamW, for each B that trains::
 
@@ -34,7 +35,7 @@ def create_lorafa_optimizer(
     Source: Zhang et al., arXiv 2308.03303; name and defaults are those of Hugging Face PEFT, whose function wants r,
         lora_alpha and use_rslora, too, and whose eps is not divided by the bias correction as AdamW's is.
     """
-    pairs = [adapter.pair() for adapter in adapters_in(model) if adapter.B.requires_grad]
+    pairs = [adapter.pair() for adapter in adapters_in(model) if adapter.B.requires_grad and not adapter.embedding]
     if not pairs:
         raise ValueError("model must have LoRA pairs whose B trains; got none")
     for pair in pairs:

@@ -21,7 +21,7 @@ def lora_param_groups(
     Args:
         model: with adapters of ours or of PEFT.
         lr: learning rate of A.
-        ratio: of B's learning rate to A's, 1 or more.
+        ratio: of B's learning rate to A's, above 0; the paper's are above 1.
         weight_decay: of matrices.
         lr_embedding: learning rate of adapters of embeddings.
     Returns: groups with params, lr, initial_lr and weight_decay.

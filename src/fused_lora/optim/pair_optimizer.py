@@ -60,7 +60,7 @@ class PairOptimizer(Optimizer):
             closure: evaluates the model again and returns the loss.
         Returns: what the closure returns.
         Raises: ValueError for a gradient that is sparse, a factor that is sharded, and where others stand in the place
-            of the factors.
+            of the factors or one of two is frozen.
         """
         loss = None
         if closure is not None:
@@ -86,6 +86,12 @@ class PairOptimizer(Optimizer):
         tensors = zip(group["params"][::2], group["params"][1::2])
         pairs = [Pair(A, B, *about) for (A, B), about in zip(tensors, group["lora_pairs"])]
         pairs = [pair for pair in pairs if pair.A.grad is not None or pair.B.grad is not None]
+        for pair in pairs:
+            if not (pair.A.requires_grad and pair.B.requires_grad):
+                raise ValueError(
+                    f"{pair.name}: lora_A and lora_B must both train, as when the {type(self).__name__} was made; got "
+                    f"lora_{'B' if pair.A.requires_grad else 'A'} frozen"
+                )
         return batches(group, pairs, [int(self.state[pair.A].get("step", 0)) + 1 for pair in pairs])
 
     def _stack(self, batch: Batch, which: str, key: str, shape: Sequence[int]) -> Tensor:
@@ -113,14 +119,18 @@ class PairOptimizer(Optimizer):
                 if not state:
                     state.update(step=_count(0), exp_avg=torch.zeros_like(value))
                     state["exp_avg_sq"] = torch.zeros_like(value)
+            given = [grads[i].to(dtype) for i in chosen]
+            averages, squares = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+            # The fused kernel takes a parameter and what belongs to it element by element as they lie in memory.
+            laid_alike = all(len({t.stride() for t in one}) == 1 for one in zip(values, given, averages, squares))
             adamw(
                 values,
-                [grads[i].to(dtype) for i in chosen],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                given,
+                averages,
+                squares,
                 [],
                 [state["step"] for state in states],
-                fused=True if device.type == "cpu" else None,
+                fused=True if device.type == "cpu" and laid_alike else None,
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

@@ -40,9 +40,10 @@ class LoRARite(PairOptimizer):
         B -= lr * (M_B @ pinv(R_A).T + weight_decay * B)
 
     B A moves by -lr (U_B M_A + M_B U_A.T) to first order, whatever the magnitudes of A and B. It wants a learning rate
-    of its own, larger than Adam's, and no other clipping of gradients; under `torch.amp.GradScaler` they are unscaled
-    before the step as usual. Weight decay of A and B depends on how the product is split. All other parameters are
-    AdamW's with the same lr, betas, eps and weight_decay, without decay where they have one dimension.
+    of its own, to be swept (the paper's is above Adam's, docs/study.md found one below it), and no other clipping of
+    gradients; under `torch.amp.GradScaler` they are unscaled before the step as usual. Weight decay of A and B depends
+    on how the product is split. All other parameters are AdamW's with the same lr, betas, eps and weight_decay, without
+    decay where they have one dimension.
 
     Args:
         params: a model with adapters, `lora_pairs(model)`, or groups whose `params` are either pairs or others.
@@ -85,9 +86,9 @@ class LoRARite(PairOptimizer):
 
     def _step_pairs(self, batches: list[Batch]) -> None:
         sides = [side for batch in batches for side in self._sides(batch)]
-        clip = self.defaults["clip_norm"]
+        clip = batches[0].group["clip_norm"] if batches else None
         factors = [1.0] * len(sides)
-        if clip is not None and sides:
+        if clip is not None:
             norms = [side.gradient.norm() for side in sides]
             total = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
             factors = [(clip / total).clamp(max=1.0).to(norm.device) for norm in norms]
