@@ -75,7 +75,8 @@ def cuda_archs() -> list[str]:
 
 
 def ptxas_release(ptxas: Path) -> str:
-    """The release of an assembler, such as 13.0, said aloud, with a warning if it is one to beware of."""
+    """The release of an assembler, such as 13.3, said aloud; with a warning, here and in what is returned, which
+    `fused-lora info` shows, if it is one to beware of: pip hides what a build prints."""
     try:
         out = subprocess.run([ptxas, "--version"], capture_output=True, text=True).stdout
     except OSError as error:
@@ -92,6 +93,7 @@ def ptxas_release(ptxas: Path) -> str:
             "FUSED_LORA_PTXAS, see docs/install.md",
             file=sys.stderr,
         )
+        return f"{release}, which may miscompile: see docs/install.md"
     return release
 
 

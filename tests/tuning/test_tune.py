@@ -220,6 +220,8 @@ def test_two_runs_do_not_write_one_file(cache, one_case, judge):
         (dict(device="tpu"), "device must be"),
         (dict(device="meta"), "device must be"),
         (dict(rows=[0]), r"rows must be 1 or more each; got \[0\]"),
+        (dict(rows=64), "rows must be a list; got 64"),
+        (dict(dtypes="bfloat16"), "dtypes must be a list; got 'bfloat16'"),
         (dict(ranks=[-1]), "ranks must be"),
         (dict(dropouts=[1.0]), "dropouts must be"),
         (dict(dropouts=[]), "dropouts must be"),

@@ -66,6 +66,9 @@ def tune(
     Returns: the document that the file holds.
     Raises: ValueError for a bad argument, OSError if the file cannot be written or another run is at work.
     """
+    for name, several in (("dtypes", dtypes), ("rows", rows), ("ranks", ranks), ("dropouts", dropouts)):
+        if not isinstance(several, Iterable) or isinstance(several, str):
+            raise ValueError(f"{name} must be a list; got {several!r}")
     dtypes, rows, ranks, dropouts = tuple(dtypes), tuple(rows), tuple(ranks), tuple(dropouts)  # gone through often
     where = chosen_device(device, model)
     _check_numbers(rows, ranks, dropouts, dtypes, time_limit_s, budget_s)
