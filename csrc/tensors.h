@@ -160,7 +160,7 @@ template <class T> bool point(T*& to, const dlpack::Tensor& t) {
 // What a tensor says beside its memory, as far as it is asked: its dtype, and its sizes from the last on.
 template <class Params, class... Members> void describe(Params& params, const dlpack::Tensor& t, Members... members) {
   [[maybe_unused]] int32_t dim = t.dims;
-  const auto one = [&]<class T>(T& to) {
+  [[maybe_unused]] const auto one = [&]<class T>(T& to) {
     if constexpr (std::is_same_v<T, Dtype>) dlpack::dtype_of(t, to);
     else to = dim > 0 ? t.shape[--dim] : 1;
   };

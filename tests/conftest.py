@@ -19,8 +19,9 @@ from fused_lora.ops.linear import forget_verdicts
 
 # The longest files first: begun last, one of them would keep a process busy when the others have nothing left to do.
 _LONGEST = (
-    "test_cuda_build", "test_examples", "test_triton_compile", "test_cuda_emulated", "test_triton", "test_packaging",
-    "test_distributed", "test_tune", "test_smollm2", "test_cli", "test_bench_steps", "test_compile", "test_qlora",
+    "test_cuda_build", "test_examples", "test_amx_emulated", "test_triton_compile", "test_cuda_emulated", "test_triton",
+    "test_packaging", "test_distributed", "test_tune", "test_smollm2", "test_cli", "test_bench_steps", "test_compile",
+    "test_qlora",
 )  # fmt: skip
 
 

@@ -1,13 +1,8 @@
-// bf16 on AMX tiles: eight registers of 16 rows by 64 bytes each, and a product of two of them.
+// bf16 on AMX tiles: what the products of tiles (tiles.h) read and write.
 //
-//   dot   c[16, 16] += a[16, 32] b[32, 16]       c fp32, a bf16 as it lies, b bf16 in pairs of rows
-//
-// So an operand lies in blocks or in pairs, both padded with zeros to whole tiles:
+// An operand lies in blocks or in pairs, both padded with zeros to whole tiles:
 //   blocks  [rows / 32][depth / 32] blocks of 32 rows by 32: what stands left of a product, two tiles a block
 //   pairs   [depth / 32][columns / 16] tiles of 16 pairs of rows by 16 columns: what stands right of it
-// A thread's tile state is set by a Tiles on entering a task and released on leaving: other libraries (oneDNN) set
-// their own. Assembly rather than the compiler's intrinsics: GCC 12's _tile_loadd does not say that it reads memory,
-// nor its _tile_loadconfig that it reads more than 8 bytes of it.
 #pragma once
 
 #include <vector>
@@ -15,7 +10,9 @@
 #include "bf16_dot.h"
 #include "kernels.h"
 #include "simd.h"
+#include "tiles.h"
 #include "transpose_avx512.h"
+#include "walk.h"
 
 #ifdef FUSED_LORA_AMX
 
@@ -25,39 +22,6 @@ constexpr int64_t kTile = 512;            // bf16 of a tile
 constexpr int64_t kSide = 32;             // rows and columns of a block
 constexpr int64_t kBlock = 2 * kTile;     // bf16 of a block
 constexpr int64_t kSums = kSide * kSide;  // fp32 sums of four tiles
-
-// Rows of a tile lie `stride` bytes apart.
-template <int t> INLINE void tile_load(const void* p, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(t) : "memory");
-}
-// The same past L1, for what comes from L2 once: L1 is left to what is read again (26 instead of 30 ns a step of four
-// products with 16 steps of `left` in L1; Intel Xeon with AMX, 2026-11-26).
-template <int t> INLINE void tile_stream(const void* p, int64_t stride) {
-  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(t) : "memory");
-}
-template <int t> INLINE void tile_store(void* p, int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(t) : "memory");
-}
-template <int t> INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(t)); }
-template <int c, int a, int b> INLINE void tile_dot() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
-}
-
-class Tiles {
- public:
-  Tiles() {
-    struct alignas(64) Config {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    };
-    static constexpr Config config;
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
-  ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
 
 // The first n of 16, none for n <= 0.
 BF16_DOT_INLINE __mmask16 first16(int64_t n) {
@@ -83,8 +47,8 @@ void to_blocks(const uint16_t* src, int64_t ld, uint16_t* blocks, int64_t rows, 
 // The same of src * scale[cols], rounded once.
 void to_scaled_blocks(const uint16_t* src, int64_t ld, const float* scale, uint16_t* blocks, int64_t rows,
                       int64_t cols);
-// The same into `whole` and, with dropout of rows row0.. (+ at) and columns col0.., a multiple of 64, into `dropped`;
-// bits[rows, sides(cols)]: what it keeps.
+// As to_blocks into `whole` and, with dropout of rows row0.. (+ at) and columns col0.., a multiple of 64, into
+// `dropped`; bits[rows, sides(cols)]: what it keeps.
 // `whole` and `bits` may be null. Drawn here, while x is on its way from memory: apart it would take 4 % of a layer's
 // time more.
 void to_dropped_blocks(const uint16_t* src, int64_t ld, const Dropout& dropout, int64_t row0, uint16_t* whole,
@@ -95,6 +59,9 @@ void pair_panels(const void* src, Dtype dtype, int64_t ld, uint16_t* pairs, int6
 // The same of src^T, where src is [cols, depth (row stride ld)].
 void pair_panels_transposed(const void* src, Dtype dtype, int64_t ld, uint16_t* pairs, int64_t panel, int64_t depth,
                             int64_t cols);
+// h[rows, R (row stride ld)] = low[rows, Rp], zero past R; and low[rows rounded up to 32, Rp] = h, zero past both.
+void unpad_low(const uint16_t* low, int64_t Rp, uint16_t* h, int64_t ld, int64_t rows, int64_t R);
+void pad_low(const uint16_t* h, int64_t ld, uint16_t* low, int64_t Rp, int64_t rows, int64_t R);
 // tiles[Rp / 16][rows / 32] of 16 ranks by 32 rows, of low[rows, Rp]: the left side of wgrad. Both multiples of 32.
 void transpose_low(const uint16_t* low, int64_t Rp, uint16_t* tiles, int64_t rows);
 
@@ -125,7 +92,7 @@ struct AmxGemm {
   const void* thin;        // thin_by_rows: [R, N], else its transpose [N, R]; contiguous, thin_dtype
   const uint16_t* bias;    // [N] or null
   const float* out_scale;  // [N] or null
-  const uint32_t* keep;    // [M, sides(N)] bits, or null
+  const uint32_t* keep;    // [M, sides(N)] bits, or null, and then scale is 1
   uint16_t* out;           // [M, N], contiguous
   int64_t M, N, K, R, ld_right;
   Dtype thin_dtype;
@@ -133,10 +100,10 @@ struct AmxGemm {
   bool by_rows, thin_by_rows;
   const int64_t* rows = nullptr;  // [M], which rows of a larger `out` these are; null: all in their order
 };
-// What its tasks need, for products of at most g's sizes: columns are split first, rows where threads are left.
+// What its tasks need, for products of at most g's sizes.
 struct AmxScratch {
   AmxScratch(const AmxGemm& g, Buffers& buffers, int threads);
-  int by_cols, by_rows;
+  Split split;
   std::vector<uint16_t*> groups;
   std::vector<float*> sums;
 };

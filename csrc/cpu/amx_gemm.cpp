@@ -181,21 +181,20 @@ BF16_DOT void task(const AmxGemm& g, Range rows, Range cols, uint16_t* group, fl
 }  // namespace
 
 AmxScratch::AmxScratch(const AmxGemm& g, Buffers& buffers, int threads)
-    : by_cols(static_cast<int>(std::min<int64_t>(threads, sides(g.N)))),  // a task packs only its own part of `right`
-      by_rows(by_cols ? threads / by_cols : 0) {
+    : split(split_tasks(sides(g.M), sides(g.N), sides(g.N), threads)) {
   const bool several = g.right && g.K > kDepth;
-  for (int t = 0; t < by_cols * by_rows; ++t) {
+  const int64_t rows = several ? (sides(g.M) + split.by_rows - 1) / split.by_rows * kSide : kSide;
+  for (int t = 0; threads && t < split.tasks(); ++t) {
     groups.push_back(buffers.take<uint16_t>(group_size(g)));
-    sums.push_back(buffers.take((several ? round_up(g.M, kSide) : kSide) * kGroup));
+    sums.push_back(buffers.take(rows * kGroup));
   }
 }
 
 void amx_gemm(const AmxGemm& g, const AmxScratch& scratch) {
-  const int by_cols = scratch.by_cols, by_rows = scratch.by_rows;
-  parallel(by_cols * by_rows, [&](int t) {
+  const Split& split = scratch.split;
+  parallel(split.tasks(), [&](int t) {
     const size_t i = static_cast<size_t>(t);
-    task(g, part(g.M, kSide, t / by_cols, by_rows), part(g.N, kSide, t % by_cols, by_cols), scratch.groups[i],
-         scratch.sums[i]);
+    task(g, split.rows(t, g.M, kSide), split.cols(t, g.N, kSide), scratch.groups[i], scratch.sums[i]);
   });
 }
 

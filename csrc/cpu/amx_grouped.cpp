@@ -16,19 +16,6 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 256;  // what one wgrad sums up
 
-// h[rows, R (row stride ld)] = low[rows, Rp], zero past R.
-void store_low(const uint16_t* low, int64_t Rp, uint16_t* h, int64_t ld, int64_t rows, int64_t R) {
-  for (int64_t i = 0; i < rows; ++i) {
-    std::copy_n(low + i * Rp, R, h + i * ld);
-    std::fill_n(h + i * ld + R, ld - R, uint16_t{0});
-  }
-}
-// low[rows rounded up to 32, Rp] = h[rows, R (row stride ld)], zero past both.
-void load_low(const uint16_t* h, int64_t ld, uint16_t* low, int64_t Rp, int64_t rows, int64_t R) {
-  std::fill_n(low, round_up(rows, kSide) * Rp, uint16_t{0});
-  for (int64_t i = 0; i < rows; ++i) std::copy_n(h + i * ld, R, low + i * Rp);
-}
-
 // A piece of a group in one of the two passes.
 class Task {
  public:
@@ -48,7 +35,7 @@ class Task {
 
   void run() {
     make_low();
-    if (pass.low) store_low(low, Rp, static_cast<uint16_t*>(pass.low) + begin * p.R, p.R, M, R);
+    if (pass.low) unpad_low(low, Rp, static_cast<uint16_t*>(pass.low) + begin * p.R, p.R, M, R);
     if (pass.out) update();
   }
 
@@ -150,7 +137,7 @@ void OnTiles::gradient(const CpuGroupedBackwardParams& p, const void* dh, const 
       const auto* in = static_cast<const uint16_t*>(is_A ? p.x : p.dy) + row0 * ld + n;
       if (dropout.threshold) to_dropped_blocks(in, ld, dropout, row0, nullptr, blocks, nullptr, rows, cols, n, where);
       else to_blocks(in, ld, blocks, rows, cols, where);
-      load_low(static_cast<const uint16_t*>(is_A ? dh : p.h) + m * p.R, p.R, low, Rp, rows, R);
+      pad_low(static_cast<const uint16_t*>(is_A ? dh : p.h) + m * p.R, p.R, low, Rp, rows, R);
       transpose_low(low, Rp, lowT, round_up(rows, kSide));
       wgrad_amx(blocks, lowT, sums, pairs, sides(rows), steps, R);
     }

@@ -10,10 +10,6 @@
 
 #ifdef FUSED_LORA_AMX
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own shuffles
-#endif
-
 namespace fused_lora::cpu {
 namespace {
 
@@ -134,6 +130,21 @@ void pair_panels_transposed(const void* src, Dtype dtype, int64_t ld, uint16_t* 
                             int64_t cols) {
   if (dtype == Dtype::f32) pair_panels_transposed_of(static_cast<const float*>(src), ld, pairs, panel, depth, cols);
   else pair_panels_transposed_of(static_cast<const uint16_t*>(src), ld, pairs, panel, depth, cols);
+}
+
+void unpad_low(const uint16_t* low, int64_t Rp, uint16_t* h, int64_t ld, int64_t rows, int64_t R) {
+  for (int64_t i = 0; i < rows; ++i) {
+    std::copy_n(low + i * Rp, R, h + i * ld);
+    std::fill_n(h + i * ld + R, ld - R, uint16_t{0});
+  }
+}
+
+void pad_low(const uint16_t* h, int64_t ld, uint16_t* low, int64_t Rp, int64_t rows, int64_t R) {
+  for (int64_t i = 0; i < rows; ++i) {
+    std::copy_n(h + i * ld, R, low + i * Rp);
+    std::fill_n(low + i * Rp + R, Rp - R, uint16_t{0});
+  }
+  std::fill_n(low + rows * Rp, (round_up(rows, kSide) - rows) * Rp, uint16_t{0});
 }
 
 BF16_DOT void transpose_low(const uint16_t* low, int64_t Rp, uint16_t* tiles, int64_t rows) {

@@ -57,17 +57,6 @@ int threads_of(int64_t M, int64_t N, int64_t K, int64_t R, bool inside, int thre
   return inside ? threads_worth(M * N * K / 16, threads) : threads_worth(M * (N + K) * R / 4, threads);
 }
 
-void store_h(const uint16_t* low, int64_t Rp, uint16_t* h, int64_t rows, int64_t R) {
-  for (int64_t i = 0; i < rows; ++i) std::copy_n(low + i * Rp, R, h + i * R);
-}
-void load_h(const uint16_t* h, int64_t R, uint16_t* low, int64_t Rp, int64_t rows) {
-  for (int64_t i = 0; i < rows; ++i) {
-    std::copy_n(h + i * R, R, low + i * Rp);
-    std::fill_n(low + i * Rp + R, Rp - R, uint16_t{0});
-  }
-  std::fill_n(low + rows * Rp, (round_up(rows, kSide) - rows) * Rp, uint16_t{0});
-}
-
 // What the optional tensors do to 32 rows of low, a thread's [32, Rp] of h or dh in bf16 that are zero past `rows`:
 // their work is done in fp32.
 template <class Work> void in_fp32(uint16_t* low, int64_t Rp, int64_t rows, float* wide, const Work& work) {
@@ -96,7 +85,7 @@ class Forward {
           .right = static_cast<const uint16_t*>(p.W),
           .low = low,
           .thin = p.B,
-          .bias = static_cast<const uint16_t*>(p.bias),
+          .bias = static_cast<const uint16_t*>(p.W || p.out_scale ? p.bias : nullptr),
           .out_scale = p.out_scale,
           .keep = nullptr,
           .out = nullptr,
@@ -139,7 +128,7 @@ class Forward {
       else to_blocks(input, ld, left, rows, p.K);
       if (p.x_lora && p.W) to_blocks(x, p.ldx, whole, rows, p.K);
       shrink_amx(left, down.pairs, p.scaling * p.dropout.scale(), low + m * Rp, Rp, rows, steps, p.R);
-      store_h(low + m * Rp, Rp, static_cast<uint16_t*>(p.h) + (m0 + m) * p.R, rows, p.R);
+      unpad_low(low + m * Rp, Rp, static_cast<uint16_t*>(p.h) + (m0 + m) * p.R, p.R, rows, p.R);
       if (between)
         in_fp32(low + m * Rp, Rp, rows, wide + t * kSide * Rp, [&](float* h) {
           between.add_h_in(h, m0 + m, rows);
@@ -316,7 +305,7 @@ class Backward {
     }
     if (dbias) column_sums_amx(left, dbias[t], sides(rows), N_steps);
     if (!p.dB) return;
-    if (!between) load_h(static_cast<const uint16_t*>(p.h) + (m0 + m) * p.R, p.R, own.h, Rp, rows);
+    if (!between) pad_low(static_cast<const uint16_t*>(p.h) + (m0 + m) * p.R, p.R, own.h, Rp, rows, p.R);
     transpose_low(own.h, Rp, own.lowT, round_up(rows, kSide));
     wgrad_amx(left, own.lowT, dB.of_thread(t), own.pairs, sides(rows), N_steps, p.R);
   }

@@ -1,6 +1,6 @@
 // The CPU backward: dh = s * dy B, dx += mask * (dh A) / (1 - p) into the caller's dy W or, with W, dx by lora_gemm;
 // dA = dh^T drop(x), dB = dy^T h, dbias = sum_M dy. The op's optional tensors act on h and dh between the products
-// (between.h); grad_row_scale makes a second dh, for dA, from the same panels of dy.
+// (between.h); row_scale makes a second dh, for dA, from the same panels of dy.
 //
 // One walk for all dtypes, but for bf16 on AMX (amx_walk.cpp). Each thread takes a run of rows in blocks of kRows: dy
 // is read once, in panels of kPanel columns, for dh, dB and dbias; then x is read and dx updated once, under one

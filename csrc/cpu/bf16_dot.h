@@ -3,6 +3,8 @@
 // A pair is two bf16 in 32 bits, neighbours along the summed dimension, the lower index in the lower half. The register
 // tiles are those of simd.h; the operand that varies by row is broadcast from memory, 32 bits at a time. Against a
 // conversion to fp32 it is four times the arithmetic on AMD (EPYC 9004, 2026-11-24); Intel runs it at half that rate.
+// Numerics: these instructions, the tiles' and the conversions to bf16 take subnormals for zero, whatever the thread's
+// mode is; elsewhere subnormals are kept.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +12,7 @@
 #include "cpu_features.h"
 
 #ifdef FUSED_LORA_BF16_DOT
-#include <immintrin.h>
+#include "intrinsics.h"
 
 // Not a whole-file option: an inline function of a header compiled for AVX-512 could serve the other files too.
 #define BF16_DOT __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))

@@ -20,10 +20,6 @@
 
 #ifdef FUSED_LORA_BF16_DOT
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own shuffles
-#endif
-
 namespace fused_lora::cpu {
 namespace {
 
@@ -226,9 +222,10 @@ BF16_DOT void copy_strip(const Bf16Gemm& g, const Block& b, uint32_t* strip, int
 
 constexpr int64_t kStripSize = kStrip * kPitch;
 // Steps of one task's strip, packed block and sums.
-int64_t buffer_size(const Bf16Gemm& g) {
+// Of a task of at most so many rows.
+int64_t buffer_size(const Bf16Gemm& g, int64_t rows) {
   const int64_t steps = (g.K + 1) / 2, width = std::min(kWidth, round_up(g.N, kColumns));
-  const int64_t sums = steps > kDepth ? round_up(std::min(kRowsAtOnce, g.M), kStrip) * kWidth : 0;
+  const int64_t sums = steps > kDepth ? round_up(std::min(kRowsAtOnce, rows), kStrip) * kWidth : 0;
   return kStripSize + width * std::min(kDepth, steps) + sums;
 }
 
@@ -285,7 +282,7 @@ void task(const Bf16Gemm& g, Range rows, Range cols, uint32_t* buffer) {
   const Scratch scratch{
       .strip = buffer, .panels = buffer + kStripSize, .sums = reinterpret_cast<float*>(buffer + kStripSize + packed)};
   const int64_t columns = cols.end - cols.begin, groups = (columns + kWidth - 1) / kWidth,
-                width = round_up((columns + groups - 1) / std::max<int64_t>(groups, 1), kColumns);
+                width = round_up((columns + groups - 1) / groups, kColumns);
   const int64_t at_once = steps > kDepth ? kRowsAtOnce : rows.end - rows.begin;
   for (int64_t m = rows.begin; m < rows.end; m += at_once)
     for (int64_t n = cols.begin; n < cols.end; n += width)
@@ -305,13 +302,11 @@ void task(const Bf16Gemm& g, Range rows, Range cols, uint32_t* buffer) {
 }  // namespace
 
 void bf16_gemm(const Bf16Gemm& g, Buffers& buffers, int threads) {
-  const Split split = split_tasks(g.N, threads);
-  const int64_t size = round_up(buffer_size(g), kLanes);
-  auto* buffer = buffers.take<uint32_t>(split.by_cols * split.by_rows * size);
-  parallel(static_cast<int>(split.by_cols * split.by_rows), [&](int t) {
-    task(g, part(g.M, kStrip, t / split.by_cols, split.by_rows), part(g.N, kColumns, t % split.by_cols, split.by_cols),
-         buffer + t * size);
-  });
+  const Split split = split_of(g.M, g.N, threads);
+  const int64_t size = round_up(buffer_size(g, (g.M + split.by_rows - 1) / split.by_rows + kStrip), kLanes);
+  auto* buffer = buffers.take<uint32_t>(split.tasks() * size);
+  parallel(split.tasks(),
+           [&](int t) { task(g, split.rows(t, g.M, kStrip), split.cols(t, g.N, kColumns), buffer + t * size); });
 }
 
 }  // namespace fused_lora::cpu

@@ -6,11 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "tiles.h"
 
 namespace fused_lora::cpu {
 namespace {
@@ -27,15 +23,6 @@ int highest() {
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 
-// AMX-BF16 and AMX-TILE of CPUID, and the permission that the kernel gives a process on request. It refuses where a
-// thread has a signal stack too small for the tiles' state, and where it is too old.
-[[maybe_unused]] bool amx_permitted() {
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
 Features detect() {
   __builtin_cpu_init();
   const int most = highest();
@@ -48,7 +35,7 @@ Features detect() {
   f.bf16_dot = most >= 3 && f.avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
 #ifdef FUSED_LORA_AMX
-  f.amx = most >= 4 && f.bf16_dot && amx_permitted();
+  f.amx = most >= 4 && f.bf16_dot && tiles_permitted();
 #endif
   return f;
 }

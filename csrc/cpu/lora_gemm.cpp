@@ -218,12 +218,11 @@ template <class V> INLINE void task(const LoraGemm& g, Range rows, Range cols, f
 }  // namespace
 
 void lora_gemm(const LoraGemm& g, Buffers& buffers, int threads) {
-  const Split split = split_tasks(g.N, threads);
+  const Split split = split_of(g.M, g.N, threads);
   const int64_t size = round_up(buffer_size(g), 16);
-  float* buffer = buffers.take(split.by_cols * split.by_rows * size);
-  parallel(static_cast<int>(split.by_cols * split.by_rows), [&](int t) {
-    const Range cols = part(g.N, kColumns, t % split.by_cols, split.by_cols),
-                rows = part(g.M, kStrip, t / split.by_cols, split.by_rows);
+  float* buffer = buffers.take(split.tasks() * size);
+  parallel(split.tasks(), [&](int t) {
+    const Range rows = split.rows(t, g.M, kStrip), cols = split.cols(t, g.N, kColumns);
     float* own = buffer + t * size;
     widest_vector([=, &g](auto lanes) INLINED { task<typename decltype(lanes)::Vector>(g, rows, cols, own); });
   });

@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "walk.h"
 
 namespace fused_lora::cpu {
 
@@ -51,14 +52,9 @@ INLINE void strip_tile(const float* x, int64_t ld, const float* p, int64_t ldp, 
     tile<H - kFirst, Vec8, kColumns / 8, kAdd>(x + kFirst * ld, ld, 1, p, ldp, k, out + kFirst * ldo, ldo);
 }
 
-// How many ranges of columns and of rows a product is cut into, a task each: columns first, since a task packs only its
-// own part of the right side; rows, too, where threads outnumber the pairs of panels of 32 columns.
-struct Split {
-  int64_t by_cols, by_rows;
-};
-INLINE Split split_tasks(int64_t columns, int threads) {
-  const int64_t by_cols = std::min<int64_t>(threads, (columns + 63) / 64);
-  return {by_cols, threads / by_cols};
+// The tasks of a product: a panel has 32 columns, and a task two at the least.
+INLINE Split split_of(int64_t M, int64_t N, int threads) {
+  return split_tasks((M + kStrip - 1) / kStrip, (N + 31) / 32, (N + 63) / 64, threads);
 }
 
 }  // namespace fused_lora::cpu

@@ -5,7 +5,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FUSED_LORA_TRANSPOSE_AVX512
-#include <immintrin.h>
+#include "intrinsics.h"
 
 namespace fused_lora::cpu {
 

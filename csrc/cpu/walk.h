@@ -1,5 +1,5 @@
-// What the walks of forward.cpp and backward.cpp share: scratch memory, the split over threads and row blocks, the
-// slabs that gradients gather in.
+// What the walks and the products share: scratch memory, the split over threads and row blocks, the slabs that
+// gradients gather in.
 //
 // A walk is written once, for a Block: what one thread needs for a block of rows, and the products with it. BlockFp32
 // multiplies in fp32 whatever the dtype is, BlockBf16 in bf16 on CPUs that can.
@@ -15,6 +15,7 @@
 #include <memory>
 #include <memory_resource>
 #include <new>
+#include <thread>
 #include <vector>
 
 #include "cpu_features.h"
@@ -73,14 +74,14 @@ class Lines {
   size_t size_ = 0;
 };
 
-// The buffers of one call, from memory that stays with the calling thread: as much as its largest call took, so that
-// no call after it meets malloc or the first touch of a page.
+// The buffers of one call, from memory that stays with the calling thread: as much as its largest call took, up to
+// most(), so that no call after it meets malloc or the first touch of a page.
 class Buffers {
  public:
   Buffers() = default;
   Buffers(const Buffers&) = delete;
   ~Buffers() {
-    if (taken_ > kept_.size() && taken_ <= kMost) kept_ = Lines(taken_);
+    if (taken_ > kept_.size() && taken_ <= most()) kept_ = Lines(taken_);
   }
   template <class T = float> T* take(int64_t n) {
     const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + kAlign - 1) / kAlign * kAlign;
@@ -89,7 +90,12 @@ class Buffers {
   }
 
  private:
-  static constexpr size_t kAlign = Lines::kAlign, kMost = size_t{64} << 20;
+  // 64 MiB, or 4 MiB for each processor: the tasks of one call have about 3 MiB each at 4096 columns.
+  static size_t most() {
+    static const size_t bytes = size_t{4 << 20} * std::max(16u, std::thread::hardware_concurrency());
+    return bytes;
+  }
+  static constexpr size_t kAlign = Lines::kAlign;
   inline static thread_local Lines kept_;
   std::pmr::monotonic_buffer_resource pool_{kept_.data(), kept_.size()};
   size_t taken_ = 0;
@@ -130,6 +136,28 @@ INLINE Range part(int64_t size, int64_t grain, int64_t i, int64_t n) {
   return {grains * i / n * grain, std::min(size, grains * (i + 1) / n * grain)};
 }
 
+// How many ranges of rows and of columns a product is cut into, a task each.
+struct Split {
+  int64_t by_rows, by_cols;
+  int tasks() const { return static_cast<int>(by_rows * by_cols); }
+  Range rows(int t, int64_t M, int64_t grain) const { return part(M, grain, t / by_cols, by_rows); }
+  Range cols(int t, int64_t N, int64_t grain) const { return part(N, grain, t % by_cols, by_cols); }
+};
+// The split whose largest task is smallest, of so many strips of rows and panels of columns, a strip more for the
+// packing of the panels, which every range of rows repeats; the one with more ranges of columns where two are level. So
+// 24 threads take 32 panels as 3 x 8 and not as 1 x 16 tasks.
+INLINE Split split_tasks(int64_t strips, int64_t panels, int64_t most_by_cols, int threads) {
+  const auto largest = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
+  Split best{1, 1};
+  int64_t least = (strips + 1) * panels;
+  for (int64_t by_cols = std::min<int64_t>(threads, most_by_cols); by_cols >= 1; --by_cols) {
+    const int64_t by_rows = std::clamp<int64_t>(strips, 1, threads / by_cols);
+    const int64_t size = (largest(strips, by_rows) + 1) * largest(panels, by_cols);
+    if (size < least) best = {by_rows, by_cols}, least = size;
+  }
+  return best;
+}
+
 // Threads worth waking (about 5 us) for so many multiplications.
 inline int threads_worth(int64_t multiplications, int threads) {
   return static_cast<int>(std::min<int64_t>(threads, 1 + multiplications / (1 << 18)));
@@ -142,7 +170,7 @@ inline int threads_for(int64_t M, int64_t width, int64_t R, int threads) {
 
 // Rows of the largest block that a thread will see.
 inline int64_t block_rows(int64_t M, int threads) {
-  return std::min(kRows, round_up((M + threads - 1) / threads, kStrip) + kStrip);
+  return std::min(kRows, round_up((M + threads - 1) / threads, kStrip));
 }
 
 // Calls first() and second(), side by side where there are threads.

@@ -62,13 +62,15 @@ def test_dropout_of_the_fewest_rows_packs_nothing(monkeypatch):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fewest_rows_of_a_weight_that_lies_transposed(dtype, dropout_p):
-    """Exactly, both directions, with the mask of the plan around PyTorch's product."""
+    """Exactly, both directions, with the mask of the plan around PyTorch's product. On AMX the plan inside has these of
+    so few rows alone."""
+    served = 0
     for M in (1, 2, 3, 4):
         p = exact_problem(M, 67, 130, 8, dtype, torch.float32)
-        if "inside" not in cpu.plans(request_of(p.x, p.weight.t().contiguous().t(), p.lora_A, PLAIN)):
-            pytest.skip("this CPU has no product of its own in this dtype")
         for q in (p, replace(p, weight=p.weight.t().contiguous().t())):
-            found = []
+            if "inside" not in cpu.plans(request_of(q.x, q.weight, q.lora_A, PLAIN)):
+                continue
+            found, served = [], served + 1
             for plan in ("inside", "around"):
                 torch.manual_seed(M)
                 leaves = [t.detach().clone().requires_grad_() for t in (q.x, q.lora_A, q.lora_B)]
@@ -77,8 +79,10 @@ def test_the_fewest_rows_of_a_weight_that_lies_transposed(dtype, dropout_p):
                 )
                 found.append([y.detach(), *torch.autograd.grad(y, leaves, q.dy)])
             assert all(map(torch.equal, *found))
-        if not dropout_p:
-            assert_exact(run(q, backend="cpu:inside"), truth(q))
+            if not dropout_p:
+                assert_exact(run(q, backend="cpu:inside"), truth(q))
+    if not served:
+        pytest.skip("this CPU has no product of its own in this dtype")
 
 
 def test_the_fewest_rows_are_served_by_default():
