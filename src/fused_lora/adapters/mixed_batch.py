@@ -22,16 +22,18 @@ def adapters_per_sample(model: nn.Module, adapter_names: Sequence[str], copies: 
 
     Equivalent to running each sample with its adapter active, for the price of one batch: the base products are those
     of the whole batch, and each layer adds one `grouped_lora_update`. Adapters of all ranks, scalings and dropouts may
-    be mixed, also DoRA, and modules_to_save. In training every adapter of the batch gets its gradient that requires
-    one (``set_adapter(model, [names])`` makes them); a backward that recomputes a forward (gradient checkpointing)
-    belongs into the context. Adapters may be added and deleted between contexts.
+    be mixed, also modules_to_save, and DoRA of rank 1 or more without dropout on plain weights. In training every
+    adapter of the batch gets its gradient that requires one (``set_adapter(model, [names])`` makes them); a backward
+    that recomputes a forward (gradient checkpointing) belongs into the context. Adapters may be added and deleted
+    between contexts.
 
     Args:
         model: a model with adapters.
         adapter_names: an adapter's name, or "__base__" for none, for each sample.
         copies: how often each sample is repeated by generation, as num_beams and num_return_sequences do.
     Raises: ValueError for an unknown adapter, naming the nearest, one that is merged, layers that can't serve a mixed
-        batch, or, when a layer is called, another number of samples; nothing is changed then.
+        batch (ALLoRA, `lora_bias`, LoRA-Flow, ResLoRA, convolutions, parameters), or, when a layer is called, another
+        number of samples; nothing is changed then.
     Source: PEFT's `adapter_names`; Chen et al., "Punica", arXiv 2310.18547.
     """
     names = _known(model, adapter_names)

@@ -70,7 +70,7 @@ def apply_lora(
         target_modules, rank_pattern, alpha_pattern, modules_to_save, exclude_modules, target_parameters,
             layers_to_transform, layers_pattern, task_type, trainable_token_indices, ensure_weight_tying,
             init_lora_weights, use_dora, dora_exact, allora_eta, allora_mode, bias, lora_bias: as in `LoraConfig`.
-        adapter_name: its name, without dots.
+        adapter_name: its name, without dots and slashes, and no attribute of torch.nn.Module.
         config: a LoraConfig, or PEFT's own, instead of all that but adapter_name; it may stand in the place of r, too.
     Returns: model.
     Raises: ValueError naming the argument, what was expected and what was given; the model is unchanged then.

@@ -50,13 +50,7 @@ def read_adapter(directory: Path, weights: Mapping[str, Tensor] | None = None, t
         or, with weights, one that began as a part of them.
     """
     config, path = read_config(directory), directory / WEIGHTS_NAME
-    start = config.init_lora_weights
-    if start in STARTS_OF_WEIGHTS and weights is not None:
-        raise ValueError(
-            f"--model must not be given for an adapter with init_lora_weights={start!r}, which changed the weights at "
-            f"its start; PEFT's save_pretrained with path_initial_model_for_weight_conversion makes a plain one of it; "
-            f"got {directory}"
-        )
+    notes = _of_the_start(directory, config.init_lora_weights, weights is not None)
     if not path.exists():
         raise FileNotFoundError(2, "No such file", str(path))
     with safe_open(path, framework="pt", device="cpu") as file:
@@ -100,14 +94,26 @@ def read_adapter(directory: Path, weights: Mapping[str, Tensor] | None = None, t
         raise ValueError(f"{path} must hold a matrix B A; got {len(stored)} tensors of another kind")
     alone = [name.removesuffix(".weight") for name in magnitudes if name not in found]
     scaled = len(magnitudes) - len(alone) if weights is None else 0
-    return Adapter(found, _notes(experts, copies, alone, scaled, start))
+    return Adapter(found, notes + _notes(experts, copies, alone, scaled))
 
 
-def _notes(experts: list[str], copies: list[str], alone: list[str], magnitudes: int, start: bool | str) -> list[str]:
+def _of_the_start(directory: Path, start: bool | str, has_weights: bool) -> list[str]:
+    """What is to be said of an adapter that began as a part of the base weights, whose B A is not what it changed.
+    Raises: ValueError if the weights are given, whose figures would be of ones that never were."""
+    if start not in STARTS_OF_WEIGHTS:
+        return []
+    if has_weights:
+        raise ValueError(
+            f"--model must not be given for an adapter with init_lora_weights={start!r}, which changed the weights at "
+            f"its start; PEFT's save_pretrained with path_initial_model_for_weight_conversion makes a plain one of it; "
+            f"got {directory}"
+        )
+    return [f"init_lora_weights={start!r}: the figures are of the whole B A, of which W gave the start"]
+
+
+def _notes(experts: list[str], copies: list[str], alone: list[str], magnitudes: int) -> list[str]:
     """What figures are missing, or are not those of the whole update."""
     notes = []
-    if start in STARTS_OF_WEIGHTS:
-        notes.append(f"init_lora_weights={start!r}: the figures are of the whole B A, of which W gave the start")
     if experts:
         notes.append(f"without figures: {len(experts)} adapters of fused experts, as {experts[0]}")
     if copies:

@@ -2,6 +2,7 @@
 
 timing  the interleaving timer    cases   named sizes           candidates  who is timed
 runner  check, time, count        steps   a training step       memory      what a step needs at its peak
+latency forwards and tokens       mixed   batches of adapters   ways        how a model gets each of LoRA's variants
 suite   arguments to files        report  lines on a terminal   results     the JSON file    plot  the picture
 machine device and versions
 """

@@ -55,7 +55,7 @@ def run(
             a back end with a plan, "cpu:around". frozen is always timed. A wrong or failing candidate is reported and
             dropped from a case, see `results.faults`.
         budget_s: seconds of timing a case.
-        train_step: time a SmolLM2 training step too; by default with every preset but quick, on the CPU.
+        train_step: time a SmolLM2 training step too; by default with readme, full and variants, on the CPU.
         resume: keep the cases that are in `output` already, if it comes from this device, these versions and this
             commit.
     Raises: ValueError for a bad argument or a file that cannot be resumed, OSError or ModuleNotFoundError if output or

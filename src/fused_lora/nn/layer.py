@@ -1,4 +1,4 @@
-"""LoRALayer: what all layers with adapters have in common: a base under the adapters, which come, and what is saved."""
+"""LoRALayer: what all layers with adapters have in common: the base layer, adding adapters, and what is saved."""
 
 from typing import Any
 

@@ -48,9 +48,9 @@ def lora_linear(
 
     and, with the optional tensors,
     ``y = out_scale * (x Wt + scaling * ((x_lora At + h_in) * gate) Bt) + bias``.
-    Differentiable in every tensor but `grad_row_scale`, its gradients once more through the composition. Under autocast
-    x, weight and bias are cast as `torch.nn.Linear` casts them. Products accumulate in fp32; h = scaling * dropout(x)
-    At is rounded to x's dtype.
+    Differentiable in every tensor but `grad_row_scale` and `out_norm`, its gradients once more through the composition.
+    Under autocast x, weight and bias are cast as `torch.nn.Linear` casts them. Products accumulate in fp32;
+    h = scaling * dropout(x) At is rounded to x's dtype.
 
     Args:
         x: [..., K], bf16, fp16 or fp32 (fp64 on the reference back end), any strides, zero rows allowed.
@@ -71,7 +71,7 @@ def lora_linear(
         out_scale: [N] fp32 (DoRA). Its gradient is computed from y, or from y computed again where that was changed in
             place (under torch.compile and dispatch modes the backward raises then).
         grad_row_scale: [N] fp32, scales the rows of dy for dA and dB only (ALLoRA).
-        return_h: return (y, h) with h = x_lora At [..., R].
+        return_h: return (y, h) with h = dropout(x_lora) At [..., R], without scaling, h_in and gate.
         out_norm: [N] fp32, without a gradient: `out_scale / out_norm` takes the place of out_scale (DoRA's m / n), for
             a node of the graph less.
     Returns: y [..., N] in x's dtype, or (y, h).
