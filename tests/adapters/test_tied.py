@@ -1,5 +1,7 @@
 """Models whose tensors have two names: transformers' save_pretrained and Trainer write each once and read it again."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -84,6 +86,24 @@ def test_trainer_s_checkpoint_resumes(tmp_path):
     assert torch.count_nonzero(whole.model.model.layers[0].self_attn.q_proj.lora_B["default"])
     for (name, want), got in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(got, want, msg=name)
+
+
+TIED = [(["embed_tokens"], [], False), (["q_proj"], ["embed_tokens"], False), (["q_proj"], ["lm_head"], False)]
+
+
+@pytest.mark.parametrize("targets, saved, tied", [*TIED, (["q_proj"], [], True)])
+def test_a_merged_model_says_whether_head_and_embedding_are_one(targets, saved, tied, tmp_path):
+    model = randomise(apply_lora(llama(), r=2, target_modules=targets, modules_to_save=saved), 1)
+    want = model(IDS).logits
+    with merged(model):
+        assert model.config.tie_word_embeddings == tied
+        model.save_pretrained(tmp_path)
+    assert model.config.tie_word_embeddings
+    torch.testing.assert_close(LlamaForCausalLM.from_pretrained(tmp_path)(IDS).logits, want)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    net.config = SimpleNamespace(tie_word_embeddings=True)  # of no model of transformers
+    with merged(apply_lora(net, r=2, target_modules=["0"])):
+        assert net.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("way", ("merged", "layer by layer"))

@@ -83,8 +83,9 @@ def tell_untied(root: Any) -> None:
     """Have a transformers model's configuration say so if its output head no longer has its embedding's weight."""
     if not getattr(getattr(root, "config", None), "tie_word_embeddings", False):
         return
-    head = root.get_output_embeddings()
-    if head is not None and head.weight is not root.get_input_embeddings().weight:
+    ways = (getattr(root, f"get_{which}_embeddings", None) for which in ("output", "input"))  # others have no such
+    head, vocabulary = (getattr(way and way(), "weight", None) for way in ways)
+    if head is not None and vocabulary is not None and head is not vocabulary:
         root.config.tie_word_embeddings = False
 
 
