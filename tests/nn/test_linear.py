@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from fused_lora.nn import LoRALinear
 
@@ -294,3 +295,36 @@ def test_setting_p_of_every_dropout_sets_that_of_the_adapters():
             assert module.p == 0.5
             module.p = 0
     assert twin.lora_dropout == {"default": 0, "second": 0} and layer.lora_dropout == {"default": 0.5, "second": 0.25}
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}])
+def test_the_mode_of_the_dropout_decides(kind):
+    """Monte-Carlo dropout: nn.Dropout in training mode inside a model in evaluation mode, and the other way round."""
+    layer = trained(LoRALinear(24, 20, r=4, lora_dropout=0.5, **kind)).eval()
+    x = torch.randn(3, 24)
+    (dropout,) = (m for m in layer.modules() if isinstance(m, nn.Dropout))
+    assert torch.equal(layer(x), layer(x))
+    dropout.train()
+    assert not torch.equal(layer(x), layer(x))
+    layer.train()
+    dropout.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("way", ["pruned", "weight_norm"])
+def test_factors_that_a_hook_computes(way):
+    """PyTorch computes them before a module's call, which the layer's factors do not have."""
+    layer = trained(LoRALinear(24, 20, r=4))
+    if way == "pruned":
+        prune.l1_unstructured(layer.lora_A, "default", amount=0.5)
+    else:
+        nn.utils.weight_norm(layer.lora_A, "default")
+    x = torch.randn(3, 24)
+    changed = layer.lora_A.default_orig if way == "pruned" else layer.lora_A.default_g
+    with torch.no_grad():
+        before = layer(x) - F.linear(x, layer.weight, layer.bias)
+        changed.mul_(10)
+        torch.testing.assert_close(layer(x) - F.linear(x, layer.weight, layer.bias), 10 * before, rtol=1e-4, atol=1e-5)
+    for _ in range(2):
+        layer(x).sum().backward()
+    assert changed.grad is not None

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora import backends, lora_linear
-from fused_lora.ops import linear, schema
+from fused_lora import backends, lora_linear, lora_update
+from fused_lora.ops import linear, schema, update
 from fused_lora.ops.dropout import dropout_mask
 from fused_lora.testing import assert_close, random_problem, run, truth
 
@@ -238,6 +238,69 @@ def test_second_derivatives_without_x_are_refused():
     (together,) = torch.autograd.grad(y, B, batch, is_grads_batched=True, retain_graph=True)
     one_by_one = torch.stack([torch.autograd.grad(y, B, dy, retain_graph=True)[0] for dy in batch])
     torch.testing.assert_close(together, one_by_one)
+
+
+@pytest.mark.parametrize("scaling", [1.5, 0.0])
+@pytest.mark.parametrize("kind", ["linear", "gate and h_in", "update"])
+def test_second_derivatives_over_a_frozen_A(kind, scaling):
+    """From h, which is kept where neither A nor x trains, with dropout in it."""
+    p = random_problem(6, 10, 12, 4).to(torch.float64)
+    base = F.linear(p.x, p.weight)
+    mask = dropout_mask(torch.tensor([5]), 6, 12, 0.5, torch.float64)
+
+    def outcome(f):
+        B, gate, h_in = (
+            p.lora_B.clone().requires_grad_(),
+            torch.rand(6, 2, dtype=torch.float64),
+            torch.ones(6, 4).double(),
+        )
+        given = [B] if kind != "gate and h_in" else [B, gate.requires_grad_(), h_in.requires_grad_()]
+        torch.manual_seed(3)
+        y = f(*given)
+        first = torch.autograd.grad(y.sin().sum(), given, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.pow(2).sum() for g in first), given)]
+
+    def plain(B, gate=None, h_in=0.0):
+        low = F.linear(p.x * mask, p.lora_A) + h_in
+        return base + scaling * F.linear(low if gate is None else low * gate.repeat_interleave(2, 1), B)
+
+    def ours(B, gate=None, h_in=None):
+        if kind == "update":
+            return lora_update(base, p.x, p.lora_A, B, scaling, dropout_p=0.5)
+        return lora_linear(p.x, p.weight, p.lora_A, B, scaling, gate=gate, h_in=h_in, dropout_p=0.5)
+
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        for module in (linear, update):
+            patch.setattr(module, "draw_seed", lambda x, dropout_p: torch.tensor([5]))
+        torch.manual_seed(0)
+        got = outcome(ours)
+    torch.manual_seed(0)
+    torch.testing.assert_close(got, outcome(plain))
+
+
+def test_second_derivatives_over_an_input_of_their_own():
+    """x is not kept beside x_lora, and not needed."""
+    p = random_problem(6, 10, 12, 4).to(torch.float64)
+
+    def outcome(f):
+        given = [t.clone().requires_grad_() for t in (p.x, p.x.flip(0), p.lora_A, p.lora_B)]
+        first = torch.autograd.grad(f(*given).sin().sum(), given, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.pow(2).sum() for g in first), given)]
+
+    want = outcome(lambda x, x_lora, A, B: F.linear(x, p.weight) + 1.5 * F.linear(F.linear(x_lora, A), B))
+    got = outcome(lambda x, x_lora, A, B: lora_linear(x, p.weight, A, B, 1.5, x_lora=x_lora))
+    torch.testing.assert_close(got, want)
+
+
+def test_batched_gradients_of_a_gate():
+    p = random_problem(6, 10, 12, 4)
+    gate = torch.rand(6, 2, requires_grad=True)
+    y = lora_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.5, gate=gate)
+    batch = torch.stack([p.dy, 2 * p.dy])
+    (together,) = torch.autograd.grad(y, gate, batch, is_grads_batched=True, retain_graph=True)
+    apart = torch.stack([torch.autograd.grad(y, gate, dy, retain_graph=True)[0] for dy in batch])
+    torch.testing.assert_close(together, apart)
 
 
 def test_functional_transforms():

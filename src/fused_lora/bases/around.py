@@ -8,11 +8,12 @@ from torch.compiler import is_dynamo_compiling
 
 from fused_lora.bases.base import Base, of
 from fused_lora.ops import reference
+from fused_lora.ops.again import backward_again
 from fused_lora.ops.autograd import matrix, needs_plain_operators
 from fused_lora.ops.checks import fault
 from fused_lora.ops.internals import forward_ad_active, reshaped, wants_operators, without_autocast
 from fused_lora.ops.linear import draw_seed, lora_linear, tensor_scaling
-from fused_lora.ops.reference import PLAIN, Gradients, backward_again
+from fused_lora.ops.reference import PLAIN, Gradients
 from fused_lora.ops.update import lora_update
 
 
@@ -116,7 +117,7 @@ def _gradients(ctx: Any, dy: Tensor, needs: Gradients) -> Gradients:
     x = None if x is None else matrix(x)
     settings = scaling, dropout_p, seed
     if torch.is_grad_enabled():  # create_graph=True
-        return backward_again(dy, None, x, base.dense(dy.dtype), lora_A, lora_B, *settings, needs)
+        return backward_again(dy, None, x, base.dense(dy.dtype), lora_A, lora_B, h, *settings, needs)
     if wants_operators(dy):
         return reference.backward(dy, None, x, base.dense(dy.dtype), lora_A, lora_B, h, None, None, *settings, needs)
     if needs.x:

@@ -11,7 +11,9 @@ class AdapterTensors(nn.ParameterDict):
     def __getitem__(self, adapter_name: str) -> nn.Parameter:
         try:  # past ParameterDict's own, which costs a small layer a microsecond
             return self._parameters[adapter_name]  # type: ignore[return-value]
-        except KeyError:  # FSDP1 has put something else in a parameter's place
+        except KeyError:  # FSDP1, a parametrization or pruning has put something else in a parameter's place
+            for hook in self._forward_pre_hooks.values():  # pruning's and weight_norm's compute it anew before a call
+                hook(self, ())
             return super().__getitem__(adapter_name)
 
     def __call__(self, adapter_name: str) -> nn.Parameter:
@@ -22,8 +24,8 @@ class AdapterTensors(nn.ParameterDict):
 
 
 class AdapterDropout(nn.Dropout):
-    """The switch of a layer's dropout. What changes dropout in a whole model by setting `p` of every nn.Dropout, as
-    TRL's DPO turns it off, so changes that of all adapters of the layer.
+    """The switch of a layer's dropout, which acts in its training mode. What changes dropout in a whole model by
+    setting `p` of every nn.Dropout, as TRL's DPO turns it off, so changes that of all adapters of the layer.
 
     Args:
         rates: the layer's own dropout by adapter.

@@ -228,12 +228,16 @@ class AdaptersByName(nn.Module):
         if adapter_name in self.lora_bias:
             nn.init.zeros_(self.lora_bias[adapter_name])
 
+    def acting_dropout(self, adapter_name: str) -> float:
+        """An adapter's dropout now: 0 unless the layer's nn.Dropout, `lora_dropout_switch`, is in training mode."""
+        dropout_p, modules = self.lora_dropout[adapter_name], self._modules
+        return dropout_p if dropout_p and modules["lora_dropout_switch"].training else 0.0  # type: ignore[union-attr]
+
     def _acting(self) -> list[Summand]:
         """A, B, scaling and dropout of the active adapters."""
         summands: list[Summand] = []
         for name in self.active_adapters:
-            dropout_p = self.lora_dropout[name] if self.training else 0.0
-            summands.append((*self.factors(name), self.scaling[name], dropout_p))
+            summands.append((*self.factors(name), self.scaling[name], self.acting_dropout(name)))
         return summands
 
     def _summands(self) -> list[Summand]:

@@ -122,7 +122,7 @@ def _given(layer: LoRALinear) -> _Given | None:
     scaling = layer.scaling[name]
     if lora_A.is_meta or type(scaling) is not float:
         return None
-    dropout_p = layer.lora_dropout[name] if layer.training else 0.0
+    dropout_p = layer.acting_dropout(name)
     marks: list[Any] = [scaling, dropout_p]
     try:
         for t in (weight, bias, lora_A, lora_B):

@@ -171,7 +171,9 @@ class LoRALinear(WithMagnitudes):
         weight, bias, lora_A, lora_B = layer_tensors(self, name)
         if lora_A.is_meta:  # offloaded, or a model without values
             lora_A, lora_B = self.lora_A(name), self.lora_B(name)
-        dropout_p = self.lora_dropout[name] if self.training else 0.0
+        dropout_p = self.lora_dropout[name]
+        if dropout_p and not self._modules["lora_dropout_switch"].training:  # type: ignore[union-attr]
+            dropout_p = 0.0
         return lora_linear(x, weight, lora_A, lora_B, self.scaling[name], bias=bias, dropout_p=dropout_p)
 
     def _plain(self, x: Tensor) -> Tensor:

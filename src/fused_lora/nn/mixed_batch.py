@@ -162,16 +162,12 @@ class MixedLinear(Mixed, LoRALinear):
         if not found.names:
             return y
         lora_A, lora_B, scaling, dropout_p = self._adapters(found)
-        return grouped_lora_update(
-            y, x, lora_A, lora_B, scaling, found.offsets, rows=found.rows, dropout_p=dropout_p, training=self.training
-        )
+        return grouped_lora_update(y, x, lora_A, lora_B, scaling, found.offsets, rows=found.rows, dropout_p=dropout_p)
 
     def _mixed_linear(self, x: Tensor, found: Segments) -> Tensor:
         lora_A, lora_B, scaling, dropout_p = self._adapters(found)
         factors = self.matrix(), self.bias, lora_A, lora_B
-        return grouped_lora_linear(
-            x, *factors, scaling, found.offsets, found.rows, dropout_p if self.training else [0.0] * len(dropout_p)
-        )
+        return grouped_lora_linear(x, *factors, scaling, found.offsets, found.rows, dropout_p)
 
     def _adapters(self, found: Segments) -> tuple[list[Tensor], list[Tensor], list[float], list[float]]:
         """A, B, scaling and dropout of each adapter of a batch, the factors in one dtype."""
@@ -182,8 +178,8 @@ class MixedLinear(Mixed, LoRALinear):
             lora_A, lora_B = map(list, zip(*map(self.factors, names)))
         if len({t.dtype for t in (*lora_A, *lora_B)}) > 1:
             lora_A, lora_B = [A.float() for A in lora_A], [B.float() for B in lora_B]
-        numbers, rates = self.scaling, self.lora_dropout
-        return lora_A, lora_B, [float(numbers[name]) for name in names], [rates[name] for name in names]
+        numbers, rates = self.scaling, [self.acting_dropout(name) for name in names]
+        return lora_A, lora_B, [float(numbers[name]) for name in names], rates
 
     def _out_scale(self, name: str) -> Tensor:
         variant = self.variants.get(name)
@@ -260,7 +256,7 @@ def check_mixed(name: str, layer: LoRALayer | ModuleToSave, names: tuple[str, ..
         kind = type(variant).__name__
         if not isinstance(variant, DoRA) or isinstance(layer, LoRALinearAround):
             raise ValueError(f"{name}: a batch of several adapters excludes {kind} here; got adapter {adapter!r}")
-        if layer.training and layer.lora_dropout[adapter] > 0.0:
+        if layer.acting_dropout(adapter) > 0.0:
             raise ValueError(f"{name}: a batch of several adapters excludes DoRA with dropout; got adapter {adapter!r}")
 
 

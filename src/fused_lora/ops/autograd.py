@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling, is_exporting
 
 from fused_lora.ops import reference, schema  # schema registers torch.ops.fused_lora
+from fused_lora.ops.again import backward_again
 from fused_lora.ops.internals import (
     PLAIN_TENSORS,
     dispatch_modes_active,
@@ -19,7 +20,7 @@ from fused_lora.ops.internals import (
     without_autocast,
 )
 from fused_lora.ops.kept import keep_result
-from fused_lora.ops.reference import Gradients, Variant, backward_again, backward_of_h
+from fused_lora.ops.reference import Gradients, Variant, backward_of_h
 
 
 class Inputs(NamedTuple):
@@ -103,7 +104,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if dy is None:  # nothing of y was used
             grads = backward_of_h(dh, x, lora_A, scaling, dropout_p, seed, needs, Variant(*variant))
         elif torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
-            grads = backward_again(dy, dh, *factors, scaling, dropout_p, seed, needs, Variant(*variant))
+            grads = backward_again(dy, dh, *factors, h, scaling, dropout_p, seed, needs, Variant(*variant))
         elif wants_operators(dy, dh):
             grads = reference.backward(dy, dh, *given, needs, Variant(*variant))
         else:

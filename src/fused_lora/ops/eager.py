@@ -13,6 +13,7 @@ import torch
 import fused_lora.ops.schema  # noqa: F401  registers torch.ops.fused_lora
 from fused_lora.backends import Serving
 from fused_lora.ops import reference
+from fused_lora.ops.again import backward_again
 from fused_lora.ops.autograd import matrix
 from fused_lora.ops.internals import (
     PLAIN_TENSORS,
@@ -24,7 +25,7 @@ from fused_lora.ops.internals import (
     without_autocast,
 )
 from fused_lora.ops.kept import keep_result
-from fused_lora.ops.reference import PLAIN, Gradients, Variant, backward_again, backward_of_h
+from fused_lora.ops.reference import PLAIN, Gradients, Variant, backward_of_h
 
 
 def _seen_backward(given, needs: Gradients, variant: Variant, back_end, plan: str) -> Gradients:
@@ -44,7 +45,7 @@ def unusual_backward(given, needs: Gradients, variant: Variant, serving: Serving
     """
     dy, dh, x, weight, lora_A, lora_B, h, y, bias, scaling, dropout_p, seed = given
     if torch.is_grad_enabled():  # create_graph=True
-        return backward_again(dy, dh, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs, variant)
+        return backward_again(dy, dh, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs, variant)
     if wants_operators(dy, dh):
         factors = x, weight, lora_A, lora_B
         return reference.backward(dy, dh, *factors, h, y, bias, scaling, dropout_p, seed, needs, variant)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from fused_lora.ops import grouped_schema  # which registers torch.ops.fused_lora.grouped_update
+from fused_lora.ops.again import gradients_again
 from fused_lora.ops.autocast import cast_inputs
 from fused_lora.ops.autograd import matrix, needs_plain_operators
 from fused_lora.ops.checks import grouped_fault
@@ -15,7 +16,6 @@ from fused_lora.ops.dropout import dropout_mask, dropout_threshold
 from fused_lora.ops.grouped_reference import grouped_composition, positions
 from fused_lora.ops.internals import dispatch_modes_active, function_apply, reshaped, wants_operators
 from fused_lora.ops.linear import draw_seed
-from fused_lora.ops.reference import gradients_again
 
 
 def grouped_lora_update(

@@ -8,7 +8,6 @@ Source: Hu et al., "LoRA", arXiv 2106.09685; variants: DoRA (out_scale) 2402.093
 ResLoRA (x_lora, h_in) 2402.18039, LoRA-Flow (gate) 2402.11455.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -144,7 +143,7 @@ def backward(
         grads["h_in"] = (scaling * _gated(dz @ B, variant)).to(variant.h_in.dtype)
     if needs.gate:
         per_rank = (dz @ B) * _ungated(h, scaling, variant)
-        grads["gate"] = per_rank.unflatten(1, (variant.gate.shape[1], -1)).sum(-1).to(variant.gate.dtype)
+        grads["gate"] = per_rank.view(len(per_rank), variant.gate.shape[1], -1).sum(-1).to(variant.gate.dtype)
     if needs.out_scale:
         grads["out_scale"] = out_scale_gradient(dy, y, x, weight, B, h, bias, scaling, variant)
     return Gradients(**grads)
@@ -219,46 +218,6 @@ def composition(x, weight, lora_A, lora_B, bias, scaling, mask, variant=PLAIN) -
     return (y if bias is None else y + bias), h
 
 
-def gradients_again(outputs: Callable[..., Any], given: Sequence[Any], needs: Sequence[bool], incoming) -> list[Any]:
-    """The gradients of the inputs that `needs` asks for, computed so that autograd can differentiate them once more.
-
-    Args:
-        outputs: a composition of PyTorch's operators: tensors of the inputs.
-        given: the inputs, as autograd saved them: tensors or None.
-        needs: which gradients are wanted.
-        incoming: the gradient of each output, or None where it was not used.
-    """
-    # Views, so that an input which another one was computed from gets no share of that one's gradient.
-    inputs: list[Any] = [
-        t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in given
-    ]
-    wanted = [t for t, need in zip(inputs, needs) if need]
-    used, grads = zip(*((out, grad) for out, grad in zip(outputs(*inputs), incoming) if grad is not None))
-    found = iter(torch.autograd.grad(used, wanted, grads, create_graph=True))
-    return [next(found) if need else None for need in needs]
-
-
-def backward_again(dy, dh, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs, variant=PLAIN) -> Gradients:
-    """What `backward` computes, for autograd to differentiate once more.
-
-    Raises: ValueError with grad_row_scale, which is no derivative of anything; RuntimeError where x is needed now and
-        was not kept.
-    """
-    if variant.grad_row_scale is not None:
-        raise ValueError("grad_row_scale must be None where gradients are differentiated; got a tensor")
-    if x is None and (needs.lora_B or needs.gate or needs.out_scale):
-        raise RuntimeError("differentiating twice needs x, which is kept only where lora_A trains; lora_A is frozen")
-    M, K = dy.shape[0], lora_A.shape[1]
-    mask = None if seed is None else dropout_mask(seed, M, K, dropout_p, weight.dtype)
-    x = weight.new_zeros(M, K) if x is None else x  # no needed gradient reads it
-    given = (x, weight, lora_A, lora_B, weight.new_zeros(weight.shape[0]), *variant[:4])
-
-    def outputs(x, weight, lora_A, lora_B, bias, *optional):
-        return composition(x, weight, lora_A, lora_B, bias, scaling, mask, Variant(*optional))
-
-    return Gradients(*gradients_again(outputs, given, needs, (dy, dh)))
-
-
 def update(y, x, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
     """y [M, N] + s * drop(x) At Bt in a tensor of its own, and h = s * drop(x) At [M, R]; the dtype of all is x's."""
     mask = None if seed is None else dropout_mask(seed, x.shape[0], x.shape[1], dropout_p, x.dtype)
@@ -279,20 +238,3 @@ def update_composition(y, x, lora_A, lora_B, scaling, mask) -> Tensor:
     """`update` as PyTorch's autograd differentiates it, y and x with any leading dimensions; see `composition`."""
     low = F.linear(_lora_input(x, PLAIN, mask), lora_A.to(x.dtype))
     return y + scaling * F.linear(low, lora_B.to(x.dtype))
-
-
-def update_backward_again(dy, x, lora_A, lora_B, scaling, dropout_p, seed, needs) -> list:
-    """What `update_backward` computes, dx, dA and dB, for autograd to differentiate once more.
-
-    Raises: RuntimeError where x is needed now and was not kept.
-    """
-    if x is None and needs[2]:
-        raise RuntimeError("differentiating twice needs x, which is kept only where lora_A trains; lora_A is frozen")
-    M, K = dy.shape[0], lora_A.shape[1]
-    mask = None if seed is None else dropout_mask(seed, M, K, dropout_p, dy.dtype)
-    x = dy.new_zeros(M, K) if x is None else x  # no needed gradient reads it
-
-    def outputs(x, lora_A, lora_B):
-        return (update_composition(torch.zeros_like(dy), x, lora_A, lora_B, scaling, mask),)
-
-    return gradients_again(outputs, (x, lora_A, lora_B), needs, (dy,))

@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
+from fused_lora.ops.again import update_backward_again
 from fused_lora.ops.autocast import cast_inputs
 from fused_lora.ops.autograd import matrix, needs_plain_operators
 from fused_lora.ops.checks import update_fault
 from fused_lora.ops.internals import function_apply, reshaped, wants_operators
 from fused_lora.ops.linear import draw_seed, tensor_scaling
-from fused_lora.ops.reference import Gradients, update_backward, update_backward_again, update_composition
+from fused_lora.ops.reference import Gradients, update_backward, update_composition
 
 
 def lora_update(
@@ -120,7 +121,7 @@ def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
     scaling, dropout_p, backend = ctx.settings
     x = None if x is None else matrix(x)
     if torch.is_grad_enabled() and not is_dynamo_compiling():  # create_graph=True
-        return update_backward_again(dy, x, lora_A, lora_B, scaling, dropout_p, seed, needs)
+        return update_backward_again(dy, x, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
     given = dy, x, lora_A, lora_B, h, scaling, dropout_p, seed
     if wants_operators(dy):
         grads = update_backward(*given, Gradients(x=needs[0], lora_A=needs[1], lora_B=needs[2]))

@@ -24,7 +24,7 @@ class BiasOfB:
         """See LayerVariant."""
         name = self.adapter_name
         lora_A, lora_B = layer.factors(name)
-        dropout_p = layer.lora_dropout[name] if layer.training else 0.0
+        dropout_p = layer.acting_dropout(name)
         return Update(lora_A, lora_B, layer.scaling[name], dropout_p, {}, bias=layer.out_bias())
 
     def forget(self) -> None:

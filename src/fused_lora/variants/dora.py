@@ -216,5 +216,5 @@ class DoRA:
         name = self.adapter_name
         lora_A, lora_B = layer.factors(name)
         m, norm = layer.magnitude(name), self.norms(layer, lora_A, lora_B)
-        dropout_p = layer.lora_dropout[name] if layer.training else 0.0
+        dropout_p = layer.acting_dropout(name)
         return scaled_update(x, lora_A, lora_B, layer.scaling[name], m, norm, dropout_p)

@@ -94,7 +94,7 @@ class Shortcut:
     def update(self, layer: Any, x: Tensor) -> Update:
         """The layer's update with the shortcut."""
         check_acting(layer, self._acting, str(self))
-        dropout_p = layer.lora_dropout[self._acting] if layer.training else 0.0
+        dropout_p = layer.acting_dropout(self._acting)
         lora_A, lora_B = layer.lora_A[self._acting], layer.lora_B[self._acting]
         return self._extended(Update(lora_A, lora_B, layer.scaling[self._acting], dropout_p, {}), x)
 
