@@ -34,14 +34,14 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _kept(model: nn.Module) -> dict[str, nn.Parameter]:
+def kept(model: nn.Module) -> dict[str, nn.Parameter]:
     """The same and A where LoRA-FA has frozen it, which was drawn for this run."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad or ".lora_A." in name}
 
 
-def kept_bytes(model: nn.Module) -> int:
-    """The size of the parameters that a checkpoint holds."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in _kept(model).values())
+def bytes_of(parameters: dict[str, nn.Parameter]) -> int:
+    """Their size."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
 
 
 def save_checkpoint(
@@ -64,7 +64,7 @@ def save_checkpoint(
     Raises: OSError naming the file; the old one is whole then.
     """
     tensors = {}
-    for name, parameter in _kept(model).items():
+    for name, parameter in kept(model).items():
         tensors[f"adapter.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
@@ -99,7 +99,7 @@ def load_checkpoint(
     """
     state, tensors = _read(path)
     check_settings(path, state["settings"], settings)
-    parameters = _kept(model)
+    parameters = kept(model)
     wanted = {f"adapter.{name}": tuple(parameter.shape) for name, parameter in parameters.items()}
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key.startswith("adapter.")}
     if wanted != found:
