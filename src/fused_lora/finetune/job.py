@@ -212,14 +212,10 @@ def _check_space(output: Path, model: nn.Module, settings: Settings) -> None:
     """Raises OSError unless the disk has room for what lies there at once: the last checkpoint (values and moments,
     after merges the weights in fp32 and every stage) beside the one that it replaces, what was trained, and figures."""
     every, size = settings.merge_every, checkpoint.bytes_of(checkpoint.kept(model))
-    moments = 1 if settings.optimizer == "lion" else 2
+    moments = (1 if settings.optimizer == "lion" else 2) * checkpoint.bytes_of(checkpoint.trained(model))
     stages = (settings.steps - 1) // every if every else 0  # a merge after the last step leaves no moments
     layers = [m for m in model.modules() if isinstance(m, LoRALayer)] if 0 < every <= settings.steps else []
-    last = (
-        (1 + stages) * size
-        + moments * checkpoint.bytes_of(checkpoint.trained(model))
-        + sum(4 * layer.weight.numel() for layer in layers)
-    )
+    last = (1 + stages) * size + moments + sum(4 * layer.weight.numel() for layer in layers)
     there = sum((output / name).stat().st_size for name in _OURS if (output / name).exists())
     check_space(output, 2 * last + (1 + stages) * size + _FIGURES - there)
 
