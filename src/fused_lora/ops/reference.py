@@ -143,7 +143,9 @@ def backward(
         grads["h_in"] = (scaling * _gated(dz @ B, variant)).to(variant.h_in.dtype)
     if needs.gate:
         per_rank = (dz @ B) * _ungated(h, scaling, variant)
-        grads["gate"] = per_rank.view(len(per_rank), variant.gate.shape[1], -1).sum(-1).to(variant.gate.dtype)
+        grads["gate"] = (
+            per_rank.view(*variant.gate.shape, len(lora_A) // variant.gate.shape[1]).sum(-1).to(variant.gate.dtype)
+        )
     if needs.out_scale:
         grads["out_scale"] = out_scale_gradient(dy, y, x, weight, B, h, bias, scaling, variant)
     return Gradients(**grads)
