@@ -9,14 +9,14 @@ N, K = 96, 64
 KINDS = ("nf4", "nf4 flat", "fp4", "bnb int8", "int8", "int8 one scale", "float8", "int4")
 
 
-def dense_layer(dtype=torch.bfloat16, bias=True) -> nn.Linear:
+def dense_layer(dtype=torch.bfloat16, bias=True, K=K) -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(K, N, bias=bias).to(dtype)
 
 
-def quantised(kind: str, dtype=torch.bfloat16, bias=True) -> nn.Module:
+def quantised(kind: str, dtype=torch.bfloat16, bias=True, K=K) -> nn.Module:
     """`dense_layer` in one of KINDS, frozen."""
-    linear = dense_layer(dtype, bias)
+    linear = dense_layer(dtype, bias, K)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         layer = _bitsandbytes(kind, linear) if kind in KINDS[:4] else _torchao(kind, linear)
@@ -26,6 +26,7 @@ def quantised(kind: str, dtype=torch.bfloat16, bias=True) -> nn.Module:
 def _bitsandbytes(kind: str, linear: nn.Linear) -> nn.Module:
     import bitsandbytes as bnb
 
+    N, K = linear.weight.shape
     if kind == "bnb int8":
         layer = bnb.nn.Linear8bitLt(K, N, bias=False, has_fp16_weights=False)
         layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False)

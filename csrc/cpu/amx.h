@@ -92,7 +92,7 @@ struct AmxGemm {
   const void* thin;        // thin_by_rows: [R, N], else its transpose [N, R]; contiguous, thin_dtype
   const uint16_t* bias;    // [N] or null
   const float* out_scale;  // [N] or null
-  const uint32_t* keep;    // [M, sides(N)] bits, or null, and then scale is 1
+  const uint32_t* keep;    // [M, sides(N)] bits, or null: then scale is 1, or R is 0
   uint16_t* out;           // [M, N], contiguous
   int64_t M, N, K, R, ld_right;
   Dtype thin_dtype;

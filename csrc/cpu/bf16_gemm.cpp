@@ -221,8 +221,7 @@ BF16_DOT void copy_strip(const Bf16Gemm& g, const Block& b, uint32_t* strip, int
 }
 
 constexpr int64_t kStripSize = kStrip * kPitch;
-// Steps of one task's strip, packed block and sums.
-// Of a task of at most so many rows.
+// Steps of a task's strip, packed block and sums, for at most so many rows.
 int64_t buffer_size(const Bf16Gemm& g, int64_t rows) {
   const int64_t steps = (g.K + 1) / 2, width = std::min(kWidth, round_up(g.N, kColumns));
   const int64_t sums = steps > kDepth ? round_up(std::min(kRowsAtOnce, rows), kStrip) * kWidth : 0;

@@ -6,9 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_llama import randomise
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
-from fused_lora.adapters import apply_lora, merged
+from fused_lora.adapters import apply_lora, merge_and_unload, merged
 from fused_lora.testing import assert_exact
 
 IDS = torch.arange(12)[None]
@@ -88,10 +97,15 @@ def test_trainer_s_checkpoint_resumes(tmp_path):
         torch.testing.assert_close(got, want, msg=name)
 
 
-TIED = [(["embed_tokens"], [], False), (["q_proj"], ["embed_tokens"], False), (["q_proj"], ["lm_head"], False)]
-
-
-@pytest.mark.parametrize("targets, saved, tied", [*TIED, (["q_proj"], [], True)])
+@pytest.mark.parametrize(
+    "targets, saved, tied",
+    [
+        (["embed_tokens"], [], False),
+        (["q_proj"], ["embed_tokens"], False),
+        (["q_proj"], ["lm_head"], False),
+        (["q_proj"], [], True),
+    ],
+)
 def test_a_merged_model_says_whether_head_and_embedding_are_one(targets, saved, tied, tmp_path):
     model = randomise(apply_lora(llama(), r=2, target_modules=targets, modules_to_save=saved), 1)
     want = model(IDS).logits
@@ -126,3 +140,27 @@ def test_a_merged_head_is_saved_as_what_it_is_no_embedding_any_more(way, tmp_pat
     plain = LlamaForCausalLM.from_pretrained(tmp_path)
     assert not plain.config.tie_word_embeddings
     torch.testing.assert_close(plain(IDS).logits, want)
+
+
+def bart() -> BartForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 24))}
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, decoder_start_token_id=2)
+    return BartForConditionalGeneration(BartConfig(vocab_size=40, d_model=16, **sizes, **heads)).eval()
+
+
+@pytest.mark.parametrize("way", ["merged", "merge_and_unload"])
+@pytest.mark.parametrize("make, target", [(bart, "lm_head"), (bart, "shared"), (t5, "shared"), (t5, "lm_head")])
+def test_an_encoder_decoder_whose_head_or_embedding_is_merged(make, target, way, tmp_path):
+    """Encoder and decoder have the embedding, too: nothing ties them again to what the file then says is untied."""
+    model = randomise(apply_lora(make(), r=2, target_modules=["q" if make is t5 else "q_proj", target]), 1)
+    logits = lambda model: model(input_ids=IDS, decoder_input_ids=IDS).logits
+    want = logits(model)
+    if way == "merged":
+        with merged(model):
+            model.save_pretrained(tmp_path)
+    else:
+        plain = merge_and_unload(model)
+        torch.testing.assert_close(logits(plain), want)
+        plain.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(type(make()).from_pretrained(tmp_path)), want)

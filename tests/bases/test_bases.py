@@ -32,20 +32,20 @@ def updates(monkeypatch):
     seen, update = [], around.lora_update
 
     def counted(y, x, *args, **kwargs):
-        seen.append(x.numel() // K)
+        seen.append(x.numel() // x.shape[-1])
         return update(y, x, *args, **kwargs)
 
     monkeypatch.setattr(around, "lora_update", counted)
     return seen
 
 
-def factors(dtype=torch.float32):
+def factors(dtype=torch.float32, K=K):
     g = torch.Generator().manual_seed(1)
     A, B = torch.randn(R, K, generator=g) * K**-0.5, torch.randn(N, R, generator=g) * R**-0.5
     return A.to(dtype).requires_grad_(), B.to(dtype).requires_grad_()
 
 
-def inputs(*lead, dtype=torch.bfloat16):
+def inputs(*lead, dtype=torch.bfloat16, K=K):
     return torch.randn(*lead, K, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
 
 
@@ -137,10 +137,11 @@ def test_few_rows_without_a_gradient_take_the_library_product(kind, updates):
     assert (many.float() - one_by_one.float()).abs().max() <= 0.04 * many.float().abs().max()
 
 
-def test_training_after_generating(updates):
+@pytest.mark.parametrize("kind", ["nf4", "nf4 flat"])
+def test_training_after_generating(kind, updates):
     """bitsandbytes packs a 4-bit weight in eval mode on some CPUs; its dequantisation of that form is wrong, and it has
-    no gradient."""
-    linear, x, (A, B) = quantised("nf4"), inputs(M), factors()
+    no gradient. Several blocks a row."""
+    linear, x, (A, B) = quantised(kind, K=192), inputs(M, K=192), factors(K=192)
     W = bases.of(linear).dense(torch.bfloat16)
     with torch.no_grad():
         bases.lora_around(linear.eval(), x[:1].detach(), A, B, SCALING)
@@ -152,6 +153,11 @@ def test_training_after_generating(updates):
     again = bases.of(linear).dense(torch.bfloat16)
     assert (again - W).abs().max() <= 0.02 * W.abs().max()  # the packed form's scales are bf16
     assert_right(gradients(y, x, A, B), again, linear.bias, x, A, B)
+    with torch.no_grad():
+        for unpack in (lambda: bases.of(linear).dense(torch.bfloat16), linear.state_dict):
+            unpack()
+            bases.lora_around(linear.eval(), x[:1].detach(), A, B, SCALING)
+    assert (bases.of(linear).dense(torch.bfloat16) - W).abs().max() <= 0.02 * W.abs().max()
 
 
 def test_a_4_bit_weight_that_sharding_made_anew():

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fused_lora.adapters.holders import adapter_names, all_holders, held, named_holders, naming
 from fused_lora.adapters.model import checked_names
@@ -79,14 +79,46 @@ def choose_to_merge(root: nn.Module, adapter_name: ActiveAdapter) -> None:
         holder.active_adapter = chosen[name]
 
 
+def _ends(root: Any) -> list[Any]:
+    """The weights of a transformers model's output head and of its embedding, None where there is none."""
+    ways = (getattr(root, f"get_{which}_embeddings", None) for which in ("output", "input"))
+    return [getattr(way and way(), "weight", None) for way in ways]
+
+
 def tell_untied(root: Any) -> None:
     """Have a transformers model's configuration say so if its output head no longer has its embedding's weight."""
     if not getattr(getattr(root, "config", None), "tie_word_embeddings", False):
         return
-    ways = (getattr(root, f"get_{which}_embeddings", None) for which in ("output", "input"))  # others have no such
-    head, vocabulary = (getattr(way and way(), "weight", None) for way in ways)
+    head, vocabulary = _ends(root)
     if head is not None and vocabulary is not None and head is not vocabulary:
         root.config.tie_word_embeddings = False
+
+
+def untie(root: Any) -> None:
+    """`tell_untied`, for good: what is still tied, as embeddings of encoder and decoder are, has a weight of its own
+    then, since who reads the model ties none of it."""
+    tell_untied(root)
+    if getattr(getattr(root, "config", None), "tie_word_embeddings", True):
+        return
+    ends, seen = {id(weight) for weight in _ends(root) if weight is not None}, set[int]()
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in ends & seen:
+                module.register_parameter(name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            seen.add(id(parameter))
+
+
+def untied(root: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a merged model that is no longer tied, as `untie` would leave it; another one's as it is."""
+    if getattr(root.config, "tie_word_embeddings", True):
+        return state_dict
+    ends, seen = {weight.data_ptr() for weight in _ends(root) if weight is not None}, set[int]()
+    own = {}
+    for key, tensor in state_dict.items():
+        place = tensor.data_ptr()
+        own[key] = tensor.clone() if place in ends & seen else tensor
+        seen.add(place)
+    return own
 
 
 @contextmanager

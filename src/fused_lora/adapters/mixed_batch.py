@@ -92,8 +92,10 @@ def _mixed(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
                 raise ValueError(
                     f"{name}: a batch of several adapters excludes DoRA of rank 0; got adapter {adapter!r}"
                 )
-    before = [(holder, mix(holder, batch)) for holder in holders.values()]
+    before: list[Any] = []
     try:
+        for holder in holders.values():
+            before.append((holder, mix(holder, batch)))
         yield
     finally:
         for holder, state in before:

@@ -27,7 +27,7 @@ from fused_lora.adapters.holders import (
     own_tensors,
 )
 from fused_lora.adapters.load_save import adapter_tensors, base_tensors, config_file, load_adapter
-from fused_lora.adapters.merging import saying_untied
+from fused_lora.adapters.merging import saying_untied, untied
 from fused_lora.adapters.mixed_batch import sequences, taking_names
 from fused_lora.adapters.peft_config import CONFIG_NAME
 from fused_lora.adapters.peft_format import write_files
@@ -159,7 +159,7 @@ class AdaptedModel(nn.Module):
         keys = [key.removeprefix("base_model.model.") for key in file_keys(self, name)]
         return dict(zip(keys, own, strict=True))
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs) -> None:
         """As transformers' own: the folder of the active adapter, or, inside `merged`, of the plain model. Of several
         active adapters each gets a folder of its name in it, as PEFT does it.
 
@@ -168,11 +168,12 @@ class AdaptedModel(nn.Module):
         too: Trainer resumes from that file alone. Under FSDP every process must call this.
         """
         if self._hf_peft_config_loaded:
-            self._save_adapter(save_directory, *args, **kwargs)
+            self._save_adapter(save_directory, is_main_process, state_dict, **kwargs)
         else:
             self._check_all_merged()
             with saying_untied(self):
-                super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+                state = untied(self, self.state_dict() if state_dict is None else state_dict)
+                super().save_pretrained(save_directory, is_main_process, state, **kwargs)  # type: ignore[misc]
 
     def _save_adapter(self, save_directory, is_main_process=True, state_dict=None, **kwargs) -> None:
         folder, active = Path(save_directory), active_adapters(self)

@@ -17,7 +17,7 @@ from fused_lora.adapters.holders import (
     naming,
     train_biases,
 )
-from fused_lora.adapters.merging import choose_to_merge, tell_untied
+from fused_lora.adapters.merging import choose_to_merge, untie
 from fused_lora.adapters.model import check_not_merged, check_not_mixed, check_unlinked
 from fused_lora.adapters.places import walk
 from fused_lora.adapters.wrappers import is_sharded, unwrapped
@@ -150,7 +150,7 @@ def merge_and_unload(model: nn.Module, adapter_name: str | list[str] | None = No
         wrapper.merge()
     for wrapper in wrappers.values():
         _replace(places, wrapper, wrapper.plain().requires_grad_(False))
-    tell_untied(root)
+    untie(root)
     _release(root)
     return model
 

@@ -105,7 +105,7 @@ def _of_the_start(directory: Path, start: bool | str, has_weights: bool) -> list
     if has_weights:
         raise ValueError(
             f"--model must not be given for an adapter with init_lora_weights={start!r}, which changed the weights at "
-            f"its start; PEFT's save_pretrained with path_initial_model_for_weight_conversion makes a plain one of it; "
+            "its start; PEFT's save_pretrained with path_initial_model_for_weight_conversion makes a plain one of it; "
             f"got {directory}"
         )
     return [f"init_lora_weights={start!r}: the figures are of the whole B A, of which W gave the start"]

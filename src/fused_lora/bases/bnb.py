@@ -23,7 +23,8 @@ class FourBits(Base):
     """A Linear4bit's weight.
 
     Where a CPU has bf16 products, the library's forward in eval mode packs the weight anew for a product of its own and
-    rounds its scales to bf16. That form has no gradient and dequantises wrongly, so it is unpacked where W is needed.
+    rounds its scales to bf16. That form has no gradient and dequantises wrongly, so it is unpacked where W is needed;
+    scales that are not quantised themselves it leaves transposed then, for the next packing to scramble (0.50.2).
     """
 
     kind = bitsandbytes.nn.Linear4bit
@@ -35,11 +36,14 @@ class FourBits(Base):
         return own if own is not None and not autocasts(x) else super().compute_dtype(x)
 
     def product_serves(self, rows: int) -> bool:
-        return super().product_serves(rows) or self._packed()
+        return self._packed() or super().product_serves(rows)  # whose state is put right before its product
 
     def _state(self) -> Any:
         """The scales; the layer has them, too, since sharding makes another tensor of the weight."""
-        return getattr(self.linear.weight, "quant_state", None) or self.linear.quant_state
+        state = getattr(self.linear.weight, "quant_state", None) or self.linear.quant_state
+        if state is not None and state.absmax.dim() == 2 and not getattr(state, "packing_format_for_cpu", False):
+            state.absmax = state.absmax.T.reshape(-1).float()  # [K / blocksize, N], unpacked by whomsoever
+        return state
 
     def _packed(self) -> bool:
         return getattr(self._state(), "packing_format_for_cpu", False)

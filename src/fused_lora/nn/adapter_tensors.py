@@ -11,16 +11,14 @@ class AdapterTensors(nn.ParameterDict):
     def __getitem__(self, adapter_name: str) -> nn.Parameter:
         try:  # past ParameterDict's own, which costs a small layer a microsecond
             return self._parameters[adapter_name]  # type: ignore[return-value]
-        except KeyError:  # FSDP1, a parametrization or pruning has put something else in a parameter's place
-            for hook in self._forward_pre_hooks.values():  # pruning's and weight_norm's compute it anew before a call
-                hook(self, ())
-            return super().__getitem__(adapter_name)
+        except KeyError:  # FSDP1 or pruning has put something else in a parameter's place, pruning's hook before a call
+            return self(adapter_name)
 
     def __call__(self, adapter_name: str) -> nn.Parameter:
         return nn.Module.__call__(self, adapter_name)  # ParameterDict's own refuses
 
     def forward(self, adapter_name: str) -> nn.Parameter:
-        return self[adapter_name]
+        return super().__getitem__(adapter_name)
 
 
 class AdapterDropout(nn.Dropout):

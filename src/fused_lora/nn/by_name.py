@@ -179,7 +179,7 @@ class AdaptersByName(nn.Module):
             self.init_lora_weights,
             self.trains_bias,
         ):
-            del values[adapter_name]
+            values.pop(adapter_name, None)  # one that is only half made has not all
         self.variants.pop(adapter_name, None)
 
     @property
