@@ -156,7 +156,7 @@ def test_what_libraries_raise_on_a_full_disk_is_an_os_error(base, tmp_path, monk
     if existing:
         (tmp_path / "out").mkdir()
 
-    def save(self, where, **options):
+    def save(self, where, *_, **options):
         (Path(where) / "half").write_bytes(b"half")
         raise error
 
